@@ -1,0 +1,150 @@
+"""Terms of the layout language: axes, flattened products, concatenated parts.
+
+``(a b)`` flattens row-major, ``(x:a + y:b)`` concatenates labelled parts, an integer is an anonymous
+axis that nothing happens to. A *packing* is an axis whose entries have names of their own, such as
+``gate_up`` (0 = gate, 1 = up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from math import prod
+from typing import Union
+
+from sparkling_cli.errors import LayoutError
+
+#: Axes of fixed size whose entries are named; the order is the storage order.
+PACKINGS: Mapping[str, tuple[str, ...]] = {
+    "gate_up": ("gate", "up"),
+    "up_gate": ("up", "gate"),
+    "qkv": ("q", "k", "v"),
+    "kv": ("k", "v"),
+}
+
+#: Parts through which the consumer's input is *not* linear. Zero fill leaves them copied: a product of
+#: two zero factors has a zero gradient in both, for ever (method, the trap of the gated MLP).
+NONLINEAR_LABELS = frozenset({"gate", "q", "k"})
+
+
+class Role(str, Enum):
+    """What a dim does in its tensor."""
+
+    OUT = "out"
+    """fan-out: the tensor produces this axis"""
+    IN = "in"
+    """fan-in: the tensor consumes this axis"""
+    SCALE = "scale"
+    """elementwise on the axis: norm scales and shifts, convolution channels"""
+    BIAS = "bias"
+    """elementwise, follows the fan-out rule of the linear layer that it belongs to"""
+    STACK = "stack"
+    """independent copies of the tensor, stacked"""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A named axis."""
+
+    name: str
+    label: str | None = None
+
+    def __str__(self) -> str:
+        return _labelled(self.label, self.name)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """An anonymous axis of a fixed size."""
+
+    size: int
+    label: str | None = None
+
+    def __str__(self) -> str:
+        return _labelled(self.label, str(self.size))
+
+
+@dataclass(frozen=True)
+class Product:
+    """Several axes flattened row-major into one dim."""
+
+    factors: tuple[Expr, ...]
+    label: str | None = None
+
+    def __str__(self) -> str:
+        return _labelled(self.label, "(" + " ".join(map(str, self.factors)) + ")")
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Several parts concatenated along one dim."""
+
+    parts: tuple[Expr, ...]
+    label: str | None = None
+
+    def __str__(self) -> str:
+        return _labelled(self.label, "(" + " + ".join(map(str, self.parts)) + ")")
+
+
+Expr = Union[Axis, Fixed, Product, Sum]
+
+
+def _labelled(label: str | None, text: str) -> str:
+    return text if label is None else f"{label}:{text}"
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One storage dim of a tensor: its meaning and its role."""
+
+    expr: Expr
+    role: Role
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """The dims of one tensor in storage order; ``text`` is what was parsed."""
+
+    dims: tuple[Dim, ...]
+    text: str
+
+    def axes(self) -> frozenset[str]:
+        """Names of all axes (packings included) in any dim."""
+        return frozenset(name for dim in self.dims for name in axis_names(dim.expr))
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The tensor's shape under the given axis sizes."""
+        return tuple(size_of(dim.expr, sizes) for dim in self.dims)
+
+
+def axis_names(expr: Expr) -> Iterator[str]:
+    """All axis names in a term, depth first, repeats included."""
+    if isinstance(expr, Axis):
+        yield expr.name
+    elif isinstance(expr, Product):
+        for factor in expr.factors:
+            yield from axis_names(factor)
+    elif isinstance(expr, Sum):
+        for part in expr.parts:
+            yield from axis_names(part)
+
+
+def size_of(expr: Expr, sizes: Mapping[str, int]) -> int:
+    """Number of entries of a term.
+
+    Raises:
+        LayoutError: an axis has no size.
+    """
+    if isinstance(expr, Fixed):
+        return expr.size
+    if isinstance(expr, Axis):
+        if expr.name in PACKINGS:
+            return len(PACKINGS[expr.name])
+        if expr.name not in sizes:
+            known = ", ".join(sorted(sizes)) or "none"
+            raise LayoutError(f"axis {expr.name!r} has no size (axes with a size: {known})")
+        return sizes[expr.name]
+    if isinstance(expr, Product):
+        return prod(size_of(factor, sizes) for factor in expr.factors)
+    return sum(size_of(part, sizes) for part in expr.parts)

@@ -1,0 +1,276 @@
+"""What widening does to one tensor: for every dim, a few runs (method, section 2).
+
+A tensor is seen through a *view*: every storage dim is split at its flattened factors, so that an axis
+that grows inside a dim (query heads in their groups) stays two runs instead of hundreds. Views cost
+nothing: the bytes are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from math import sqrt
+
+from sparkling_cli.layout.expr import (
+    NONLINEAR_LABELS,
+    PACKINGS,
+    Axis,
+    Dim,
+    Expr,
+    Fixed,
+    Product,
+    Role,
+    Sum,
+    TensorLayout,
+    size_of,
+)
+
+
+class Fill(IntEnum):
+    """How a new entry gets its value; where dims disagree, the larger wins."""
+
+    COPY = 0
+    RANDOM = 1
+    ZERO = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """``target[target : target+length]`` comes from ``source[source : source+length]``.
+
+    ``scale`` multiplies the run's entries; ``fill`` and ``new`` say what becomes of new entries;
+    ``shield`` marks parts of a packing that zero fill leaves copied.
+    """
+
+    target: int
+    source: int
+    length: int
+    new: bool = False
+    scale: float = 1.0
+    fill: Fill = Fill.COPY
+    shield: bool = False
+
+
+@dataclass(frozen=True)
+class ViewDim:
+    """One dim of the view: sizes before and after, runs that tile the target, the storage dim."""
+
+    source: int
+    target: int
+    runs: tuple[Run, ...]
+    dim: int
+
+    @property
+    def identity(self) -> bool:
+        """Nothing happens along this dim."""
+        return self.runs == (Run(0, 0, self.source),) and self.source == self.target
+
+
+View = tuple[ViewDim, ...]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """An axis that grows from ``source`` to ``target`` entries; new entry t copies (t-d) mod d."""
+
+    source: int
+    target: int
+
+    def multiplicities(self) -> tuple[tuple[int, int, int], ...]:
+        """``(start, stop, m)``: how often the sources start..stop-1 occur after widening."""
+        times, extra = divmod(self.target, self.source)
+        spans = ((0, extra, times + 1), (extra, self.source, times))
+        return tuple(span for span in spans if span[0] < span[1])
+
+    def alpha(self, *, both_copied: bool) -> float:
+        """The fan-in factor.
+
+        ``sqrt(d / sum_j m_j^2)`` when the producer's rows and the consumer's columns are copies of the
+        same sources: the general form of Eq. 16-17, equal to them for d' <= 2d and for every integer
+        factor. ``sqrt(d/d')`` otherwise (Eq. 14; App. B for zero).
+        """
+        if not both_copied:
+            return sqrt(self.source / self.target)
+        total = sum((stop - start) * m * m for start, stop, m in self.multiplicities())
+        return sqrt(self.source / total)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """Rules for a tensor's new entries and for its fan-in columns."""
+
+    fan_out: Fill = Fill.COPY
+    fan_in: Fill = Fill.COPY
+    scaling: str = "rms"
+
+    def alpha(self, growth: Growth) -> float:
+        """The factor on every fan-in column, 1 when scaling is off (``none``)."""
+        if self.scaling == "none":
+            return 1.0
+        return growth.alpha(both_copied=self.fan_out is Fill.COPY and self.fan_in is Fill.COPY)
+
+    @property
+    def per_column(self) -> bool:
+        """Net2Net's 1/multiplicity per column instead of one alpha (copy-copy only)."""
+        return self.scaling == "function" and self.fan_out == self.fan_in == Fill.COPY
+
+
+def view_of(
+    layout: TensorLayout,
+    sizes: Mapping[str, int],
+    growth: Mapping[str, Growth],
+    treatment: Treatment,
+    *,
+    consumed: frozenset[str] = frozenset(),
+) -> View:
+    """The view of one tensor: source sizes, target sizes and runs of every view dim.
+
+    Args:
+        layout: what the tensor's dims mean.
+        sizes: axis sizes before widening.
+        growth: the axes that grow.
+        treatment: fill and scaling rules.
+        consumed: axes whose fan-in factor this elementwise tensor carries (a tied head's final norm,
+            App. D.1).
+    """
+    dims: list[ViewDim] = []
+    for index, dim in enumerate(layout.dims):
+        for factor in _factors(dim.expr):
+            runs = _runs(factor, dim, sizes, growth, treatment, consumed, None)
+            source = size_of(factor, sizes)
+            target = runs[-1].target + runs[-1].length
+            dims.append(ViewDim(source, target, runs, index))
+    return tuple(dims)
+
+
+def _factors(expr: Expr) -> tuple[Expr, ...]:
+    """Split at the outermost products; a labelled product hands its label to every factor."""
+    if not isinstance(expr, Product):
+        return (expr,)
+    found: list[Expr] = []
+    for factor in expr.factors:
+        handed = factor if factor.label or not expr.label else replace(factor, label=expr.label)
+        found.extend(_factors(handed))
+    return tuple(found)
+
+
+def _runs(
+    expr: Expr,
+    dim: Dim,
+    sizes: Mapping[str, int],
+    growth: Mapping[str, Growth],
+    treatment: Treatment,
+    consumed: frozenset[str],
+    label: str | None,
+) -> tuple[Run, ...]:
+    label = expr.label or label
+    if isinstance(expr, Fixed):
+        return (Run(0, 0, expr.size),)
+    if isinstance(expr, Axis):
+        if expr.name in PACKINGS:
+            return _packing_runs(expr.name, dim, treatment)
+        if expr.name not in growth:
+            return (Run(0, 0, size_of(expr, sizes)),)
+        return _grown_runs(expr.name, growth[expr.name], dim, treatment, consumed, label)
+    inner = [
+        _runs(e, dim, sizes, growth, treatment, consumed, label)
+        for e in (expr.factors if isinstance(expr, Product) else expr.parts)
+    ]
+    terms = expr.factors if isinstance(expr, Product) else expr.parts
+    widths = [size_of(e, sizes) for e in terms]
+    if isinstance(expr, Sum):
+        return _concatenated(inner, widths)
+    runs = inner[-1]
+    width = widths[-1]
+    for outer, outer_width in zip(reversed(inner[:-1]), reversed(widths[:-1]), strict=True):
+        runs = _flattened(outer, runs, width)
+        width *= outer_width
+    return runs
+
+
+def _packing_runs(name: str, dim: Dim, treatment: Treatment) -> tuple[Run, ...]:
+    parts = PACKINGS[name]
+    if dim.role not in (Role.OUT, Role.BIAS) or treatment.fan_out is not Fill.ZERO:
+        return (Run(0, 0, len(parts)),)
+    return tuple(Run(i, i, 1, shield=part in NONLINEAR_LABELS) for i, part in enumerate(parts))
+
+
+def _grown_runs(
+    name: str,
+    growth: Growth,
+    dim: Dim,
+    treatment: Treatment,
+    consumed: frozenset[str],
+    label: str | None,
+) -> tuple[Run, ...]:
+    """Runs of one growing axis: the old entries, then copies of them in their order, repeatedly."""
+    fan_in = dim.role is Role.IN or (dim.role is Role.SCALE and name in consumed)
+    fill = Fill.COPY
+    if dim.role is Role.IN:
+        fill = treatment.fan_in
+    elif dim.role in (Role.OUT, Role.BIAS):
+        fill = treatment.fan_out
+        if fill is Fill.ZERO and label in NONLINEAR_LABELS:
+            fill = Fill.COPY
+    spans = [(0, growth.source, treatment.alpha(growth) if fan_in else 1.0)]
+    if fan_in and treatment.per_column:
+        spans = [(start, stop, 1.0 / m) for start, stop, m in growth.multiplicities()]
+    runs: list[Run] = []
+    at = 0
+    while at < growth.target:
+        for start, stop, scale in spans:
+            length = min(stop - start, growth.target - at)
+            if length > 0:
+                new = at >= growth.source
+                runs.append(Run(at, start, length, new, scale, fill if new else Fill.COPY))
+                at += length
+    return tuple(runs)
+
+
+def _concatenated(parts: list[tuple[Run, ...]], widths: list[int]) -> tuple[Run, ...]:
+    runs: list[Run] = []
+    source = target = 0
+    for part, width in zip(parts, widths, strict=True):
+        runs += [replace(r, target=r.target + target, source=r.source + source) for r in part]
+        source += width
+        target += part[-1].target + part[-1].length
+    return _merged(runs)
+
+
+def _flattened(outer: tuple[Run, ...], inner: tuple[Run, ...], width: int) -> tuple[Run, ...]:
+    """Row-major product of runs; ``width`` is the inner source size."""
+    target_width = inner[-1].target + inner[-1].length
+    if inner == (Run(0, 0, width),):
+        return tuple(
+            replace(r, target=r.target * width, source=r.source * width, length=r.length * width)
+            for r in outer
+        )
+    runs = [
+        Run(
+            target=(o.target + i) * target_width + r.target,
+            source=(o.source + i) * width + r.source,
+            length=r.length,
+            new=o.new or r.new,
+            scale=o.scale * r.scale,
+            fill=max(o.fill, r.fill) if not (o.shield or r.shield) else Fill.COPY,
+            shield=False,
+        )
+        for o in outer
+        for i in range(o.length)
+        for r in inner
+    ]
+    return _merged(runs)
+
+
+def _merged(runs: list[Run]) -> tuple[Run, ...]:
+    """Join neighbours that continue each other."""
+    merged = [runs[0]]
+    for run in runs[1:]:
+        last = merged[-1]
+        continues = replace(last, target=run.target, source=run.source, length=run.length) == run
+        if continues and last.source + last.length == run.source:
+            merged[-1] = replace(last, length=last.length + run.length)
+        else:
+            merged.append(run)
+    return tuple(merged)

@@ -1,0 +1,199 @@
+"""A whole model's layout: which tensor has which dims, which axes may grow, and what follows.
+
+It is made by inference, by a layout file, or by a file in the package; everything after it (plan,
+execution, verification, training) knows the architecture from here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.expr import PACKINGS, TensorLayout, axis_names, size_of
+from sparkling_cli.layout.names import NameTemplate, skeleton
+from sparkling_cli.layout.parse import parse_expr, parse_layout
+
+
+@dataclass(frozen=True)
+class AxisInfo:
+    """One axis: its size, whether it may be widened, and with which others.
+
+    Attributes:
+        size: entries now.
+        widenable: proved (or declared by a layout file) to be safe to widen.
+        reason: why it cannot be widened, or how it was proved.
+        joint: axes that must grow by the same factor (hidden coupled to heads).
+        multiple_of: its size must stay a multiple of this.
+    """
+
+    size: int
+    widenable: bool = False
+    reason: str = ""
+    joint: tuple[str, ...] = ()
+    multiple_of: int = 1
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """A factor on one tensor that follows from widening ``axis`` (App. D.1 and the like).
+
+    The factor is ``(d'/d)**power``, and, if ``fan_in``, also the axis's fan-in factor, entry by entry:
+    for a tied head the final norm carries what the shared matrix cannot. ``offset`` is 1 for norms that
+    compute ``(1 + w)``: the tensor becomes ``c (w + offset) - offset``. With ``config`` set, the factor
+    goes into that config number instead of a tensor.
+    """
+
+    axis: str
+    tensor: str = ""
+    config: str = ""
+    fan_in: bool = False
+    power: float = 0.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class TensorPattern:
+    """A name template and the layout of every tensor that it stands for."""
+
+    name: str
+    layout: str
+
+    @cached_property
+    def template(self) -> NameTemplate:
+        """The parsed name."""
+        return NameTemplate(self.name)
+
+    @cached_property
+    def dims(self) -> TensorLayout:
+        """The parsed layout."""
+        return parse_layout(self.layout)
+
+
+class PatternTable:
+    """Finds the one pattern for a name; 40,000 names cost one dict lookup each."""
+
+    def __init__(self, patterns: Iterable[TensorPattern]) -> None:
+        self.patterns = tuple(patterns)
+        self._by_key: dict[str, list[TensorPattern]] = {}
+        for pattern in self.patterns:
+            self._by_key.setdefault(pattern.template.key, []).append(pattern)
+
+    def find(self, name: str) -> TensorPattern:
+        """The pattern that stands for ``name``.
+
+        Raises:
+            LayoutError: none does, or more than one.
+        """
+        found = [p for p in self._by_key.get(skeleton(name), ()) if p.template.matches(name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            both = ", ".join(repr(p.name) for p in found)
+            raise LayoutError(f"tensor {name!r} matches {len(found)} patterns of the layout: {both}")
+        raise LayoutError(
+            f"tensor {name!r} matches no pattern of the layout",
+            hint="print the layout with `sparkling layout CKPT`, add the tensor, pass it by --layout",
+        )
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """Layouts of all tensors of a model, in the module and on disk.
+
+    Attributes:
+        name: the model's class, or the layout file's own name.
+        axes: every named axis.
+        tensors: patterns under the module's names; optimizer state follows these.
+        disk: patterns under the names on disk, where they differ from the module's.
+        config: config key (dotted for nested) -> term that gives its value, e.g. ``(kv_heads q_per_kv)``.
+        compensations: factors that follow from widening.
+        tied: groups of module names that share one storage.
+        aliases: other names for an axis that users may say (``expert_ffn`` -> ``ffn``).
+        notes: what a reader of the layout should know.
+    """
+
+    name: str
+    axes: Mapping[str, AxisInfo]
+    tensors: tuple[TensorPattern, ...]
+    disk: tuple[TensorPattern, ...] | None = None
+    config: Mapping[str, str] = field(default_factory=dict)
+    compensations: tuple[Compensation, ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Axis sizes before widening."""
+        return {name: info.size for name, info in self.axes.items()}
+
+    @cached_property
+    def module_table(self) -> PatternTable:
+        """Patterns under module names."""
+        return PatternTable(self.tensors)
+
+    @cached_property
+    def disk_table(self) -> PatternTable:
+        """Patterns under on-disk names."""
+        return self.module_table if self.disk is None else PatternTable(self.disk)
+
+    def config_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The value of every config key in ``config`` under the given axis sizes."""
+        return {key: size_of(parse_expr(text), sizes) for key, text in self.config.items()}
+
+    def check_axes(self) -> None:
+        """Every axis that a term uses is declared.
+
+        Raises:
+            LayoutError: names the first axis that is not, and where it is used.
+        """
+        known = set(self.axes) | set(PACKINGS)
+        for pattern in (*self.tensors, *(self.disk or ())):
+            for axis in pattern.dims.axes() - known:
+                raise LayoutError(
+                    f"axis {axis!r} in the layout of {pattern.name!r} is not declared: {pattern.layout}"
+                )
+        for key, text in self.config.items():
+            for axis in set(axis_names(parse_expr(text))) - known:
+                raise LayoutError(f"axis {axis!r} in the config key {key!r} is not declared: {text}")
+
+    def check_shapes(
+        self, shapes: Mapping[str, tuple[int, ...]], *, on_disk: bool, complete: bool = True
+    ) -> None:
+        """Every tensor has one pattern and the shape that it says; every pattern has a tensor.
+
+        Args:
+            shapes: name -> shape, as found.
+            on_disk: whether the names are on-disk names.
+            complete: whether a pattern without a tensor is an error.
+
+        Raises:
+            LayoutError: with the pattern, the shape and the sizes involved.
+        """
+        table = self.disk_table if on_disk else self.module_table
+        used = set()
+        for name, shape in shapes.items():
+            pattern = table.find(name)
+            used.add(pattern.name)
+            expected = pattern.dims.shape(self.sizes)
+            if expected != tuple(shape):
+                raise LayoutError(self._mismatch(name, pattern, shape, expected))
+        unused = [p.name for p in table.patterns if p.name not in used]
+        if complete and unused:
+            raise LayoutError(
+                f"{len(unused)} pattern(s) of the layout match no tensor, the first: {unused[0]!r}",
+                hint="a shard may be missing, or the layout is for another model",
+            )
+
+    def _mismatch(
+        self, name: str, pattern: TensorPattern, found: tuple[int, ...], expected: tuple[int, ...]
+    ) -> str:
+        sizes = ", ".join(
+            f"{axis} = {self.sizes[axis]}" for axis in sorted(pattern.dims.axes()) if axis in self.sizes
+        )
+        return (
+            f"tensor {name!r} has shape {tuple(found)}, its layout says {expected}\n"
+            f"    {pattern.name}: {pattern.layout}\n    {sizes}"
+        )

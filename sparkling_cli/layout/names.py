@@ -1,0 +1,90 @@
+"""Tensor-name templates: ``model.layers.{layers}.mlp.up_proj.weight``.
+
+A placeholder stands for one run of digits between dots. ``{layers=0,4-7}`` restricts it to some
+indices, for models whose layers differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.parse import fault
+
+_PLACEHOLDER = re.compile(r"\{(?P<axis>[A-Za-z_]\w*)(?:=(?P<only>[\d,\-]+))?\}")
+_DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def skeleton(name: str) -> str:
+    """The name with every run of digits between dots replaced by ``*``; equal for all layers."""
+    return _DIGITS.sub("*", name)
+
+
+@dataclass(frozen=True)
+class NameTemplate:
+    """A parsed template."""
+
+    text: str
+
+    @cached_property
+    def _parts(self) -> tuple[re.Pattern[str], tuple[frozenset[int] | None, ...]]:
+        pattern = []
+        limits = []
+        at = 0
+        for match in _PLACEHOLDER.finditer(self.text):
+            pattern.append(re.escape(self.text[at : match.start()]))
+            pattern.append(r"(\d+)")
+            limits.append(_indices(self.text, match) if match.group("only") else None)
+            at = match.end()
+        rest = self.text[at:]
+        if "{" in rest or "}" in rest:
+            where = at + min(i for i in (rest.find("{"), rest.find("}")) if i >= 0)
+            raise fault(self.text, where, "a placeholder is written {axis} or {axis=0,2-5}")
+        pattern.append(re.escape(rest))
+        return re.compile("".join(pattern)), tuple(limits)
+
+    @property
+    def key(self) -> str:
+        """The skeleton that every matching name has."""
+        return skeleton(_PLACEHOLDER.sub("0", self.text))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes that are stored in the name."""
+        return tuple(m.group("axis") for m in _PLACEHOLDER.finditer(self.text))
+
+    def matches(self, name: str) -> bool:
+        """Whether the template stands for this name."""
+        pattern, limits = self._parts
+        match = pattern.fullmatch(name)
+        if match is None:
+            return False
+        return all(
+            only is None or int(text) in only for text, only in zip(match.groups(), limits, strict=True)
+        )
+
+
+def _indices(text: str, match: re.Match[str]) -> frozenset[int]:
+    found: set[int] = set()
+    for part in match.group("only").split(","):
+        low, _, high = part.partition("-")
+        if not low or (_ and not high) or (high and int(high) < int(low)) or len(low + high) > 12:
+            raise fault(text, match.start("only"), f"not a list of indices: {match.group('only')!r}")
+        found.update(range(int(low), int(high or low) + 1))
+    return frozenset(found)
+
+
+def compress(indices: Iterable[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2,5``: the inside of a restricted placeholder."""
+    spans: list[tuple[int, int]] = []
+    for i in sorted(set(indices)):
+        if spans and spans[-1][1] == i - 1:
+            spans[-1] = (spans[-1][0], i)
+        else:
+            spans.append((i, i))
+    if not spans:
+        raise LayoutError("a placeholder needs at least one index")
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
