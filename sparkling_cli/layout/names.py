@@ -7,7 +7,7 @@ indices, for models whose layers differ.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,15 +56,35 @@ class NameTemplate:
         """Names of the axes that are stored in the name."""
         return tuple(m.group("axis") for m in _PLACEHOLDER.finditer(self.text))
 
+    def fill(self, indices: Mapping[str, int]) -> str:
+        """The name with these indices.
+
+        Raises:
+            LayoutError: an axis has no index.
+        """
+        missing = [axis for axis in self.axes if axis not in indices]
+        if missing:
+            raise LayoutError(f"no index for {{{missing[0]}}} of {self.text!r}")
+        return _PLACEHOLDER.sub(lambda match: str(indices[match.group("axis")]), self.text)
+
+    @property
+    def placeholders(self) -> tuple[tuple[str, frozenset[int] | None], ...]:
+        """Every axis in the name, with the indices that it is restricted to (None: all)."""
+        return tuple(zip(self.axes, self._parts[1], strict=True))
+
     def matches(self, name: str) -> bool:
         """Whether the template stands for this name."""
+        return self.indices(name) is not None
+
+    def indices(self, name: str) -> tuple[int, ...] | None:
+        """The name's index on every axis in ``axes``; None if the template does not stand for it."""
         pattern, limits = self._parts
         match = pattern.fullmatch(name)
         if match is None:
-            return False
-        return all(
-            only is None or int(text) in only for text, only in zip(match.groups(), limits, strict=True)
-        )
+            return None
+        found = tuple(map(int, match.groups()))
+        fits = all(only is None or i in only for i, only in zip(found, limits, strict=True))
+        return found if fits else None
 
 
 def _indices(text: str, match: re.Match[str]) -> frozenset[int]:

@@ -1,0 +1,24 @@
+"""Parameters, active parameters and FLOPs, from a layout and axis sizes alone.
+
+``shape`` counts parameters, ``flops`` compares training progressively with training from scratch,
+``quantity`` reads and writes numbers such as ``200B``.
+"""
+
+from sparkling_cli.compute.flops import ComputePlan, Phase, Saving, plan_compute, step_saving, train_flops
+from sparkling_cli.compute.quantity import format_count, parse_count
+from sparkling_cli.compute.shape import ModelShape, ParameterCount, experts_per_token, shape_of
+
+__all__ = [
+    "ComputePlan",
+    "ModelShape",
+    "ParameterCount",
+    "Phase",
+    "Saving",
+    "experts_per_token",
+    "format_count",
+    "parse_count",
+    "plan_compute",
+    "shape_of",
+    "step_saving",
+    "train_flops",
+]

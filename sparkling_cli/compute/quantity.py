@@ -1,0 +1,49 @@
+"""Counts as people write them: ``200B`` tokens, ``1.5T``, ``2e11``."""
+
+from __future__ import annotations
+
+import re
+
+from sparkling_cli.errors import SpecError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_COUNT = re.compile(r"(?P<number>\d[\d_]*(?:\.\d+)?(?:[eE][+]?\d{1,2})?)\s*(?P<unit>[KMBGTkmbgt]?)")
+
+
+def parse_count(text: str, what: str = "count") -> int:
+    """``"200B"`` as 200,000,000,000. Units are decimal: K, M, B (or G), T.
+
+    Raises:
+        SpecError: not such a number, or not a whole one.
+    """
+    match = _COUNT.fullmatch(text.strip().replace(",", ""))
+    if match is None:
+        raise SpecError(
+            f"{what}: {text!r} is not a count", hint="write it as 200B, 1.5T, 500M, 2e11 or 200000000000"
+        )
+    number = match["number"].replace("_", "")
+    unit = _UNITS[match["unit"].upper()]
+    # whole numbers stay exact; others are decimal fractions of a unit, exact in float up to 2^53
+    count = int(number) * unit if number.isdigit() else round(float(number) * unit)
+    if count < 1:
+        raise SpecError(f"{what}: {text!r} must be above zero")
+    return count
+
+
+def format_count(value: float) -> str:
+    """A count with three significant digits and a unit: ``449M``, ``2.56B``."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= 0.9995 * size:
+            scaled = value / size
+            digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
+            return f"{scaled:.{digits}f}{unit}"
+    return f"{value:.0f}"
+
+
+def format_bytes(value: float) -> str:
+    """Bytes in binary units: ``11.2 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

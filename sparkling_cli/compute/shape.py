@@ -1,0 +1,177 @@
+"""How many parameters a model has, and how many of them work on one token.
+
+Everything follows from the layouts: a tensor's shape from its dims and the axes' sizes, the number of
+such tensors from the axes in its name. A tensor belongs to *one expert of many* when an expert axis is
+stacked in it (``experts | ...``) or stored in its name (``{experts}``); of those a token uses
+``used/size``. Everything else, the router, shared experts and embeddings included, is active.
+
+The convention is the paper's (it reproduces Table 2): every parameter counts once, embeddings and norms
+too; a tied output head is the embedding itself and is not counted again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from math import prod
+from typing import Any
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.expr import PACKINGS, Role, axis_names
+from sparkling_cli.layout.geometry import Growth
+from sparkling_cli.layout.model import ModelLayout, TensorPattern
+
+#: Config keys that say how many experts work on one token. Each is what one or more model families of
+#: transformers call it; the meaning is the same, so no architecture is named.
+EXPERTS_PER_TOKEN_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "num_selected_experts",
+    "expert_top_k",
+    "router_top_k",
+    "top_k",
+)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of one model.
+
+    Attributes:
+        total: all of them.
+        active: those that work on one token (N of Eq. 29).
+        embedding: those of tensors indexed by vocabulary entry, a tied head once; part of both.
+    """
+
+    total: int
+    active: int
+    embedding: int = 0
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What counting needs of a model.
+
+    Attributes:
+        patterns: every tensor pattern of the module.
+        sizes: axis -> entries.
+        used: expert axis -> how many of its entries work on one token.
+        tied: groups of names that share one storage.
+    """
+
+    patterns: tuple[TensorPattern, ...]
+    sizes: Mapping[str, int]
+    used: Mapping[str, int] = field(default_factory=dict)
+    tied: tuple[tuple[str, ...], ...] = ()
+
+    def grown(self, growth: Mapping[str, Growth]) -> ModelShape:
+        """The same model with wider axes."""
+        return replace(self, sizes={**self.sizes, **{axis: g.target for axis, g in growth.items()}})
+
+    def count(self) -> ParameterCount:
+        """Total and active parameters.
+
+        Raises:
+            LayoutError: an axis has no size.
+        """
+        total = embedding = 0
+        active = Fraction(0)
+        for pattern in self.patterns:
+            entries = self._copies(pattern) * prod(pattern.dims.shape(self.sizes))
+            total += entries
+            active += entries * self._share(pattern)
+            if "vocab" in pattern.dims.axes():
+                embedding += entries
+        for pattern in self._counted_twice():
+            entries = prod(pattern.dims.shape(self.sizes))
+            total -= entries
+            active -= entries * self._share(pattern)
+            if "vocab" in pattern.dims.axes():
+                embedding -= entries
+        return ParameterCount(total, round(active), embedding)
+
+    def _copies(self, pattern: TensorPattern) -> int:
+        return prod(
+            len(only) if only is not None else self._size(axis, pattern)
+            for axis, only in pattern.template.placeholders
+        )
+
+    def _size(self, axis: str, pattern: TensorPattern) -> int:
+        if axis not in self.sizes:
+            raise LayoutError(f"axis {axis!r} in the name {pattern.name!r} has no size")
+        return self.sizes[axis]
+
+    def _share(self, pattern: TensorPattern) -> Fraction:
+        """The share of a pattern's entries that works on one token."""
+        stacked = {
+            axis for dim in pattern.dims.dims if dim.role is Role.STACK for axis in axis_names(dim.expr)
+        }
+        share = Fraction(1)
+        for axis in {*pattern.template.axes, *stacked} & set(self.used):
+            share *= Fraction(min(self.used[axis], self.sizes[axis]), self.sizes[axis])
+        return share
+
+    def _counted_twice(self) -> Iterable[TensorPattern]:
+        """The pattern of every name in a tied group but the first, where the layout lists it."""
+        for group in self.tied:
+            listed = [p for name in group for p in self.patterns if p.template.matches(name)]
+            yield from listed[1:]
+
+
+def experts_per_token(config: Mapping[str, Any]) -> int | None:
+    """How many experts work on one token, if the config (or a config nested in it) says so."""
+    for key in EXPERTS_PER_TOKEN_KEYS:
+        value = config.get(key)
+        # some families give one number per layer; equal ones are as good as one
+        if isinstance(value, (list, tuple)) and value and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    for value in config.values():
+        if isinstance(value, Mapping):
+            found = experts_per_token(value)
+            if found is not None:
+                return found
+    return None
+
+
+def shape_of(
+    layout: ModelLayout, config: Mapping[str, Any] | None = None, *, top_k: int | None = None
+) -> ModelShape:
+    """What counting needs, from a layout and the config that it belongs to.
+
+    Args:
+        layout: of the model.
+        config: where the number of experts per token stands; not needed without experts.
+        top_k: that number, if it is known otherwise.
+
+    Raises:
+        LayoutError: the layout has experts, and nothing says how many of them work on one token.
+    """
+    shape = ModelShape(layout.tensors, layout.sizes, {}, layout.tied)
+    expert_axes = {axis for axis in _repeated_axes(layout.tensors) if "expert" in axis}
+    if not expert_axes:
+        return shape
+    used = top_k if top_k is not None else experts_per_token(config or {})
+    if used is None:
+        raise LayoutError(
+            f"{layout.name} has routed experts, but the config does not say how many work on one token",
+            hint="give the number by --experts-per-token",
+        )
+    return replace(shape, used=dict.fromkeys(sorted(expert_axes), used))
+
+
+def _repeated_axes(patterns: Iterable[TensorPattern]) -> set[str]:
+    """Axes along which whole tensors repeat: in names, or stacked."""
+    found: set[str] = set()
+    for pattern in patterns:
+        found.update(pattern.template.axes)
+        for dim in pattern.dims.dims:
+            if dim.role is Role.STACK:
+                found.update(axis_names(dim.expr))
+    return found - set(PACKINGS)
