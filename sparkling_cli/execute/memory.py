@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sparkling_cli.checkpoint.model import FLOATING
 from sparkling_cli.execute.fill import normal
-from sparkling_cli.layout.geometry import Fill, View, ViewDim
+from sparkling_cli.execute.moments import standard_deviation
+from sparkling_cli.layout.geometry import Fill, View, ViewDim, target_shape
 
 if TYPE_CHECKING:
     import torch
-
-
-def target_shape(view: View) -> tuple[int, ...]:
-    """The storage shape that a view widens to."""
-    sizes: dict[int, int] = {}
-    for dim in view:
-        sizes[dim.dim] = sizes.get(dim.dim, 1) * dim.target
-    return tuple(sizes[i] for i in sorted(sizes))
 
 
 def widen_tensor(
@@ -30,27 +24,52 @@ def widen_tensor(
 ) -> torch.Tensor:
     """The widened tensor: same dtype, shape ``target_shape(view)``.
 
-    Arithmetic is float32 (float64 for float64 sources), rounded once.
+    Arithmetic is float32 (float64 for float64 sources), rounded once. Entries that are only copied keep
+    their bits; dtypes that are no floating ones can only be copied or zero.
+
+    Raises:
+        TypeError: arithmetic on a dtype that has none.
     """
     import torch
 
     if all(dim.identity for dim in view) and scale == 1.0 and offset == 0.0:
         return source.clone()
     wide = torch.float64 if source.dtype == torch.float64 else torch.float32
-    work = source.reshape([dim.source for dim in view]).to(wide)
+    picked = source.reshape([dim.source for dim in view])
     for i, dim in enumerate(view):
-        work = work.index_select(i, _index(dim))
+        picked = _picked(picked, i, _index(dim))
     factor = torch.full((), scale, dtype=wide)
     for i, dim in enumerate(view):
         factor = factor * _along(_scales(dim).to(wide), i, len(view))
     fills = combined_fills(view)
-    values = work * factor + offset
-    if (fills == Fill.RANDOM).any():
-        std = source.to(torch.float64).std(correction=0).item()
-        noise = normal(seed, stream, 0, values.numel()).reshape(values.shape).to(wide)
-        values = torch.where(fills == Fill.RANDOM, noise * (std * factor), values)
-    values = torch.where(fills == Fill.ZERO, torch.zeros((), dtype=wide), values)
-    return values.to(source.dtype).reshape(target_shape(view))
+    computed = (factor != 1) if offset == 0.0 else torch.ones((), dtype=torch.bool)
+    computed = (computed & (fills == Fill.COPY)) | (fills == Fill.RANDOM)
+    if str(source.dtype).removeprefix("torch.") not in FLOATING and computed.any():
+        raise TypeError(f"{source.dtype} entries can be copied, not computed")
+    if computed.any():
+        work = picked.to(wide)
+        values = work * factor + offset if offset else work * factor
+        if (fills == Fill.RANDOM).any():
+            std = standard_deviation(source)
+            noise = normal(seed, stream, 0, values.numel()).reshape(values.shape).to(wide)
+            values = torch.where(fills == Fill.RANDOM, noise * (std * factor), values)
+        picked = torch.where(computed, values.to(source.dtype), picked)
+    if (fills == Fill.ZERO).any():
+        picked = _bits(picked).masked_fill(fills == Fill.ZERO, 0).view(source.dtype)
+    return picked.reshape(target_shape(view))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as integers, for what torch does not do with dtypes that it only stores."""
+    import torch
+
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    size = tensor.element_size()
+    return tensor.view(integers[size]) if size in integers else tensor
+
+
+def _picked(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    return _bits(tensor).index_select(dim, index).view(tensor.dtype)
 
 
 def combined_fills(view: View) -> torch.Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
-from typing import Union
 
 from sparkling_cli.errors import LayoutError
 
@@ -87,7 +86,7 @@ class Sum:
         return _labelled(self.label, "(" + " + ".join(map(str, self.parts)) + ")")
 
 
-Expr = Union[Axis, Fixed, Product, Sum]
+Expr = Axis | Fixed | Product | Sum
 
 
 def _labelled(label: str | None, text: str) -> str:

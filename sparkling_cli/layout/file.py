@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +19,10 @@ else:
     import tomli as tomllib
 
 FORMAT = 1
+
+
+#: JSON and TOML have lists only
+_Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class _Strict(BaseModel):
@@ -50,7 +54,8 @@ class _File(_Strict):
     disk: dict[str, str] | None = None
     config: dict[str, str] = {}
     compensate: tuple[_Compensation, ...] = Field(default=(), strict=False)
-    tied: tuple[tuple[str, ...], ...] = Field(default=(), strict=False)
+    tied: tuple[_Names, ...] = Field(default=(), strict=False)
+    assembly: dict[str, _Names] = {}
     aliases: dict[str, str] = {}
     notes: tuple[str, ...] = Field(default=(), strict=False)
 
@@ -77,6 +82,7 @@ def from_dict(data: Mapping[str, Any], where: str) -> ModelLayout:
         config=file.config,
         compensations=tuple(Compensation(**c.model_dump()) for c in file.compensate),
         tied=file.tied,
+        assembly=file.assembly,
         aliases=file.aliases,
         notes=file.notes,
     )
@@ -98,6 +104,8 @@ def to_dict(layout: ModelLayout) -> dict[str, Any]:
     data["tensors"] = {p.name: p.layout for p in layout.tensors}
     if layout.disk is not None:
         data["disk"] = {p.name: p.layout for p in layout.disk}
+    if layout.assembly:
+        data["assembly"] = {name: list(parts) for name, parts in layout.assembly.items()}
     if layout.compensations:
         data["compensate"] = [
             {k: v for k, v in vars(c).items() if v not in ("", False, 0.0)} for c in layout.compensations

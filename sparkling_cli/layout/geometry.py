@@ -144,6 +144,23 @@ def view_of(
     return tuple(dims)
 
 
+def target_shape(view: View) -> tuple[int, ...]:
+    """The storage shape that a view widens to."""
+    return _storage_shape(view, [dim.target for dim in view])
+
+
+def source_shape(view: View) -> tuple[int, ...]:
+    """The storage shape that a view widens from."""
+    return _storage_shape(view, [dim.source for dim in view])
+
+
+def _storage_shape(view: View, sizes: list[int]) -> tuple[int, ...]:
+    shape: dict[int, int] = {}
+    for dim, size in zip(view, sizes, strict=True):
+        shape[dim.dim] = shape.get(dim.dim, 1) * size
+    return tuple(shape[i] for i in sorted(shape))
+
+
 def _factors(expr: Expr) -> tuple[Expr, ...]:
     """Split at the outermost products; a labelled product hands its label to every factor."""
     if not isinstance(expr, Product):

@@ -109,7 +109,10 @@ class ModelLayout:
         disk: patterns under the names on disk, where they differ from the module's.
         config: config key (dotted for nested) -> term that gives its value, e.g. ``(kv_heads q_per_kv)``.
         compensations: factors that follow from widening.
-        tied: groups of module names that share one storage.
+        tied: groups of module names that share one storage; all have the first one's layout.
+        assembly: module name template -> templates on disk that it is made of, where they differ. Axes
+            that only the names on disk have are stacked in front; several templates are concatenated,
+            in order, along the dim behind those.
         aliases: other names for an axis that users may say (``expert_ffn`` -> ``ffn``).
         notes: what a reader of the layout should know.
     """
@@ -121,6 +124,7 @@ class ModelLayout:
     config: Mapping[str, str] = field(default_factory=dict)
     compensations: tuple[Compensation, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
+    assembly: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -138,6 +142,24 @@ class ModelLayout:
     def disk_table(self) -> PatternTable:
         """Patterns under on-disk names."""
         return self.module_table if self.disk is None else PatternTable(self.disk)
+
+    @cached_property
+    def _canonical(self) -> dict[str, str]:
+        return {name: group[0] for group in self.tied for name in group[1:]}
+
+    def canonical(self, name: str) -> str:
+        """The name whose layout holds for a tied tensor; other names are returned as they are."""
+        return self._canonical.get(name, name)
+
+    def check_one(self, name: str, pattern: TensorPattern, shape: tuple[int, ...]) -> None:
+        """The tensor has the shape that its layout says.
+
+        Raises:
+            LayoutError: with the pattern, the shape and the sizes involved.
+        """
+        expected = pattern.dims.shape(self.sizes)
+        if expected != tuple(shape):
+            raise LayoutError(self._mismatch(name, pattern, shape, expected))
 
     def config_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The value of every config key in ``config`` under the given axis sizes."""
@@ -175,12 +197,15 @@ class ModelLayout:
         table = self.disk_table if on_disk else self.module_table
         used = set()
         for name, shape in shapes.items():
-            pattern = table.find(name)
+            pattern = table.find(self.canonical(name))
             used.add(pattern.name)
-            expected = pattern.dims.shape(self.sizes)
-            if expected != tuple(shape):
-                raise LayoutError(self._mismatch(name, pattern, shape, expected))
-        unused = [p.name for p in table.patterns if p.name not in used]
+            self.check_one(name, pattern, shape)
+        followers = [n for group in self.tied for n in group[1:]]
+        unused = [
+            p.name
+            for p in table.patterns
+            if p.name not in used and not any(p.template.matches(n) for n in followers)
+        ]
         if complete and unused:
             raise LayoutError(
                 f"{len(unused)} pattern(s) of the layout match no tensor, the first: {unused[0]!r}",

@@ -1,0 +1,188 @@
+"""The public Python functions; the command line is a thin layer on them.
+
+``expand`` writes a wider checkpoint, ``make_plan`` says what it would do, ``verify`` proves an output,
+``inspect`` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.errors import SpecError
+from sparkling_cli.spec.model import ExpansionSpec
+
+if TYPE_CHECKING:
+    from sparkling_cli.checkpoint.model import Checkpoint, OutputFile
+    from sparkling_cli.execute.stream import Written
+    from sparkling_cli.layout.model import ModelLayout
+    from sparkling_cli.manifest import Manifest
+    from sparkling_cli.plan.model import Plan
+    from sparkling_cli.plan.totals import Totals
+
+#: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with all that its execution needs; nothing is written yet."""
+
+    plan: Plan
+    files: tuple[OutputFile, ...]
+    totals: Totals
+    previous: Manifest | None
+    spec: ExpansionSpec
+
+
+@dataclass(frozen=True)
+class ExpansionResult:
+    """A finished expansion.
+
+    Attributes:
+        destination: the output.
+        prepared: what was planned.
+        written: digests.
+        facts: the report as plain data: what ``sparkling/report.json`` holds.
+    """
+
+    destination: Path
+    prepared: Prepared
+    written: Written
+    facts: Mapping[str, Any]
+
+
+def open_source(
+    source: Path, *, layout: Path | None = None, model: str | None = None
+) -> tuple[Checkpoint, ModelLayout, Manifest | None]:
+    """Open a checkpoint, find its layout, and name its optimizer state.
+
+    The layout comes from ``layout``, else from the manifest of an earlier expansion, else from a file in
+    the package, else by inference from the model's own code.
+
+    Raises:
+        CheckpointError, LayoutError: see there.
+    """
+    from sparkling_cli.checkpoint.detect import open_checkpoint
+    from sparkling_cli.inference.locate import find_layout, named_states
+
+    checkpoint = open_checkpoint(source)
+    previous = previous_manifest(source)
+    found = find_layout(checkpoint, layout_path=layout, model=model, previous=previous)
+    return named_states(checkpoint, found, model=model), found, previous
+
+
+def previous_manifest(source: Path) -> Manifest | None:
+    """The manifest of an earlier expansion that this checkpoint descends from, if there is one."""
+    from sparkling_cli.execute.commit import sidecar_root
+    from sparkling_cli.manifest import MANIFEST, read_manifest
+
+    path = sidecar_root(source, source.is_file()) / MANIFEST
+    return read_manifest(path) if path.is_file() else None
+
+
+def make_plan(
+    source: Path | str,
+    spec: ExpansionSpec,
+    *,
+    layout: Path | None = None,
+    model: str | None = None,
+) -> Prepared:
+    """Plan an expansion from shapes alone.
+
+    Raises:
+        SpecError, CheckpointError, LayoutError: the source, the spec or their union is unsound.
+    """
+    from sparkling_cli.plan.build import build_plan
+    from sparkling_cli.plan.outputs import lay_out
+    from sparkling_cli.plan.totals import totals_of
+
+    checkpoint, found, previous = open_source(Path(source), layout=layout, model=model)
+    plan = build_plan(checkpoint, found, spec)
+    files = lay_out(plan)
+    return Prepared(plan, files, totals_of(plan, files), previous, spec)
+
+
+def expand(
+    source: Path | str,
+    destination: Path | str | None = None,
+    spec: ExpansionSpec | None = None,
+    *,
+    layout: Path | None = None,
+    model: str | None = None,
+    memory: int = 1 << 30,
+    threads: int | None = None,
+    data: Path | None = None,
+    report: str = "auto",
+    progress: Progress | None = None,
+    prepared: Prepared | None = None,
+    **options: Any,
+) -> ExpansionResult:
+    """Write a wider checkpoint.
+
+    Args:
+        source: the checkpoint; never written to.
+        destination: the output; must not exist. Default: beside the source, named after the growth.
+        spec: what to do; or its fields as keyword ``options`` (``axes=[{"axis": "ffn", "factor": 2}]``).
+        layout: a layout file instead of inference.
+        model: ``package.module:factory`` of a user's own model.
+        memory: budget in bytes.
+        threads: worker threads; default by the machine.
+        data: text or tokens to measure activations on.
+        report: ``full``, ``none``, or ``auto``: activations are measured unless the model is large.
+        progress: see :data:`Progress`.
+        prepared: a plan made before by :func:`make_plan`.
+        options: fields of the spec.
+
+    Raises:
+        SparklingError: one of its kinds; nothing that looks finished is left behind.
+    """
+    from sparkling_cli.execute.distributed import execute_shared
+    from sparkling_cli.outcome import sidecar_files
+
+    if prepared is None:
+        prepared = make_plan(source, _spec(spec, options), layout=layout, model=model)
+    target = Path(destination) if destination is not None else default_destination(Path(source), prepared)
+    facts: dict[str, Any] = {}
+
+    def sidecar(written: Written, root: Path) -> Mapping[str, bytes]:
+        files, found = sidecar_files(prepared, written, root, target, data=data, report=report)
+        facts.update(found)
+        return files
+
+    shown = progress("writing", prepared.totals.bytes_after) if progress else nullcontext(lambda _n: None)
+    with shown as advance:
+        written = execute_shared(
+            prepared.plan,
+            prepared.files,
+            target,
+            memory=memory,
+            threads=threads,
+            progress=advance,
+            sidecar=sidecar,
+        )
+    return ExpansionResult(target, prepared, written, facts)
+
+
+def _spec(spec: ExpansionSpec | None, options: Mapping[str, Any]) -> ExpansionSpec:
+    from sparkling_cli.spec.sources import make_spec
+
+    if spec is None:
+        return make_spec(options, "options")
+    if options:
+        raise SpecError(f"give a spec or its fields as options, not both; options: {', '.join(options)}")
+    return spec
+
+
+def default_destination(source: Path, prepared: Prepared) -> Path:
+    """``checkpoint-1000-ffn2x`` beside ``checkpoint-1000``."""
+    parts = []
+    for name, grown in sorted(prepared.plan.growth.items()):
+        parts.append(f"{name}{grown.target / grown.source:.4g}x")
+    source = source.resolve()
+    suffix = source.suffix if source.is_file() else ""
+    stem = source.name[: len(source.name) - len(suffix)]
+    return source.with_name(f"{stem}-{'-'.join(parts)}{suffix}")

@@ -1,0 +1,4 @@
+"""The command line: thin commands that parse, call the API and render.
+
+``app`` registers the commands, ``console`` is the one output sink, one module per command.
+"""

@@ -1,0 +1,136 @@
+"""The one place where commands write: people, machines or nobody; and the table of exit codes.
+
+Facts go to stdout, everything else (progress, notes, errors) to stderr. ``--json`` prints one JSON
+document on stdout and nothing for people; without a terminal there are no escape codes.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli import __version__
+from sparkling_cli.errors import ExitCode, SparklingError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+#: version of every command's JSON; raised when a field changes its meaning or goes.
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Output:
+    """How this invocation speaks; made once from the global options."""
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def console(self, *, stderr: bool = False) -> Console:
+        """A rich console on stdout or stderr; colour only on a terminal and without NO_COLOR."""
+        from rich.console import Console
+
+        return Console(stderr=stderr, highlight=False, soft_wrap=False)
+
+    def show(self, renderable: RenderableType) -> None:
+        """A fact for people."""
+        if not self.as_json and not self.quiet:
+            self.console().print(renderable)
+
+    def note(self, text: str, *, style: str = "dim") -> None:
+        """A remark for people, on stderr."""
+        if not self.as_json and not self.quiet:
+            self.console(stderr=True).print(text, style=style, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Something that the user has to act on; also with --quiet."""
+        if not self.as_json:
+            self.console(stderr=True).print(f"warning: {text}", style="yellow", markup=False)
+
+    def data(self, command: str, facts: Mapping[str, Any]) -> None:
+        """The same facts for machines."""
+        if self.as_json:
+            document = {"schema": f"sparkling/{command}", "schema_version": SCHEMA_VERSION, **facts}
+            sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar by bytes with rate and time left, on a terminal only."""
+        console = self.console(stderr=True)
+        if self.as_json or self.quiet or not console.is_terminal:
+            yield lambda _count: None
+            return
+        from rich import progress as bars
+
+        with bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.DownloadColumn(binary_units=True),
+            bars.TransferSpeedColumn(),
+            bars.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as display:
+            task = display.add_task(title, total=total)
+            yield lambda count: display.advance(task, count)
+
+
+#: set by the app's callback; commands read it.
+output = Output()
+
+
+def fail(error: SparklingError) -> int:
+    """Print an error where this invocation expects it; the exit code to leave with."""
+    if output.as_json:
+        facts = {
+            "schema": "sparkling/error",
+            "schema_version": SCHEMA_VERSION,
+            "error": type(error).__name__,
+            "exit_code": int(error.exit_code),
+            "message": error.message,
+            "hint": error.hint,
+        }
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+    else:
+        console = output.console(stderr=True)
+        console.print(f"error: {error.message}", style="red", markup=False)
+        if error.hint:
+            console.print(f"  hint: {error.hint}", markup=False)
+    return int(error.exit_code)
+
+
+def run(app: Callable[..., Any]) -> int:
+    """Run the command line; every user-facing failure becomes a message and an exit code."""
+    import click
+
+    def terminate(_signum: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        result = app(standalone_mode=False)
+        return result if isinstance(result, int) else int(ExitCode.OK)
+    except SparklingError as error:
+        return fail(error)
+    except click.exceptions.Exit as stop:
+        return int(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return int(ExitCode.USAGE)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.stderr.write("interrupted; nothing that looks finished was left behind\n")
+        return int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return int(ExitCode.OK)
+
+
+def version_text() -> str:
+    """What ``--version`` prints."""
+    return f"sparkling {__version__}"

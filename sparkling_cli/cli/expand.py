@@ -1,0 +1,156 @@
+"""``sparkling expand``: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparkling_cli.cli import options as opt
+from sparkling_cli.cli.console import output
+
+
+def expand(
+    source: opt.CheckpointArg,
+    destination: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Output; must not exist. Default: CKPT-<axis><factor>x beside CKPT.", metavar="[DST]"
+        ),
+    ] = None,
+    axis: opt.AxisOption = [],  # noqa: B006  (typer copies it)
+    factor: opt.FactorOption = [],  # noqa: B006
+    to: opt.ToOption = [],  # noqa: B006
+    spec: opt.SpecOption = None,
+    multiple_of: opt.MultipleOption = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="copy-copy (default), zero-copy, random-copy, random-zero, random-random."),
+    ] = None,
+    scaling: Annotated[str | None, typer.Option(help="rms (default), function, none.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="asymmetric (default), asymmetric-scaled, copy, drop.")
+    ] = None,
+    rho: Annotated[float | None, typer.Option(help="Re-warmup peak / rate at expansion (1.3).")] = None,
+    rewarmup_steps: Annotated[int | None, typer.Option(help="Re-warmup length tau_w in steps (250).")] = None,
+    bias_correction: Annotated[
+        str | None, typer.Option(help="inherit (default) or fresh: Adam's step counter for new entries.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Baseline schedule if it cannot be read: cosine, linear, constant, wsd."),
+    ] = None,
+    peak_lr: Annotated[float | None, typer.Option(help="Baseline peak learning rate.")] = None,
+    min_lr: Annotated[float | None, typer.Option(help="Baseline final learning rate.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Baseline warmup steps.")] = None,
+    decay_steps: Annotated[int | None, typer.Option(help="Baseline decay steps (wsd).")] = None,
+    total_steps: Annotated[int | None, typer.Option(help="Baseline total steps.")] = None,
+    expansion_step: Annotated[int | None, typer.Option(help="Optimizer step of this checkpoint.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random fills (0).")] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(help="Weight names in the output: auto (default), disk, module."),
+    ] = None,
+    layout: opt.LayoutOption = None,
+    model: opt.ModelOption = None,
+    data: opt.DataOption = None,
+    report: Annotated[
+        str,
+        typer.Option(help="Measure activations before and after: auto (not for large models), full, none."),
+    ] = "auto",
+    memory: Annotated[str, typer.Option(help="Memory budget, e.g. 512M, 2G.")] = "1G",
+    threads: Annotated[int | None, typer.Option(help="Worker threads; default: by the machine.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan; write nothing.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Go on where weights or state hold NaN or Inf.")
+    ] = False,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+    verbose: opt.VerboseOption = False,
+) -> None:
+    """Write a wider checkpoint: weights, optimizer state, re-warmup schedule and report.
+
+    The source is never written to. The output appears whole or not at all.
+
+    Examples:
+        sparkling expand ckpt/ --axis ffn --factor 2
+
+        sparkling expand ckpt/ wide/ --axis hidden --axis heads --factor 1.5 --dry-run
+
+        sparkling expand ckpt/ --spec expansion.yaml --json
+    """
+    from sparkling_cli import api
+    from sparkling_cli.cli.render import show_plan, show_result
+    from sparkling_cli.report.facts import plan_facts
+    from sparkling_cli.spec.quantities import parse_bytes
+
+    chosen = _spec(
+        spec,
+        axis,
+        factor,
+        to,
+        {
+            "multiple_of": multiple_of,
+            "init": init,
+            "scaling": scaling,
+            "optimizer": optimizer,
+            "seed": seed,
+            "names": names,
+            "allow_nonfinite": allow_nonfinite or None,
+            "rewarmup": {"rho": rho, "steps": rewarmup_steps, "bias_correction": bias_correction},
+            "baseline": {
+                "type": schedule,
+                "peak": peak_lr,
+                "minimum": min_lr,
+                "warmup_steps": warmup_steps,
+                "decay_steps": decay_steps,
+                "total_steps": total_steps,
+                "expansion_step": expansion_step,
+            },
+        },
+    )
+    budget = parse_bytes(memory, "--memory")
+    prepared = api.make_plan(source, chosen, layout=layout, model=model)
+    target = destination or api.default_destination(source, prepared)
+    if dry_run:
+        output.data("expand", {"dry_run": True, **plan_facts(prepared, target)})
+        show_plan(output, prepared, target)
+        return
+    for warning in prepared.plan.warnings:
+        output.warn(warning)
+    result = api.expand(
+        source,
+        target,
+        chosen,
+        memory=budget,
+        threads=threads,
+        data=data,
+        report=report,
+        progress=output.progress,
+        prepared=prepared,
+    )
+    output.data("expand", {"dry_run": False, **result.facts})
+    show_result(output, result)
+
+
+def _spec(
+    path: Path | None, axis: list[str], factor: list[float], to: list[int], given: dict[str, Any]
+) -> Any:
+    from sparkling_cli.spec.sources import axes_from_options, make_spec, merge, read_spec_file
+
+    base = read_spec_file(path) if path else {}
+    over = _without_none(given)
+    axes = axes_from_options(axis, factor, to)
+    if axes:
+        over["axes"] = axes
+    return make_spec(merge(base, over), str(path) if path and not over else "options")
+
+
+def _without_none(given: dict[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in given.items():
+        inner = _without_none(value) if isinstance(value, dict) else value
+        if inner is not None and inner != {}:
+            kept[key] = inner
+    return kept

@@ -1,0 +1,104 @@
+"""Which layout holds for a checkpoint, and which parameter each piece of optimizer state belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.checkpoint.model import Checkpoint
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.inference import cache
+from sparkling_cli.layout.file import read_layout
+from sparkling_cli.layout.model import ModelLayout
+
+if TYPE_CHECKING:
+    from sparkling_cli.manifest import Manifest
+
+#: parameters of a model in order, and which of them the Trainer decays
+Parameters = tuple[list[tuple[str, tuple[int, ...]]], set[str]]
+
+
+def find_layout(
+    checkpoint: Checkpoint,
+    *,
+    layout_path: Path | None = None,
+    model: str | None = None,
+    previous: Manifest | None = None,
+) -> ModelLayout:
+    """The layout: a given file, an earlier manifest, a file of the package, or inference, in this order.
+
+    Raises:
+        LayoutError: none of them yields one; says what can be done.
+    """
+    if layout_path is not None and model is not None:
+        raise LayoutError("--layout and --model both say what the model is; give one")
+    if layout_path is not None:
+        return read_layout(layout_path)
+    if model is None and previous is not None:
+        return previous.model_layout()
+    if model is None:
+        from sparkling_cli.layout.packaged import find_packaged
+
+        packaged = find_packaged(checkpoint)
+        if packaged is not None:
+            return packaged
+    if checkpoint.config is None or (model is None and "model_type" not in checkpoint.config):
+        raise LayoutError(
+            f"nothing says what model {checkpoint.root} holds: no config of a transformers class, and no "
+            "layout file of the package fits its tensors",
+            hint="pass --layout FILE (docs: layout language) or --model package.module:factory",
+        )
+    from sparkling_cli.inference.infer import infer
+
+    return infer(checkpoint.config, model=model)
+
+
+def named_states(checkpoint: Checkpoint, layout: ModelLayout, *, model: str | None = None) -> Checkpoint:
+    """The checkpoint with optimizer state under parameter names, proved by shapes.
+
+    Formats that name their parameters are returned as they are. Numbers are resolved in the order of
+    the model's own parameters where its class is known, else of the weights in the file.
+
+    Raises:
+        CheckpointError: the numbers cannot be resolved beyond doubt.
+    """
+    if not any(state.param.isdigit() for state in checkpoint.states):
+        return checkpoint
+    from sparkling_cli.checkpoint.optimizer import name_parameters
+
+    config = checkpoint.config or {}
+    if model is None and "model_type" not in config:
+        followers = {name for group in layout.tied for name in group[1:]}
+        parameters = [(n, checkpoint.weight(n).shape) for n in checkpoint.weights if n not in followers]
+        return name_parameters(checkpoint, parameters, {n for n, shape in parameters if len(shape) > 1})
+    parameters, decayed = model_parameters(config, model)
+    return name_parameters(checkpoint, parameters, decayed)
+
+
+def model_parameters(config: Mapping[str, Any], model: str | None) -> Parameters:
+    """Names and shapes in ``named_parameters()`` order, and the Trainer's decayed ones; cached."""
+    key = hashlib.blake2b(
+        json.dumps([config, model, cache.versions()], sort_keys=True, default=str).encode(), digest_size=16
+    ).hexdigest()
+    found = cache.load("parameters", key) if model is None else None
+    if found is None:
+        found = _ask_model(config, model)
+        if model is None:
+            cache.store("parameters", key, found)
+    return [(name, tuple(shape)) for name, shape in found["parameters"]], set(found["decayed"])
+
+
+def _ask_model(config: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+    from transformers import Trainer
+
+    from sparkling_cli.inference.skeleton import build_model, load_factory
+
+    built = build_model(config, factory=None if model is None else load_factory(model))
+    decayed = Trainer.get_decay_parameter_names(None, built)
+    return {
+        "parameters": [[name, list(p.shape)] for name, p in built.named_parameters()],
+        "decayed": sorted(decayed),
+    }

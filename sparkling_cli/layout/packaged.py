@@ -1,0 +1,117 @@
+"""Layout files that come with the package, for families that are no ``transformers`` classes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.solve import NamesDifferError, Shapes, solve_layout
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class _Stored(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class _State(Protocol):
+    @property
+    def param(self) -> str: ...
+    @property
+    def tensors(self) -> Mapping[str, str]: ...
+
+
+class _Source(Protocol):
+    """What is needed of a checkpoint; ``checkpoint.model.Checkpoint`` has it."""
+
+    @property
+    def tensors(self) -> Mapping[str, _Stored]: ...
+    @property
+    def weights(self) -> Mapping[str, str]: ...
+    @property
+    def states(self) -> tuple[_State, ...]: ...
+    @property
+    def config(self) -> Mapping[str, Any] | None: ...
+
+
+def packaged_names() -> tuple[str, ...]:
+    """Names of the layout files in the package, e.g. ``nanogpt``."""
+    found = (p.name for p in files("sparkling_cli").joinpath("layouts").iterdir())
+    return tuple(sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml")))
+
+
+def packaged_data(name: str) -> dict[str, Any]:
+    """The parsed layout file of that name.
+
+    Raises:
+        LayoutError: there is none.
+    """
+    if name not in packaged_names():
+        known = ", ".join(packaged_names())
+        raise LayoutError(f"no layout file {name!r} comes with the package (there are: {known})")
+    text = files("sparkling_cli").joinpath("layouts", f"{name}.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def find_packaged(checkpoint: _Source) -> ModelLayout | None:
+    """The layout of a checkpoint, from the one packaged file that fits it; None if none does.
+
+    Raises:
+        LayoutError: the names are those of one file but the shapes contradict it, or several fit.
+    """
+    weights, states = shapes_of(checkpoint)
+    fitting: list[ModelLayout] = []
+    faults: list[LayoutError] = []
+    for name in packaged_names():
+        where = f"packaged layout {name}"
+        try:
+            fitting.append(solve_layout(packaged_data(name), weights, states, checkpoint.config, where))
+        except NamesDifferError:
+            continue
+        except LayoutError as error:
+            faults.append(error)
+    if len(fitting) > 1:
+        names = ", ".join(layout.name for layout in fitting)
+        raise LayoutError(
+            f"{len(fitting)} packaged layouts fit this checkpoint: {names}",
+            hint="choose one: pass it by --layout",
+        )
+    if not fitting and faults:
+        raise faults[0]
+    return fitting[0] if fitting else None
+
+
+def layout_for(checkpoint: _Source, path: Path) -> ModelLayout:
+    """A user's layout file for a checkpoint; sizes that it leaves open are solved.
+
+    Raises:
+        LayoutError: it cannot be read, is malformed, or does not fit the checkpoint.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayoutError(f"cannot read the layout file {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise LayoutError(f"{path} is not valid TOML: {error}") from None
+    weights, states = shapes_of(checkpoint)
+    return solve_layout(data, weights, states, checkpoint.config, str(path))
+
+
+def shapes_of(checkpoint: _Source) -> tuple[Shapes, Shapes]:
+    """Shapes of the weights, and of the state of every parameter (that of its largest state tensor)."""
+    weights = {name: checkpoint.tensors[key].shape for name, key in checkpoint.weights.items()}
+    states: dict[str, tuple[int, ...]] = {}
+    for state in checkpoint.states:
+        shapes = [checkpoint.tensors[key].shape for key in state.tensors.values()]
+        if shapes:
+            states[state.param] = max(shapes, key=len)
+    return weights, states

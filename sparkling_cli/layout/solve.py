@@ -1,0 +1,263 @@
+"""Layout files that leave sizes open: the checkpoint's own shapes and config numbers close them.
+
+A family's file says what the dims mean; how large they are is the checkpoint's business. In such a file
+
+- an axis without ``size`` is solved: every tensor dim and every config number gives one equation, e.g.
+  ``(kv_heads q_per_kv head_dim) = 512``;
+- a name that ends in ``?`` (tensor, config key) may be missing from the checkpoint.
+
+What comes out is an ordinary layout in which every tensor has been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.expr import PACKINGS, Axis, Expr, Fixed, Product, axis_names, size_of
+from sparkling_cli.layout.file import from_dict
+from sparkling_cli.layout.model import ModelLayout, PatternTable, TensorPattern
+from sparkling_cli.layout.parse import parse_expr
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A term has a value; ``origin`` says where it stands."""
+
+    term: Expr
+    value: int
+    origin: str
+
+
+class NamesDifferError(LayoutError):
+    """The checkpoint's names are not those of the file: another family, not a damaged checkpoint."""
+
+
+def solve_layout(
+    data: Mapping[str, Any],
+    weights: Shapes,
+    states: Shapes,
+    config: Mapping[str, Any] | None,
+    where: str,
+) -> ModelLayout:
+    """The layout of a checkpoint from a file that leaves sizes open.
+
+    Args:
+        data: the parsed TOML.
+        weights: weight name on disk -> shape.
+        states: parameter name in the module -> shape of its state; empty without optimizer state.
+        config: the checkpoint's own numbers.
+        where: the file, for messages.
+
+    Raises:
+        NamesDifferError: a tensor has no pattern, a pattern has no tensor, or a config key is missing.
+        LayoutError: a size cannot be solved, or a tensor or number contradicts the others.
+    """
+    from_dict(_with_placeholders(data), where)  # its own errors first
+    on_disk = "disk" if data.get("disk") is not None else "tensors"
+    tables = {on_disk: _present(data[on_disk], weights, where)}
+    if on_disk == "disk":
+        tables["tensors"] = _present(data["tensors"], states, where, complete=bool(states))
+    numbers = _present_numbers(data.get("config", {}), config or {}, where)
+    equations = [
+        *_config_equations(numbers, config or {}),
+        *_tensor_equations(tables[on_disk], weights),
+        *(_tensor_equations(tables["tensors"], states) if on_disk == "disk" else ()),
+    ]
+    known = {name: axis["size"] for name, axis in data["axes"].items() if "size" in axis}
+    known |= _indexed(tables[on_disk], weights)
+    sizes = solve_sizes(equations, known)
+    closed = _closed(data, tables, numbers, sizes, where)
+    layout = from_dict(closed, where)
+    layout.check_shapes(weights, on_disk=True)
+    if states:
+        layout.check_shapes(states, on_disk=False, complete=False)
+    for equation in equations:
+        if size_of(equation.term, layout.sizes) != equation.value:
+            raise LayoutError(f"{where}: {_contradiction(equation, layout.sizes)}")
+    return layout
+
+
+def solve_sizes(equations: Iterable[Equation], known: Mapping[str, int]) -> dict[str, int]:
+    """Axis sizes that follow from the equations, one unknown at a time.
+
+    Raises:
+        LayoutError: an equation has no whole positive solution.
+    """
+    sizes = dict(known)
+    left = list(equations)
+    while left:
+        unsolved = []
+        for equation in left:
+            unknown = {n for n in axis_names(equation.term) if n not in PACKINGS and n not in sizes}
+            if not unknown:
+                continue
+            if len(unknown) == 1 and sum(n in unknown for n in axis_names(equation.term)) == 1:
+                sizes[unknown.pop()] = _solve(equation.term, equation.value, sizes, equation)
+            else:
+                unsolved.append(equation)
+        if len(unsolved) == len(left):
+            break
+        left = unsolved
+    return sizes
+
+
+def _solve(term: Expr, value: int, sizes: Mapping[str, int], equation: Equation) -> int:
+    """The value of the one axis in ``term`` that has no size."""
+    if isinstance(term, Axis):
+        if value < 1:
+            raise LayoutError(_contradiction(equation, sizes))
+        return value
+    assert not isinstance(term, Fixed)
+    inner = term.factors if isinstance(term, Product) else term.parts
+    opened = next(e for e in inner if any(n not in PACKINGS and n not in sizes for n in axis_names(e)))
+    others = [size_of(e, sizes) for e in inner if e is not opened]
+    if isinstance(term, Product):
+        if value % prod(others):
+            raise LayoutError(_contradiction(equation, sizes))
+        return _solve(opened, value // prod(others), sizes, equation)
+    return _solve(opened, value - sum(others), sizes, equation)
+
+
+def _contradiction(equation: Equation, sizes: Mapping[str, int]) -> str:
+    named = ", ".join(f"{n} = {sizes[n]}" for n in dict.fromkeys(axis_names(equation.term)) if n in sizes)
+    return f"{equation.origin} says {equation.term} = {equation.value}, which does not fit {named or 'it'}"
+
+
+def _with_placeholders(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The file with a size for every axis and without question marks, to be checked for form."""
+    plain = dict(data)
+    axes = plain.get("axes")
+    if isinstance(axes, Mapping):
+        plain["axes"] = {n: {"size": 1, **a} if isinstance(a, Mapping) else a for n, a in axes.items()}
+    for table in ("tensors", "disk", "config"):
+        if isinstance(plain.get(table), Mapping):
+            plain[table] = {str(name).removesuffix("?"): text for name, text in plain[table].items()}
+    return plain
+
+
+def _present(
+    table: Mapping[str, str], shapes: Shapes, where: str, *, complete: bool = True
+) -> dict[str, str]:
+    """The patterns that occur among the names.
+
+    Raises:
+        NamesDifferError: a name has no pattern, or a pattern that is not optional has no name.
+    """
+    patterns = {name.removesuffix("?"): text for name, text in table.items()}
+    lookup = PatternTable(TensorPattern(*item) for item in patterns.items())
+    used = set()
+    for name in shapes:
+        try:
+            used.add(lookup.find(name).name)
+        except LayoutError as error:
+            raise NamesDifferError(f"{where}: {error.message}", hint=error.hint) from None
+    missing = [name for name in table if not name.endswith("?") and name not in used]
+    if missing and complete:
+        raise NamesDifferError(
+            f"{where}: {len(missing)} pattern(s) match no tensor, the first: {missing[0]!r}"
+        )
+    return {n: t for n, t in patterns.items() if n in used or n in missing}
+
+
+def _present_numbers(table: Mapping[str, str], config: Mapping[str, Any], where: str) -> dict[str, str]:
+    found = {}
+    for name, text in table.items():
+        key = name.removesuffix("?")
+        if isinstance(lookup(config, key), int):
+            found[key] = text
+        elif key == name:
+            raise NamesDifferError(f"{where}: the checkpoint's config has no number {key!r}")
+    return found
+
+
+def lookup(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None if there is none. Digits index lists."""
+    value: Any = config
+    for part in key.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, (list, tuple)) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _config_equations(numbers: Mapping[str, str], config: Mapping[str, Any]) -> Iterable[Equation]:
+    for key, text in numbers.items():
+        yield Equation(parse_expr(text), int(lookup(config, key)), f"the config's {key}")
+
+
+def _tensor_equations(table: Mapping[str, str], shapes: Shapes) -> Iterable[Equation]:
+    find = PatternTable(TensorPattern(*item) for item in table.items()).find
+    seen = set()
+    for name, shape in shapes.items():
+        pattern = find(name)
+        if (pattern.name, shape) in seen:
+            continue
+        seen.add((pattern.name, shape))
+        dims = pattern.dims.dims
+        if len(dims) != len(shape):
+            raise LayoutError(
+                f"tensor {name!r} has shape {shape}; its layout has {len(dims)} dims: {pattern.layout}"
+            )
+        for index, (dim, size) in enumerate(zip(dims, shape, strict=True)):
+            yield Equation(dim.expr, size, f"dim {index} of {name!r}")
+
+
+def _indexed(table: Mapping[str, str], shapes: Shapes) -> dict[str, int]:
+    """Sizes of axes that are stored in names: the largest index plus one."""
+    find = PatternTable(TensorPattern(*item) for item in table.items()).find
+    sizes: dict[str, int] = {}
+    for name in shapes:
+        template = find(name).template
+        for axis, index in zip(template.axes, template.indices(name) or (), strict=True):
+            sizes[axis] = max(sizes.get(axis, 0), index + 1)
+    return sizes
+
+
+def _closed(
+    data: Mapping[str, Any],
+    tables: Mapping[str, Mapping[str, str]],
+    numbers: Mapping[str, str],
+    sizes: Mapping[str, int],
+    where: str,
+) -> dict[str, Any]:
+    """The file with everything decided."""
+    names = {name for table in tables.values() for name in table}
+    used = {
+        axis
+        for table in tables.values()
+        for name, text in table.items()
+        for axis in (*TensorPattern(name, text).dims.axes(), *TensorPattern(name, text).template.axes)
+    }
+    axes = {name: axis for name, axis in data["axes"].items() if name in used}
+    unsolved = [name for name in axes if name not in sizes]
+    if unsolved:
+        raise LayoutError(
+            f"{where}: the checkpoint's shapes do not say how large {', '.join(unsolved)} is",
+            hint=f"give it in the layout file: [axes.{unsolved[0]}] size = ...",
+        )
+    closed = {**data, **tables, "config": dict(numbers)}
+    closed["axes"] = {name: {**axis, "size": sizes[name]} for name, axis in axes.items()}
+    for name, axis in closed["axes"].items():
+        axis["joint"] = [other for other in axis.get("joint", ()) if other in axes]
+        if name in {
+            a for table in tables.values() for n in table for a in TensorPattern(n, "").template.axes
+        }:
+            axis.setdefault("reason", "stored in the tensors' names")
+    closed["tied"] = [
+        group for group in ([n for n in g if n in names] for g in data.get("tied", ())) if len(group) > 1
+    ]
+    closed["compensate"] = [
+        c
+        for c in data.get("compensate", ())
+        if c.get("tensor", "") in names or c.get("config", "") in numbers
+    ]
+    return closed

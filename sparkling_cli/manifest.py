@@ -1,0 +1,296 @@
+"""``sparkling/manifest.json``: the output's own history.
+
+From it alone the training side, ``verify`` and a second expansion can work. It holds no time and no
+absolute path, so the same expansion gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sparkling_cli import __version__
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.execute.stream import Written
+from sparkling_cli.layout import file as layout_file
+from sparkling_cli.layout.geometry import Fill, Growth, Run, View, ViewDim
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.plan.model import Plan, Row
+
+FORMAT = 1
+#: where it lies in an output directory; ``execute.commit.sidecar_root`` says where for single files.
+MANIFEST = "sparkling/manifest.json"
+
+#: [start, stop, stage): entries of an axis, and the expansion that they were born in (0 = original)
+Births = list[tuple[int, int, int]]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AxisHistory(_Data):
+    """How an axis came to its size."""
+
+    births: Births
+
+
+class Stage(_Data):
+    """One expansion: number (1 = first), optimizer step, growth ``axis -> [before, after]``, spec."""
+
+    stage: int
+    step: int | None
+    growth: dict[str, tuple[int, int]]
+    spec: dict[str, Any]
+
+
+class FileEntry(_Data):
+    """Size and CRC-32 of a file."""
+
+    bytes: int
+    crc32: int
+
+
+class SourceEntry(_Data):
+    """What was read: format, the directory's own name, CRC-32 of every tensor and carried file."""
+
+    format: str
+    name: str
+    tensors: dict[str, int]
+    files: dict[str, FileEntry]
+
+
+class TensorEntry(_Data):
+    """One output tensor: see :class:`~sparkling_cli.plan.model.Row`; ``view`` is None if untouched."""
+
+    name: str
+    slot: str
+    view: int | None
+    dtype: str
+    shape: tuple[int, ...]
+    scale: float = 1.0
+    offset: float = 0.0
+    zero: bool = False
+    stream: str = ""
+    crc32: int
+
+
+class RunEntry(_Data):
+    """See :class:`~sparkling_cli.layout.geometry.Run`."""
+
+    target: int
+    source: int
+    length: int
+    new: bool
+    scale: float
+    fill: str
+    shield: bool
+
+
+class ViewEntry(_Data):
+    """See :class:`~sparkling_cli.layout.geometry.ViewDim`."""
+
+    dim: int
+    source: int
+    target: int
+    runs: tuple[RunEntry, ...]
+
+
+class Manifest(_Data):
+    """The whole manifest."""
+
+    format_version: int
+    tool: dict[str, str]
+    spec: dict[str, Any]
+    layout: dict[str, Any]
+    axes: dict[str, AxisHistory]
+    stages: tuple[Stage, ...]
+    source: SourceEntry
+    views: tuple[tuple[ViewEntry, ...], ...]
+    tensors: dict[str, TensorEntry]
+    files: dict[str, FileEntry]
+
+    def model_layout(self) -> ModelLayout:
+        """The layout, with axis sizes after widening."""
+        return layout_file.from_dict(self.layout, MANIFEST)
+
+    def births(self) -> dict[str, Births]:
+        """Axis -> births, for every axis that ever grew."""
+        return {name: history.births for name, history in self.axes.items()}
+
+    def view(self, entry: TensorEntry) -> View | None:
+        """The view of a tensor, None if it is untouched."""
+        if entry.view is None:
+            return None
+        return tuple(
+            ViewDim(
+                dim.source,
+                dim.target,
+                tuple(
+                    Run(r.target, r.source, r.length, r.new, r.scale, Fill[r.fill.upper()], r.shield)
+                    for r in dim.runs
+                ),
+                dim.dim,
+            )
+            for dim in self.views[entry.view]
+        )
+
+
+def read_manifest(path: Path) -> Manifest:
+    """A manifest file, or the one of an output directory.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of another version.
+    """
+    if path.is_dir():
+        path = path / MANIFEST
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"no manifest: cannot read {path}: {error.strerror or error}",
+            hint="only outputs of `sparkling expand` have one",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the manifest {path} is damaged: {error}") from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(
+            f"the manifest {path} has format_version {version!r}; this version reads {FORMAT}"
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"the manifest {path} is damaged: {where}: {first['msg']}") from None
+
+
+def make_manifest(
+    plan: Plan, written: Written, previous: Manifest | None, others: Mapping[str, bytes]
+) -> bytes:
+    """The manifest of an executed plan.
+
+    Args:
+        plan: what was done.
+        written: digests of what was read and written.
+        previous: the source's own manifest, when it is an earlier output.
+        others: the other files of the ``sparkling/`` folder.
+    """
+    views = _ViewTable()
+    tensors = {row.key: _tensor(row, views, written) for row in plan.rows}
+    stages = [] if previous is None else [stage.model_dump(mode="json") for stage in previous.stages]
+    stages.append(
+        {
+            "stage": len(stages) + 1,
+            "step": plan.source.facts.get("global_step"),
+            "growth": {name: [g.source, g.target] for name, g in sorted(plan.growth.items())},
+            "spec": dict(plan.spec),
+        }
+    )
+    before = {} if previous is None else previous.births()
+    data = {
+        "format_version": FORMAT,
+        "tool": {"name": "sparkling-cli", "version": __version__},
+        "spec": dict(plan.spec),
+        "layout": _layout_after(plan.layout, plan.growth),
+        "axes": {name: {"births": b} for name, b in sorted(births_after(plan.growth, before).items())},
+        "stages": stages,
+        "source": {
+            "format": plan.source.format,
+            "name": plan.source.root.name,
+            "tensors": dict(written.sources),
+            "files": {name: _digest(written, name) for name in plan.source.carried if name in written.files},
+        },
+        "views": [_view(view) for view in views.views],
+        "tensors": tensors,
+        "files": {
+            **{name: _digest(written, name) for name in sorted(written.files)},
+            **{name: {"bytes": len(b), "crc32": crc32(b)} for name, b in sorted(others.items())},
+        },
+    }
+    return (json.dumps(data, separators=(",", ":")) + "\n").encode()
+
+
+def births_after(growth: Mapping[str, Growth], before: Mapping[str, Births]) -> dict[str, Births]:
+    """Births of every axis that ever grew, this growth included."""
+    stage = 1 + max((s for births in before.values() for _, _, s in births), default=0)
+    after = {name: list(births) for name, births in before.items()}
+    for name, grown in growth.items():
+        births = after.setdefault(name, [(0, grown.source, 0)])
+        births.append((grown.source, grown.target, stage))
+    return after
+
+
+def _layout_after(layout: ModelLayout, growth: Mapping[str, Growth]) -> dict[str, Any]:
+    data = layout_file.to_dict(layout)
+    for name, grown in growth.items():
+        data["axes"][name]["size"] = grown.target
+    return data
+
+
+class _ViewTable:
+    """Numbers views; rows share view objects, so identity is asked before equality."""
+
+    def __init__(self) -> None:
+        self.views: list[View] = []
+        self._by_id: dict[int, int] = {}
+
+    def number(self, view: View) -> int:
+        if id(view) not in self._by_id:
+            if view not in self.views:
+                self.views.append(view)
+            self._by_id[id(view)] = self.views.index(view)
+        return self._by_id[id(view)]
+
+
+def _tensor(row: Row, views: _ViewTable, written: Written) -> dict[str, Any]:
+    untouched = all(dim.identity for dim in row.view)
+    entry: dict[str, Any] = {
+        "name": row.name,
+        "slot": row.slot,
+        "view": None if untouched else views.number(row.view),
+        "dtype": row.dtype,
+        "shape": list(row.shape),
+        "crc32": written.tensors[row.key],
+    }
+    if row.scale != 1.0 or row.offset != 0.0:
+        entry |= {"scale": row.scale, "offset": row.offset}
+    if row.zero:
+        entry["zero"] = True
+    if row.stream != row.name:
+        entry["stream"] = row.stream
+    return entry
+
+
+def _view(view: View) -> list[dict[str, Any]]:
+    return [
+        {
+            "dim": dim.dim,
+            "source": dim.source,
+            "target": dim.target,
+            "runs": [
+                {
+                    "target": r.target,
+                    "source": r.source,
+                    "length": r.length,
+                    "new": r.new,
+                    "scale": r.scale,
+                    "fill": r.fill.name.lower(),
+                    "shield": r.shield,
+                }
+                for r in dim.runs
+            ],
+        }
+        for dim in view
+    ]
+
+
+def _digest(written: Written, name: str) -> dict[str, int]:
+    digest = written.files[name]
+    return {"bytes": digest.size, "crc32": digest.crc32}

@@ -1,0 +1,159 @@
+"""Weights under the names that the output shall have.
+
+transformers keeps some classes under other names on disk than in the module (experts apart on disk,
+fused in the module). A directory that a Trainer resumes from is written under module names: resuming
+skips the conversion, and would leave what it does not find at random initialization.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+from sparkling_cli.checkpoint.model import Checkpoint, Extent, StoredTensor
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.model import ModelLayout, PatternTable, TensorPattern
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One output weight before widening.
+
+    Attributes:
+        key: key in the output.
+        name: name in the output.
+        module: name in the module where that is known, else ``name``.
+        stored: where its bytes are now.
+        pattern: its layout.
+        stream: name of its random stream; tied names share one.
+    """
+
+    key: str
+    name: str
+    module: str
+    stored: StoredTensor
+    pattern: TensorPattern
+    stream: str
+
+
+def weights_of(checkpoint: Checkpoint, layout: ModelLayout, names: str) -> tuple[tuple[Weight, ...], bool]:
+    """All weights, and whether they are renamed from disk names to module names.
+
+    Args:
+        checkpoint: the source.
+        layout: its layout.
+        names: ``disk``, ``module`` or ``auto`` (module names when there is optimizer state).
+
+    Raises:
+        LayoutError: a weight has no layout, a pattern no weight, or a fused tensor lacks a part.
+    """
+    table, on_disk = _table_of(checkpoint, layout)
+    shapes = {name: checkpoint.weight(name).shape for name in checkpoint.weights}
+    layout.check_shapes(shapes, on_disk=on_disk)
+    rename = on_disk and layout.disk is not None
+    rename = rename and (names == "module" or (names == "auto" and bool(checkpoint.states)))
+    if rename:
+        return _assembled(checkpoint, layout, table), True
+    weights = []
+    for name, key in checkpoint.weights.items():
+        canonical = layout.canonical(name)
+        pattern = table.find(canonical)
+        weights.append(Weight(key, name, canonical, checkpoint.tensors[key], pattern, canonical))
+    return tuple(weights), False
+
+
+def _table_of(checkpoint: Checkpoint, layout: ModelLayout) -> tuple[PatternTable, bool]:
+    """Patterns by disk names, or by module names if that is what the source has."""
+    if layout.disk is None:
+        return layout.module_table, False
+    for name in checkpoint.weights:
+        try:
+            layout.disk_table.find(layout.canonical(name))
+        except LayoutError:
+            try:
+                layout.module_table.find(layout.canonical(name))
+            except LayoutError:
+                return layout.disk_table, True
+            return layout.module_table, False
+    return layout.disk_table, True
+
+
+def _assembled(checkpoint: Checkpoint, layout: ModelLayout, table: PatternTable) -> tuple[Weight, ...]:
+    """Every weight under its module name; fused ones made of their parts on disk."""
+    part_of = {
+        disk: (module, place) for module, parts in layout.assembly.items() for place, disk in enumerate(parts)
+    }
+    module_patterns = {pattern.name: pattern for pattern in layout.tensors}
+    parts: dict[str, dict[tuple[tuple[int, ...], int], StoredTensor]] = defaultdict(dict)
+    owners: dict[str, TensorPattern] = {}
+    order: dict[str, Weight | None] = {}
+    for name, key in checkpoint.weights.items():
+        canonical = layout.canonical(name)
+        pattern = table.find(canonical)
+        stored = checkpoint.tensors[key]
+        if pattern.name not in part_of:
+            own = layout.module_table.find(canonical)
+            order[name] = Weight(key, name, canonical, stored, own, canonical)
+            continue
+        module, place = part_of[pattern.name]
+        target, extra = _target_name(name, pattern, module_patterns[module])
+        owners[target] = module_patterns[module]
+        parts[target][(extra, place)] = stored
+        order.setdefault(target, None)
+    weights = []
+    for name, weight in order.items():
+        if weight is None:
+            stored = _fused(name, parts[name], len(layout.assembly[owners[name].name]))
+            layout.check_one(name, owners[name], stored.shape)
+            weight = Weight(name, name, name, stored, owners[name], name)
+        weights.append(weight)
+    return tuple(weights)
+
+
+def _target_name(name: str, disk: TensorPattern, module: TensorPattern) -> tuple[str, tuple[int, ...]]:
+    """The module name that a part belongs to, and its indices on the stacked axes."""
+    indices = dict(zip(disk.template.axes, disk.template.indices(name) or (), strict=True))
+    target = module.template.fill(indices)
+    extra = tuple(i for axis, i in indices.items() if axis not in module.template.axes)
+    return target, extra
+
+
+def _fused(name: str, parts: dict[tuple[tuple[int, ...], int], StoredTensor], templates: int) -> StoredTensor:
+    """One tensor out of its parts: stacked in front, concatenated behind."""
+    stacked = sorted({extra for extra, _ in parts})
+    counts = tuple(max(extra[i] for extra in stacked) + 1 for i in range(len(stacked[0])))
+    extents: list[Extent] = []
+    width = 0
+    for extra in stacked:
+        offset = 0
+        for place in range(templates):
+            part = parts.get((extra, place))
+            if part is None:
+                raise LayoutError(f"{name!r} lacks its part {place} at index {extra}: a shard may be missing")
+            extents += [_shifted(extent, extra, offset) for extent in part.extents]
+            offset += part.shape[0]
+        if width and offset != width:
+            raise LayoutError(f"the parts of {name!r} at index {extra} have another size than the others")
+        width = offset
+    total = 1
+    for count in counts:
+        total *= count
+    if total != len(stacked):
+        raise LayoutError(
+            f"{name!r} needs {total} stacked parts, found {len(stacked)}: a shard may be missing"
+        )
+    first = next(iter(parts.values()))
+    if len({part.dtype for part in parts.values()}) > 1:
+        raise LayoutError(f"the parts of {name!r} have different dtypes")
+    return StoredTensor(first.dtype, (*counts, width, *first.shape[1:]), tuple(extents))
+
+
+def _shifted(extent: Extent, extra: tuple[int, ...], offset: int) -> Extent:
+    ones = (1,) * len(extra)
+    strides = None if extent.strides is None else (0,) * len(extra) + extent.strides
+    return replace(
+        extent,
+        start=(*extra, extent.start[0] + offset, *extent.start[1:]),
+        shape=ones + extent.shape,
+        strides=strides,
+    )

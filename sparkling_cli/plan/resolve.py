@@ -1,0 +1,150 @@
+"""Spec against layout: which axis grows from what to what, or why it cannot.
+
+Under grouped-query attention ``heads`` is no axis of its own but ``kv_heads x q_per_kv``: ``heads``
+alone grows the queries inside each group (appending them would re-wire old heads), ``kv_heads`` alone
+adds whole groups, both together set both counts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from math import ceil, isclose
+
+from sparkling_cli.errors import SpecError
+from sparkling_cli.layout.geometry import Growth
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
+
+_HEAD_AXES = frozenset({"heads", "kv_heads", "q_per_kv"})
+
+
+def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth]:
+    """Axis of the layout -> its growth.
+
+    Raises:
+        SpecError: the axis, the value, what is allowed and the nearest thing that works.
+    """
+    wanted: dict[str, AxisSpec] = {}
+    for axis in spec.axes:
+        name = layout.aliases.get(axis.axis, axis.axis)
+        if name in wanted:
+            raise SpecError(f"axes.{axis.axis}: the same axis as {wanted[name].axis!r} here; give it once")
+        wanted[name] = axis
+    if _grouped(layout):
+        growth = _grouped_growth(wanted, spec, layout)
+    else:
+        growth = {name: _growth(name, axis, spec, layout) for name, axis in wanted.items()}
+    for name in growth:
+        _check_widenable(name, layout)
+    _check_joint(growth, layout)
+    return growth
+
+
+def _grouped(layout: ModelLayout) -> bool:
+    return "heads" not in layout.axes and {"kv_heads", "q_per_kv"} <= set(layout.axes)
+
+
+def _grouped_growth(
+    wanted: dict[str, AxisSpec], spec: ExpansionSpec, layout: ModelLayout
+) -> dict[str, Growth]:
+    """Translate ``heads`` into groups and queries per group."""
+    growth = {
+        name: _growth(name, axis, spec, layout) for name, axis in wanted.items() if name not in ("heads",)
+    }
+    if "heads" not in wanted:
+        return growth
+    kv, per_kv = layout.axes["kv_heads"].size, layout.axes["q_per_kv"].size
+    if "q_per_kv" in growth:
+        raise SpecError("axes.q_per_kv: give heads or q_per_kv, not both: heads = kv_heads * q_per_kv")
+    heads = _target("heads", wanted["heads"], kv * per_kv, spec, 1)
+    groups = growth["kv_heads"].target if "kv_heads" in growth else kv
+    if heads % groups or heads // groups < per_kv:
+        least = groups * per_kv
+        nearest = max(least, round(heads / groups) * groups)
+        raise SpecError(
+            f"axes.heads: {heads} query heads cannot be spread over {groups} key/value heads with at least "
+            f"{per_kv} each (now {kv * per_kv} over {kv})",
+            hint=f"the nearest that works is --axis heads --to {nearest}",
+        )
+    if heads // groups > per_kv:
+        growth["q_per_kv"] = Growth(per_kv, heads // groups)
+    return growth
+
+
+def _growth(name: str, axis: AxisSpec, spec: ExpansionSpec, layout: ModelLayout) -> Growth:
+    if name not in layout.axes:
+        raise _unknown(axis.axis, layout)
+    _check_widenable(name, layout)
+    info = layout.axes[name]
+    return Growth(info.size, _target(axis.axis, axis, info.size, spec, info.multiple_of))
+
+
+def _target(name: str, axis: AxisSpec, size: int, spec: ExpansionSpec, multiple: int) -> int:
+    if axis.to is not None:
+        target = axis.to
+        if target <= size:
+            raise SpecError(
+                f"axes.{name}.to: {target} does not widen: the axis has {size} entries",
+                hint=f"give a size above {size}, e.g. --to {2 * size}",
+            )
+    else:
+        exact = size * (axis.factor or 0.0)
+        step = spec.multiple_of if spec.multiple_of and name not in _HEAD_AXES else None
+        target = ceil(exact / step - 1e-9) * step if step else round(exact)
+        if not step and not isclose(exact, target, rel_tol=1e-9):
+            raise SpecError(
+                f"axes.{name}.factor: {size} x {axis.factor:g} = {exact:g} is no whole number",
+                hint=f"the nearest sizes are --to {int(exact)} and --to {int(exact) + 1}; "
+                "or round up by --multiple-of",
+            )
+    if target % multiple:
+        up = ceil(target / multiple) * multiple
+        raise SpecError(
+            f"axes.{name}: {target} is not a multiple of {multiple}, as this architecture needs",
+            hint=f"the nearest that works is --to {up}",
+        )
+    return target
+
+
+def _check_widenable(name: str, layout: ModelLayout) -> None:
+    info = layout.axes[name]
+    if not info.widenable:
+        possible = sorted(n for n, i in layout.axes.items() if i.widenable)
+        raise SpecError(
+            f"axes.{name}: cannot be widened in {layout.name}: {info.reason or 'not proved'}",
+            hint=f"axes that can be widened here: {', '.join(possible) or 'none'}",
+        )
+
+
+def _check_joint(growth: dict[str, Growth], layout: ModelLayout) -> None:
+    """Axes that the class couples grow by the same factor."""
+    for name, grown in growth.items():
+        for other in layout.axes[name].joint:
+            before, after = _sizes(other, growth, layout)
+            if before * grown.target != after * grown.source:
+                factor = grown.target / grown.source
+                raise SpecError(
+                    f"axes.{name}: {layout.name} couples {name} to {other}; {name} grows "
+                    f"{grown.source} -> {grown.target} but {other} {before} -> {after}",
+                    hint=f"widen both by the same factor: --axis {name} --axis {other} --factor {factor:g}",
+                )
+
+
+def _sizes(axis: str, growth: dict[str, Growth], layout: ModelLayout) -> tuple[int, int]:
+    if axis == "heads" and _grouped(layout):
+        kv, per_kv = _sizes("kv_heads", growth, layout), _sizes("q_per_kv", growth, layout)
+        return kv[0] * per_kv[0], kv[1] * per_kv[1]
+    size = layout.axes[axis].size
+    return (size, growth[axis].target) if axis in growth else (size, size)
+
+
+def _unknown(name: str, layout: ModelLayout) -> SpecError:
+    offered = [n for n, info in layout.axes.items() if info.widenable]
+    if _grouped(layout) and layout.axes["q_per_kv"].widenable:
+        offered.append("heads")
+    offered += [alias for alias, axis in layout.aliases.items() if axis in offered]
+    close = difflib.get_close_matches(name, offered, n=1)
+    return SpecError(
+        f"axes.{name}: no such axis in {layout.name}, which has {', '.join(sorted(offered)) or 'none'}",
+        hint=f"did you mean {close[0]!r}?" if close else None,
+    )

@@ -1,0 +1,99 @@
+"""The expansion spec: every choice that a user can make, with the paper's defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+InitPair = Literal["copy-copy", "zero-copy", "random-copy", "random-zero", "random-random"]
+Scaling = Literal["rms", "function", "none"]
+OptimizerTreatment = Literal["asymmetric", "asymmetric-scaled", "copy", "drop"]
+BaselineType = Literal["cosine", "linear", "constant", "wsd"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class AxisSpec(_Strict):
+    """One axis to widen, by a factor or to a size."""
+
+    axis: Annotated[str, Field(min_length=1, description="logical axis, e.g. ffn, hidden, heads")]
+    factor: Annotated[float | None, Field(gt=1, description="new size / old size, above 1")] = None
+    to: Annotated[int | None, Field(ge=2, description="new size, instead of a factor")] = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> AxisSpec:
+        if (self.factor is None) == (self.to is None):
+            given = "neither" if self.factor is None else "both"
+            raise ValueError(f"axis {self.axis!r} needs either a factor or a size (to), {given} given")
+        return self
+
+
+class RewarmupSpec(_Strict):
+    """Re-warmup of the new entries' learning rate (Eq. 27-28)."""
+
+    rho: Annotated[float, Field(gt=0, description="peak of the new entries' rate / rate at expansion")] = 1.3
+    steps: Annotated[int, Field(ge=0, description="re-warmup steps (tau_w)")] = 250
+    bias_correction: Annotated[
+        Literal["inherit", "fresh"],
+        Field(description="fresh: new entries' first updates as if Adam's step counter started anew"),
+    ] = "inherit"
+
+
+class BaselineSpec(_Strict):
+    """The old entries' schedule, where it cannot be read from the trainer's files."""
+
+    type: BaselineType | None = None
+    peak: Annotated[float | None, Field(gt=0, description="maximum learning rate")] = None
+    minimum: Annotated[float | None, Field(ge=0, description="final learning rate")] = None
+    initial: Annotated[float | None, Field(ge=0, description="learning rate at step 0")] = None
+    warmup_steps: Annotated[int | None, Field(ge=0)] = None
+    decay_steps: Annotated[int | None, Field(ge=0, description="length of the decay of wsd")] = None
+    total_steps: Annotated[int | None, Field(ge=1)] = None
+    expansion_step: Annotated[int | None, Field(ge=0)] = None
+
+
+class ExpansionSpec(_Strict):
+    """A whole expansion. Defaults are the paper's choices."""
+
+    axes: Annotated[tuple[AxisSpec, ...], Field(min_length=1, description="axes to widen, jointly")]
+    multiple_of: Annotated[
+        int | None, Field(ge=1, description="round each axis given by a factor up to a multiple of this")
+    ] = None
+    init: Annotated[InitPair, Field(description="fan-out - fan-in initialization of new entries")] = (
+        "copy-copy"
+    )
+    scaling: Annotated[
+        Scaling, Field(description="rms: keep RMS (Eq. 14-17); function: Net2Net's 1/multiplicity; none")
+    ] = "rms"
+    optimizer: Annotated[OptimizerTreatment, Field(description="what becomes of optimizer state")] = (
+        "asymmetric"
+    )
+    rewarmup: RewarmupSpec = RewarmupSpec()
+    baseline: BaselineSpec = BaselineSpec()
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="of random fills")] = 0
+    names: Annotated[
+        Literal["auto", "disk", "module"],
+        Field(description="weight names in the output, for classes whose names differ on disk"),
+    ] = "auto"
+    allow_nonfinite: Annotated[bool, Field(description="go on where weights or state hold NaN or Inf")] = (
+        False
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> ExpansionSpec:
+        names = [axis.axis for axis in self.axes]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"axis {repeated[0]!r} is given more than once")
+        if self.scaling == "function" and self.init != "copy-copy":
+            raise ValueError(
+                f"scaling 'function' needs init 'copy-copy', found {self.init!r}: only copies keep the function"
+            )
+        return self
+
+    def as_data(self) -> dict[str, Any]:
+        """The spec as plain JSON data, defaults included."""
+        return self.model_dump(mode="json")

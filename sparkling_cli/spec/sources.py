@@ -1,0 +1,133 @@
+"""A spec from a file, from options, or from both (options win)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sparkling_cli.errors import SpecError
+from sparkling_cli.spec.model import ExpansionSpec
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_spec_file(path: Path) -> dict[str, Any]:
+    """The content of a YAML, TOML or JSON spec file, not validated yet.
+
+    Raises:
+        SpecError: unreadable, of another kind, malformed, or no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read the spec file {path}: {error}") from None
+    try:
+        data = _parse(path.suffix.lower(), text, path)
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"the spec file {path} is not valid {path.suffix[1:].upper()}: {error}") from None
+    if not isinstance(data, dict):
+        raise SpecError(f"the spec file {path} must hold a mapping, found {type(data).__name__}")
+    return data
+
+
+def _parse(suffix: str, text: str, path: Path) -> Any:
+    if suffix == ".json":
+        return json.loads(text)
+    if suffix == ".toml":
+        return tomllib.loads(text)
+    if suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from None
+    raise SpecError(f"cannot tell the kind of the spec file {path}: expected .yaml, .yml, .toml or .json")
+
+
+def axes_from_options(
+    axes: Sequence[str], factors: Sequence[float], sizes: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Pair ``--axis`` with ``--factor`` or ``--to``; one value serves all axes.
+
+    Raises:
+        SpecError: the numbers of values do not pair up.
+    """
+    if not axes:
+        if factors or sizes:
+            raise SpecError("--factor and --to need an --axis, e.g. --axis ffn --factor 2")
+        return []
+    if bool(factors) == bool(sizes):
+        raise SpecError(
+            f"each --axis needs --factor or --to, and only one kind; "
+            f"found {len(axes)} --axis, {len(factors)} --factor, {len(sizes)} --to",
+            hint="mixed factors and sizes go in a --spec file",
+        )
+    field, values = ("factor", list(factors)) if factors else ("to", list(sizes))
+    if len(values) == 1:
+        values = values * len(axes)
+    if len(values) != len(axes):
+        raise SpecError(
+            f"{len(axes)} --axis but {len(values)} --{field}: give one for all, or one for each, in order"
+        )
+    return [{"axis": axis, field: value} for axis, value in zip(axes, values, strict=True)]
+
+
+def make_spec(data: Mapping[str, Any], where: str = "spec") -> ExpansionSpec:
+    """Validate.
+
+    Raises:
+        SpecError: names the field, what was found and what is allowed.
+    """
+    try:
+        return ExpansionSpec.model_validate(data)
+    except ValidationError as error:
+        raise SpecError(_explain(error, where)) from None
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``; nested mappings merge, everything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        path = ".".join(map(str, item["loc"])) or "spec"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = f"no such field; fields here: {', '.join(_fields(item['loc']))}"
+        found = (
+            ""
+            if item["type"] in ("extra_forbidden", "missing", "value_error")
+            else f" (found {item['input']!r})"
+        )
+        lines.append(f"{where}: {path}: {message}{found}")
+    return "\n".join(lines)
+
+
+def _fields(location: tuple[int | str, ...]) -> list[str]:
+    """Fields of the model that holds the unknown field at ``location``."""
+    from sparkling_cli.spec.model import AxisSpec, BaselineSpec, RewarmupSpec
+
+    nested: dict[str, type[BaseModel]] = {
+        "axes": AxisSpec,
+        "rewarmup": RewarmupSpec,
+        "baseline": BaselineSpec,
+    }
+    model: type[BaseModel] = (
+        nested.get(str(location[0]), ExpansionSpec) if len(location) > 1 else ExpansionSpec
+    )
+    return sorted(model.model_fields)
