@@ -1,0 +1,87 @@
+"""Spec against layout: sizes, and refusals that say what works."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sparkling_cli.errors import SpecError
+from sparkling_cli.layout.geometry import Growth
+from sparkling_cli.layout.model import AxisInfo, ModelLayout
+from sparkling_cli.plan.resolve import resolve_growth
+from sparkling_cli.spec.sources import make_spec
+
+
+def layout(**changes: Any) -> ModelLayout:
+    """A grouped-query model."""
+    axes = {
+        "hidden": AxisInfo(96, True),
+        "ffn": AxisInfo(171, True, multiple_of=1),
+        "kv_heads": AxisInfo(2, True),
+        "q_per_kv": AxisInfo(3, True),
+        "head_dim": AxisInfo(16, False, "rotary frequencies would move"),
+        **changes,
+    }
+    return ModelLayout("Toy", axes, (), aliases={"expert_ffn": "ffn"})
+
+
+def grow(*axes: dict[str, Any], on: ModelLayout | None = None, **fields: Any) -> dict[str, Growth]:
+    """Resolve a spec made of these axes."""
+    return resolve_growth(make_spec({"axes": list(axes), **fields}), on or layout())
+
+
+def test_factor_size_alias_and_multiple() -> None:
+    """Factors, sizes, aliases and rounding up give the sizes one would expect."""
+    assert grow({"axis": "ffn", "factor": 2}) == {"ffn": Growth(171, 342)}
+    assert grow({"axis": "expert_ffn", "to": 200}) == {"ffn": Growth(171, 200)}
+    assert grow({"axis": "ffn", "factor": 1.5}, multiple_of=64) == {"ffn": Growth(171, 320)}
+    assert grow({"axis": "hidden", "factor": 1.25}) == {"hidden": Growth(96, 120)}
+
+
+def test_heads_under_grouped_queries() -> None:
+    """Heads alone grow in their groups; kv_heads alone add groups; both set both counts."""
+    assert grow({"axis": "heads", "factor": 2}) == {"q_per_kv": Growth(3, 6)}
+    assert grow({"axis": "kv_heads", "factor": 2}) == {"kv_heads": Growth(2, 4)}
+    assert grow({"axis": "heads", "factor": 2}, {"axis": "kv_heads", "factor": 2}) == {
+        "kv_heads": Growth(2, 4)
+    }
+    assert grow({"axis": "heads", "to": 24}, {"axis": "kv_heads", "factor": 2}) == {
+        "kv_heads": Growth(2, 4),
+        "q_per_kv": Growth(3, 6),
+    }
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ([{"axis": "ffn", "factor": 1.5}], ["axes.ffn.factor", "256.5", "--to 256", "--to 257"]),
+        ([{"axis": "ffn", "to": 171}], ["axes.ffn.to", "171", "above"]),
+        ([{"axis": "heads", "to": 9}], ["axes.heads", "9", "--to 8"]),
+        ([{"axis": "head_dim", "factor": 2}], ["head_dim", "rotary", "ffn"]),
+        ([{"axis": "fnn", "factor": 2}], ["axes.fnn", "did you mean 'ffn'"]),
+        ([{"axis": "ffn", "factor": 2}, {"axis": "expert_ffn", "factor": 2}], ["the same axis"]),
+    ],
+)
+def test_refusals_name_field_value_and_remedy(axes: list[dict[str, Any]], said: list[str]) -> None:
+    """Each refusal names the field, what was found, and the nearest thing that works."""
+    with pytest.raises(SpecError) as caught:
+        grow(*axes)
+    for part in said:
+        assert part in str(caught.value)
+
+
+def test_coupled_axes_must_grow_together() -> None:
+    """Hidden alone is refused where the class couples it to the heads; together it works."""
+    coupled = layout(hidden=AxisInfo(96, True, joint=("heads",)))
+    with pytest.raises(SpecError, match="--axis hidden --axis heads --factor 2"):
+        grow({"axis": "hidden", "factor": 2}, on=coupled)
+    both = grow({"axis": "hidden", "factor": 2}, {"axis": "heads", "factor": 2}, on=coupled)
+    assert both == {"hidden": Growth(96, 192), "q_per_kv": Growth(3, 6)}
+
+
+def test_architecture_multiples() -> None:
+    """A size that the architecture cannot have is refused with the next that it can."""
+    strict = layout(ffn=AxisInfo(128, True, multiple_of=32))
+    with pytest.raises(SpecError, match="--to 160"):
+        grow({"axis": "ffn", "to": 150}, on=strict)
