@@ -1,0 +1,67 @@
+"""Checkpoints that tests widen: the bundled ones, and tiny ones made on demand by the real Trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before transformers is imported: no test asks the network, or prints what it does not need.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+# Tiny tensors are slower on several threads, and sums come out the same everywhere.
+torch.set_num_threads(1)
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+
+TinyCheckpoint = Callable[..., Path]
+
+
+def bundled(name: str) -> Path:
+    """Return the one ``checkpoint-N`` of the bundled run ``name``."""
+    found = sorted((FIXTURES / name).glob("checkpoint-*"))
+    assert len(found) == 1, f"expected one checkpoint under {FIXTURES / name}, found {found}"
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint() -> Path:
+    """The bundled Llama-class checkpoint (grouped queries, untied head). Not to be written to."""
+    return bundled("dense-llama")
+
+
+@pytest.fixture(scope="session")
+def moe_checkpoint() -> Path:
+    """The bundled Qwen3-MoE checkpoint (the paper's model in miniature). Not to be written to."""
+    return bundled("moe-qwen3")
+
+
+@pytest.fixture(scope="session")
+def heldout_text() -> Path:
+    """The text file that the bundled models did not see."""
+    return FIXTURES / "text" / "heldout.txt"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """A function ``(arch, **options) -> Path``: see ``fixtures.tiny.make_checkpoint``.
+
+    Equal calls share one directory for the whole session, so it is not to be written to.
+    """
+    from fixtures.tiny import make_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def make(arch: str, **options: Any) -> Path:
+        key = repr((arch, sorted(options.items())))
+        if key not in made:
+            made[key] = make_checkpoint(arch, tmp_path_factory.mktemp(f"tiny-{arch}"), **options)
+        return made[key]
+
+    return make
