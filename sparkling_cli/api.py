@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
     from sparkling_cli.plan.totals import Totals
+    from sparkling_cli.verify import VerifyReport
 
 #: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -165,6 +166,33 @@ def expand(
             sidecar=sidecar,
         )
     return ExpansionResult(target, prepared, written, facts)
+
+
+def verify(source: Path | str, destination: Path | str, *, progress: Progress | None = None) -> VerifyReport:
+    """Prove an output from the two checkpoints and the manifest alone.
+
+    Raises:
+        VerificationError: something does not hold; says what, first of all.
+        CheckpointError: there is no manifest, or a checkpoint cannot be read.
+    """
+    from sparkling_cli.verify import verify as prove
+
+    return prove(Path(source), Path(destination), progress=progress)
+
+
+def layout_of(path: Path | str, *, model: str | None = None) -> ModelLayout:
+    """The layout of a checkpoint, or of a ``config.json``.
+
+    Raises:
+        CheckpointError, LayoutError: see :func:`open_source`.
+    """
+    path = Path(path)
+    if path.suffix == ".json" and path.is_file():
+        from sparkling_cli.inference.infer import infer
+        from sparkling_cli.inference.locate import read_config
+
+        return infer(read_config(path), model=model)
+    return open_source(path, model=model)[1]
 
 
 def _spec(spec: ExpansionSpec | None, options: Mapping[str, Any]) -> ExpansionSpec:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.checkpoint.model import Checkpoint
-from sparkling_cli.errors import LayoutError
+from sparkling_cli.errors import CheckpointError, LayoutError
 from sparkling_cli.inference import cache
 from sparkling_cli.layout.file import read_layout
 from sparkling_cli.layout.model import ModelLayout
@@ -54,6 +54,21 @@ def find_layout(
     from sparkling_cli.inference.infer import infer
 
     return infer(checkpoint.config, model=model)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json.
+
+    Raises:
+        CheckpointError: unreadable, no JSON, or no mapping.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read the config {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"the config {path} must hold an object, found {type(data).__name__}")
+    return data
 
 
 def named_states(checkpoint: Checkpoint, layout: ModelLayout, *, model: str | None = None) -> Checkpoint:

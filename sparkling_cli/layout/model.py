@@ -80,6 +80,10 @@ class PatternTable:
         for pattern in self.patterns:
             self._by_key.setdefault(pattern.template.key, []).append(pattern)
 
+    def has(self, name: str) -> bool:
+        """Whether any pattern stands for ``name``."""
+        return any(p.template.matches(name) for p in self._by_key.get(skeleton(name), ()))
+
     def find(self, name: str) -> TensorPattern:
         """The pattern that stands for ``name``.
 

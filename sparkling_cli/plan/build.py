@@ -33,13 +33,10 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
     views = _Views(layout, growth, treatment_of(spec), spec)
     weights, renamed = weights_of(checkpoint, layout, spec.names)
     rows = [_weight_row(weight, views) for weight in weights]
-    by_module = {weight.module: weight for weight in weights}
     for state in checkpoint.states:
+        if not layout.module_table.has(layout.canonical(state.param)):
+            raise CheckpointError(f"optimizer state of {state.param!r}, which is no parameter of the model")
         for slot, key in state.tensors.items():
-            if state.param not in by_module and not layout_knows(layout, state.param):
-                raise CheckpointError(
-                    f"optimizer state of {state.param!r}, which is no parameter of the model"
-                )
             rows.append(_state_row(state.param, slot, key, checkpoint.tensors[key], views))
     scalars = {
         f"{state.param}.{name}": 0.0
@@ -70,15 +67,6 @@ def treatment_of(spec: ExpansionSpec) -> Treatment:
 def sizes_after(layout: ModelLayout, growth: Mapping[str, Growth]) -> dict[str, int]:
     """Axis sizes after widening."""
     return {**layout.sizes, **{name: g.target for name, g in growth.items()}}
-
-
-def layout_knows(layout: ModelLayout, name: str) -> bool:
-    """Whether a module name has a pattern."""
-    try:
-        layout.module_table.find(name)
-    except LayoutError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)

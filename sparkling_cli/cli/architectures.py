@@ -1,0 +1,40 @@
+"""``sparkling architectures``: what the installed transformers offers, and what is proved."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sparkling_cli.cli import options as opt
+from sparkling_cli.cli.console import output
+
+
+def architectures(
+    only: Annotated[list[str], typer.Argument(help="Model types; default: all.", metavar="[TYPE]...")] = [],  # noqa: B006
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/architectures.md.")] = False,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+) -> None:
+    """List every causal language model class and, per axis, proved or refused with the reason.
+
+    Each class is inferred and proved on the spot with a tiny random instance; results are cached.
+
+    Examples:
+
+        sparkling architectures llama mixtral
+
+        sparkling architectures --markdown > docs/architectures.md
+    """
+    import sys
+
+    from sparkling_cli.inference import survey
+
+    results = survey.survey(only or None, progress=None if quiet else output.note)
+    output.data("architectures", survey.to_data(results))
+    if output.as_json:
+        return
+    if markdown:
+        sys.stdout.write(survey.to_markdown(results))
+    else:
+        output.show(survey.to_table(results))

@@ -1,0 +1,112 @@
+"""Plans and results for people: one screen each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sparkling_cli.api import ExpansionResult, Prepared
+    from sparkling_cli.cli.console import Output
+
+
+def show_plan(output: Output, prepared: Prepared, destination: Path) -> None:
+    """The whole plan; with ``--verbose`` every kind of tensor, state included."""
+    from sparkling_cli.report.facts import plan_facts
+
+    facts = plan_facts(prepared, destination)
+    output.show(_summary(facts))
+    output.show(_kinds(facts["kinds"], everything=output.verbose))
+    for key, value in facts["config"].items():
+        output.show(f"config  {key} = {value}")
+    _remarks(output, facts)
+    room = facts["bytes"]["free"] - facts["bytes"]["to_write"]
+    if room < 0:
+        output.warn(f"{_size(-room)} more space is needed at {destination.absolute().parent}")
+    output.show("Nothing was written (--dry-run).")
+
+
+def show_result(output: Output, result: ExpansionResult) -> None:
+    """What was done, the worst layers, the verdict, and where to go on."""
+    from sparkling_cli.report.facts import plan_facts
+    from sparkling_cli.report.tables import activation_table, verdict_lines
+
+    facts = plan_facts(result.prepared, result.destination)
+    output.show(_summary(facts))
+    if result.report is not None:
+        if result.report.activations is not None:
+            output.show(activation_table(result.report.activations))
+        for line in verdict_lines(result.report.verdict):
+            output.show(line)
+    _remarks(output, facts | {"warnings": []})
+    output.show(f"written  {result.destination}")
+
+
+def _summary(facts: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(show_header=True, box=None, pad_edge=False)
+    for title in ("", "before", "after", ""):
+        table.add_column(title, justify="left" if not title else "right")
+    for name, sizes in facts["axes"].items():
+        ratio = sizes["after"] / sizes["before"]
+        table.add_row(name, str(sizes["before"]), str(sizes["after"]), f"{ratio:.4g}x")
+    rows = [("parameters", facts["parameters"])]
+    active = facts["active_parameters"]
+    if active is not None and active != facts["parameters"]:
+        rows.append(("active parameters", active))
+    for title, counts in rows:
+        ratio = counts["after"] / counts["before"]
+        table.add_row(title, _count(counts["before"]), _count(counts["after"]), f"{ratio:.4g}x")
+    sizes = facts["bytes"]
+    table.add_row(
+        "checkpoint", _size(sizes["before"]), _size(sizes["to_write"]), f"{_size(sizes['free'])} free"
+    )
+    return table
+
+
+def _kinds(kinds: list[dict[str, Any]], *, everything: bool) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("tensor", "count", "before", "after", "scale", "new entries"):
+        table.add_column(title, justify="right" if title in ("count", "scale") else "left", overflow="fold")
+    for kind in kinds:
+        changed = kind["before"] != kind["after"] or kind["scale"] != [1.0, 1.0]
+        if not everything and (kind["slot"] or not changed):
+            continue
+        low, high = kind["scale"]
+        scale = f"{low:.4g}" if low == high else f"{low:.4g}..{high:.4g}"
+        name = f"{kind['name']} [{kind['slot']}]" if kind["slot"] else kind["name"]
+        table.add_row(
+            name.replace("[", r"\["),
+            str(kind["count"]),
+            "x".join(map(str, kind["before"])),
+            "x".join(map(str, kind["after"])),
+            scale,
+            ", ".join(kind["fill"]),
+        )
+    return table
+
+
+def _remarks(output: Output, facts: dict[str, Any]) -> None:
+    for note in facts["notes"]:
+        output.note(f"note: {note}")
+    for warning in facts["warnings"]:
+        output.warn(warning)
+
+
+def _count(number: int) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"

@@ -1,0 +1,35 @@
+"""``sparkling verify``: prove an output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparkling_cli.cli import options as opt
+from sparkling_cli.cli.console import output
+
+
+def verify(
+    source: Annotated[Path, typer.Argument(help="The checkpoint that was widened.", metavar="SRC")],
+    destination: Annotated[Path, typer.Argument(help="The output to prove.", metavar="DST")],
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+) -> None:
+    """Re-read source and output and check every promise of the output's manifest.
+
+    Finds any changed bit in any file, any tensor that is not what the manifest derives from the source,
+    any new optimizer entry that is not zero. Exit code 8 when something does not hold.
+
+    Example:
+
+        sparkling verify ckpt/ ckpt-ffn2x/
+    """
+    from dataclasses import asdict
+
+    from sparkling_cli import api
+
+    report = api.verify(source, destination, progress=output.progress)
+    output.data("verify", {"ok": True, **asdict(report)})
+    output.note(report.summary(), style="green")

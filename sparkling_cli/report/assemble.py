@@ -1,0 +1,243 @@
+"""From a plan and what was measured to the facts of a report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from math import prod
+from zlib import crc32
+
+from sparkling_cli import __version__
+from sparkling_cli.checkpoint.model import ITEM_BYTES
+from sparkling_cli.compute.flops import step_saving
+from sparkling_cli.execute.stream import Written
+from sparkling_cli.layout.expr import Role
+from sparkling_cli.manifest import Manifest
+from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.report.facts import active_parameters
+from sparkling_cli.report.model import (
+    Activations,
+    AxisChange,
+    Compute,
+    LearningRate,
+    OptimizerSummary,
+    Provenance,
+    ReportData,
+    Size,
+    StateSlot,
+    TensorChange,
+)
+from sparkling_cli.report.verdict import verdict
+
+
+def assemble(
+    plan: Plan,
+    written: Written,
+    previous: Manifest | None,
+    destination: str,
+    *,
+    activations: Activations | None,
+    activations_missing: str,
+    learning_rate: LearningRate | None,
+    learning_rate_missing: str,
+) -> ReportData:
+    """Everything that a report says about one expansion."""
+    optimizer = _optimizer(plan)
+    return ReportData(
+        source=plan.source.root.name,
+        destination=destination,
+        model=plan.layout.name,
+        command=command_of(plan, destination),
+        spec=dict(plan.spec),
+        axes=tuple(_axes(plan, previous)),
+        tensors=tuple(_tensors(plan)),
+        before=_size(plan, after=False),
+        after=_size(plan, after=True),
+        activations=activations,
+        activations_missing=activations_missing,
+        learning_rate=learning_rate,
+        learning_rate_missing=learning_rate_missing,
+        optimizer=optimizer,
+        compute=_compute(plan, learning_rate),
+        provenance=_provenance(plan, written, previous),
+        notes=plan.notes,
+        warnings=plan.warnings,
+        verdict=verdict(
+            dict(plan.spec),
+            activations,
+            activations_missing,
+            learning_rate,
+            learning_rate_missing,
+            optimizer,
+            plan.warnings,
+            keeps_function=keeps_function(plan),
+        ),
+    )
+
+
+def keeps_function(plan: Plan) -> bool:
+    """Whether this widening leaves the model's function as it is: copies, scaled, by whole factors."""
+    whole = all(grown.target % grown.source == 0 for grown in plan.growth.values())
+    return plan.spec["init"] == "copy-copy" and plan.spec["scaling"] != "none" and whole
+
+
+def command_of(plan: Plan, destination: str) -> str:
+    """The command that does the same again."""
+    words = ["sparkling", "expand", plan.source.root.name, destination]
+    for axis in plan.spec["axes"]:
+        words += ["--axis", axis["axis"]]
+    for axis in plan.spec["axes"]:
+        words += ["--factor", f"{axis['factor']:g}"] if axis["to"] is None else ["--to", str(axis["to"])]
+    options = {
+        "multiple_of": (None, "--multiple-of"),
+        "init": ("copy-copy", "--init"),
+        "scaling": ("rms", "--scaling"),
+        "optimizer": ("asymmetric", "--optimizer"),
+        "seed": (0, "--seed"),
+        "names": ("auto", "--names"),
+    }
+    for field, (default, option) in options.items():
+        if plan.spec[field] != default:
+            words += [option, str(plan.spec[field])]
+    rewarmup = plan.spec["rewarmup"]
+    if rewarmup["rho"] != 1.3:
+        words += ["--rho", f"{rewarmup['rho']:g}"]
+    if rewarmup["steps"] != 250:
+        words += ["--rewarmup-steps", str(rewarmup["steps"])]
+    if rewarmup["bias_correction"] != "inherit":
+        words += ["--bias-correction", rewarmup["bias_correction"]]
+    return shlex.join(words)
+
+
+def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:
+    births = {} if previous is None else previous.births()
+    return [
+        AxisChange(
+            axis=name,
+            before=grown.source,
+            after=grown.target,
+            original=births[name][0][1] if name in births else grown.source,
+        )
+        for name, grown in plan.growth.items()
+    ]
+
+
+def _tensors(plan: Plan) -> Sequence[TensorChange]:
+    """One entry per pattern of which any axis grew."""
+    groups: dict[str, list[Row]] = {}
+    layouts: dict[str, str] = {}
+    for row in plan.rows:
+        if row.slot or row.shape == row.source.shape:
+            continue
+        pattern = _pattern(plan, row)
+        groups.setdefault(pattern[0], []).append(row)
+        layouts[pattern[0]] = pattern[1]
+    return [_tensor(name, layouts[name], rows, plan) for name, rows in groups.items()]
+
+
+def _pattern(plan: Plan, row: Row) -> tuple[str, str]:
+    name = plan.layout.canonical(row.name)
+    for table in (plan.layout.module_table, plan.layout.disk_table):
+        if table.has(name):
+            pattern = table.find(name)
+            return pattern.name, pattern.layout
+    raise AssertionError(f"row {row.name!r} was planned without a pattern")
+
+
+def _tensor(name: str, layout: str, rows: list[Row], plan: Plan) -> TensorChange:
+    row = rows[0]
+    dims = _roles(layout)
+    grown = sorted({dim.dim for dim in row.view if dim.source != dim.target})
+    roles = {dims[i] for i in grown}
+    scales = [row.scale * run.scale for dim in row.view for run in dim.runs if dims[dim.dim] != Role.STACK]
+    side = {Role.OUT: "fan-out", Role.IN: "fan-in"}
+    return TensorChange(
+        name=name,
+        layout=layout,
+        before=row.source.shape,
+        after=row.shape,
+        new_dims=tuple(grown),
+        role="both" if len(roles) > 1 else side.get(next(iter(roles)), "elementwise"),  # type: ignore[arg-type]
+        scale=(min(scales, default=row.scale), max(scales, default=row.scale)),
+        fill=tuple(sorted({r.fill.name.lower() for d in row.view for r in d.runs if r.new})),
+        count=len(rows),
+    )
+
+
+def _roles(layout: str) -> list[Role]:
+    from sparkling_cli.layout.parse import parse_layout
+
+    return [dim.role for dim in parse_layout(layout).dims]
+
+
+def _size(plan: Plan, *, after: bool) -> Size:
+    active = active_parameters(plan)
+    counted: set[str] = set()
+    parameters = weights = states = 0
+    for row in plan.rows:
+        entries = prod(row.shape if after else row.source.shape)
+        if row.slot:
+            states += entries * ITEM_BYTES[row.dtype]
+            continue
+        weights += entries * ITEM_BYTES[row.dtype]
+        if row.stream not in counted:
+            counted.add(row.stream)
+            parameters += entries
+    return Size(
+        parameters=parameters,
+        active=None if active is None else active["after" if after else "before"],
+        weight_bytes=weights,
+        state_bytes=states,
+    )
+
+
+def _optimizer(plan: Plan) -> OptimizerSummary | None:
+    if not plan.source.states:
+        return None
+    slots: dict[str, list[Row]] = {}
+    for row in plan.rows:
+        if row.slot:
+            slots.setdefault(row.slot, []).append(row)
+    betas = [g["betas"][1] for g in plan.source.param_groups if isinstance(g.get("betas"), (tuple, list))]
+    return OptimizerSummary(
+        treatment=plan.spec["optimizer"],
+        name=plan.source.facts.get("optimizer_class"),
+        slots=tuple(_slot(name, rows) for name, rows in slots.items()),
+        beta2=float(max(betas)) if betas else None,
+    )
+
+
+def _slot(name: str, rows: list[Row]) -> StateSlot:
+    entries = sum(prod(row.shape) for row in rows)
+    kept = sum(0 if row.zero else prod(row.source.shape) for row in rows)
+    size = sum(prod(row.shape) * ITEM_BYTES[row.dtype] for row in rows)
+    return StateSlot(slot=name, tensors=len(rows), entries=entries, kept=kept, bytes=size)
+
+
+def _compute(plan: Plan, rate: LearningRate | None) -> Compute | None:
+    active = active_parameters(plan)
+    if active is None or rate is None or not 0 < rate.expansion_step < rate.total_steps:
+        return None
+    saving = step_saving(active["before"], active["after"], rate.expansion_step, rate.total_steps)
+    return Compute(expansion_step=rate.expansion_step, total_steps=rate.total_steps, saved=saving.saved)
+
+
+def _provenance(plan: Plan, written: Written, previous: Manifest | None) -> Provenance:
+    digests = "".join(f"{key}:{value:08x}\n" for key, value in written.sources.items())
+    stages = [] if previous is None else [_stage(s.growth, s.step) for s in previous.stages]
+    now = {name: (g.source, g.target) for name, g in plan.growth.items()}
+    stages.append(_stage(now, plan.source.facts.get("global_step")))
+    return Provenance(
+        tool="sparkling-cli",
+        version=__version__,
+        source=plan.source.root.name,
+        format=plan.source.format,
+        tensors=len(plan.rows),
+        source_digest=f"{crc32(digests.encode()):08x}",
+        stages=tuple(stages),
+    )
+
+
+def _stage(growth: Mapping[str, tuple[int, int]], step: int | None) -> str:
+    grown = ", ".join(f"{axis} {before} -> {after}" for axis, (before, after) in sorted(growth.items()))
+    return grown if step is None else f"step {step}: {grown}"

@@ -1,0 +1,83 @@
+"""A plan as plain data: what ``expand --dry-run --json`` prints."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.names import skeleton
+
+if TYPE_CHECKING:
+    from sparkling_cli.api import Prepared
+    from sparkling_cli.plan.model import Plan, Row
+
+
+def plan_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:
+    """Axes, tensors by kind, parameters, bytes to write against free space, config changes, notes."""
+    plan, totals = prepared.plan, prepared.totals
+    return {
+        "source": str(plan.source.root),
+        "destination": str(destination),
+        "format": plan.source.format,
+        "model": plan.layout.name,
+        "axes": {name: {"before": g.source, "after": g.target} for name, g in plan.growth.items()},
+        "parameters": {"before": totals.parameters_before, "after": totals.parameters_after},
+        "active_parameters": active_parameters(plan),
+        "bytes": {
+            "before": totals.bytes_before,
+            "to_write": totals.bytes_after,
+            "free": free_bytes(destination),
+        },
+        "tensors": totals.tensors,
+        "widened": totals.widened,
+        "config": dict(plan.config),
+        "kinds": list(tensor_kinds(plan)),
+        "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
+        "spec": dict(plan.spec),
+    }
+
+
+def active_parameters(plan: Plan) -> dict[str, int] | None:
+    """Parameters that work on one token, before and after; None where the top-k is not known."""
+    from sparkling_cli.compute.shape import shape_of
+
+    try:
+        shape = shape_of(plan.layout, plan.source.config)
+    except LayoutError:
+        return None
+    before, after = shape.count().active, shape.grown(plan.growth).count().active
+    return {"before": before, "after": after}
+
+
+def free_bytes(destination: Path) -> int:
+    """Free space on the disk that the output would lie on."""
+    parent = destination.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return shutil.disk_usage(parent).free
+
+
+def tensor_kinds(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Tensors that differ only in their indices, one entry for all: shapes, factor, fills, count."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in plan.rows:
+        key = (skeleton(row.name), row.slot, row.shape, row.scale, row.offset, id(row.view))
+        groups.setdefault(key, []).append(row)
+    for rows in groups.values():
+        row = rows[0]
+        scales = {run.scale for dim in row.view for run in dim.runs}
+        yield {
+            "name": skeleton(row.name),
+            "slot": row.slot,
+            "count": len(rows),
+            "before": list(row.source.shape),
+            "after": list(row.shape),
+            "dtype": row.dtype,
+            "scale": [row.scale * min(scales, default=1.0), row.scale * max(scales, default=1.0)],
+            "fill": sorted({run.fill.name.lower() for dim in row.view for run in dim.runs if run.new}),
+            "zero": row.zero,
+        }
