@@ -1,0 +1,415 @@
+"""From what the tiny model taught to the layout of the real one: names, sizes, config keys, assembly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.inference.axes import Coordinates
+from sparkling_cli.inference.court import Judgement
+from sparkling_cli.inference.disk import DiskTensor
+from sparkling_cli.inference.labels import render
+from sparkling_cli.inference.roles import get_path
+from sparkling_cli.inference.shrink import shapes
+from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory, text_prefix
+from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, Product, Role, Sum, TensorLayout, size_of
+from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
+from sparkling_cli.layout.names import compress, skeleton
+from sparkling_cli.layout.solve import Equation, solve_sizes
+
+_DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
+#: Roles of axes that never grow; head_dim does not either, but hidden may need it written.
+_NEVER_WRITTEN = frozenset({"vocab", "positions", "experts", "shared_experts"})
+#: a name as its skeleton and its indices
+Split = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """Real tensors of one skeleton and one layout."""
+
+    key: str
+    layout: TensorLayout
+    indices: tuple[tuple[int, ...], ...]
+    shared: bool
+    """other tensors of the same skeleton have another layout"""
+
+
+def realize(
+    judged: Judgement,
+    config: Mapping[str, Any],
+    real: ConfigDict,
+    *,
+    name: str,
+    factory: ModelFactory | None = None,
+) -> ModelLayout:
+    """The layout of the model of ``config``.
+
+    Args:
+        judged: verdicts and layouts of the tiny model.
+        config: the checkpoint's config.
+        real: the language model's own config, defaults filled in.
+        name: of the class.
+        factory: the user's own model.
+
+    Raises:
+        LayoutError: the real model has tensors that the tiny one has no match for.
+    """
+    real_shapes = shapes(real, factory)
+    sizes = _real_sizes(judged, real, real_shapes)
+    patterns = _patterns(judged, real_shapes, sizes)
+    prefix = text_prefix(config, factory=factory)
+    renames = _renames(judged)
+    disk, assembly = _disk_patterns(judged, patterns)
+    axes = {renames.get(n, n): info for n, info in _axis_infos(judged, sizes, renames).items()}
+    for placeholder, count in _counts(patterns).items():
+        axes.setdefault(placeholder, AxisInfo(count, reason="stored in the tensors' names"))
+    layout = ModelLayout(
+        name=name,
+        axes=axes,
+        tensors=tuple(TensorPattern(_template(p), _renamed(p.layout, renames)) for p in patterns),
+        disk=None
+        if disk is None
+        else tuple(TensorPattern(t, _renamed(lay, renames)) for t, lay in disk.items()),
+        config=_config_terms(judged.found, prefix, renames, axes),
+        compensations=_compensations(judged),
+        tied=_tied(judged),
+        assembly=assembly,
+        aliases=_aliases(judged, renames),
+        notes=judged.notes,
+    )
+    layout.check_axes()
+    layout.check_shapes(real_shapes, on_disk=False)
+    return layout
+
+
+def split(name: str) -> Split:
+    """A name's skeleton and the numbers in it."""
+    return skeleton(name), tuple(int(m.group()) for m in _DIGITS.finditer(name))
+
+
+def _real_sizes(
+    judged: Judgement, real: ConfigDict, real_shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Axis sizes from the real config; those that it leaves to be derived, from the shapes."""
+    found = judged.found
+    known: dict[str, int] = {}
+    for path, names in found.terms.items():
+        value = get_path(real, path)
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            value = value[0]
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        rest = [n for n in names if n not in known]
+        if len(rest) == 1:
+            known[rest[0]] = value // prod(known[n] for n in names if n in known)
+    equations = []
+    by_key: dict[str, list[TensorLayout]] = {}
+    for family, layout in zip(judged.families, judged.layouts, strict=True):
+        by_key.setdefault(skeleton(family.names[0]), []).append(layout)
+    for name, shape in real_shapes.items():
+        layouts = by_key.get(skeleton(name), [])
+        if len(layouts) == 1 and len(layouts[0].dims) == len(shape):
+            for dim, n in zip(layouts[0].dims, shape, strict=True):
+                equations.append(Equation(dim.expr, n, name))
+    return solve_sizes(equations, known) if set(found.axes) - set(known) else known
+
+
+def _patterns(
+    judged: Judgement, real_shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
+) -> list[_Pattern]:
+    by_key: dict[str, list[TensorLayout]] = {}
+    for family, layout in zip(judged.families, judged.layouts, strict=True):
+        by_key.setdefault(skeleton(family.names[0]), []).append(layout)
+    grouped: dict[str, dict[str, tuple[TensorLayout, list[tuple[int, ...]]]]] = {}
+    for name, shape in real_shapes.items():
+        key, indices = split(name)
+        fits = [f for f in (_fitted(lay, shape, sizes) for lay in by_key.get(key, ())) if f is not None]
+        different = {f.text: f for f in fits}
+        if not different:
+            known = "; ".join(lay.text for lay in by_key.get(key, ())) or "no tensor of that name"
+            raise LayoutError(
+                f"{name!r} has shape {shape}, which fits nothing in a tiny model of this class: {known}",
+                hint="give a layout file (--layout FILE)",
+            )
+        if len(different) > 1:
+            raise LayoutError(
+                f"{name!r} of shape {shape} may have any of the layouts {', '.join(different)}",
+                hint="give a layout file (--layout FILE)",
+            )
+        layout = next(iter(different.values()))
+        grouped.setdefault(key, {}).setdefault(layout.text, (layout, []))[1].append(indices)
+    return [
+        _Pattern(key, layout, tuple(indices), len(texts) > 1)
+        for key, texts in grouped.items()
+        for layout, indices in texts.values()
+    ]
+
+
+def _fitted(layout: TensorLayout, shape: Sequence[int], sizes: Mapping[str, int]) -> TensorLayout | None:
+    """The layout with anonymous sizes replaced by the real ones; None if it does not fit."""
+    if len(layout.dims) != len(shape):
+        return None
+    dims = []
+    for dim, n in zip(layout.dims, shape, strict=True):
+        expr = _fitted_term(dim.expr, n, sizes)
+        if expr is None:
+            return None
+        dims.append(Dim(expr, dim.role))
+    return TensorLayout(tuple(dims), render(dims))
+
+
+def _fitted_term(expr: Expr, n: int, sizes: Mapping[str, int]) -> Expr | None:
+    try:
+        if size_of(expr, sizes) == n:
+            return expr
+    except LayoutError:
+        return None
+    if isinstance(expr, Fixed):
+        return Fixed(n, expr.label)
+    if not isinstance(expr, (Product, Sum)):
+        return None
+    inner = expr.factors if isinstance(expr, Product) else expr.parts
+    free = [i for i, e in enumerate(inner) if isinstance(e, Fixed)]
+    if len(free) != 1:
+        return None
+    rest = [size_of(e, sizes) for i, e in enumerate(inner) if i != free[0]]
+    value, odd = divmod(n, prod(rest)) if isinstance(expr, Product) else (n - sum(rest), 0)
+    if odd or value < 1:
+        return None
+    changed = tuple(Fixed(value, e.label) if i == free[0] else e for i, e in enumerate(inner))
+    return Product(changed, expr.label) if isinstance(expr, Product) else Sum(changed, expr.label)
+
+
+def _placeholder(position: int) -> str:
+    return "layers" if position == 0 else f"index_{position + 1}"
+
+
+def _template(pattern: _Pattern) -> str:
+    return _fill(pattern.key, [_placeholder(i) for i in range(pattern.key.count("*"))], pattern)
+
+
+def _fill(key: str, placeholders: Sequence[str], pattern: _Pattern) -> str:
+    """A skeleton with named placeholders, the first index restricted where layers differ."""
+    result = key
+    for place in placeholders:
+        only = ""
+        if pattern.shared and place == "layers":
+            only = "=" + compress(i[0] for i in pattern.indices)
+        result = result.replace("*", "{" + place + only + "}", 1)
+    return result
+
+
+def _counts(patterns: Iterable[_Pattern]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for pattern in patterns:
+        for indices in pattern.indices:
+            for position, index in enumerate(indices):
+                name = _placeholder(position)
+                counts[name] = max(counts.get(name, 0), index + 1)
+    return counts
+
+
+def _renames(judged: Judgement) -> dict[str, str]:
+    """``expert_ffn`` is called ``ffn`` where no other MLP has an inner width."""
+    axes = judged.found.axes
+    return {"expert_ffn": "ffn"} if "expert_ffn" in axes and "ffn" not in axes else {}
+
+
+def _aliases(judged: Judgement, renames: Mapping[str, str]) -> dict[str, str]:
+    if renames:
+        return dict(renames)
+    stacked = [
+        "experts" in layout.axes()
+        for family, layout in zip(judged.families, judged.layouts, strict=True)
+        if family.involves("ffn")
+    ]
+    return {"expert_ffn": "ffn"} if stacked and all(stacked) else {}
+
+
+def _renamed(layout: TensorLayout, renames: Mapping[str, str]) -> str:
+    if not renames:
+        return layout.text
+    return render([Dim(_rename_term(d.expr, renames), d.role) for d in layout.dims])
+
+
+def _rename_term(expr: Expr, renames: Mapping[str, str]) -> Expr:
+    if isinstance(expr, Axis):
+        return replace(expr, name=renames.get(expr.name, expr.name))
+    if isinstance(expr, Product):
+        return replace(expr, factors=tuple(_rename_term(f, renames) for f in expr.factors))
+    if isinstance(expr, Sum):
+        return replace(expr, parts=tuple(_rename_term(p, renames) for p in expr.parts))
+    return expr
+
+
+def _axis_infos(
+    judged: Judgement, sizes: Mapping[str, int], renames: Mapping[str, str]
+) -> dict[str, AxisInfo]:
+    used = {a for layout in judged.layouts for a in layout.axes()}
+    infos = {}
+    for name, verdict in judged.verdicts.items():
+        if name not in sizes or (name not in used and not verdict.proved):
+            continue
+        joint = tuple(renames.get(j, j) for j in verdict.joint)
+        infos[name] = AxisInfo(sizes[name], verdict.proved, verdict.reason, joint)
+    return infos
+
+
+def _config_terms(
+    found: Coordinates, prefix: tuple[str, ...], renames: Mapping[str, str], known: Iterable[str]
+) -> dict[str, str]:
+    """The config keys of every axis that the layout has and that a widening may have to write."""
+    terms = {}
+    declared = set(known)
+    for path, names in found.terms.items():
+        named = [renames.get(n, n) for n in names]
+        fixed = all(found.axes[n].role in _NEVER_WRITTEN for n in names)
+        if not fixed and declared.issuperset(named):
+            terms[".".join((*prefix, *path))] = named[0] if len(named) == 1 else f"({' '.join(named)})"
+    return terms
+
+
+def _tied(judged: Judgement) -> tuple[tuple[str, ...], ...]:
+    """Tied module names, and the names of the same tensors on disk."""
+    on_disk = {t.source: t.name for t in judged.disk or ()}
+    groups = []
+    for group in judged.tied:
+        others = [on_disk[n] for n in group[1:] if on_disk.get(n, n) != n]
+        groups.append((*group, *others))
+        first = on_disk.get(group[0], group[0])
+        if first != group[0]:
+            groups.append((first, *(on_disk.get(n, n) for n in group[1:])))
+    return tuple(groups)
+
+
+def _compensations(judged: Judgement) -> tuple[Compensation, ...]:
+    """Factors under module names, and again under the names on disk where those differ."""
+    on_disk = {t.source: t.name for t in judged.disk or ()}
+    found = list(judged.compensations)
+    for c in judged.compensations:
+        if c.tensor and on_disk.get(c.tensor, c.tensor) != c.tensor:
+            found.append(replace(c, tensor=on_disk[c.tensor]))
+    return tuple(found)
+
+
+def _disk_patterns(
+    judged: Judgement, patterns: Sequence[_Pattern]
+) -> tuple[dict[str, TensorLayout] | None, dict[str, tuple[str, ...]]]:
+    """Patterns on disk for the real model, and which of them make up which module tensor."""
+    if judged.disk is None:
+        return None, {}
+    by_source: dict[str, list[DiskTensor]] = {}
+    for tensor in judged.disk:
+        by_source.setdefault(tensor.source, []).append(tensor)
+    followers = {n for group in judged.tied for n in group[1:]}
+    result: dict[str, TensorLayout] = {}
+    assembly: dict[str, tuple[str, ...]] = {}
+    for pattern in patterns:
+        source = _representative(judged, pattern)
+        parts = by_source.get(source)
+        if parts is None:
+            if source in followers:
+                continue
+            raise LayoutError(f"{source!r} is nowhere on disk", hint="give a layout file (--layout FILE)")
+        templates = _disk_templates(source, parts, pattern, judged)
+        result.update(templates)
+        if list(templates) != [_template(pattern)] and _assembles(source, parts, judged):
+            assembly[_template(pattern)] = tuple(templates)
+    return result, assembly
+
+
+def _representative(judged: Judgement, pattern: _Pattern) -> str:
+    """A tiny tensor with the pattern's skeleton and meaning."""
+    for family, layout in zip(judged.families, judged.layouts, strict=True):
+        if skeleton(family.names[0]) == pattern.key and _same(layout, pattern.layout):
+            return family.names[0]
+    raise AssertionError(pattern.key)
+
+
+def _same(tiny: TensorLayout, real: TensorLayout) -> bool:
+    """Equal but for anonymous sizes."""
+    blank = re.compile(r"(?<![\w])\d+")
+    return blank.sub("#", tiny.text) == blank.sub("#", real.text)
+
+
+def _disk_templates(
+    source: str, parts: Sequence[DiskTensor], pattern: _Pattern, judged: Judgement
+) -> dict[str, TensorLayout]:
+    """Disk name template -> layout, in the order in which the parts make up the module tensor."""
+    _, own = split(source)
+    layout = next(lay for f, lay in zip(judged.families, judged.layouts, strict=True) if source in f.names)
+    grouped: dict[str, list[DiskTensor]] = {}
+    for part in sorted(parts, key=lambda p: p.start):
+        grouped.setdefault(split(part.name)[0], []).append(part)
+    result: dict[str, TensorLayout] = {}
+    for key, members in grouped.items():
+        placeholders = []
+        for place in range(key.count("*")):
+            values = [split(m.name)[1][place] for m in members]
+            placeholders.append(_place_name(place, values, own, members, layout))
+        real = _fit_like(members[0].layout, layout, pattern.layout)
+        result[_fill(key, placeholders, pattern)] = real
+    return result
+
+
+def _place_name(
+    place: int,
+    values: Sequence[int],
+    own: tuple[int, ...],
+    members: Sequence[DiskTensor],
+    layout: TensorLayout,
+) -> str:
+    for dim in members[0].fixed:
+        fixed = [m.fixed.get(dim) for m in members]
+        expr = layout.dims[dim].expr
+        if list(values) == fixed and isinstance(expr, Axis):
+            return expr.name
+    if place < len(own) and all(v == own[place] for v in values):
+        return _placeholder(place)
+    raise LayoutError(f"the numbers in {members[0].name!r} on disk could not be explained")
+
+
+def _fit_like(part: TensorLayout, tiny: TensorLayout, real: TensorLayout) -> TensorLayout:
+    """Carry replaced anonymous sizes over to a part on disk."""
+    if tiny.text == real.text or not any(isinstance(d.expr, Fixed) for d in part.dims):
+        return part
+    changed = {}
+    for before, after in zip(tiny.dims, real.dims, strict=True):
+        if isinstance(before.expr, Fixed) and isinstance(after.expr, Fixed):
+            changed[before.expr.size] = after.expr.size
+    dims = [
+        Dim(Fixed(changed.get(d.expr.size, d.expr.size), d.expr.label), d.role)
+        if isinstance(d.expr, Fixed)
+        else d
+        for d in part.dims
+    ]
+    return TensorLayout(tuple(dims), render(dims))
+
+
+def _assembles(source: str, parts: Sequence[DiskTensor], judged: Judgement) -> bool:
+    """Whether stacking in front and concatenating behind gives the module tensor."""
+    layout = next(lay for f, lay in zip(judged.families, judged.layouts, strict=True) if source in f.names)
+    sizes = judged.found.sizes
+    shape = layout.shape(sizes)
+    front = len(parts[0].fixed)
+    first = [p for p in parts if p.fixed == parts[0].fixed]
+    if any(set(p.fixed) != set(range(front)) for p in parts) or len(shape) < front:
+        return False
+    rest = shape[front:]
+    if any(len(p.layout.dims) != len(rest) for p in parts):
+        return False
+    at = 0
+    for part in sorted(first, key=lambda p: p.start):
+        own = part.layout.shape(sizes)
+        if own[1:] != rest[1:] or (part.start != at and len(first) > 1):
+            return False
+        at += own[0] if own else 0
+    roles = [d.role for d in layout.dims[front:]]
+    return (not rest or at == rest[0]) and all(
+        Role.IN not in roles or [d.role for d in p.layout.dims] == roles for p in parts
+    )

@@ -1,0 +1,107 @@
+"""What a config key probably sizes, from the root of its name.
+
+These are hints, not knowledge: they choose readable axis names and sensible tiny sizes. What a key
+really moves is measured on skeletons, and what a tensor's dims really mean is proved by logits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Path = tuple[str, ...]
+
+#: Parts of a transformers config that never size a tensor of a language model.
+_LABELS = frozenset({"id2label", "label2id", "task_specific_params"})
+
+#: First match wins. The order goes from the special to the general.
+_HINTS: tuple[tuple[str, str], ...] = (
+    ("layers", r"^(num|n)_(hidden_|decoder_|encoder_)?(layers?|blocks)$|^(de|en)coder_layers$"),
+    ("vocab", r"^((un)?padded_|decoder_)?vocab_size$"),
+    ("token", r"_(token_id|index|token_index|idx)$|_id$"),
+    ("positions", r"position_embeddings$|^n_positions$|^n_ctx$|max_.*(length|positions|seq_len)$"),
+    ("top_k", r"experts?_per_tok|top_?k|^moe_k$"),
+    ("shared_experts", r"shared_experts?$|^n_shared"),
+    ("experts", r"^(moe_)?(num|n)_(routed_|local_)?experts$"),
+    ("groups", r"^n_group$|topk_group|expert_group"),
+    ("shared_ffn", r"shared.*(intermediate|inner|ffn)"),
+    ("expert_ffn", r"(moe|expert).*(intermediate|ffn|inner)|ffn_hidden_size_moe"),
+    ("q_lora", r"q_lora"),
+    ("kv_lora", r"kv_lora"),
+    ("qk_nope", r"qk_nope_head_dim"),
+    ("qk_rope", r"qk_rope_head_dim"),
+    ("v_dim", r"v_head_dim"),
+    ("window", r"window|chunk_size|local_attention|block_size"),
+    ("kv_heads", r"key_value_heads|num_kv_heads|num_query_groups|multi_query_group"),
+    ("head_dim", r"head_dim|headdim|d_head$|kv_channels|dim_head|head_size"),
+    ("heads", r"^((num|n)_)?(decoder_|encoder_)?(attention_)?heads?$"),
+    (
+        "ffn",
+        r"intermediate|ffn|feed_forward|^n_inner$|^d_ff$|^dff$|^dim_ff$|^d_inner$|inner_hidden|mlp_dim",
+    ),
+    (
+        "hidden",
+        r"^hidden_size$|^d_model$|^n_embd$|^emb_dim$|^dim$|^model_dim$|^(input_|output_)?"
+        r"embedding_size$|^lru_width$|word_embed_proj_dim|^attention_hidden_size$|^embedding_dim$",
+    ),
+)
+
+#: Tiny sizes: pairwise unambiguous, also their doubles and the usual products.
+TINY_SIZES: Mapping[str, int] = {
+    "layers": 2,
+    "vocab": 97,
+    "positions": 64,
+    "top_k": 2,
+    "shared_experts": 1,
+    "experts": 10,
+    "heads": 6,
+    "kv_heads": 3,
+    "head_dim": 8,
+    "hidden": 72,
+    "ffn": 56,
+    "expert_ffn": 22,
+    "shared_ffn": 34,
+    "q_lora": 26,
+    "kv_lora": 14,
+    "qk_nope": 12,
+    "qk_rope": 4,
+    "v_dim": 18,
+    "window": 8,
+}
+
+
+def role_of(key: str) -> str | None:
+    """Return the role that the name of a config key hints at, or None."""
+    for role, pattern in _HINTS:
+        if re.search(pattern, key):
+            return role
+    return None
+
+
+def walk(config: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield every leaf of a nested config with its path; lists are leaves."""
+    for key, value in config.items():
+        if key in _LABELS:
+            continue
+        if isinstance(value, Mapping):
+            yield from walk(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def get_path(config: Mapping[str, Any], path: Path) -> Any:
+    """Return the value at ``path``, or None where there is none."""
+    found: Any = config
+    for key in path:
+        if not isinstance(found, Mapping) or key not in found:
+            return None
+        found = found[key]
+    return found
+
+
+def set_path(config: dict[str, Any], path: Path, value: Any) -> None:
+    """Set the value at ``path`` in place, making inner dicts where they are missing."""
+    for key in path[:-1]:
+        config = config.setdefault(key, {})
+    config[path[-1]] = value

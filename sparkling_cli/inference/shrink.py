@@ -1,0 +1,286 @@
+"""A tiny config of the same class, with every kind of layer that the real one has.
+
+The tiny instance stands for the real model in every test, so it must share its structure (layer kinds,
+grouped queries, biases, ties, shared experts) and must not share an accident: its sizes are pairwise
+unambiguous. What a class accepts is found by trying: candidates are built and run, first fit wins.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.inference.roles import TINY_SIZES, Path, get_path, role_of, set_path, walk
+from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory, build_model, text_config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_MAX_LAYERS = 12
+_DENSE_PREFIX = re.compile(r"first_k_dense|num_dense_layers|_layer_start_index$")
+_INDEXED = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to choose tiny sizes; tried in order until the class accepts one."""
+
+    sizes: Mapping[str, int]
+    coupled: bool = False
+    """hidden = heads * head_dim, for classes without a head_dim of their own"""
+    grouped: bool = True
+    """keep fewer kv heads than heads where the real config has them"""
+
+
+_POWERS = {
+    **TINY_SIZES,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_dim": 16,
+    "hidden": 64,
+    "ffn": 96,
+    "expert_ffn": 48,
+    "shared_ffn": 80,
+    "experts": 8,
+    "v_dim": 16,
+    "qk_nope": 16,
+    "qk_rope": 8,
+}
+_VARIANTS = (
+    Variant(TINY_SIZES),
+    Variant(TINY_SIZES, coupled=True),
+    Variant(_POWERS),
+    Variant(_POWERS, coupled=True),
+    Variant(_POWERS, coupled=True, grouped=False),
+)
+
+
+def shrink(config: Mapping[str, Any], *, factory: ModelFactory | None = None) -> ConfigDict:
+    """Return a tiny config of the same class whose model builds and runs.
+
+    Raises:
+        LayoutError: no candidate was accepted; the message holds what the class said.
+    """
+    real = text_config(config, factory=factory)
+    reasons: list[str] = []
+    try:
+        kinds = layer_kinds(build_model(real, factory=factory))
+    except Exception as error:  # a class whose own defaults do not build: let tiny sizes try
+        kinds = frozenset()
+        reasons.append(f"the config itself: {type(error).__name__}: {error}".splitlines()[0])
+    for variant in _VARIANTS:
+        for tiny in _with_layers(real, variant):
+            try:
+                found = layer_kinds(build_model(tiny, factory=factory))
+                if not kinds <= found:
+                    continue
+                run(build_model(tiny, meta=False, factory=factory), tokens(tiny))
+                tiny = _explicit(tiny, variant, factory)
+            except Exception as error:  # any model code may raise anything
+                reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
+                break
+            return tiny
+    said = "; ".join(dict.fromkeys(reasons)) or "not every kind of layer fits into few layers"
+    raise LayoutError(
+        f"no tiny model of {config.get('model_type', 'this class')!r} could be built and run: {said}",
+        hint="give a layout file (--layout FILE)",
+    )
+
+
+def layer_kinds(model: nn.Module) -> frozenset[frozenset[str]]:
+    """The distinct sets of parameter names below one numbered layer, numbers blanked."""
+    layers: dict[str, set[str]] = {}
+    for name, value in model.state_dict().items():
+        match = _INDEXED.search(name)
+        if match:
+            rest = _INDEXED.sub(".#.", name[match.end() - 1 :])
+            layers.setdefault(name[: match.end()], set()).add(f"{rest}:{value.ndim}")
+    return frozenset(frozenset(v) for v in layers.values())
+
+
+def tokens(config: Mapping[str, Any], *, seed: int = 0) -> torch.Tensor:
+    """Random token ids (2, 11) inside the vocabulary, clear of special ids."""
+    import torch
+
+    vocab = [v for p, v in walk(config) if role_of(p[-1]) == "vocab" and isinstance(v, int) and v]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, min(vocab, default=60), (2, 11), generator=generator)
+
+
+def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, tokens, vocab) of a plain forward pass.
+
+    Raises:
+        LayoutError: the model returns no logits.
+    """
+    import torch
+
+    with torch.no_grad():
+        found = model(input_ids=ids, use_cache=False) if hasattr(model, "config") else model(ids)
+    logits = getattr(found, "logits", found)
+    if isinstance(logits, tuple):
+        logits = logits[0]
+    if not isinstance(logits, torch.Tensor):
+        raise LayoutError("the model's forward(input_ids) returns neither logits nor .logits")
+    return logits
+
+
+def _with_layers(real: ConfigDict, variant: Variant) -> Iterator[ConfigDict]:
+    """Candidates with ever more layers, until every kind of layer fits."""
+    lists = _kept_layers(real)
+    for count in range(max(2, len(lists)), _MAX_LAYERS + 1):
+        yield _candidate(real, variant, count, lists)
+
+
+def _layer_count(config: Mapping[str, Any]) -> int:
+    counts = [v for p, v in walk(config) if role_of(p[-1]) == "layers" and isinstance(v, int)]
+    return max(counts, default=0)
+
+
+def _explicit(tiny: ConfigDict, variant: Variant, factory: ModelFactory | None) -> ConfigDict:
+    """Write sizes that the config leaves to be derived, wherever the class honours them.
+
+    A head_dim or an inner width that has no key of its own would tie axes together that the class can
+    well tell apart.
+    """
+    for path in _derived(tiny):
+        before = shapes(tiny, factory)
+        for value in _explicit_values(path, tiny, variant):
+            changed = copy.deepcopy(tiny)
+            set_path(changed, path, value)
+            try:
+                moved = shapes(changed, factory) != before
+                if moved or role_of(path[-1]) == "kv_heads":
+                    run(build_model(changed, meta=False, factory=factory), tokens(changed))
+            except Exception:  # not accepted: it stays derived
+                continue
+            if moved or role_of(path[-1]) == "kv_heads":
+                tiny = changed
+                break
+    return tiny
+
+
+def _derived(tiny: ConfigDict) -> list[Path]:
+    """Keys that may be written although the config leaves them empty."""
+    found = [p for p, v in walk(tiny) if v is None and role_of(p[-1]) in ("ffn", "head_dim", "kv_heads")]
+    for path, _ in walk(tiny):
+        beside = (*path[:-1], "head_dim")
+        if role_of(path[-1]) == "heads" and get_path(tiny, beside) is None and beside not in found:
+            found.append(beside)
+    return found
+
+
+def _explicit_values(path: Path, tiny: ConfigDict, variant: Variant) -> list[int]:
+    role = str(role_of(path[-1]))
+    if role == "kv_heads":
+        heads = [v for p, v in walk(tiny) if p[:-1] == path[:-1] and role_of(p[-1]) == "heads"]
+        return [v for v in heads[:1] if isinstance(v, int)]
+    size = variant.sizes[role]
+    return [size, size + 4] if role == "head_dim" else [size]
+
+
+def shapes(config: ConfigDict, factory: ModelFactory | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state dict, from a meta build."""
+    return {k: tuple(v.shape) for k, v in build_model(config, factory=factory).state_dict().items()}
+
+
+def _kept_layers(real: Mapping[str, Any]) -> list[int]:
+    """Indices of layers that together show every value of every per-layer list."""
+    count = _layer_count(real)
+    lists = [v for _, v in walk(real) if isinstance(v, list) and len(v) == count and count > 1]
+    seen: dict[str, int] = {}
+    for i in range(count if lists else 0):
+        seen.setdefault(repr([v[i] for v in lists]), i)
+    return sorted(seen.values())
+
+
+def _candidate(real: ConfigDict, variant: Variant, count: int, kept: list[int]) -> ConfigDict:
+    tiny = copy.deepcopy(real)
+    total = _layer_count(real)
+    indices = (kept + [i for i in range(total) if i not in kept])[:count]
+    indices = sorted(indices) + [total - 1] * (count - len(indices))
+    used: dict[tuple[str, Any], int] = {}
+    nth: dict[str, int] = {}
+    for path, value in walk(real):
+        key = path[-1]
+        if isinstance(value, list) and total > 1 and len(value) == total:
+            set_path(tiny, path, [_element(key, value[i], variant) for i in indices])
+        elif _DENSE_PREFIX.search(key) and isinstance(value, int) and value > 0:
+            set_path(tiny, path, 1)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            new = _integer(real, path, value, variant, count, used, nth)
+            if new is not None:
+                set_path(tiny, path, new)
+    _plain_rope(tiny)
+    return tiny
+
+
+def _element(key: str, value: Any, variant: Variant) -> Any:
+    role = role_of(key)
+    if isinstance(value, int) and not isinstance(value, bool) and role in variant.sizes and value:
+        return variant.sizes[str(role)]
+    return value
+
+
+def _integer(
+    real: Mapping[str, Any],
+    path: Path,
+    value: int,
+    variant: Variant,
+    count: int,
+    used: dict[tuple[str, Any], int],
+    nth: dict[str, int],
+) -> int | None:
+    """The tiny value of one integer key, or None to keep it."""
+    role = role_of(path[-1])
+    if role == "layers":
+        return count if value > 0 else value
+    if role == "token":
+        return min(value, 3)
+    if role == "groups":
+        return min(value, 2 if path[-1].startswith("n") else 1)
+    if role is None or role not in variant.sizes or value <= 0:
+        return None
+    if role == "kv_heads":
+        return _kv_heads(real, path, value, variant)
+    if role == "hidden" and variant.coupled:
+        return variant.sizes["heads"] * variant.sizes["head_dim"]
+    if role in ("top_k", "shared_experts", "positions", "window"):
+        return min(value, variant.sizes[role])
+    if (role, value) not in used:
+        base = variant.sizes[role]
+        used[role, value] = base * (1 + nth.get(role, 0))
+        nth[role] = nth.get(role, 0) + 1
+    return used[role, value]
+
+
+def _kv_heads(real: Mapping[str, Any], path: Path, value: int, variant: Variant) -> int:
+    prefix = path[-1].replace("key_value_heads", "attention_heads").replace("kv_heads", "heads")
+    heads = get_path(real, (*path[:-1], prefix)) or get_path(real, (*path[:-1], "num_attention_heads"))
+    if value == 1:
+        return 1
+    if heads == value or not variant.grouped:
+        return variant.sizes["heads"]
+    return variant.sizes["kv_heads"]
+
+
+def _plain_rope(tiny: ConfigDict) -> None:
+    """Replace rotary scaling, whose tables are as long as the real head_dim, by plain rotary."""
+    for key, value in list(tiny.items()):
+        if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+            nested = [k for k, v in value.items() if isinstance(v, dict)]
+            for inner in [value[k] for k in nested] or [value]:
+                _plain(inner)
+        elif isinstance(value, dict):
+            _plain_rope(value)
+
+
+def _plain(rope: ConfigDict) -> None:
+    keep = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+    rope.clear()
+    rope.update(keep, rope_type="default")

@@ -1,0 +1,201 @@
+"""Models of a config, on the meta device or as tiny real instances; nothing else builds models.
+
+Only classes of the installed ``transformers`` and a factory that the user named are ever built:
+no code is imported from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.errors import LayoutError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ConfigDict = dict[str, Any]
+ModelFactory = Callable[[ConfigDict], "nn.Module"]
+
+# Keys that name a checkpoint's numerics or remote code; a skeleton is independent of both.
+_DROPPED = ("quantization_config", "auto_map", "torch_dtype", "dtype", "_name_or_path")
+
+
+@functools.lru_cache(maxsize=1)
+def causal_lm_names() -> dict[str, str]:
+    """Return ``model_type -> class name`` for every causal LM of the installed transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = {}
+    for model_type, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        names[model_type] = class_name if isinstance(class_name, str) else class_name[0]
+    return names
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings and log lines of building many throw-away models."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+
+
+def clean_config(config: Mapping[str, Any]) -> ConfigDict:
+    """Return a deep copy of ``config`` without keys that must not influence a skeleton."""
+    copied = copy.deepcopy(dict(config))
+    for key in _DROPPED:
+        copied.pop(key, None)
+    for value in copied.values():
+        if isinstance(value, dict):
+            for key in _DROPPED:
+                value.pop(key, None)
+    return copied
+
+
+def default_config(model_type: str) -> ConfigDict:
+    """Return the default config of a model type as a plain dict."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with quiet():
+        config: ConfigDict = CONFIG_MAPPING[model_type]().to_dict()
+    return clean_config(config)
+
+
+def config_object(config: Mapping[str, Any]) -> Any:
+    """Build the transformers config object of a config dict (never with remote code)."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise LayoutError(
+            f"config.json names model_type {model_type!r}, which the installed transformers does not have",
+            hint="upgrade transformers, give a layout file (--layout), or your own model "
+            "(--model package.module:factory)",
+        )
+    with quiet():
+        built = CONFIG_MAPPING[model_type].from_dict(clean_config(config))
+    # A sub-config may hold attributes that only from_dict of the parent fixes up.
+    built._attn_implementation = "eager"
+    with contextlib.suppress(Exception):
+        built._experts_implementation = "eager"
+    return built
+
+
+def text_config(config: Mapping[str, Any], *, factory: ModelFactory | None = None) -> ConfigDict:
+    """Return the whole config, defaults filled in, that the language model itself is built from."""
+    if factory is not None:
+        return clean_config(config)
+    return _unwrapped(config, config_object(config))[0]
+
+
+def text_prefix(config: Mapping[str, Any], *, factory: ModelFactory | None = None) -> tuple[str, ...]:
+    """Return the path of the language model's config inside ``config``; () where it is the whole."""
+    if factory is not None:
+        return ()
+    return _unwrapped(config, config_object(config))[1]
+
+
+def _unwrapped(config: Mapping[str, Any], built: Any) -> tuple[ConfigDict, tuple[str, ...]]:
+    cls = model_class(config, built)
+    prefix: tuple[str, ...] = ()
+    wanted = getattr(cls, "config_class", None)
+    for key, sub in getattr(built, "sub_configs", {}).items():
+        if wanted is not None and sub is wanted and not isinstance(built, wanted):
+            built, prefix = getattr(built, key), (key,)
+            break
+    found = clean_config(built.to_dict())
+    found["architectures"] = [cls.__name__]
+    return found, prefix
+
+
+def model_class(config: Mapping[str, Any], built: Any) -> Any:
+    """Return the class that ``architectures`` names, or the causal LM of the config's type."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known = set(causal_lm_names().values())
+    for name in config.get("architectures") or ():
+        found = getattr(transformers, name, None)
+        if found is not None and (name in known or hasattr(found, "generate")):
+            return found
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(built)]
+    except KeyError:
+        raise LayoutError(
+            f"transformers has no causal LM for model_type {config.get('model_type')!r}",
+            hint="give a layout file (--layout) or your own model (--model module:factory)",
+        ) from None
+
+
+def build_model(
+    config: Mapping[str, Any], *, meta: bool = True, factory: ModelFactory | None = None
+) -> nn.Module:
+    """Build the model of ``config``, in eval mode: shapes only (``meta``) or real tensors.
+
+    Raises whatever the model's own code raises on sizes that it does not accept.
+    """
+    import torch
+
+    context: contextlib.AbstractContextManager[Any] = (
+        torch.device("meta") if meta else contextlib.nullcontext()
+    )
+    with quiet():
+        if factory is not None:
+            with context:
+                return factory(copy.deepcopy(dict(config))).eval()
+        built = config_object(config)
+        cls = model_class(config, built)
+        with context, _no_init(meta):
+            model: nn.Module = cls(built)
+        if meta and hasattr(model, "tie_weights"):
+            model.tie_weights()  # initialization does it elsewhere, and it is skipped on meta
+    return model.eval()
+
+
+def _no_init(meta: bool) -> contextlib.AbstractContextManager[Any]:
+    """Skip weight initialization where there are no weights."""
+    if not meta:
+        return contextlib.nullcontext()
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:
+        try:
+            from transformers.modeling_utils import no_init_weights
+        except ImportError:
+            return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = no_init_weights()
+    return context
+
+
+def load_factory(reference: str) -> ModelFactory:
+    """Import ``package.module:factory``, which the user named explicitly."""
+    module_name, _, attribute = reference.partition(":")
+    if not module_name or not attribute:
+        raise LayoutError(
+            f"--model {reference!r} is not of the form package.module:factory",
+            hint="name a callable that takes the config dict and returns an nn.Module",
+        )
+    try:
+        found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))
+    except (ImportError, AttributeError) as error:
+        raise LayoutError(
+            f"--model {reference!r} cannot be imported: {error}",
+            hint="the module must be importable from here (PYTHONPATH)",
+        ) from error
+    if not callable(found):
+        raise LayoutError(f"--model {reference!r} is not callable")
+    factory: ModelFactory = found
+    return factory

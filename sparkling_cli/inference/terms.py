@@ -1,0 +1,118 @@
+"""Candidate terms for one dim: from how its size answers to each axis, what it may mean.
+
+Doubling axis A adds ``D_A`` entries to a dim of size n. ``D_A == n`` makes A a factor of the whole dim,
+``D_A < n`` a factor of one part. The order of factors and parts is not visible in sizes: every order
+that occurs in practice becomes a candidate, and logits decide.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from math import prod
+
+#: Canonical order of factors: groups outside, channels inside.
+_ORDER = ("experts", "shared_experts", "kv_heads", "q_per_kv", "heads")
+_INNER = ("head_dim", "v_dim", "qk_nope", "qk_rope")
+_MAX_PARTS = 4
+
+Sizes = Mapping[str, int]
+
+
+def candidates(n: int, moves: Mapping[str, int], sizes: Sizes, roles: Mapping[str, str | None]) -> list[str]:
+    """Terms of the layout language that a dim of size ``n`` may have, the likeliest first.
+
+    Args:
+        n: entries in the tiny model.
+        moves: axis -> entries that doubling it adds (axes that add none are absent).
+        sizes: axis sizes in the tiny model.
+        roles: axis -> hinted role.
+
+    Returns:
+        Candidates as text; empty where the sizes follow no sum of products.
+    """
+    if not moves:
+        return [str(n)]
+    whole = sorted((a for a, d in moves.items() if d == n), key=lambda a: _rank(a, roles))
+    partial = sorted((a for a, d in moves.items() if d != n), key=lambda a: _rank(a, roles))
+    common = prod(sizes[a] for a in whole)
+    if common <= 0 or n % common:
+        return []
+    quotient = n // common
+    if not partial:
+        return _products(whole, quotient, roles)
+    return _sums(whole, quotient, {a: moves[a] / common for a in partial}, sizes)
+
+
+def _rank(axis: str, roles: Mapping[str, str | None]) -> tuple[int, str]:
+    role = roles.get(axis) or ""
+    if role in _ORDER:
+        return _ORDER.index(role), axis
+    return (100 + _INNER.index(role), axis) if role in _INNER else (50, axis)
+
+
+def _text(factors: Sequence[str]) -> str:
+    return factors[0] if len(factors) == 1 else "(" + " ".join(factors) + ")"
+
+
+def _products(whole: Sequence[str], count: int, roles: Mapping[str, str | None]) -> list[str]:
+    """``count`` times a product: as outermost blocks, after the heads, or interleaved."""
+    if count == 1:
+        found = [_text(whole)]
+        if len(whole) > 1:
+            found.append(_text(list(reversed(whole))))
+        return found
+    orders = [[*whole[:i], str(count), *whole[i:]] for i in range(len(whole) + 1)]
+    return [_text(order) for order in orders]
+
+
+def _sums(whole: Sequence[str], quotient: int, steps: Mapping[str, float], sizes: Sizes) -> list[str]:
+    """Concatenated parts: each partial axis in a part of its own, the rest fixed."""
+    parts: list[list[str]] = []
+    rest = float(quotient)
+    for axis, step in steps.items():
+        times = step / sizes[axis]
+        if times != int(times) or times < 1 or times > _MAX_PARTS:
+            return []
+        parts += [[axis]] * int(times)
+        rest -= step
+    if rest < 0 or rest != int(rest):
+        return []
+    fixed = _fixed_parts(int(rest))
+    found: dict[str, None] = {}
+    for split in range(len(whole) + 1):
+        outer, inner = list(whole[:split]), list(whole[split:])
+        for tail in fixed:
+            everything = [*(p for p in parts), *([[t] for t in tail])]
+            if len(everything) > 6:
+                continue
+            for order in _orders(everything):
+                terms = [_part(p, inner) for p in order]
+                found[_text([*outer, "(" + " + ".join(terms) + ")"])] = None
+    return list(found)
+
+
+def _part(part: Sequence[str], inner: Sequence[str]) -> str:
+    factors = [f for f in (*inner[: _head_split(inner)], *part, *inner[_head_split(inner) :]) if f != "1"]
+    return _text(factors or ["1"])
+
+
+def _head_split(inner: Sequence[str]) -> int:
+    """Where a part's own axis stands among common inner factors: after kv_heads, before channels."""
+    return sum(1 for a in inner if a.endswith("kv_heads") or a == "heads")
+
+
+def _fixed_parts(rest: int) -> list[list[str]]:
+    """Ways to read a constant rest: none, k and v as one each, or one block."""
+    if rest == 0:
+        return [[]]
+    if rest == 2:
+        return [["1", "1"], ["2"]]
+    return [[str(rest)]]
+
+
+def _orders(parts: Sequence[Sequence[str]]) -> list[tuple[Sequence[str], ...]]:
+    seen: dict[tuple[tuple[str, ...], ...], tuple[Sequence[str], ...]] = {}
+    for order in itertools.permutations(parts):
+        seen.setdefault(tuple(tuple(p) for p in order), order)
+    return list(seen.values())
