@@ -52,10 +52,15 @@ def weights_of(checkpoint: Checkpoint, layout: ModelLayout, names: str) -> tuple
     layout.check_shapes(shapes, on_disk=on_disk)
     rename = on_disk and layout.disk is not None
     rename = rename and (names == "module" or (names == "auto" and bool(checkpoint.states)))
+    rename = rename and bool(layout.assembly)  # else the format itself keeps both kinds of names
     if rename:
         return _assembled(checkpoint, layout, table), True
     weights = []
+    seen: set[str] = set()
     for name, key in checkpoint.weights.items():
+        if key in seen:  # a tied name that shares its bytes with an earlier one
+            continue
+        seen.add(key)
         canonical = layout.canonical(name)
         pattern = table.find(canonical)
         weights.append(Weight(key, name, canonical, checkpoint.tensors[key], pattern, canonical))
