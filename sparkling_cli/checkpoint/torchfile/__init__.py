@@ -1,0 +1,28 @@
+"""Torch zip files without ``torch.load``: read as inert trees, written back with other tensor shapes.
+
+``archive`` the zip container, ``opcodes`` and ``unpickle`` the pickle, ``objects`` what it is read into,
+``file`` the public functions, ``repickle`` and ``writer`` the way back, ``fresh`` files from nothing,
+``inert`` the attributes of an arbitrary pickled object.
+"""
+
+from sparkling_cli.checkpoint.torchfile.file import (
+    REMOVED,
+    TorchFile,
+    TreePath,
+    lay_out,
+    read_torch_file,
+    read_values,
+)
+from sparkling_cli.checkpoint.torchfile.objects import Ordered, TensorNode, plain
+
+__all__ = [
+    "REMOVED",
+    "Ordered",
+    "TensorNode",
+    "TorchFile",
+    "TreePath",
+    "lay_out",
+    "plain",
+    "read_torch_file",
+    "read_values",
+]

@@ -1,0 +1,218 @@
+"""What a torch file's pickle is read into: plain containers, and stand-ins that can do nothing.
+
+No module that a pickle names is imported and none of its functions is called. A global becomes a
+:class:`GlobalType`, calling one records a :class:`Call`, a tensor becomes a :class:`TensorNode`. All of them
+can be written back (``repickle``) as they were read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from sparkling_cli.errors import CheckpointError
+
+
+class GlobalType(type):
+    """Stand-in for something that a pickle names, ``module`` and ``qualname`` as written there.
+
+    Each is a class of its own, made anew per file, because some pickle opcodes insist on a class.
+    """
+
+    module: str
+    qualname: str
+
+    def __call__(cls, *args: Any) -> Any:
+        """Record the call, or make the object that this global stands for."""
+        build = _BUILDERS.get(cls.path)
+        if build is not None:
+            return build(cls, args)
+        return _call(Call, cls, args, False)
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        """Refuse: a pickle's BUILD opcode must not change a stand-in."""
+        raise CheckpointError(f"a pickle tries to change {cls.path!r}")
+
+    @property
+    def path(cls) -> str:
+        """Dotted name, with Python 2's module names translated."""
+        module = "builtins" if cls.module == "__builtin__" else cls.module
+        return f"{module}.{cls.qualname}"
+
+    def __repr__(cls) -> str:
+        return f"<global {cls.path}>"
+
+
+class Call:
+    """A recorded call (or, if ``new``, an object made by ``cls.__new__``) with all that followed it."""
+
+    __slots__ = ("args", "function", "items", "new", "pairs", "state")
+
+    function: GlobalType
+    args: tuple[Any, ...]
+    new: bool
+    state: Any
+    items: list[Any]
+    pairs: list[tuple[Any, Any]]
+
+    def __new__(cls, *args: Any) -> Call:
+        """Record ``cls.__new__(cls, *args)``; only the unpickler calls this."""
+        if not isinstance(cls, GlobalType):
+            raise CheckpointError("only stand-ins for globals can be called")
+        return _call(cls, cast(GlobalType, cls), args, True)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = (state,)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.pairs.append((key, value))
+
+    def append(self, item: Any) -> None:
+        """Record an appended item."""
+        self.items.append(item)
+
+    def extend(self, items: Any) -> None:
+        """Record appended items."""
+        self.items.extend(items)
+
+    def __repr__(self) -> str:
+        return f"<{self.function.path}{self.args!r}>"
+
+
+class Ordered(dict[Any, Any]):
+    """A ``collections.OrderedDict``, with the instance attributes that it was saved with."""
+
+    __slots__ = ("state",)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = (state,)
+
+
+class Storage:
+    """A storage as the pickle names it: ``(tag, type, key, location, entries)``."""
+
+    __slots__ = ("entries", "key", "kind", "location", "tag")
+
+    def __init__(self, tag: str, kind: GlobalType, key: str, location: str, entries: int) -> None:
+        self.tag = tag
+        self.kind = kind
+        self.key = key
+        self.location = location
+        self.entries = entries
+
+
+class TensorNode:
+    """A tensor in the tree: a storage and how to look at it. ``rest`` is what follows requires_grad."""
+
+    __slots__ = ("function", "offset", "requires_grad", "rest", "shape", "storage", "stride")
+
+    def __init__(
+        self,
+        function: GlobalType,
+        storage: Storage,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        requires_grad: bool = False,
+        rest: tuple[Any, ...] = (),
+    ) -> None:
+        self.function = function
+        self.storage = storage
+        self.offset = offset
+        self.shape = shape
+        self.stride = stride
+        self.requires_grad = requires_grad
+        self.rest = rest
+
+    @property
+    def dtype(self) -> str:
+        """The dtype's name as torch spells it."""
+        if self.function.qualname == "_rebuild_tensor_v3":
+            return str(self.rest[1].qualname)
+        return _STORAGE_DTYPES[self.storage.kind.qualname]
+
+
+def make_global(module: str, qualname: str) -> GlobalType:
+    """A new stand-in."""
+    return GlobalType(
+        qualname, (Call,), {"__slots__": (), "module": module, "qualname": qualname, "__module__": __name__}
+    )
+
+
+def _call(cls: type[Call], function: GlobalType, args: tuple[Any, ...], new: bool) -> Call:
+    self = object.__new__(cls)
+    self.function = function
+    self.args = args
+    self.new = new
+    self.state = None
+    self.items = []
+    self.pairs = []
+    return self
+
+
+_STORAGE_DTYPES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
+    "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
+}  # fmt: skip
+
+
+def _rebuild_tensor(function: GlobalType, args: tuple[Any, ...]) -> TensorNode:
+    """A tensor from the arguments of one of torch's three rebuild functions, checked."""
+    untyped = function.qualname == "_rebuild_tensor_v3"
+    enough = {"_rebuild_tensor": 4, "_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}[function.qualname]
+    if len(args) < enough or not isinstance(args[0], Storage):
+        raise CheckpointError(f"a tensor has {len(args)} arguments, expected {enough}, a storage first")
+    storage, offset, shape, stride = args[:4]
+    if isinstance(shape, Call) and shape.function.path == "torch.Size" and len(shape.args) == 1:
+        shape = shape.args[0]
+    sizes = (*shape, *stride) if isinstance(shape, tuple) and isinstance(stride, tuple) else ("?",)
+    if len(sizes) != 2 * len(shape) or any(type(size) is not int or size < 0 for size in (offset, *sizes)):
+        raise CheckpointError(f"a tensor has offset {offset!r}, shape {shape!r}, strides {stride!r}")
+    if untyped and not isinstance(args[6], GlobalType):
+        raise CheckpointError(f"a tensor's dtype is {args[6]!r}")
+    if not untyped and storage.kind.qualname not in _STORAGE_DTYPES:
+        raise CheckpointError(f"a tensor's storage is of type {storage.kind.qualname!r}, which is not known")
+    metadata = args[enough] if len(args) > enough else None
+    if metadata:
+        raise CheckpointError(f"a tensor carries the view bits {metadata!r} (conjugate or negative)")
+    requires_grad = bool(args[4]) if len(args) > 4 else False
+    return TensorNode(function, storage, offset, shape, stride, requires_grad, args[5:])
+
+
+def _ordered(function: GlobalType, args: tuple[Any, ...]) -> Any:
+    return Ordered() if args == () else _call(Call, function, args, False)
+
+
+_BUILDERS = {
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor,
+    "collections.OrderedDict": _ordered,
+}
+
+
+def plain(value: Any) -> Any:
+    """Numbers, text and containers as ordinary Python data; tensors and calls become their ``repr``.
+
+    ``torch.Size`` becomes a tuple, bytes and sets come back as such.
+    """
+    if isinstance(value, dict):
+        return {plain(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(v) for v in value)
+    if isinstance(value, Call):
+        path = value.function.path
+        if path == "_codecs.encode" and len(value.args) == 2:
+            return str(value.args[0]).encode("latin1")
+        if path in ("torch.Size", "builtins.set") and len(value.args) == 1:
+            inner = (plain(v) for v in value.args[0])
+            return tuple(inner) if path == "torch.Size" else set(inner)
+        return repr(value)
+    if isinstance(value, GlobalType):
+        return value.path
+    return f"<tensor {value.shape}>" if isinstance(value, TensorNode) else value
