@@ -1,0 +1,1 @@
+"""Measurements of checkpoints: weights, optimizer state, activations, symmetry."""

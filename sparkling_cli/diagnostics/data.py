@@ -1,0 +1,261 @@
+"""Tokens to measure on: the user's text or token file, a bundled text, or random ones, said so.
+
+The choice is deterministic: the same file, seed and sizes give the same sequences.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.errors import CheckpointError, MissingDependencyError, SparklingError, SpecError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+#: Most text that is read from a file; the sequences come from its beginning.
+TEXT_LIMIT = 8 << 20
+#: Sequences and tokens in each, when nothing else is asked for.
+SEQUENCES, LENGTH = 8, 256
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer_config.json",
+)
+#: Headers of token files of llm.c and its kin: first int32 -> dtype of the tokens behind 1 KiB.
+_HEADERS = {20240520: "uint16", 20240801: "uint32"}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Sequences of token ids.
+
+    Attributes:
+        ids: [sequences, length], int64.
+        source: where they come from, in words.
+        random: they are random and stand for no text.
+    """
+
+    ids: torch.Tensor
+    source: str
+    random: bool = False
+
+
+def load_tokens(
+    data: Path | None,
+    tokenizer_directory: Path | None,
+    *,
+    vocab: int,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
+    seed: int = 0,
+) -> Tokens:
+    """Sequences from ``data``, else from the bundled text, else random ones.
+
+    Args:
+        data: ``.bin`` (uint16 or uint32), ``.npy``, ``.jsonl`` or text; None for the bundled text.
+        tokenizer_directory: the checkpoint, if it may hold a tokenizer.
+        vocab: ids must be below.
+        sequences: how many, at most.
+        length: tokens in each; the context of the model is the caller's business.
+        seed: of random tokens.
+
+    Raises:
+        SpecError: the file holds no usable tokens, or ids outside the vocabulary.
+        CheckpointError: text was given and the checkpoint has no tokenizer.
+        MissingDependencyError: text was given and transformers is not installed.
+    """
+    import torch
+
+    if data is None:
+        if tokenizer_directory is None or not _has_tokenizer(tokenizer_directory):
+            return _random(vocab, sequences, length, seed, "the checkpoint has no tokenizer")
+        try:
+            tokenizer = _tokenizer(tokenizer_directory)
+        except SparklingError as error:
+            return _random(vocab, sequences, length, seed, error.message)
+        text = resources.files(__package__).joinpath("sample.txt").read_text(encoding="utf-8")
+        ids: Sequence[int] | np.ndarray[Any, Any] = tokenizer(text)
+        source = "the bundled text (Moby Dick, chapters 130 and following)"
+    else:
+        if not data.is_file():
+            raise SpecError(f"--data {data}: no such file")
+        if data.suffix in (".bin", ".npy"):
+            ids, source = _token_file(data, vocab)
+        else:
+            ids, source = _text_file(data, tokenizer_directory)
+    found = _cut(ids, sequences, length, source)
+    _check_ids(found, vocab, source)
+    return Tokens(torch.from_numpy(found), f"{source}, {found.shape[0]} x {found.shape[1]} tokens")
+
+
+def _random(vocab: int, sequences: int, length: int, seed: int, reason: str) -> Tokens:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (sequences, length), generator=generator)
+    words = (
+        f"RANDOM tokens ({sequences} x {length}, seed {seed}), because {reason}: magnitudes differ from "
+        "those on text; pass --data with your own tokens"
+    )
+    return Tokens(ids, words, random=True)
+
+
+def _cut(
+    ids: Sequence[int] | np.ndarray[Any, Any], sequences: int, length: int, source: str
+) -> np.ndarray[Any, Any]:
+    """Sequences at even distances over all the tokens; fewer and shorter ones where there are few."""
+    import numpy as np
+
+    total = len(ids)
+    if total < 2:
+        raise SpecError(f"{source}: {total} token(s); at least 2 are needed")
+    length = min(length, total)
+    count = max(1, min(sequences, total // length))
+    stride = total // count
+    rows = [np.asarray(ids[i * stride : i * stride + length], dtype=np.int64) for i in range(count)]
+    return np.stack(rows)
+
+
+def _check_ids(ids: np.ndarray[Any, Any], vocab: int, source: str) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab:
+        raise SpecError(
+            f"{source}: token ids go from {low} to {high}; the model's vocabulary has {vocab} entries",
+            hint="the data was made with another tokenizer",
+        )
+
+
+def _token_file(path: Path, vocab: int) -> tuple[np.ndarray[Any, Any], str]:
+    import numpy as np
+
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise SpecError(f"--data {path}: not a readable .npy file: {error}") from None
+        if array.dtype.kind not in "ui":
+            raise SpecError(f"--data {path}: dtype {array.dtype}; token ids are integers")
+        return array.reshape(-1), f"{path.name} ({array.dtype})"
+    size = path.stat().st_size
+    if size >= 1024 and size % 2 == 0:
+        with path.open("rb") as file:
+            magic = int.from_bytes(file.read(4), "little")
+        if magic in _HEADERS:
+            kind = np.dtype(_HEADERS[magic])
+            count = (size - 1024) // kind.itemsize
+            body = np.memmap(path, dtype=kind, mode="r", offset=1024, shape=(count,))
+            return body, f"{path.name} ({kind}, behind a header)"
+    if size < 2 or size % 2:
+        raise SpecError(f"--data {path}: {size} bytes; a .bin file holds uint16 or uint32 token ids")
+    return _bare(path, size, vocab)
+
+
+def _bare(path: Path, size: int, vocab: int) -> tuple[np.ndarray[Any, Any], str]:
+    """A file of nothing but ids: 16 bits or 32, told apart by which of them are in the vocabulary.
+
+    Pairs of 16-bit ids read as one 32-bit id lie far outside any vocabulary, unless every other id is
+    next to zero, so 32 bits are taken only when all ids of the file's sample allow it.
+    """
+    import numpy as np
+
+    narrow = np.memmap(path, dtype="<u2", mode="r")
+    if size % 4 == 0:
+        wide = np.memmap(path, dtype="<u4", mode="r")
+        if int(wide[: 1 << 20].max()) < vocab:
+            return wide, f"{path.name} (uint32)"
+    return narrow, f"{path.name} (uint16)"
+
+
+def _text_file(path: Path, directory: Path | None) -> tuple[list[int], str]:
+    if directory is None or not _has_tokenizer(directory):
+        raise CheckpointError(
+            f"--data {path} is text, and the checkpoint has no tokenizer to read it with",
+            hint="pass token ids instead: .npy, or .bin with uint16 or uint32",
+        )
+    with path.open("rb") as file:
+        raw = file.read(TEXT_LIMIT)
+    if path.suffix in (".jsonl", ".json", ".ndjson"):
+        return _json_lines(path, raw, directory), path.name
+    try:
+        text = raw.decode("utf-8", errors="strict" if len(raw) < TEXT_LIMIT else "ignore")
+    except UnicodeDecodeError as error:
+        raise SpecError(
+            f"--data {path}: neither UTF-8 text nor a known token file (byte {error.start})",
+            hint="token files are recognized by their names: .bin or .npy",
+        ) from None
+    return _tokenizer(directory)(text), path.name
+
+
+def _json_lines(path: Path, raw: bytes, directory: Path) -> list[int]:
+    """All documents one after the other, each ended by the end-of-text token if there is one."""
+    tokenizer = _tokenizer(directory)
+    ids: list[int] = []
+    for number, line in _lines(raw):
+        try:
+            document = json.loads(line)
+        except ValueError as error:
+            raise SpecError(f"--data {path}: line {number} is not JSON: {error}") from None
+        text = document if isinstance(document, str) else None
+        if isinstance(document, dict):
+            text = document.get("text", document.get("content"))
+        if not isinstance(text, str):
+            raise SpecError(f"--data {path}: line {number} has no text under 'text' or 'content'")
+        ids += tokenizer(text)
+        ids += tokenizer.end
+    return ids
+
+
+def _lines(raw: bytes) -> Iterator[tuple[int, bytes]]:
+    lines = raw.split(b"\n")
+    if len(raw) == TEXT_LIMIT:
+        lines = lines[:-1]  # cut in the middle
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, line
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return directory.is_dir() and any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
+class _tokenizer:  # noqa: N801  (used like a function)
+    """Text to ids by the checkpoint's own tokenizer; never downloads, never runs remote code."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise MissingDependencyError(
+                "text is tokenized by transformers, which is not installed",
+                hint="pip install 'sparkling-cli[hf]', or pass token ids (.npy, .bin)",
+            ) from None
+        from transformers.utils import logging
+
+        level = logging.get_verbosity()
+        logging.set_verbosity(40)  # errors only: it warns about texts longer than the context
+        try:
+            self._inner: Any = AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever a damaged or foreign tokenizer raises
+            raise CheckpointError(
+                f"the tokenizer in {directory} cannot be loaded: {error}",
+                hint="pass token ids instead: .npy, or .bin with uint16 or uint32",
+            ) from error
+        finally:
+            logging.set_verbosity(level)
+        end = self._inner.eos_token_id
+        self.end: list[int] = [] if end is None else [end]
+
+    def __call__(self, text: str) -> list[int]:
+        found: list[int] = self._inner(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
