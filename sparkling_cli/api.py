@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
     from sparkling_cli.plan.totals import Totals
+    from sparkling_cli.report.model import ReportData
     from sparkling_cli.verify import VerifyReport
 
 #: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts.
@@ -47,13 +48,13 @@ class ExpansionResult:
         destination: the output.
         prepared: what was planned.
         written: digests.
-        facts: the report as plain data: what ``sparkling/report.json`` holds.
+        report: what ``sparkling/report.json`` holds; None on ranks other than the first.
     """
 
     destination: Path
     prepared: Prepared
     written: Written
-    facts: Mapping[str, Any]
+    report: ReportData | None
 
 
 def open_source(
@@ -141,31 +142,68 @@ def expand(
     Raises:
         SparklingError: one of its kinds; nothing that looks finished is left behind.
     """
-    from sparkling_cli.execute.distributed import execute_shared
-    from sparkling_cli.outcome import sidecar_files
+    from sparkling_cli.execute.distributed import team_of_processes
+    from sparkling_cli.execute.stream import execute
+    from sparkling_cli.outcome import plan_schedule, sidecar_files
 
+    if report not in ("auto", "full", "none"):
+        raise SpecError(f"report: expected auto, full or none, found {report!r}")
     if prepared is None:
         prepared = make_plan(source, _spec(spec, options), layout=layout, model=model)
-    target = Path(destination) if destination is not None else default_destination(Path(source), prepared)
-    facts: dict[str, Any] = {}
+    ready = prepared
+    target = Path(destination) if destination is not None else default_destination(Path(source), ready)
+    schedule = plan_schedule(ready.plan, ready.spec)
+    reports: list[ReportData] = []
 
-    def sidecar(written: Written, root: Path) -> Mapping[str, bytes]:
-        files, found = sidecar_files(prepared, written, root, target, data=data, report=report)
-        facts.update(found)
+    def sidecar(written: Written) -> Mapping[str, bytes]:
+        files, found = sidecar_files(
+            ready.plan,
+            ready.spec,
+            written,
+            ready.previous,
+            target,
+            schedule=schedule,
+            data=data,
+            model=model,
+            report=report,
+            memory=memory,
+        )
+        reports.append(found)
         return files
 
-    shown = progress("writing", prepared.totals.bytes_after) if progress else nullcontext(lambda _n: None)
-    with shown as advance:
-        written = execute_shared(
-            prepared.plan,
-            prepared.files,
+    shown = progress("writing", ready.totals.bytes_after) if progress else nullcontext(lambda _n: None)
+    with shown as advance, team_of_processes() as team:
+        written = execute(
+            ready.plan,
+            ready.files,
             target,
             memory=memory,
             threads=threads,
             progress=advance,
             sidecar=sidecar,
+            check=lambda root: _check_opens(root, ready.plan),
+            team=team,
         )
-    return ExpansionResult(target, prepared, written, facts)
+    return ExpansionResult(target, ready, written, reports[0] if reports else None)
+
+
+def _check_opens(root: Path, plan: Plan) -> None:
+    """The finished output opens as a checkpoint with the planned shapes.
+
+    Raises:
+        OutputError: it does not; it never appears.
+    """
+    from sparkling_cli.checkpoint.detect import open_checkpoint
+    from sparkling_cli.errors import OutputError
+
+    found = open_checkpoint(root)
+    shapes = {key: tensor.shape for key, tensor in found.tensors.items()}
+    wrong = [row.key for row in plan.rows if row.key in shapes and shapes[row.key] != row.shape]
+    if found.format != plan.source.format or wrong:
+        raise OutputError(
+            f"the output does not read back as planned: format {found.format}, wrong shapes: {wrong[:3]}",
+            hint="this is a bug; the source is untouched, please report it with the command",
+        )
 
 
 def verify(source: Path | str, destination: Path | str, *, progress: Progress | None = None) -> VerifyReport:

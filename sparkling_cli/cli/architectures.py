@@ -21,7 +21,6 @@ def architectures(
     Each class is inferred and proved on the spot with a tiny random instance; results are cached.
 
     Examples:
-
         sparkling architectures llama mixtral
 
         sparkling architectures --markdown > docs/architectures.md

@@ -126,12 +126,14 @@ def expand(
         memory=budget,
         threads=threads,
         data=data,
+        model=model,
         report=report,
         progress=output.progress,
         prepared=prepared,
     )
-    output.data("expand", {"dry_run": False, **result.facts})
-    show_result(output, result)
+    if result.report is not None:
+        output.data("expand", {"dry_run": False, **result.report.model_dump(mode="json")})
+        show_result(output, result)
 
 
 def _spec(

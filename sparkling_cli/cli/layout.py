@@ -16,7 +16,6 @@ def layout(
     CKPT may also be a config.json.
 
     Examples:
-
         sparkling layout ckpt/ > mine.toml
 
         sparkling expand ckpt/ --layout mine.toml --axis ffn --factor 2

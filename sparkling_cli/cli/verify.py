@@ -23,7 +23,6 @@ def verify(
     any new optimizer entry that is not zero. Exit code 8 when something does not hold.
 
     Example:
-
         sparkling verify ckpt/ ckpt-ffn2x/
     """
     from dataclasses import asdict

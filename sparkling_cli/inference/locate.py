@@ -112,7 +112,7 @@ def _ask_model(config: Mapping[str, Any], model: str | None) -> dict[str, Any]:
     from sparkling_cli.inference.skeleton import build_model, load_factory
 
     built = build_model(config, factory=None if model is None else load_factory(model))
-    decayed = Trainer.get_decay_parameter_names(None, built)
+    decayed = Trainer.get_decay_parameter_names(None, built)  # uses no state of the trainer
     return {
         "parameters": [[name, list(p.shape)] for name, p in built.named_parameters()],
         "decayed": sorted(decayed),

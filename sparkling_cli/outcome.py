@@ -1,0 +1,185 @@
+"""The ``sparkling/`` folder of an output: schedule, report and manifest, made before it appears."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError
+from sparkling_cli.execute.commit import sidecar_root
+from sparkling_cli.manifest import MANIFEST, make_manifest
+from sparkling_cli.report.assemble import assemble
+from sparkling_cli.report.model import Activations, LayerActivation, LearningRate, ReportData, ResidualPoint
+from sparkling_cli.schedule.rewarmup import REWARMUP, Rewarmup, read_rewarmup
+from sparkling_cli.schedule.write import notes, plan_rewarmup, rewarmup_files
+
+if TYPE_CHECKING:
+    from sparkling_cli.diagnostics.measurement import ActivationReport
+    from sparkling_cli.execute.stream import Written
+    from sparkling_cli.manifest import Manifest
+    from sparkling_cli.plan.model import Plan
+    from sparkling_cli.spec.model import ExpansionSpec
+
+REPORT_JSON = "sparkling/report.json"
+REPORT_HTML = "sparkling/report.html"
+
+#: under ``--report auto``, activations of an output with more bytes of weights are not measured
+AUTO_LIMIT = 1 << 30
+#: points of the learning-rate curves in a report
+_POINTS = 240
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+def plan_schedule(plan: Plan, spec: ExpansionSpec) -> tuple[Rewarmup | None, str]:
+    """The re-warmup, or why there is none.
+
+    Raises:
+        SpecError: the user described a schedule, or the run has optimizer state, and it is not known
+            well enough; or fresh bias correction is asked for and impossible.
+    """
+    source = plan.source
+    path = sidecar_root(source.root, source.root.is_file()) / REWARMUP
+    previous = read_rewarmup(path) if path.is_file() else None
+    described = any(value is not None for value in spec.baseline.model_dump().values())
+    try:
+        return plan_rewarmup(source, spec, previous), ""
+    except SpecError as error:
+        if described or spec.rewarmup.bias_correction == "fresh":
+            raise
+        return None, f"{error.message} ({error.hint})" if error.hint else error.message
+
+
+def sidecar_files(
+    plan: Plan,
+    spec: ExpansionSpec,
+    written: Written,
+    previous: Manifest | None,
+    destination: Path,
+    *,
+    schedule: tuple[Rewarmup | None, str],
+    data: Path | None,
+    model: str | None,
+    report: str,
+    memory: int,
+) -> tuple[Mapping[str, bytes], ReportData]:
+    """All small files of an output, the manifest last, and the report's facts."""
+    rewarmup, missing = schedule
+    remarks = () if rewarmup is None else notes(rewarmup)
+    plan = replace(plan, notes=plan.notes + tuple(n for n in remarks if "bias-correction" not in n))
+    measured, reason = _measure(plan, written, data=data, model=model, report=report, memory=memory)
+    facts = assemble(
+        plan,
+        written,
+        previous,
+        destination.name,
+        activations=measured,
+        activations_missing=reason,
+        learning_rate=None if rewarmup is None else _learning_rate(rewarmup),
+        learning_rate_missing=missing,
+    )
+    from sparkling_cli.report.html import render
+
+    files = {} if rewarmup is None else dict(rewarmup_files(rewarmup))
+    files[REPORT_JSON] = facts.to_json()
+    files[REPORT_HTML] = render(facts)
+    files[MANIFEST] = make_manifest(plan, written, previous, files)
+    return files, facts
+
+
+def _measure(
+    plan: Plan, written: Written, *, data: Path | None, model: str | None, report: str, memory: int
+) -> tuple[Activations | None, str]:
+    """Activations of source and output on the same tokens, or why they were not measured."""
+    from math import prod
+
+    from sparkling_cli.checkpoint.detect import open_checkpoint
+    from sparkling_cli.checkpoint.model import ITEM_BYTES
+    from sparkling_cli.diagnostics.activations import measure_change
+
+    size = sum(prod(row.shape) * ITEM_BYTES[row.dtype] for row in plan.rows if not row.slot)
+    if report == "none":
+        return None, "not asked for (--report none)"
+    if report == "auto" and size > AUTO_LIMIT:
+        return None, (
+            f"the output's weights take {size / (1 << 30):.1f} GiB; measure with --report full, or later by "
+            "`sparkling inspect SRC --against DST`"
+        )
+    assert written.root is not None  # the output is complete, but not in place yet
+    try:
+        found, _, _ = measure_change(
+            plan.source, open_checkpoint(written.root), data=data, model=model, memory=memory
+        )
+    except (LayoutError, MissingDependencyError) as error:
+        if report == "full":
+            raise
+        return None, error.message
+    return _activations(plan, found), ""
+
+
+def _activations(plan: Plan, found: ActivationReport) -> Activations:
+    grown = {row.name.removesuffix(".weight") for row in plan.rows if row.shape != row.source.shape}
+    change = found.logits_change
+    layers = [
+        LayerActivation(
+            name=layer.name,
+            role=layer.name.rpartition(".")[2],
+            layer=_index(layer.name),
+            widened=layer.name in grown or f"{layer.name}.weight" in grown,
+            x_before=layer.x_before,
+            x_after=layer.x_after,
+            y_before=layer.y_before,
+            y_after=layer.y_after,
+            r_before=layer.before,
+            r_after=layer.after,
+            deviation=layer.signed,
+        )
+        for layer in found.layers
+    ]
+    stream = [
+        ResidualPoint(layer=index, before=place.before, after=place.after)
+        for place in found.stream
+        if (index := _index(place.name)) is not None
+    ]
+    return Activations(
+        data=found.tokens,
+        random_tokens=found.random,
+        tokens=found.count,
+        layers=tuple(layers),
+        residual=tuple(stream),
+        loss_before=found.loss_before,
+        loss_after=found.loss_after,
+        logit_change=None if change is None else change.rms,
+    )
+
+
+def _index(name: str) -> int | None:
+    """The index of the block that a module lies in."""
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
+
+
+def _learning_rate(rewarmup: Rewarmup) -> LearningRate:
+    """The curves of old entries and of the last expansion's new ones, thinned for drawing."""
+    stage = rewarmup.stages[-1]
+    total = rewarmup.baseline.total_steps
+    te = stage.expansion_step
+    every = max(1, total // _POINTS)
+    corners = {0, te, te + stage.steps, rewarmup.baseline.warmup_steps, total}
+    steps = sorted({*range(0, total + 1, every), *(step for step in corners if step <= total)})
+    return LearningRate(
+        baseline=rewarmup.baseline.type,
+        expansion_step=te,
+        total_steps=total,
+        rho=stage.rho,
+        rewarmup_steps=stage.steps,
+        rate_at_expansion=stage.eta_e,
+        peak_new=stage.curve.peak,
+        minimum=rewarmup.baseline.minimum,
+        bias_correction=stage.bias_correction,
+        steps=tuple(steps),
+        old=tuple(rewarmup.baseline(step) for step in steps),
+        new=tuple(stage.eta_new(step) if step >= te else None for step in steps),
+    )
