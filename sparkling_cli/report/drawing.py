@@ -1,0 +1,84 @@
+"""The drawing of what was widened: axes as bars, tensors as blocks with their new rows and columns."""
+
+from __future__ import annotations
+
+from math import log, sqrt
+
+from sparkling_cli.report import svg
+from sparkling_cli.report.model import AxisChange, TensorChange
+
+#: Patterns drawn as blocks; the table beside the drawing lists all of them.
+BLOCKS_AT_MOST = 8
+
+
+def axes_drawing(axes: tuple[AxisChange, ...], width: float, class_: str = "") -> str:
+    """One bar per axis: solid for the entries that were there, hatched for the new ones."""
+    body = []
+    y = 4.0
+    room = width - 8
+    largest = max(axis.after / axis.before for axis in axes)
+    for axis in axes:
+        old = room / largest
+        new = old * (axis.after / axis.before - 1)
+        body.append(svg.text(2, y + 13, axis.axis, "bar-name"))
+        words = f"{axis.before:,} → {axis.after:,}  (×{svg.sig(axis.factor)})"
+        body.append(svg.text(width - 4, y + 13, words, "bar-words", "end"))
+        body.append(svg.rect(2, y + 20, old, 26, "entries old"))
+        body.append(svg.rect(2 + old, y + 20, new, 26, "entries new"))
+        body.append(_inside(2, old, y + 37, f"{axis.before:,} kept", "on-old"))
+        body.append(_inside(2 + old, new, y + 37, f"{axis.after - axis.before:,} new", "on-new"))
+        y += 62
+    names = ", ".join(f"{axis.axis} from {axis.before} to {axis.after}" for axis in axes)
+    return svg.svg(width, y, "Axes that grew", f"Widened: {names}.", *body, class_=f"chart {class_}".strip())
+
+
+def _inside(x: float, room: float, y: float, words: str, class_: str) -> str:
+    """Words in a bar, on a plate so that hatching does not disturb them; nothing where they don't fit."""
+    need = 6.8 * len(words) + 12
+    if need > room:
+        return ""
+    middle = x + room / 2
+    plate = svg.rect(middle - need / 2, y - 13, need, 18, f"plate {class_}")
+    return plate + svg.text(middle, y, words, f"plate-words {class_}", "middle")
+
+
+def tensor_block(change: TensorChange) -> str:
+    """One tensor to scale: what was there, and behind it the new rows and columns."""
+    width, height = 168.0, 132.0
+    rows, columns = _matrix(change.after)
+    old_rows, old_columns = _matrix(change.before)
+    w, h = _fit(rows, columns, 104.0, 84.0)
+    x0, y0 = (width - w) / 2, 24 + (84 - h) / 2
+    old_w, old_h = w * old_columns / columns, h * old_rows / rows
+    body = [svg.rect(x0, y0, w, h, "entries new"), svg.rect(x0, y0, old_w, old_h, "entries old")]
+    label = " × ".join(f"{size:,}" for size in change.after)
+    body.append(svg.text(width / 2, 14, label, "tick", "middle"))
+    factor = _factor(change.scale)
+    body.append(svg.text(width / 2, height - 6, f"{change.role}{factor}", "tick", "middle"))
+    description = f"{change.name}: {change.before} to {change.after}, {change.role}{factor}"
+    return svg.svg(width, height, change.name, description, *body, class_="block")
+
+
+def _factor(scale: tuple[float, float]) -> str:
+    low, high = scale
+    if low == high:
+        return "" if low == 1.0 else f", ×{svg.sig(low)}"
+    return f", ×{svg.sig(low)}…{svg.sig(high)}"
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a tensor; vectors are one column, stacked axes are left out."""
+    if not shape:
+        return 1, 1
+    return (shape[0], 1) if len(shape) == 1 else (shape[-2], shape[-1])
+
+
+def _fit(rows: int, columns: int, width: float, height: float) -> tuple[float, float]:
+    """Sides of a block: the ratio softened, so that a vector is still seen."""
+    ratio = columns / rows
+    soft = sqrt(ratio) if 0.02 < ratio < 50 else (0.1 if ratio < 1 else 10.0)
+    soft = min(max(soft, 0.14), 6.0)
+    if abs(log(ratio)) < 0.7:
+        soft = ratio
+    w = min(width, height * soft)
+    return w, w / soft

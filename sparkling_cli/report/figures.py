@@ -1,0 +1,182 @@
+"""Which numbers a chart shows: from the report's facts to charts, without any drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from math import isfinite
+
+from sparkling_cli.compute.quantity import format_count
+from sparkling_cli.report import charts
+from sparkling_cli.report.charts import Bar, Chart, Note, Part, Series
+from sparkling_cli.report.model import (
+    DEVIATION_LIMIT,
+    Activations,
+    Compute,
+    LayerActivation,
+    LearningRate,
+    OptimizerSummary,
+    Size,
+)
+
+#: Offenders named in one chart.
+NAMED_AT_MOST = 3
+POINTS_AT_MOST = 240
+
+
+def residual(measured: Activations) -> Chart | None:
+    """RMS of the residual stream behind every block; None without measurements."""
+    points = measured.residual
+    if not points:
+        return None
+    values = [v for p in points for v in (p.before, p.after) if v is not None and v > 0]
+    spread = max(values) / min(values) if values else 1.0
+    return Chart(
+        title="RMS of the residual stream behind each block, before and after",
+        description=f"{len(points)} blocks; before {_ends([p.before for p in points])}, "
+        f"after {_ends([p.after for p in points])}.",
+        series=(
+            Series("before", "before", _finite((p.layer, p.before) for p in points)),
+            Series("after", "after", _finite((p.layer, p.after) for p in points)),
+        ),
+        x_label="block",
+        y_label="RMS",
+        log=spread > 30,
+    )
+
+
+def roles(measured: Activations) -> Iterator[tuple[str, Chart, str]]:
+    """Per role of linear layer: its name, r over the layers, and a word on how far it moved.
+
+    Where a role has several layers in one block (experts), the one that moved most is drawn.
+    """
+    for role in dict.fromkeys(e.role for e in measured.layers if e.layer is not None):
+        worst: dict[int, LayerActivation] = {}
+        for entry in measured.layers:
+            if entry.role != role or entry.layer is None:
+                continue
+            if entry.layer not in worst or entry.moved > worst[entry.layer].moved:
+                worst[entry.layer] = entry
+        entries = [worst[layer] for layer in sorted(worst)]
+        farthest = sorted(entries, key=lambda e: -e.moved)
+        named = [e for e in farthest if e.moved > DEVIATION_LIMIT][:NAMED_AT_MOST]
+        words = f"r moved by at most {_share(farthest[0].moved)}"
+        yield role, _role_chart(role, entries, named, words), words
+
+
+def _role_chart(role: str, entries: list[LayerActivation], named: list[LayerActivation], words: str) -> Chart:
+    return Chart(
+        title=f"{role}: r = RMS(y)/RMS(x) per block, before and after",
+        description=f"{len(entries)} layers; {words}.",
+        series=(
+            Series("before", "before", _finite((e.layer, e.r_before) for e in entries)),
+            Series("after", "after", _finite((e.layer, e.r_after) for e in entries)),
+        ),
+        x_label="block",
+        y_label="RMS(y)/RMS(x)",
+        notes=tuple(
+            Note(float(e.layer or 0), e.r_after, f"{e.deviation:+.0%}")
+            for e in named
+            if e.r_after is not None and e.deviation is not None
+        ),
+    )
+
+
+def _finite(points: Iterable[tuple[int | None, float | None]]) -> tuple[tuple[float, float], ...]:
+    """What can be drawn; a value that is not finite is a gap."""
+    return tuple((float(x), y) for x, y in points if x is not None and y is not None)
+
+
+def _ends(values: list[float | None]) -> str:
+    first, last = ("not finite" if v is None else f"{v:.4g}" for v in (values[0], values[-1]))
+    return f"from {first} to {last}"
+
+
+def _share(moved: float) -> str:
+    """How far r moved, for a caption."""
+    if not isfinite(moved):
+        return "more than a number can say"
+    return "rounding" if moved < 5e-5 else f"{moved:.2%}" if moved < 0.01 else f"{moved:.1%}"
+
+
+def learning_rate(rate: LearningRate) -> Chart:
+    """Both curves over the whole run, like the paper's Fig. 8."""
+    old = tuple((float(s), v) for s, v in zip(rate.steps, rate.old, strict=True))
+    new = tuple((float(s), v) for s, v in zip(rate.steps, rate.new, strict=True) if v is not None)
+    peak = max(new, key=lambda point: point[1], default=None)
+    return Chart(
+        title="Learning rate of old and new entries over the run",
+        description=f"Old entries: {rate.baseline}. New entries from step {rate.expansion_step}: up to "
+        f"{rate.peak_new:.4g}, then down to {rate.minimum:.4g} at step {rate.total_steps}.",
+        series=(
+            *(
+                Series(f"entries of expansion {i}", "earlier", _finite(zip(rate.steps, curve, strict=True)))
+                for i, curve in enumerate(rate.earlier, start=1)
+            ),
+            Series("old entries", "before", old),
+            Series("new entries", "after", new),
+        ),
+        x_label="step",
+        y_label="learning rate",
+        notes=(Note(peak[0], peak[1], f"peak {peak[1]:.3g}"),) if peak else (),
+        vertical=(float(rate.expansion_step), f"expansion, step {rate.expansion_step:,}"),
+        zero=True,
+    )
+
+
+def learning_rate_zoom(rate: LearningRate) -> Chart | None:
+    """New over old from the expansion on, where both are above zero."""
+    points = tuple(
+        (float(step), new / old)
+        for step, old, new in zip(rate.steps, rate.old, rate.new, strict=True)
+        if new is not None and old > 0
+    )
+    if len(points) < 2:
+        return None
+    return Chart(
+        title="Learning rate of new entries over that of old ones",
+        description=f"From {points[0][1]:.3g} at the expansion to {points[-1][1]:.3g} at the end.",
+        series=(Series("new / old", "after", points),),
+        x_label="step",
+        y_label="new / old",
+    )
+
+
+def optimizer(summary: OptimizerSummary) -> Callable[[float, str], str]:
+    """Bars of kept and new entries per kind of state."""
+    kind = {"copy": "copied", "drop": "zero"}.get(summary.treatment, "zero")
+    rows = []
+    for slot in summary.slots:
+        fresh = slot.entries - slot.kept
+        parts = (
+            Part(float(slot.kept), "old", f"{format_count(slot.kept)} kept"),
+            Part(float(fresh), "empty" if kind == "zero" else "new", f"{format_count(fresh)} {kind}"),
+        )
+        rows.append(Bar(slot.slot, parts, f"{format_count(slot.entries)} entries"))
+    description = "; ".join(f"{s.slot}: {s.kept} of {s.entries} entries kept" for s in summary.slots)
+    return partial(_bars, "Optimizer state, kept and new entries", description, rows)
+
+
+def compute(facts: Compute, before: Size, after: Size) -> Callable[[float, str], str]:
+    """Bars of training compute: from scratch and progressive, relative to from scratch."""
+    wide = after.active or after.parameters
+    small = before.active or before.parameters
+    first = small / wide * facts.expansion_step / facts.total_steps
+    second = 1 - facts.expansion_step / facts.total_steps
+    rows = [
+        Bar("wide from scratch", (Part(1.0, "large", f"{format_count(wide)} active, all steps"),), "100%"),
+        Bar(
+            "this run",
+            (
+                Part(first, "small", f"{format_count(small)} active"),
+                Part(second, "large", f"{format_count(wide)} active"),
+            ),
+            f"{first + second:.1%}",
+        ),
+    ]
+    description = f"This run takes {first + second:.1%} of the compute of the wide model from scratch."
+    return partial(_bars, "Training compute", description, rows)
+
+
+def _bars(title: str, description: str, rows: list[Bar], width: float, class_: str) -> str:
+    return charts.bars(title, description, rows, width, class_)

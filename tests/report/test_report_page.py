@@ -1,0 +1,185 @@
+"""The report page and its facts: complete, safe, deterministic, and telling the truth."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from sparkling_cli.report.html import render
+from sparkling_cli.report.model import ReportData
+from sparkling_cli.report.verdict import verdict
+from tests.report.samples import SPEC, activations, learning_rate, report
+
+VOID = {"meta", "link", "br", "wbr", "img"}
+
+
+class Balance(HTMLParser):
+    """Checks that every element is closed where it should be; collects text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """An element begins."""
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        """An element ends: it must be the one that began last."""
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Text."""
+        self.words.append(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [report(), report(good=False), report(bare=True), report(layers=1)],
+    ids=["good", "bad", "bare", "one"],
+)
+def test_page_is_well_formed_and_its_drawings_are_xml(data: ReportData) -> None:
+    """Elements are balanced; every SVG parses as XML and has a title and a description."""
+    text = render(data).decode()
+    parser = Balance()
+    parser.feed(text)
+    assert parser.open == []
+    drawings = re.findall(r"<svg viewBox.*?</svg>", text, flags=re.S)
+    charts = [d for d in drawings if 'role="img"' in d]
+    assert charts
+    for drawing in charts:
+        root = ElementTree.fromstring(drawing)
+        assert root[0].tag == "title"
+        assert root[1].tag == "desc"
+        assert "nan" not in drawing.lower().replace("finance", "")
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+
+
+def test_page_is_self_contained() -> None:
+    """No address is loaded: no src, no stylesheet, no import; the policy forbids the rest."""
+    text = render(report()).decode()
+    assert not re.search(r"\bsrc\s*=|@import|url\((?!#)|<link(?! rel=\"icon\" href=\"data:)", text)
+    assert "default-src 'none'" in text
+
+
+def test_equal_facts_give_equal_bytes() -> None:
+    """Nothing in the page or the JSON depends on when it is made."""
+    assert render(report()) == render(report())
+    assert report().to_json() == report().to_json()
+
+
+def test_page_and_json_hold_the_same_facts() -> None:
+    """The facts inside the page are those of report.json, and read back to the same report."""
+    data = report(good=False)
+    text = render(data).decode()
+    match = re.search(r'<script type="application/json" id="facts">(.*?)</script>', text, flags=re.S)
+    assert match
+    assert json.loads(match[1]) == json.loads(data.to_json())
+    assert ReportData.model_validate_json(data.to_json()) == data
+
+
+def test_the_page_shows_what_matters() -> None:
+    """Sizes, losses, the worst layer, the command and every finding are in the visible text."""
+    data = report(good=False)
+    parser = Balance()
+    parser.feed(render(data).decode())
+    shown = " ".join("".join(parser.words).split())
+    assert data.activations is not None
+    worst = data.activations.worst(1)[0]
+    for words in ("2,816", "5,632", "408M", "616M", "2.3673", "2.6073", worst.name, data.command, "5f3a90c1"):
+        assert words in shown, words
+    for finding in data.verdict.findings:
+        assert finding.text in shown
+
+
+def test_hostile_names_do_not_leave_their_place() -> None:
+    """Names from a checkpoint are text, in the page and in its JSON block."""
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    data = report().model_copy(update={"source": evil, "model": evil, "notes": (evil,)})
+    text = render(data).decode()
+    assert "<script>alert" not in text
+    assert "<img" not in text
+    assert evil in unescape(text).replace("<wbr>", "")
+
+
+def test_what_is_not_finite_is_said_and_drawn_as_a_gap() -> None:
+    """A layer whose activations overflow is the worst offender and breaks no chart."""
+    data = report()
+    assert data.activations is not None
+    layers = list(data.activations.layers)
+    layers[12] = layers[12].model_copy(update={"y_after": None, "r_after": None, "deviation": None})
+    measured = data.activations.model_copy(update={"layers": tuple(layers), "loss_after": None})
+    data = data.model_copy(update={"activations": measured})
+    assert measured.offenders == [layers[12]]
+    text = render(data).decode()
+    assert "not finite" in text
+    assert b"NaN" not in data.to_json()
+
+
+def judged(**changes: object) -> tuple[str, str]:
+    """Level and all words of a verdict."""
+    given = {
+        "spec": SPEC, "activations": activations(), "activations_missing": "",
+        "learning_rate": learning_rate(), "learning_rate_missing": "", "optimizer": report().optimizer, "warnings": (), "keeps_function": True,
+    } | changes  # fmt: skip
+    found = verdict(**given)  # type: ignore[arg-type]
+    return found.level, " ".join([found.headline, *(f.text for f in found.findings)])
+
+
+def test_verdict_of_a_sound_widening_is_good() -> None:
+    """All within limits."""
+    level, words = judged()
+    assert level == "good"
+    assert "Ready" in words
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"activations": activations(off=0.24)}, "moved by more than 10%"),
+        ({"warnings": ("beta2 is 0.999",)}, "beta2 is 0.999"),
+        ({"optimizer": report(good=False).optimizer}, "stay equal for ever"),
+        ({"activations": activations().model_copy(update={"loss_after": 2.5})}, "should keep the function"),
+    ],
+)
+def test_verdict_names_what_needs_attention(changes: dict[str, object], expected: str) -> None:
+    """Each fault alone is enough, and is said."""
+    level, words = judged(**changes)
+    assert level == "attention"
+    assert expected in words
+
+
+def test_a_loss_jump_is_no_fault_where_the_function_is_not_kept() -> None:
+    """App. F: the jump at the boundary does not predict the final loss."""
+    moved = activations().model_copy(update={"loss_after": 2.5})
+    level, words = judged(activations=moved, keeps_function=False)
+    assert level == "good"
+    assert "does not predict" in words
+
+
+@pytest.mark.parametrize("init", ["zero-copy", "random-copy", "random-random"])
+def test_dropped_state_locks_copies_only(init: str) -> None:
+    """Entries that start different are not locked to their sources."""
+    level, words = judged(spec={**SPEC, "init": init}, optimizer=None)
+    assert level == "good"
+    assert "not" in words
+
+
+def test_missing_parts_are_notes() -> None:
+    """What could not be measured is said with its reason."""
+    level, words = judged(
+        activations=None, activations_missing="no model can be built", learning_rate=None,
+        learning_rate_missing="the baseline is not known", optimizer=None,
+    )  # fmt: skip
+    assert level == "note"
+    assert "no model can be built" in words
+    assert "the baseline is not known" in words
+    assert "stay equal" in words
