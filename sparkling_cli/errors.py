@@ -84,3 +84,9 @@ class MissingDependencyError(SparklingError):
     """An optional package is needed for this command and is not installed."""
 
     exit_code = ExitCode.ENVIRONMENT
+
+
+class Interrupted(SparklingError):
+    """Ctrl-C or SIGTERM: everything half-made was removed."""
+
+    exit_code = ExitCode.INTERRUPTED

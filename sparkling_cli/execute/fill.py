@@ -22,13 +22,21 @@ def normal(seed: int, stream: str, start: int, stop: int) -> torch.Tensor:
     import torch
 
     parts = []
-    for block in range(start // BLOCK, -(-stop // BLOCK)):
-        generator = torch.Generator().manual_seed(_block_seed(seed, stream, block))
-        values = torch.randn(BLOCK, generator=generator, dtype=torch.float32)
-        low = max(start - block * BLOCK, 0)
-        high = min(stop - block * BLOCK, BLOCK)
-        parts.append(values[low:high])
+    for index in range(start // BLOCK, -(-stop // BLOCK)):
+        low = max(start - index * BLOCK, 0)
+        high = min(stop - index * BLOCK, BLOCK)
+        parts.append(normal_block(seed, stream, index)[low:high])
+    if not parts:
+        return torch.empty(0)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def normal_block(seed: int, stream: str, index: int) -> torch.Tensor:
+    """Block ``index`` of a stream: ``BLOCK`` standard normal float32 numbers."""
+    import torch
+
+    generator = torch.Generator().manual_seed(_block_seed(seed, stream, index))
+    return torch.randn(BLOCK, generator=generator, dtype=torch.float32)
 
 
 def _block_seed(seed: int, stream: str, block: int) -> int:

@@ -1,0 +1,210 @@
+"""Output files around their tensor data: allocated before it, sealed with checksums after it."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from sparkling_cli.checkpoint.model import OutputFile
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.execute.crc import Span, combine, crc32, whole, zeros
+from sparkling_cli.execute.job import RowJob
+from sparkling_cli.execute.places import Handles, read_range, write_range
+
+_PIECE = 1 << 19
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size in bytes and CRC-32 of a file."""
+
+    size: int
+    crc32: int
+
+
+def allocate(path: Path, size: int) -> None:
+    """A new file of that many zero bytes, its room on the disk reserved.
+
+    Raises:
+        OSError: no room, or the file exists.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        elif size:
+            os.truncate(descriptor, size)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+
+
+def tensor_spans(jobs: Iterable[tuple[RowJob, list[Span]]], handles: Handles) -> dict[str, list[Span]]:
+    """CRCs of all tensor data, by output file and in bytes of the file.
+
+    Args:
+        jobs: every row with the spans of its target.
+        handles: the written output, for boxes that are no single range of the tensor: read again.
+    """
+    found: dict[str, list[Span]] = {}
+    for job, spans in jobs:
+        if not job.target.flat:
+            for extent in job.target.extents:
+                span = _reread(handles, extent.path, extent.offset, prod(extent.shape) * job.item)
+                found.setdefault(extent.path, []).append(span)
+            continue
+        places = job.target.places
+        if len(places) == 1:
+            base = places[0].offset
+            found.setdefault(places[0].path, []).extend(Span(base + s, n, crc) for s, n, crc in spans)
+            continue
+        starts = [place.start for place in places]
+        for start, length, crc in spans:
+            place = places[bisect_right(starts, start) - 1]
+            moved = Span(place.offset + start - place.start, length, crc)
+            found.setdefault(place.path, []).append(moved)
+    return found
+
+
+def _reread(handles: Handles, path: str, start: int, length: int) -> Span:
+    import numpy as np
+
+    buffer, crc, at = np.empty(_PIECE, dtype=np.uint8), 0, start
+    while at < start + length:
+        part = buffer[: min(_PIECE, start + length - at)]
+        read_range(handles, path, at, part)
+        crc = combine(crc, crc32(part), len(part))
+        at += len(part)
+    return Span(start, length, crc)
+
+
+def seal(file: OutputFile, data: list[Span], handles: Handles) -> FileDigest:
+    """Write all that is no tensor data, checksums filled in; the digest of the whole file.
+
+    Raises:
+        CheckpointError: parts of the file overlap (a fault of the format).
+        OSError: it cannot be written.
+    """
+    literals = sorted((offset, bytearray(content)) for offset, content in file.literals if content)
+    try:
+        covered = _Covered(file.size, sorted(data), literals)
+        _fill_checksums(file, covered, literals)
+        digest = FileDigest(file.size, covered.crc(0, file.size))
+    except ValueError as error:
+        raise CheckpointError(f"output file {file.path!r} is laid out wrongly: {error}") from error
+    for offset, content in literals:
+        write_range(handles, file.path, offset, content)
+    return digest
+
+
+def _fill_checksums(file: OutputFile, covered: _Covered, literals: list[tuple[int, bytearray]]) -> None:
+    offsets = [literal[0] for literal in literals]
+    for checksum in file.checksums:
+        value = covered.crc(checksum.start, checksum.stop).to_bytes(4, "little")
+        for at in checksum.at:
+            index = bisect_right(offsets, at) - 1
+            offset, content = literals[index] if index >= 0 else (0, bytearray())
+            if index < 0 or at + 4 > offset + len(content):
+                raise ValueError(f"no room for a checksum at byte {at}")
+            content[at - offset : at - offset + 4] = value
+
+
+class _Covered:
+    """All bytes of a file in order: tensor data by CRC, literals by content, zeros between."""
+
+    def __init__(self, size: int, data: list[Span], literals: list[tuple[int, bytearray]]) -> None:
+        parts: list[tuple[int, int, int, bytearray | None]]
+        parts = [(s.start, s.length, s.crc, None) for s in data]
+        parts += [(offset, len(content), 0, content) for offset, content in literals]
+        parts.sort(key=lambda part: part[0])
+        at = 0
+        for start, length, _, _ in parts:
+            if start < at:
+                raise ValueError(f"byte {start} is written twice")
+            at = start + length
+        if at > size:
+            raise ValueError(f"it ends at byte {size}, its content at {at}")
+        self._parts = parts
+        self._starts = [part[0] for part in parts]
+
+    def crc(self, start: int, stop: int) -> int:
+        """CRC-32 of ``start <= i < stop``; tensor data must lie wholly inside or outside."""
+        index = max(bisect_right(self._starts, start) - 1, 0)
+        spans, at = [], start
+        while index < len(self._parts) and self._parts[index][0] < stop:
+            first, length, crc, content = self._parts[index]
+            index += 1
+            last = first + length
+            if last <= start or length == 0:
+                continue
+            if content is None and (first < start or last > stop):
+                raise ValueError(f"a checksum's range {start}..{stop} cuts through tensor data")
+            low, high = max(first, start), min(last, stop)
+            if low > at:
+                spans.append(Span(at, low - at, zeros(low - at)))
+            if content is not None:
+                crc = crc32(bytes(content[low - first : high - first]))
+            spans.append(Span(low, high - low, crc))
+            at = high
+        if at < stop:
+            spans.append(Span(at, stop - at, zeros(stop - at)))
+        return whole(spans, start, stop)
+
+
+def copy_carried(source: Path, target: Path) -> FileDigest:
+    """Copy a file by the fastest way that the system offers; its digest.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        OSError: the target cannot be written.
+    """
+    try:
+        descriptor = os.open(source, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {source}: {error.strerror}") from error
+    try:
+        size = os.fstat(descriptor).st_size
+        allocate(target, 0)
+        out = os.open(target, os.O_WRONLY)
+        try:
+            crc = _copy(descriptor, out, size, str(target))
+        finally:
+            os.close(out)
+    finally:
+        os.close(descriptor)
+    return FileDigest(size, crc)
+
+
+def _copy(source: int, target: int, size: int, name: str) -> int:
+    crc, at, fast = 0, 0, hasattr(os, "copy_file_range")
+    while at < size:
+        data = os.pread(source, min(_PIECE, size - at), at)
+        if not data:
+            raise CheckpointError(f"a file became shorter while it was copied to {name}")
+        crc = combine(crc, crc32(data), len(data))
+        done = 0
+        try:
+            while fast and done < len(data):
+                done += os.copy_file_range(source, target, len(data) - done, at + done, at + done)
+        except OSError:
+            fast = False  # another file system, or one that cannot
+        try:
+            while done < len(data):
+                done += os.pwrite(target, memoryview(data)[done:], at + done)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, name) from error
+        at += len(data)
+    return crc
+
+
+def digests_text(files: Mapping[str, FileDigest]) -> bytes:
+    """Size and CRC-32 of files, one per line, with a last line that guards the others."""
+    lines = "".join(f"{d.crc32:08x} {d.size} {path}\n" for path, d in sorted(files.items()))
+    return f"{lines}{crc32(lines.encode()):08x} {len(lines.encode())} .\n".encode()

@@ -1,0 +1,241 @@
+"""All or nothing: an output is made beside its final name and appears by one rename.
+
+``.NAME.sparkling-partial/`` beside the target holds ``lock`` (held while a process works on it),
+``plan`` (fingerprint of what is being made), ``journal`` (finished tasks) and ``data`` (the output in
+the making). A killed run leaves it behind; the next run for the same target takes it over: it goes on
+where the fingerprint is the same, and starts afresh otherwise.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from sparkling_cli.errors import OutputError
+
+_SUFFIX = ".sparkling-partial"
+#: the output in the making, when it is a single file
+SINGLE = "output"
+
+
+def sidecar_root(destination: Path, is_file: bool) -> Path:
+    """The folder for ``sparkling/...`` files: inside a directory, beside a single file."""
+    if is_file:
+        return destination.with_name(destination.name + ".sparkling")
+    return destination / "sparkling"
+
+
+def partial_of(destination: Path) -> Path:
+    """Where an output is made before it appears."""
+    name = destination.name
+    if len(name.encode()) > 200:
+        name = hashlib.sha256(name.encode()).hexdigest()[:32]
+    return destination.with_name(f".{name}{_SUFFIX}")
+
+
+def check_destination(source: Path, destination: Path) -> Path:
+    """The destination with its parent resolved, if an output may appear there.
+
+    Raises:
+        OutputError: it exists, lies inside the source (or the source inside it), has no parent folder or
+            one that cannot be written.
+    """
+    if destination.name in ("", ".", ".."):
+        raise OutputError(f"{destination} is no name for an output", hint="give a new name")
+    parent = destination.parent
+    try:
+        real = parent.resolve(strict=True) / destination.name
+        origin = source.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{parent} is no folder that an output can be put into: {error}") from error
+    if not real.parent.is_dir():
+        raise OutputError(f"{parent} is not a folder")
+    if real == origin or origin in real.parents:
+        raise OutputError(
+            f"the output {destination} lies inside the source {source}", hint="choose a place beside it"
+        )
+    if os.path.lexists(real):
+        raise OutputError(
+            f"{destination} exists", hint="choose another name, or remove it; nothing is overwritten"
+        )
+    if not os.access(real.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} cannot be written to", hint="check its permissions")
+    return real
+
+
+class Staging:
+    """The folder that an output is made in, locked.
+
+    Methods are called in this order: ``begin``, (the work in ``data``), ``commit`` or ``discard``.
+
+    Args:
+        source: the checkpoint that is read.
+        destination: where the output shall appear.
+        is_file: the output is a single file.
+    """
+
+    def __init__(self, source: Path, destination: Path, *, is_file: bool) -> None:
+        self.destination = check_destination(source, destination)
+        self.is_file = is_file
+        self.partial = partial_of(self.destination)
+        self._lock: int | None = None
+
+    @property
+    def data(self) -> Path:
+        """Root of the output in the making: a folder, or the single file."""
+        return self.partial / "data" / SINGLE if self.is_file else self.partial / "data"
+
+    @property
+    def sidecars(self) -> Path:
+        """The folder that becomes :func:`sidecar_root`."""
+        return self.partial / "data" / "sparkling"
+
+    @property
+    def journal(self) -> Path:
+        """Finished tasks."""
+        return self.partial / "journal"
+
+    def begin(self, fingerprint: str) -> bool:
+        """Take the folder; True if an earlier run left work in it that can be gone on with.
+
+        Raises:
+            OutputError: another process works on it, or it is not ours.
+        """
+        try:
+            self._acquire()
+            self._finish_interrupted_commit()
+            plan = self.partial / "plan"
+            if plan.is_file() and not plan.is_symlink() and plan.read_text() == fingerprint:
+                return True
+            self._clear()
+            (self.partial / "data").mkdir()
+            _write_new(plan, fingerprint.encode())
+        except OSError as error:
+            raise OutputError(
+                f"cannot make {self.partial}: {error.strerror}", hint="check the folder's permissions"
+            ) from error
+        return False
+
+    def restart(self, fingerprint: str) -> None:
+        """Throw away what an earlier run left."""
+        self._clear()
+        (self.partial / "data").mkdir()
+        _write_new(self.partial / "plan", fingerprint.encode())
+
+    def _acquire(self) -> None:
+        while True:
+            if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
+                raise OutputError(f"{self.partial} is in the way", hint="remove it")
+            self.partial.mkdir(mode=0o777, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            try:
+                lock = os.open(self.partial / "lock", flags, 0o666)
+            except FileNotFoundError:
+                continue  # the run that held it has just finished
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(lock)
+                raise OutputError(
+                    f"another process is writing {self.destination}",
+                    hint="wait for it, or end it and run the command again",
+                ) from error
+            if self._is_current(lock):
+                self._lock = lock
+                return
+            os.close(lock)
+
+    def _is_current(self, lock: int) -> bool:
+        try:
+            found = (self.partial / "lock").stat(follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        mine = os.fstat(lock)
+        return stat.S_ISREG(found.st_mode) and (found.st_ino, found.st_dev) == (mine.st_ino, mine.st_dev)
+
+    def _finish_interrupted_commit(self) -> None:
+        """A run that died between two renames left a folder whose file never came."""
+        folder = sidecar_root(self.destination, True)
+        if self.is_file and (self.partial / "commit").exists() and folder.is_dir():
+            shutil.rmtree(folder)
+
+    def _clear(self) -> None:
+        for entry in self.partial.iterdir():
+            if entry.name == "lock":
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def commit(self) -> None:
+        """Make the output appear. All its files must be written; they are synced here.
+
+        Raises:
+            OutputError: something took its name meanwhile.
+            OSError: the disk failed.
+        """
+        folder = sidecar_root(self.destination, self.is_file)
+        taken = [self.destination, folder] if self.is_file else [self.destination]
+        for path in taken:
+            if os.path.lexists(path):
+                raise OutputError(f"{path} appeared while the output was made; nothing is overwritten")
+        if self.is_file:
+            _write_new(self.partial / "commit", b"")
+            sync(self.partial)
+            if self.sidecars.is_dir():
+                self.sidecars.rename(folder)
+            self.data.rename(self.destination)
+        else:
+            self.data.rename(self.destination)
+        sync(self.destination.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder, whatever is in it."""
+        if self._lock is None:
+            return
+        shutil.rmtree(self.partial, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = None
+
+    def leave(self) -> None:
+        """Give the lock up and leave the folder for the next run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(path, flags, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk.
+
+    Raises:
+        OSError: the disk failed; names the path.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+
+
+def folders_of(root: Path, files: Iterable[str]) -> list[Path]:
+    """Every folder that holds one of the files, deepest first, the root last."""
+    found = {root}
+    for file in files:
+        found.update(root / parent for parent in Path(file).parents)
+    return sorted(found, key=lambda path: -len(path.parts))

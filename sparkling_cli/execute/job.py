@@ -1,0 +1,132 @@
+"""What there is to do, cut into tasks.
+
+A job is the same on every run and on every rank: tasks depend on the plan alone, never on the number of
+threads or processes, so finished tasks can be kept after a crash and shared out among ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+from sparkling_cli.checkpoint.model import ITEM_BYTES, Extent, OutputFile
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.execute.crc import Span
+from sparkling_cli.execute.kernel import PIECE, Kernel, compile_kernel
+from sparkling_cli.execute.places import Placement
+from sparkling_cli.plan.model import Plan, Row
+
+#: target bytes of one task
+TASK = 1 << 25
+
+
+@dataclass(frozen=True)
+class RowJob:
+    """One row with its kernel and places; ``kernel`` is None if the whole tensor becomes zero."""
+
+    row: Row
+    kernel: Kernel | None
+    source: Placement
+    target: Placement
+
+    @property
+    def item(self) -> int:
+        """Bytes per entry."""
+        return ITEM_BYTES[self.row.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the target."""
+        return prod(self.row.shape) * self.item
+
+
+class Part(NamedTuple):
+    """Pieces ``first <= i < last`` of a row (0, 0 for a row that becomes zero)."""
+
+    row: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """CRCs of what was read and written, in bytes of the tensor, and what was wrong with it."""
+
+    row: int
+    source: tuple[Span, ...]
+    target: tuple[Span, ...]
+    nonfinite: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """All rows, in the plan's order, and tasks that cover them."""
+
+    plan: Plan
+    files: tuple[OutputFile, ...]
+    rows: tuple[RowJob, ...]
+
+    @cached_property
+    def tasks(self) -> tuple[tuple[Part, ...], ...]:
+        """Tasks of about ``TASK`` bytes each, in the output's order."""
+        tasks: list[tuple[Part, ...]] = []
+        small: list[Part] = []
+        size = 0
+        for index, job in enumerate(self.rows):
+            if job.nbytes <= TASK:
+                small.append(Part(index, 0, job.kernel.pieces if job.kernel else 0))
+                size += job.nbytes
+                if size >= TASK:
+                    tasks.append(tuple(small))
+                    small, size = [], 0
+                continue
+            tasks.extend((part,) for part in _cut(index, job))
+        if small:
+            tasks.append(tuple(small))
+        return tuple(tasks)
+
+    def task_bytes(self, task: tuple[Part, ...]) -> int:
+        """Target bytes of a task, near enough for sharing out."""
+        total = 0
+        for part in task:
+            job = self.rows[part.row]
+            share = (part.last - part.first) / job.kernel.pieces if job.kernel and job.kernel.pieces else 1
+            total += int(job.nbytes * share)
+        return total
+
+
+def _cut(index: int, job: RowJob) -> Iterator[Part]:
+    if job.kernel is None:
+        yield Part(index, 0, 0)
+        return
+    pieces = job.kernel.pieces
+    step = max(pieces * TASK // job.nbytes, 1)
+    for first in range(0, pieces, step):
+        yield Part(index, first, min(first + step, pieces))
+
+
+def make_job(plan: Plan, files: tuple[OutputFile, ...]) -> Job:
+    """The job of a plan and its laid-out output.
+
+    Raises:
+        CheckpointError: extents do not tile a tensor, or an output tensor has no row.
+    """
+    where: dict[str, list[Extent]] = {}
+    for file in files:
+        for key, extent in file.tensors:
+            place = Extent(file.path, extent.offset, extent.start, extent.shape, extent.strides)
+            where.setdefault(key, []).append(place)
+    rows = tuple(_row_job(row, tuple(where.get(row.key, ()))) for row in plan.rows)
+    unknown = where.keys() - {row.key for row in plan.rows}
+    if unknown:
+        raise CheckpointError(f"the output has tensors that the plan does not make: {sorted(unknown)[:5]}")
+    return Job(plan, files, rows)
+
+
+def _row_job(row: Row, extents: tuple[Extent, ...]) -> RowJob:
+    kernel = None if row.zero else compile_kernel(row.view, row.dtype, row.scale, row.offset, PIECE)
+    source = Placement(row.dtype, row.source.shape, row.source.extents, row.key)
+    return RowJob(row, kernel, source, Placement(row.dtype, row.shape, extents, row.key))

@@ -1,0 +1,102 @@
+"""What a killed run had finished: one line per task, each guarded by a CRC of its own.
+
+The journal is a claim, not a proof (the machine itself may have gone down): a task found in it is taken
+over only after the bytes it wrote have been read back and have the CRCs that it says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from sparkling_cli import __version__
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.execute.crc import Span, crc32
+from sparkling_cli.execute.job import Job, PartResult
+from sparkling_cli.layout.geometry import View
+
+
+class Journal:
+    """Lines are appended whole, by one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab")
+
+    def add(self, task: int, results: list[PartResult]) -> None:
+        """Note a finished task."""
+        parts = [[r.row, r.nonfinite, r.source, r.target] for r in results]
+        text = json.dumps([task, parts], separators=(",", ":")).encode()
+        self._file.write(b"%08x %s\n" % (crc32(text), text))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_journal(path: Path) -> dict[int, list[PartResult]]:
+    """Finished tasks by number; lines that were cut short are left out."""
+    found: dict[int, list[PartResult]] = {}
+    if not path.is_file():
+        return found
+    for line in path.read_bytes().split(b"\n"):
+        crc, _, text = line.partition(b" ")
+        if len(crc) != 8 or crc != b"%08x" % crc32(text):
+            continue
+        task, parts = json.loads(text)
+        found[task] = [
+            PartResult(row, tuple(Span(*s) for s in source), tuple(Span(*s) for s in target), nonfinite)
+            for row, nonfinite, source, target in parts
+        ]
+    return found
+
+
+def fingerprint(job: Job) -> str:
+    """A digest of all that decides the output's bytes: equal digests, equal work.
+
+    Source files count by place, size and time of change; reading them again would cost as much as the
+    work itself.
+    """
+    plan = job.plan
+    digest = hashlib.sha256()
+
+    def note(*items: object) -> None:
+        digest.update(repr(items).encode())
+
+    note(__version__, str(plan.source.root.resolve()), sorted(plan.spec.items(), key=str), plan.seed)
+    views: dict[View, int] = {}
+    paths = {""} if plan.source.root.is_file() else set(plan.source.carried)
+    for row in plan.rows:
+        number = views.setdefault(row.view, len(views))
+        note(row.key, row.dtype, row.shape, number, row.scale, row.offset, row.zero, row.stream)
+        for extent in row.source.extents:
+            note(extent.path, extent.offset, extent.start, extent.shape, extent.strides)
+            paths.add(extent.path)
+    note(list(views))
+    for path, state in source_state(plan.source.root, paths).items():
+        note(path, state)
+    for file in job.files:
+        note(file.path, file.size, file.last, file.checksums)
+        for offset, content in file.literals:
+            note(offset)
+            digest.update(content)
+        for key, extent in file.tensors:
+            note(key, extent.offset, extent.start, extent.shape, extent.strides)
+    return digest.hexdigest()
+
+
+def source_state(root: Path, paths: set[str]) -> dict[str, tuple[int, int, int]]:
+    """Size, time of change and inode of source files.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    found = {}
+    for path in sorted(paths):
+        try:
+            info = (root / path if path else root).stat()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {root / path}: {error.strerror}") from error
+        found[path] = (info.st_size, info.st_mtime_ns, info.st_ino)
+    return found

@@ -1,0 +1,336 @@
+"""Carry a plan out: read, compute and write piece by piece, then let the output appear.
+
+Order of events: the place is checked and taken (``commit.Staging``), files are allocated, standard
+deviations of random tensors are measured, tasks are done by a few threads (on every rank), files are
+sealed with their checksums, small files added, all is synced and opened once more, and one rename makes
+it the output. Whatever goes wrong before that leaves no output.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from sparkling_cli.checkpoint.model import OutputFile
+from sparkling_cli.errors import CheckpointError, OutputError, SparklingError
+from sparkling_cli.execute import assemble, signals
+from sparkling_cli.execute.assemble import FileDigest, digests_text
+from sparkling_cli.execute.commit import Staging, folders_of, sync
+from sparkling_cli.execute.crc import Span, crc32, whole
+from sparkling_cli.execute.job import Job, PartResult, make_job
+from sparkling_cli.execute.journal import Journal, fingerprint, read_journal, source_state
+from sparkling_cli.execute.places import Handles
+from sparkling_cli.execute.pool import Pool
+from sparkling_cli.execute.team import Alone, Team
+from sparkling_cli.plan.model import Plan
+
+#: digests of the small files, the manifest's among them
+DIGESTS = "sparkling/files.crc32"
+_RESERVE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was read and written.
+
+    Attributes:
+        tensors: output key -> CRC-32 of the tensor's bytes, row-major.
+        sources: output key -> CRC-32 of its source's bytes; without tensors that become zero.
+        files: every output file with tensors in it or around it, carried ones included.
+        root: where the output lies until it appears; small files may be made by reading it there.
+    """
+
+    tensors: Mapping[str, int]
+    sources: Mapping[str, int]
+    files: Mapping[str, FileDigest]
+    root: Path | None = None
+
+
+@dataclass
+class _Run:
+    """One execution: what its steps share."""
+
+    job: Job
+    staging: Staging
+    team: Team
+    threads: int
+    progress: Callable[[int], None]
+    resumed: Mapping[int, list[PartResult]] = field(default_factory=dict)
+
+
+def execute(
+    plan: Plan,
+    files: tuple[OutputFile, ...],
+    destination: Path,
+    *,
+    memory: int = 1 << 30,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    sidecar: Callable[[Written], Mapping[str, bytes]],
+    check: Callable[[Path], None] | None = None,
+    team: Team | None = None,
+) -> Written:
+    """Make the output at ``destination``, wholly or not at all.
+
+    Args:
+        plan: what to do.
+        files: the output's files, laid out by the format.
+        destination: a path where nothing exists.
+        memory: bytes that pieces in flight may take; decides the number of threads where it is small.
+        threads: worker threads; by default one per core, at most four.
+        progress: called with the bytes written since the last call.
+        sidecar: called when all tensor data is written; gives the remaining small files, paths beginning
+            with ``sparkling/``.
+        check: called with the finished output before it appears; raises if it cannot be opened.
+        team: the ranks to work with.
+
+    Raises:
+        OutputError: the output cannot be written there, or the disk is full or failing.
+        CheckpointError: the source is damaged or changed, or has NaN or Inf entries.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    team = team or Alone()
+    with signals.interrupts(destination) as raised, _one_torch_thread():
+        run = _begin(plan, files, destination, team, _threads(threads, memory), progress)
+        try:
+            run.resumed = team.lead(lambda: _prepare(run))
+            return _carry_out(run, sidecar, check)
+        except OSError as error:
+            raise _disk_error(error, run) from error
+        except KeyboardInterrupt as error:
+            raise raised.error() from error
+        finally:
+            run.staging.discard()
+
+
+def _begin(
+    plan: Plan,
+    files: tuple[OutputFile, ...],
+    destination: Path,
+    team: Team,
+    threads: int,
+    progress: Callable[[int], None] | None,
+) -> _Run:
+    """Check everything that can be checked without touching the disk's contents."""
+    job = make_job(plan, files)
+    for path in (*(file.path for file in files), *plan.source.carried):
+        _check_path(path)
+    is_file = any(file.path == "" for file in files)
+    staged: list[Staging] = []
+    team.step(lambda: staged.append(Staging(plan.source.root, destination, is_file=is_file)))
+    return _Run(job, staged[0], team, threads, progress or (lambda _: None))
+
+
+def _prepare(run: _Run) -> Mapping[int, list[PartResult]]:
+    """Take the folder and allocate files, or go on with what a killed run left."""
+    mark = fingerprint(run.job)
+    if run.staging.begin(mark):
+        if _complete(run):
+            return read_journal(run.staging.journal)
+        run.staging.restart(mark)
+    _check_space(run)
+    if not run.staging.is_file:
+        run.staging.data.mkdir(exist_ok=True)
+    for file in run.job.files:
+        assemble.allocate(_under(run.staging.data, file.path), file.size)
+    return {}
+
+
+def _complete(run: _Run) -> bool:
+    """All files that tasks write into are there, in full length, and nothing else is."""
+    expected = {file.path: file.size for file in run.job.files}
+    for path, size in expected.items():
+        target = _under(run.staging.data, path)
+        if target.is_symlink() or not target.is_file() or target.stat().st_size != size:
+            return False
+    top = run.staging.partial / "data"
+    for entry in top.rglob("*"):
+        if entry.is_file() and not (run.staging.is_file and entry == run.staging.data):
+            relative = entry.relative_to(top).as_posix()
+            if relative not in expected:
+                entry.unlink()  # a carried or small file: made again
+    return True
+
+
+def _carry_out(
+    run: _Run, sidecar: Callable[[Written], Mapping[str, bytes]], check: Callable[[Path], None] | None
+) -> Written:
+    job, team = run.job, run.team
+    paths = {e.path for r in job.plan.rows for e in r.source.extents} | set(job.plan.source.carried)
+    before = source_state(job.plan.source.root, paths)
+    pool = Pool(job, run.staging.data, run.threads, run.progress, team)
+    journal = Journal(run.staging.journal) if team.rank == 0 and team.size == 1 else None
+    try:
+        results = pool.run(run.resumed, journal)
+    finally:
+        if journal is not None:
+            journal.close()
+
+    def finish() -> Written:
+        if source_state(job.plan.source.root, paths) != before:
+            raise CheckpointError(
+                f"the source {job.plan.source.root} was changed while it was read",
+                hint="wait until the training run has finished writing it, then run the command again",
+            )
+        _refuse_nonfinite(job, results)
+        written = _finish(run, results)
+        _add_sidecars(run, sidecar(written))
+        _sync_all(run, written)
+        if check is not None:
+            check(run.staging.data)
+        run.staging.commit()
+        return written
+
+    return team.lead(finish)
+
+
+def _finish(run: _Run, results: list[PartResult]) -> Written:
+    """Seal every file and copy what is carried over."""
+    job = run.job
+    sources: dict[int, list[Span]] = {}
+    targets: dict[int, list[Span]] = {}
+    for result in results:
+        sources.setdefault(result.row, []).extend(result.source)
+        targets.setdefault(result.row, []).extend(result.target)
+    tensor_crcs, source_crcs = {}, {}
+    for index, row in enumerate(job.rows):
+        tensor_crcs[row.row.key] = whole(targets.get(index, ()), 0, row.nbytes)
+        if row.kernel is not None:
+            size = row.kernel.source_entries * row.item
+            source_crcs[row.row.key] = whole(sources.get(index, ()), 0, size)
+    handles = Handles(run.staging.data, writing=True)
+    try:
+        spans = assemble.tensor_spans(
+            ((row, targets.get(index, [])) for index, row in enumerate(job.rows)), handles
+        )
+        digests = {
+            file.path: assemble.seal(file, spans.get(file.path, []), handles)
+            for file in sorted(job.files, key=lambda file: file.last)
+        }
+    finally:
+        handles.close()
+    for path in job.plan.source.carried:
+        source = job.plan.source.root / path
+        digests[path] = assemble.copy_carried(source, run.staging.data / path)
+        run.progress(digests[path].size)
+    return Written(tensor_crcs, source_crcs, dict(sorted(digests.items())), run.staging.data)
+
+
+def _add_sidecars(run: _Run, sidecars: Mapping[str, bytes]) -> None:
+    digests = {}
+    for path, content in sidecars.items():
+        _check_path(path)
+        if PurePosixPath(path).parts[0] != "sparkling":
+            raise ValueError(f"sidecar file {path!r} does not lie in sparkling/")
+        digests[path] = FileDigest(len(content), crc32(content))
+    folder = run.staging.sidecars.parent
+    for path, content in {**sidecars, DIGESTS: digests_text(digests)}.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        with target.open("xb") as file:
+            file.write(content)
+
+
+def _sync_all(run: _Run, written: Written) -> None:
+    """Everything on the disk, the files that make the rest valid last."""
+    last = {file.path for file in run.job.files if file.last}
+    top = run.staging.partial / "data"
+    inside = [path for path in top.rglob("*") if path.is_file()]
+    late = [_under(run.staging.data, path) for path in last]
+    for path in inside:
+        if path not in late:
+            sync(path)
+    for folder in folders_of(top, [path.relative_to(top).as_posix() for path in inside]):
+        sync(folder)
+    for path in late:
+        sync(path)
+
+
+def _refuse_nonfinite(job: Job, results: list[PartResult]) -> None:
+    if job.plan.spec.get("allow_nonfinite"):
+        return
+    counts: dict[int, int] = {}
+    for result in results:
+        if result.nonfinite:
+            counts[result.row] = counts.get(result.row, 0) + result.nonfinite
+    if not counts:
+        return
+    names = [f"{job.rows[row].row.key} ({counts[row]} entries)" for row in sorted(counts)]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    raise CheckpointError(
+        f"NaN or Inf in {len(names)} tensor(s) of {job.plan.source.root}: {', '.join(names[:8])}{more}",
+        hint="take an earlier checkpoint; --allow-nonfinite widens it all the same",
+    )
+
+
+def _check_space(run: _Run) -> None:
+    """The disk has room for all files.
+
+    Raises:
+        OutputError: with the bytes needed and free.
+    """
+    parent = run.staging.destination.parent
+    state = os.statvfs(parent)
+    free = state.f_bavail * state.f_frsize
+    if _needed(run) > free:
+        raise OutputError(
+            f"{parent} has {free:,} bytes free, the output needs {_needed(run):,}",
+            hint="make room, or choose a place on another disk",
+        )
+
+
+def _needed(run: _Run) -> int:
+    root = run.job.plan.source.root
+    carried = sum((root / path).stat().st_size for path in run.job.plan.source.carried)
+    return sum(file.size for file in run.job.files) + carried + _RESERVE
+
+
+def _disk_error(error: OSError, run: _Run) -> SparklingError:
+    parent = run.staging.destination.parent
+    state = os.statvfs(parent)
+    free = state.f_bavail * state.f_frsize
+    where = error.filename or run.staging.partial
+    return OutputError(
+        f"cannot write {where}: {error.strerror or error}; the output needs {_needed(run):,} bytes, "
+        f"{free:,} are free on its disk",
+        hint="nothing was left behind; make room or choose another disk, and run the command again",
+    )
+
+
+def _check_path(path: str) -> None:
+    """A relative path that stays inside.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    parts = PurePosixPath(path).parts
+    if path.startswith("/") or ".." in parts or "\0" in path:
+        raise CheckpointError(f"the checkpoint names a file outside itself: {path!r}")
+
+
+def _under(root: Path, path: str) -> Path:
+    return root / path if path else root
+
+
+def _threads(threads: int | None, memory: int) -> int:
+    if threads is not None and threads < 1:
+        raise OutputError(f"{threads} threads cannot do any work", hint="give at least 1")
+    wanted = threads or min(os.cpu_count() or 1, 4)
+    return max(1, min(wanted, memory >> 23))  # a thread has less than 8 MiB in flight
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Pieces are small: torch's own threads would only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,218 @@
+"""One task done: read a piece, make its images, write them, and remember what the bytes were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.checkpoint.model import FLOATING, ITEM_BYTES
+from sparkling_cli.execute import fill, moments
+from sparkling_cli.execute.crc import Span, crc32, merge, zeros
+from sparkling_cli.execute.job import Job, Part, PartResult, RowJob
+from sparkling_cli.execute.kernel import PIECE, Piece
+from sparkling_cli.execute.places import Handles, read, write_range
+from sparkling_cli.execute.places import write as write_boxes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sparkling_cli.execute.kernel import Noise
+
+    Array = np.ndarray[Any, Any]
+
+_NOISE_BLOCKS = 6
+
+
+class Stopped(Exception):  # noqa: N818 - no error: the other side asked for it
+    """Work was broken off on request."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What all workers share.
+
+    Attributes:
+        job: the job.
+        deviations: row -> standard deviation of its source, for rows with random entries.
+        wrote: called with the number of target bytes after every piece.
+        stopped: asked before every piece; :class:`Stopped` is raised when it says yes.
+    """
+
+    job: Job
+    deviations: Mapping[int, float]
+    wrote: Callable[[int], None]
+    stopped: Callable[[], bool]
+
+
+class Worker:
+    """What one thread needs: open files, two buffers, a few blocks of noise."""
+
+    def __init__(self, around: Surroundings, source: Handles, target: Handles) -> None:
+        import numpy as np
+
+        self.around, self.source, self.target = around, source, target
+        self._old = np.empty(PIECE, dtype=np.uint8)
+        self._new = np.empty(PIECE, dtype=np.uint8)
+        self._noise: dict[tuple[str, int], Array] = {}
+
+    def close(self) -> None:
+        """Close the files."""
+        self.source.close()
+        self.target.close()
+
+    def run(self, task: tuple[Part, ...]) -> list[PartResult]:
+        """Do a task.
+
+        Raises:
+            CheckpointError: the source cannot be read.
+            OSError: the output cannot be written; names the file.
+            Stopped: on request.
+        """
+        return [self._run_part(part) for part in task]
+
+    def _run_part(self, part: Part) -> PartResult:
+        job = self.around.job.rows[part.row]
+        target: list[Span] = []
+        if job.kernel is None:
+            _zero(job, 0, job.nbytes, target)
+            self.around.wrote(job.nbytes)
+            return PartResult(part.row, (), tuple(target), 0)
+        source: list[Span] = []
+        nonfinite = 0
+        for index in range(part.first, part.last):
+            if self.around.stopped():
+                raise Stopped
+            piece = job.kernel.piece(index)
+            start, stop = piece.start * job.item, piece.stop * job.item
+            data = self._old[: stop - start]
+            read(self.source, job.source, start, stop, data)
+            source.append(Span(start, stop - start, crc32(data)))
+            nonfinite += count_nonfinite(data, job.row.dtype)
+            self._write_images(part.row, piece, data, source[-1].crc, target)
+        joined = merge(target) if len(job.target.places) == 1 else target
+        return PartResult(part.row, tuple(merge(source)), tuple(joined), nonfinite)
+
+    def _write_images(self, row: int, piece: Piece, data: Array, crc: int, spans: list[Span]) -> None:
+        """Write all images of a piece; images of equal content are made and summed once."""
+        job, kernel = self.around.job.rows[row], self.around.job.rows[row].kernel
+        assert kernel is not None
+        made: tuple[int, int, int] | None = None
+        made_crc: int | None = None
+        written = 0
+        for image in piece.images:
+            start, stop = image.start * job.item, image.stop * job.item
+            written += stop - start
+            if image.program.zero:
+                _zero(job, start, stop, spans)
+            elif image.program.plain:
+                out = data[kernel.bytes_of(image)]
+                self._put(job, start, out, crc if len(out) == len(data) else None, spans)
+            else:
+                out = self._new[: stop - start]
+                content = (id(image.program), image.first, image.last)
+                if image.program.random or content != made:
+                    noise = self._noise_of(job.row.stream) if image.program.random else None
+                    kernel.fill(image, data, out, noise, self.around.deviations.get(row, 0.0))
+                    made, made_crc = content, None
+                made_crc = self._put(job, start, out, made_crc, spans)
+        self.around.wrote(written)
+
+    def _put(self, job: RowJob, start: int, out: Array, crc: int | None, spans: list[Span]) -> int | None:
+        """Write bytes of a target and note their CRC, one span per place; returns the CRC of all."""
+        if not job.target.flat:
+            write_boxes(self.target, job.target, start, start + len(out), out)
+            spans.append(Span(start, len(out), crc32(out) if crc is None else crc))
+            return spans[-1].crc
+        whole = len(job.target.places) == 1
+        for place in job.target.cut(start, start + len(out)):
+            part = out[place.start - start : place.stop - start]
+            known = crc if whole and crc is not None else crc32(part)
+            spans.append(Span(place.start, len(part), known))
+            write_range(self.target, place.path, place.offset, part)
+        return spans[-1].crc if whole else None
+
+    def _noise_of(self, stream: str) -> Noise:
+        import numpy as np
+
+        def block(index: int) -> Array:
+            found = self._noise.get((stream, index))
+            if found is None:
+                while len(self._noise) >= _NOISE_BLOCKS:
+                    del self._noise[next(iter(self._noise))]
+                found = fill.normal_block(self.around.job.plan.seed, stream, index).numpy()
+                self._noise[stream, index] = found
+            return found
+
+        def noise(start: int, stop: int) -> Array:
+            drawn = np.empty(stop - start, dtype=np.float32)
+            at = start
+            while at < stop:
+                index, low = divmod(at, fill.BLOCK)
+                high = min(stop - index * fill.BLOCK, fill.BLOCK)
+                drawn[at - start : at - start + high - low] = block(index)[low:high]
+                at += high - low
+            return drawn
+
+        return noise
+
+    def moments(self, row: int, first: int, last: int) -> list[moments.Moments]:
+        """Mean and spread of the source's blocks ``first <= i < last`` (``moments.BLOCK`` entries each).
+
+        Raises:
+            CheckpointError: the source cannot be read.
+            Stopped: on request.
+        """
+        job = self.around.job.rows[row]
+        assert job.kernel is not None
+        entries, found = job.kernel.source_entries, []
+        for index in range(first, last):
+            if self.around.stopped():
+                raise Stopped
+            low, high = index * moments.BLOCK, min((index + 1) * moments.BLOCK, entries)
+            data = self._old[: (high - low) * job.item]
+            read(self.source, job.source, low * job.item, high * job.item, data)
+            found.append(moments.block_moments(_doubles(data, job.row.dtype)))
+        return found
+
+
+def _zero(job: RowJob, start: int, stop: int, spans: list[Span]) -> None:
+    """Zeros need no writing: new files are zeros all over."""
+    if start == stop:
+        return
+    if not job.target.flat:
+        spans.append(Span(start, stop - start, zeros(stop - start)))
+        return
+    for place in job.target.cut(start, stop):
+        size = place.stop - place.start
+        spans.append(Span(place.start, size, zeros(size)))
+
+
+def _doubles(data: Array, dtype: str) -> Array:
+    import numpy as np
+    import torch
+
+    if dtype in ("float32", "float64"):
+        return data.view(dtype).astype(np.float64)
+    values: Array = torch.from_numpy(data.view(np.int16)).view(getattr(torch, dtype)).double().numpy()
+    return values
+
+
+def count_nonfinite(data: Array, dtype: str) -> int:
+    """NaN and Inf among the entries.
+
+    A sum is finite only if every entry is, and costs a tenth of looking at them one by one; a sum that
+    is not (finite entries can overflow too) is looked into.
+    """
+    if dtype not in FLOATING or not len(data):
+        return 0
+    import numpy as np
+    import torch
+
+    if dtype in ("float32", "float64"):
+        values = torch.from_numpy(data.view(dtype))
+    else:
+        values = torch.from_numpy(data.view(np.int16)).view(getattr(torch, dtype))
+    if len(data) >= 2 * ITEM_BYTES[dtype] and bool(torch.isfinite(values.sum())):
+        return 0
+    return int(values.numel() - torch.isfinite(values).sum().item())
