@@ -223,6 +223,10 @@ def _coupled(found: Coordinates, factory: ModelFactory | None) -> Coordinates:
     shapes = _try_shapes(found, {"hidden": 2, **dict.fromkeys(counts, 2)}, factory)
     if isinstance(shapes, str):
         return found
+    heads = prod(found.axes[n].size for n in ("heads", "kv_heads", "q_per_kv") if n in found.axes)
+    if "head_dim" not in found.axes and found.axes["hidden"].size % heads == 0:
+        width = found.axes["hidden"].size // heads
+        found.axes["head_dim"] = AxisKey("head_dim", "head_dim", width, ())
     moved = {**found.moved, "hidden": shapes}
     refused = {k: v for k, v in found.refused.items() if k != "hidden"}
     return Coordinates(found.config, found.axes, found.terms, found.shapes, moved, refused, tuple(counts))

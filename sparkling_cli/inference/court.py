@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
+from sparkling_cli.inference.attention import split_heads
 from sparkling_cli.inference.axes import FROZEN, Coordinates, find_axes, grows
 from sparkling_cli.inference.compensate import hypotheses_for
 from sparkling_cli.inference.disk import DiskTensor, disk_tensors, to_disk
@@ -79,7 +80,8 @@ def judge(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Judgement
         verdicts[name] = AxisVerdict(hidden.proved, reason, ("hidden",))
     choice = {v: o[0] for v, o in options.items()}
     proved = [n for n, v in verdicts.items() if v.proved]
-    layouts = label(bench, hyp.families, texts(hyp.families, choice), proved)
+    layouts = split_heads(bench, hyp.families, texts(hyp.families, choice))
+    layouts = label(bench, hyp.families, layouts, proved)
     by_name = {n: lay for f, lay in zip(hyp.families, layouts, strict=True) for n in f.names}
     verdicts = _retried(bench, by_name, verdicts, compensations)
     notes: list[str] = []

@@ -14,11 +14,9 @@ from sparkling_cli.inference.proof import Bench
 from sparkling_cli.inference.search import Choice
 from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, Product, Role, Sum, TensorLayout, size_of
 
-_PAIR = {(0,): "up_gate", (1,): "gate_up"}
-
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Rows of one family's producing dim that belong together."""
 
     family: int
@@ -84,16 +82,16 @@ def _label_group(
     for i, d in outs:
         owner = families[i].names[0].removesuffix("_bias").removesuffix(".bias").removesuffix(".weight")
         modules.setdefault(owner, []).append((i, d))
-    parts: list[tuple[str, int, list[_Part]]] = []
+    parts: list[tuple[str, int, list[Part]]] = []
     for owner, dims in modules.items():
-        count = _part_count(layouts[dims[0][0]].dims[dims[0][1]].expr)
+        count = part_count(layouts[dims[0][0]].dims[dims[0][1]].expr)
         for k in range(count):
-            spans = [_span(i, d, layouts[i].dims[d].expr, k, sizes) for i, d in dims]
+            spans = [span(i, d, layouts[i].dims[d].expr, k, sizes) for i, d in dims]
             parts.append((owner, k, [s for s in spans if s is not None]))
     if len(parts) < 2 or len(parts) > 6:
         return
-    consumers = [_Part(i, d, 0, families[i].shape[d]) for i, d in ins]
-    linear = [_keeps(bench, families, [*p, *consumers]) for _, _, p in parts]
+    consumers = [Part(i, d, 0, families[i].shape[d]) for i, d in ins]
+    linear = [rows_keep(bench, families, [*p, *consumers]) for _, _, p in parts]
     attention = bench.found.axes[axis].role in ("heads", "kv_heads", "q_per_kv")
     names = _names(linear, attention, parts, layouts, modules)
     if names is None:
@@ -104,7 +102,8 @@ def _label_group(
             layouts[i] = _labelled(layouts[i], d, own)
 
 
-def _part_count(expr: Expr) -> int:
+def part_count(expr: Expr) -> int:
+    """How many parts a fused producing dim has; 1 if it is not fused."""
     if isinstance(expr, Product):
         for factor in expr.factors:
             if isinstance(factor, Fixed) and factor.size in (2, 3):
@@ -114,28 +113,28 @@ def _part_count(expr: Expr) -> int:
     return len(expr.parts) if isinstance(expr, Sum) else 1
 
 
-def _span(i: int, d: int, expr: Expr, k: int, sizes: Mapping[str, int]) -> _Part | None:
+def span(i: int, d: int, expr: Expr, k: int, sizes: Mapping[str, int]) -> Part | None:
     """Entries of part ``k``; None where parts do not lie as one block or stride."""
     total = size_of(expr, sizes)
     if isinstance(expr, Sum):
         widths = [size_of(p, sizes) for p in expr.parts]
-        return _Part(i, d, sum(widths[:k]), sum(widths[: k + 1]))
+        return Part(i, d, sum(widths[:k]), sum(widths[: k + 1]))
     if isinstance(expr, Product):
         for at, factor in enumerate(expr.factors):
             if isinstance(factor, Fixed) and factor.size in (2, 3):
                 inner = size_of(Product(expr.factors[at + 1 :]), sizes) if expr.factors[at + 1 :] else 1
-                return _Part(i, d, k * inner, total, factor.size * inner)
+                return Part(i, d, k * inner, total, factor.size * inner)
             if isinstance(factor, Sum):
                 inner = size_of(Product(expr.factors[at + 1 :]), sizes) if expr.factors[at + 1 :] else 1
                 widths = [size_of(p, sizes) * inner for p in factor.parts]
                 start = sum(widths[:k])
                 if at == 0:
-                    return _Part(i, d, start, start + widths[k])
-                return _Part(i, d, start, start + widths[k], -sum(widths))
-    return _Part(i, d, 0, total)
+                    return Part(i, d, start, start + widths[k])
+                return Part(i, d, start, start + widths[k], -sum(widths))
+    return Part(i, d, 0, total)
 
 
-def _entries(part: _Part, total: int) -> list[int]:
+def _entries(part: Part, total: int) -> list[int]:
     if part.step < 0:  # a block inside every outer group
         group = -part.step
         return [g + j for g in range(0, total, group) for j in range(part.start, part.stop)]
@@ -144,7 +143,7 @@ def _entries(part: _Part, total: int) -> list[int]:
     return list(range(part.start, part.stop))
 
 
-def _block(part: _Part) -> int:
+def _block(part: Part) -> int:
     for count in (2, 3):
         if part.start % (part.step // count) == 0 and part.step % count == 0:
             inner = part.step // count
@@ -153,7 +152,7 @@ def _block(part: _Part) -> int:
     return 1
 
 
-def _keeps(bench: Bench, families: Sequence[Family], parts: Sequence[_Part]) -> bool:
+def rows_keep(bench: Bench, families: Sequence[Family], parts: Sequence[Part]) -> bool:
     """Whether negating all these entries at once leaves the logits as they are."""
     import torch
 
@@ -165,10 +164,23 @@ def _keeps(bench: Bench, families: Sequence[Family], parts: Sequence[_Part]) -> 
     return bench.unchanged(state)
 
 
+def rows_swap(bench: Bench, families: Sequence[Family], parts: Sequence[Part]) -> bool:
+    """Whether exchanging the first two entries of all these parts at once leaves the logits."""
+    import torch
+
+    state = {k: v.clone() for k, v in bench.state.items()}
+    for part in parts:
+        first, second = _entries(part, families[part.family].shape[part.dim])[:2]
+        index, other = torch.tensor([first, second]), torch.tensor([second, first])
+        for name in families[part.family].names:
+            state[name].index_copy_(part.dim, index, state[name].index_select(part.dim, other))
+    return bench.unchanged(state)
+
+
 def _names(
     linear: Sequence[bool],
     attention: bool,
-    parts: Sequence[tuple[str, int, list[_Part]]],
+    parts: Sequence[tuple[str, int, list[Part]]],
     layouts: Sequence[TensorLayout],
     modules: Mapping[str, Sequence[tuple[int, int]]],
 ) -> list[str] | None:
@@ -188,7 +200,7 @@ def _names(
 
 
 def _terms_of(
-    part: tuple[str, int, list[_Part]],
+    part: tuple[str, int, list[Part]],
     layouts: Sequence[TensorLayout],
     modules: Mapping[str, Sequence[tuple[int, int]]],
 ) -> set[str]:
