@@ -1,9 +1,10 @@
 """All or nothing: an output is made beside its final name and appears by one rename.
 
 ``.NAME.sparkling-partial/`` beside the target holds ``lock`` (held while a process works on it),
-``plan`` (fingerprint of what is being made), ``journal`` (finished tasks) and ``data`` (the output in
-the making). A killed run leaves it behind; the next run for the same target takes it over: it goes on
-where the fingerprint is the same, and starts afresh otherwise.
+``plan`` (fingerprint of what is being made), ``journal-RANK`` (finished tasks) and ``data/NAME`` (the
+output in the making; of a single file, its small files in ``sidecars``). A killed run leaves it behind;
+the next run for the same target takes it over: it goes on where the fingerprint is the same, and starts
+afresh otherwise.
 """
 
 from __future__ import annotations
@@ -13,21 +14,16 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterable
 from pathlib import Path
 
 from sparkling_cli.errors import OutputError
 
 _SUFFIX = ".sparkling-partial"
-#: the output in the making, when it is a single file
-SINGLE = "output"
 
 
 def sidecar_root(destination: Path, is_file: bool) -> Path:
-    """The folder for ``sparkling/...`` files: inside a directory, beside a single file."""
-    if is_file:
-        return destination.with_name(destination.name + ".sparkling")
-    return destination / "sparkling"
+    """The folder that ``sparkling/...`` files lie in: a directory itself, ``NAME.sparkling`` of a file."""
+    return destination.with_name(destination.name + ".sparkling") if is_file else destination
 
 
 def partial_of(destination: Path) -> Path:
@@ -88,17 +84,20 @@ class Staging:
     @property
     def data(self) -> Path:
         """Root of the output in the making: a folder, or the single file."""
-        return self.partial / "data" / SINGLE if self.is_file else self.partial / "data"
+        return self.partial / "data" / self.destination.name
 
     @property
     def sidecars(self) -> Path:
         """The folder that becomes :func:`sidecar_root`."""
-        return self.partial / "data" / "sparkling"
+        return self.partial / "sidecars" if self.is_file else self.data
 
-    @property
-    def journal(self) -> Path:
-        """Finished tasks."""
-        return self.partial / "journal"
+    def journal(self, rank: int) -> Path:
+        """The tasks that a rank has finished."""
+        return self.partial / f"journal-{rank}"
+
+    def journals(self) -> list[Path]:
+        """Every rank's, of a run that may have had another number of ranks."""
+        return sorted(self.partial.glob("journal-*"))
 
     def begin(self, fingerprint: str) -> bool:
         """Take the folder; True if an earlier run left work in it that can be gone on with.
@@ -108,7 +107,7 @@ class Staging:
         """
         try:
             self._acquire()
-            self._finish_interrupted_commit()
+            self._undo_half_commit()
             plan = self.partial / "plan"
             if plan.is_file() and not plan.is_symlink() and plan.read_text() == fingerprint:
                 return True
@@ -158,11 +157,14 @@ class Staging:
         mine = os.fstat(lock)
         return stat.S_ISREG(found.st_mode) and (found.st_ino, found.st_dev) == (mine.st_ino, mine.st_dev)
 
-    def _finish_interrupted_commit(self) -> None:
+    def _undo_half_commit(self) -> None:
         """A run that died between two renames left a folder whose file never came."""
         folder = sidecar_root(self.destination, True)
-        if self.is_file and (self.partial / "commit").exists() and folder.is_dir():
-            shutil.rmtree(folder)
+        if not self.is_file or not os.path.lexists(folder):
+            return
+        if not (self.partial / "commit").exists():
+            raise OutputError(f"{folder} exists", hint="remove it, or choose another name")
+        shutil.rmtree(folder)
 
     def _clear(self) -> None:
         for entry in self.partial.iterdir():
@@ -181,8 +183,7 @@ class Staging:
             OSError: the disk failed.
         """
         folder = sidecar_root(self.destination, self.is_file)
-        taken = [self.destination, folder] if self.is_file else [self.destination]
-        for path in taken:
+        for path in {self.destination, folder}:
             if os.path.lexists(path):
                 raise OutputError(f"{path} appeared while the output was made; nothing is overwritten")
         if self.is_file:
@@ -190,9 +191,7 @@ class Staging:
             sync(self.partial)
             if self.sidecars.is_dir():
                 self.sidecars.rename(folder)
-            self.data.rename(self.destination)
-        else:
-            self.data.rename(self.destination)
+        self.data.rename(self.destination)
         sync(self.destination.parent)
         self.discard()
 
@@ -231,11 +230,3 @@ def sync(path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
-
-
-def folders_of(root: Path, files: Iterable[str]) -> list[Path]:
-    """Every folder that holds one of the files, deepest first, the root last."""
-    found = {root}
-    for file in files:
-        found.update(root / parent for parent in Path(file).parents)
-    return sorted(found, key=lambda path: -len(path.parts))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from sparkling_cli import __version__
@@ -35,12 +36,10 @@ class Journal:
         self._file.close()
 
 
-def read_journal(path: Path) -> dict[int, list[PartResult]]:
+def read_journals(paths: Iterable[Path]) -> dict[int, list[PartResult]]:
     """Finished tasks by number; lines that were cut short are left out."""
     found: dict[int, list[PartResult]] = {}
-    if not path.is_file():
-        return found
-    for line in path.read_bytes().split(b"\n"):
+    for line in b"\n".join(path.read_bytes() for path in paths).split(b"\n"):
         crc, _, text = line.partition(b" ")
         if len(crc) != 8 or crc != b"%08x" % crc32(text):
             continue

@@ -38,7 +38,7 @@ class Pool:
         self.job, self.target, self.threads = job, target, threads
         self.progress, self.team = progress, team
 
-    def run(self, resumed: Mapping[int, list[PartResult]], journal: Journal | None) -> list[PartResult]:
+    def run(self, resumed: Mapping[int, list[PartResult]], journal: Journal) -> list[PartResult]:
         """All results of all ranks.
 
         Args:
@@ -57,7 +57,7 @@ class Pool:
             return worker.run(self.job.tasks[number])
 
         def note(number: int, results: list[PartResult]) -> None:
-            if journal is not None and results is not resumed.get(number):
+            if results is not resumed.get(number):
                 journal.add(number, results)
 
         done = self.team.step(lambda: self._spread(mine, work, deviations, note))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -18,10 +18,10 @@ from sparkling_cli.checkpoint.model import OutputFile
 from sparkling_cli.errors import CheckpointError, OutputError, SparklingError
 from sparkling_cli.execute import assemble, signals
 from sparkling_cli.execute.assemble import FileDigest, digests_text
-from sparkling_cli.execute.commit import Staging, folders_of, sync
+from sparkling_cli.execute.commit import Staging, sync
 from sparkling_cli.execute.crc import Span, crc32, whole
 from sparkling_cli.execute.job import Job, PartResult, make_job
-from sparkling_cli.execute.journal import Journal, fingerprint, read_journal, source_state
+from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_state
 from sparkling_cli.execute.places import Handles
 from sparkling_cli.execute.pool import Pool
 from sparkling_cli.execute.team import Alone, Team
@@ -54,6 +54,7 @@ class _Run:
     """One execution: what its steps share."""
 
     job: Job
+    fingerprint: str
     staging: Staging
     team: Team
     threads: int
@@ -121,19 +122,23 @@ def _begin(
     is_file = any(file.path == "" for file in files)
     staged: list[Staging] = []
     team.step(lambda: staged.append(Staging(plan.source.root, destination, is_file=is_file)))
-    return _Run(job, staged[0], team, threads, progress or (lambda _: None))
+    marks = team.step(lambda: fingerprint(job))
+    if len(set(marks)) > 1:
+        raise OutputError(
+            "the ranks were given different plans", hint="start all with the same command and files"
+        )
+    return _Run(job, marks[0], staged[0], team, threads, progress or (lambda _: None))
 
 
 def _prepare(run: _Run) -> Mapping[int, list[PartResult]]:
     """Take the folder and allocate files, or go on with what a killed run left."""
-    mark = fingerprint(run.job)
-    if run.staging.begin(mark):
+    if run.staging.begin(run.fingerprint):
         if _complete(run):
-            return read_journal(run.staging.journal)
-        run.staging.restart(mark)
+            return read_journals(run.staging.journals())
+        run.staging.restart(run.fingerprint)
     _check_space(run)
     if not run.staging.is_file:
-        run.staging.data.mkdir(exist_ok=True)
+        run.staging.data.mkdir()
     for file in run.job.files:
         assemble.allocate(_under(run.staging.data, file.path), file.size)
     return {}
@@ -146,11 +151,9 @@ def _complete(run: _Run) -> bool:
         target = _under(run.staging.data, path)
         if target.is_symlink() or not target.is_file() or target.stat().st_size != size:
             return False
-    top = run.staging.partial / "data"
-    for entry in top.rglob("*"):
-        if entry.is_file() and not (run.staging.is_file and entry == run.staging.data):
-            relative = entry.relative_to(top).as_posix()
-            if relative not in expected:
+    if not run.staging.is_file:
+        for entry in run.staging.data.rglob("*"):
+            if entry.is_file() and entry.relative_to(run.staging.data).as_posix() not in expected:
                 entry.unlink()  # a carried or small file: made again
     return True
 
@@ -162,12 +165,8 @@ def _carry_out(
     paths = {e.path for r in job.plan.rows for e in r.source.extents} | set(job.plan.source.carried)
     before = source_state(job.plan.source.root, paths)
     pool = Pool(job, run.staging.data, run.threads, run.progress, team)
-    journal = Journal(run.staging.journal) if team.rank == 0 and team.size == 1 else None
-    try:
+    with closing(Journal(run.staging.journal(team.rank))) as journal:
         results = pool.run(run.resumed, journal)
-    finally:
-        if journal is not None:
-            journal.close()
 
     def finish() -> Written:
         if source_state(job.plan.source.root, paths) != before:
@@ -178,7 +177,7 @@ def _carry_out(
         _refuse_nonfinite(job, results)
         written = _finish(run, results)
         _add_sidecars(run, sidecar(written))
-        _sync_all(run, written)
+        _sync_all(run)
         if check is not None:
             check(run.staging.data)
         run.staging.commit()
@@ -226,7 +225,7 @@ def _add_sidecars(run: _Run, sidecars: Mapping[str, bytes]) -> None:
         if PurePosixPath(path).parts[0] != "sparkling":
             raise ValueError(f"sidecar file {path!r} does not lie in sparkling/")
         digests[path] = FileDigest(len(content), crc32(content))
-    folder = run.staging.sidecars.parent
+    folder = run.staging.sidecars
     for path, content in {**sidecars, DIGESTS: digests_text(digests)}.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -235,18 +234,17 @@ def _add_sidecars(run: _Run, sidecars: Mapping[str, bytes]) -> None:
             file.write(content)
 
 
-def _sync_all(run: _Run, written: Written) -> None:
+def _sync_all(run: _Run) -> None:
     """Everything on the disk, the files that make the rest valid last."""
     last = {file.path for file in run.job.files if file.last}
-    top = run.staging.partial / "data"
-    inside = [path for path in top.rglob("*") if path.is_file()]
-    late = [_under(run.staging.data, path) for path in last]
+    late = {_under(run.staging.data, path) for path in last}
+    inside = [path for path in run.staging.partial.rglob("*") if path.is_file()]
     for path in inside:
         if path not in late:
             sync(path)
-    for folder in folders_of(top, [path.relative_to(top).as_posix() for path in inside]):
+    for folder in sorted({path.parent for path in inside}, key=lambda path: -len(path.parts)):
         sync(folder)
-    for path in late:
+    for path in sorted(late):
         sync(path)
 
 
@@ -319,7 +317,8 @@ def _under(root: Path, path: str) -> Path:
 def _threads(threads: int | None, memory: int) -> int:
     if threads is not None and threads < 1:
         raise OutputError(f"{threads} threads cannot do any work", hint="give at least 1")
-    wanted = threads or min(os.cpu_count() or 1, 4)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1
+    wanted = threads or min(max((os.cpu_count() or 1) // processes, 1), 4)
     return max(1, min(wanted, memory >> 23))  # a thread has less than 8 MiB in flight
 
 

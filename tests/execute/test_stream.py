@@ -152,7 +152,7 @@ def test_single_file(tmp_path: Path) -> None:
     single = (replace(files[0], path=""),)
     execute(plan, single, tmp_path / "out.pt", sidecar=no_sidecar)
     assert (tmp_path / "out.pt").is_file()
-    assert (sidecar_root(tmp_path / "out.pt", True) / "manifest.json").is_file()
+    assert (sidecar_root(tmp_path / "out.pt", True) / "sparkling" / "manifest.json").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.pt", "out.pt.sparkling", "src"]
 
 

@@ -1,0 +1,123 @@
+"""Several processes, maybe on several hosts, carry out one plan (``torchrun -m sparkling_cli expand``).
+
+Every rank makes the same plan, does its own share of the tasks, and writes its pieces into the same
+files; rank 0 makes and seals the files and lets the output appear. The file system must be shared. All
+talking is done by torch.distributed (gloo, objects only; no tensor data goes over the network).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from sparkling_cli import errors
+from sparkling_cli.errors import OutputError, SparklingError
+from sparkling_cli.execute.team import Team
+
+T = TypeVar("T")
+
+#: a rank that works is not late; one that dies is noticed by its closed connection, at once
+_TIMEOUT = timedelta(days=7)
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextmanager
+def team_of_processes() -> Iterator[Team | None]:
+    """The team that torchrun started this process in; None outside torchrun or with one process."""
+    if any(name not in os.environ for name in _LAUNCHED) or int(os.environ["WORLD_SIZE"]) < 2:
+        yield None
+        return
+    import torch.distributed as dist
+
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    try:
+        yield Processes(group)
+    finally:
+        if ours and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Processes:
+    """A team of ranks (see :class:`~sparkling_cli.execute.team.Team`).
+
+    Args:
+        group: a gloo process group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        import torch.distributed as dist
+
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def step(self, work: Callable[[], T]) -> list[T]:
+        """Everybody works; everybody's results, by rank.
+
+        Raises:
+            Exception: whatever the work raised on the lowest rank where it did, on every rank.
+            OutputError: a rank is gone.
+        """
+        return self._gather(_attempt(work))
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """Rank 0 works; everybody gets its result.
+
+        Raises:
+            Exception: see :meth:`step`.
+        """
+        done = self._gather(_attempt(work) if self.rank == 0 else ("done", None))
+        first: T = done[0]
+        return first
+
+    def _gather(self, mine: tuple[str, Any]) -> list[Any]:
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        kept = mine[1] if mine[0] == "raised" else None
+        message = ("raised", _packed(kept)) if kept is not None else mine
+        try:
+            dist.all_gather_object(found, message, group=self._group)
+        except RuntimeError as error:
+            if kept is not None:
+                raise kept from error
+            raise OutputError(
+                f"another rank is gone: {str(error).splitlines()[0]}",
+                hint="nothing was left behind; see that rank's own message, and run the command again",
+            ) from error
+        for rank, (kind, value) in enumerate(found):
+            if kind == "raised":
+                raise kept if rank == self.rank and kept is not None else _unpacked(value, rank)
+        return [value for _, value in found]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[str, Any]:
+    try:
+        return "done", work()
+    except Exception as error:
+        return "raised", error
+
+
+def _packed(error: Exception) -> tuple[str, Any]:
+    """An exception as plain data."""
+    if isinstance(error, SparklingError):
+        return type(error).__name__, (error.message, error.hint)
+    if isinstance(error, OSError):
+        return "OSError", (error.errno, error.strerror, error.filename)
+    return "", f"{type(error).__name__}: {error}"
+
+
+def _unpacked(packed: tuple[str, Any], rank: int) -> Exception:
+    name, value = packed
+    if name == "OSError":
+        return OSError(*value)
+    if name and hasattr(errors, name):
+        kind: type[SparklingError] = getattr(errors, name)
+        return kind(f"rank {rank}: {value[0]}", hint=value[1])
+    return RuntimeError(f"rank {rank}: {value}")
