@@ -80,7 +80,7 @@ class Probe:
         self.checkpoint = checkpoint
         self.model = build_lazy(checkpoint, model)
         self._layers: dict[str, tuple[_Squares, _Squares, int]] = {}
-        self._stream: dict[str, _Squares] = {}
+        self._streams: dict[str, dict[str, _Squares]] = {}
         self._logits = _Squares()
         self._loss, self._predicted = 0.0, 0
         self._source = TensorSource(checkpoint)
@@ -91,10 +91,10 @@ class Probe:
         self._weights: LazyWeights = LazyWeights(
             reader, self._observe, block=max(1, memory // 8), cache=memory // 2
         )
-        for name, block, first in _blocks(self.model):
-            if first:
-                block.register_forward_pre_hook(self._before_blocks, with_kwargs=True)
-            block.register_forward_hook(self._after_block(name))
+        for path, blocks in _block_lists(self.model):
+            blocks[0].register_forward_pre_hook(self._before_blocks(path), with_kwargs=True)
+            for i, block in enumerate(blocks):
+                block.register_forward_hook(self._after_block(path, f"{path}.{i}"))
 
     def __enter__(self) -> Probe:
         return self
@@ -146,11 +146,13 @@ class Probe:
 
     def result(self) -> Measurement:
         """What all passes so far amount to."""
+        # The longest list that ran: a vision tower beside a language model did not.
+        stream = max(self._streams.values(), key=len, default={})
         return Measurement(
             layers=tuple(
                 LayerStat(name, x.rms, y.rms, calls) for name, (x, y, calls) in self._layers.items()
             ),
-            stream=tuple(StreamStat(name, squares.rms) for name, squares in self._stream.items()),
+            stream=tuple(StreamStat(name, squares.rms) for name, squares in stream.items()),
             logits_rms=self._logits.rms,
             loss=self._loss / self._predicted if self._predicted else None,
             unused=self.unused,
@@ -170,18 +172,22 @@ class Probe:
         outs.add(y)
         self._layers[label] = (ins, outs, calls + 1)
 
-    def _before_blocks(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        hidden = _first_tensor((*args, *kwargs.values()))
-        if hidden is not None:
-            self._stream.setdefault("embeddings", _Squares()).add(hidden)
-
-    def _after_block(self, name: str) -> Any:
-        def hook(_: nn.Module, __: object, output: Any) -> None:
-            hidden = _first_tensor((output,))
-            if hidden is not None:
-                self._stream.setdefault(name, _Squares()).add(hidden)
+    def _before_blocks(self, path: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            self._add_stream(path, "embeddings", (*args, *kwargs.values()))
 
         return hook
+
+    def _after_block(self, path: str, name: str) -> Any:
+        def hook(_: nn.Module, __: object, output: Any) -> None:
+            self._add_stream(path, name, (output,))
+
+        return hook
+
+    def _add_stream(self, path: str, name: str, values: tuple[Any, ...]) -> None:
+        hidden = _first_tensor(values)
+        if hidden is not None:
+            self._streams.setdefault(path, {}).setdefault(name, _Squares()).add(hidden)
 
     def _add_loss(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
         from torch.nn import functional
@@ -351,8 +357,8 @@ def _labels(model: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
     return labels
 
 
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module, bool]]:
-    """(name, block, is the first) of the repeated blocks: the outermost list with the most parameters."""
+def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of blocks: those that lie in no other list (experts of a layer do)."""
     from torch import nn
 
     lists: list[tuple[str, nn.ModuleList]] = []
@@ -360,10 +366,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module, bool]]:
         inside = any(path.startswith(f"{outer}.") for outer, _ in lists)
         if isinstance(module, nn.ModuleList) and len(module) and not inside:
             lists.append((path, module))
-    if not lists:
-        return []
-    path, largest = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return [(f"{path}.{i}", block, i == 0) for i, block in enumerate(largest)]
+    return lists
 
 
 def _first_tensor(values: Any) -> torch.Tensor | None:

@@ -143,10 +143,10 @@ class ActivationReport:
         logits_change: None where their shapes differ.
         loss_before: nats per token.
         loss_after: nats per token.
+        count: how many tokens.
         only_before: linear layers that only the first model has.
         only_after: linear layers that only the second model has.
         tolerance: deviation above which a layer is named.
-        count: tokens measured on.
     """
 
     tokens: str
@@ -157,10 +157,10 @@ class ActivationReport:
     logits_change: LogitsChange | None
     loss_before: float | None
     loss_after: float | None
+    count: int = 0
     only_before: tuple[str, ...] = ()
     only_after: tuple[str, ...] = ()
     tolerance: float = TOLERANCE
-    count: int = 0
 
     @property
     def worst(self) -> tuple[LayerChange, ...]:
@@ -215,6 +215,7 @@ class ActivationReport:
         return {
             "tokens": self.tokens,
             "random_tokens": self.random,
+            "count": self.count,
             "tolerance": self.tolerance,
             "verdict": self.verdict,
             "offenders": [layer.name for layer in self.offenders],
@@ -258,10 +259,10 @@ def compare(
         logits_change=logits,
         loss_before=before.loss,
         loss_after=after.loss,
+        count=count,
         only_before=tuple(name for name in old if name not in new),
         only_after=tuple(name for name in new if name not in old),
         tolerance=tolerance,
-        count=count,
     )
 
 

@@ -55,7 +55,7 @@ def quiet() -> Iterator[None]:
 
 def clean_config(config: Mapping[str, Any]) -> ConfigDict:
     """Return a deep copy of ``config`` without keys that must not influence a skeleton."""
-    copied = copy.deepcopy(dict(config))
+    copied: ConfigDict = _numbers(dict(config))
     for key in _DROPPED:
         copied.pop(key, None)
     for value in copied.values():
@@ -63,6 +63,17 @@ def clean_config(config: Mapping[str, Any]) -> ConfigDict:
             for key in _DROPPED:
                 value.pop(key, None)
     return copied
+
+
+def _numbers(value: Any) -> Any:
+    """A deep copy; config.json writes infinity as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return copy.deepcopy(value)
 
 
 def default_config(model_type: str) -> ConfigDict:
