@@ -110,8 +110,8 @@ def shapes_of(checkpoint: _Source) -> tuple[Shapes, Shapes]:
     """Shapes of the weights, and of the state of every parameter (that of its largest state tensor)."""
     weights = {name: checkpoint.tensors[key].shape for name, key in checkpoint.weights.items()}
     states: dict[str, tuple[int, ...]] = {}
-    for state in checkpoint.states:
+    for state in checkpoint.states:  # numbers are named later, with the layout's help
         shapes = [checkpoint.tensors[key].shape for key in state.tensors.values()]
-        if shapes:
+        if shapes and not state.param.isdigit():
             states[state.param] = max(shapes, key=len)
     return weights, states
