@@ -101,10 +101,11 @@ def make_plan(
     from sparkling_cli.plan.build import build_plan
     from sparkling_cli.plan.outputs import lay_out
     from sparkling_cli.plan.totals import totals_of
+    from sparkling_cli.report.card import with_card
 
     checkpoint, found, previous = open_source(Path(source), layout=layout, model=model)
     plan = build_plan(checkpoint, found, spec)
-    files = lay_out(plan)
+    plan, files = with_card(plan, lay_out(plan), previous)
     return Prepared(plan, files, totals_of(plan, files), previous, spec)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,12 @@ from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError
 from sparkling_cli.execute.commit import sidecar_root
 from sparkling_cli.manifest import MANIFEST, make_manifest
 from sparkling_cli.report.assemble import assemble
-from sparkling_cli.report.model import Activations, LayerActivation, LearningRate, ReportData, ResidualPoint
+from sparkling_cli.report.convert import activations_of, learning_rate_of
+from sparkling_cli.report.model import Activations, ReportData
 from sparkling_cli.schedule.rewarmup import REWARMUP, Rewarmup, read_rewarmup
 from sparkling_cli.schedule.write import notes, plan_rewarmup, rewarmup_files
 
 if TYPE_CHECKING:
-    from sparkling_cli.diagnostics.measurement import ActivationReport
     from sparkling_cli.execute.stream import Written
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
@@ -28,9 +27,6 @@ REPORT_HTML = "sparkling/report.html"
 
 #: under ``--report auto``, activations of an output with more bytes of weights are not measured
 AUTO_LIMIT = 1 << 30
-#: points of the learning-rate curves in a report
-_POINTS = 240
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
 def plan_schedule(plan: Plan, spec: ExpansionSpec) -> tuple[Rewarmup | None, str]:
@@ -77,7 +73,7 @@ def sidecar_files(
         destination.name,
         activations=measured,
         activations_missing=reason,
-        learning_rate=None if rewarmup is None else _learning_rate(rewarmup),
+        learning_rate=None if rewarmup is None else learning_rate_of(rewarmup),
         learning_rate_missing=missing,
     )
     from sparkling_cli.report.html import render
@@ -116,70 +112,5 @@ def _measure(
         if report == "full":
             raise
         return None, error.message
-    return _activations(plan, found), ""
-
-
-def _activations(plan: Plan, found: ActivationReport) -> Activations:
-    grown = {row.name.removesuffix(".weight") for row in plan.rows if row.shape != row.source.shape}
-    change = found.logits_change
-    layers = [
-        LayerActivation(
-            name=layer.name,
-            role=layer.name.rpartition(".")[2],
-            layer=_index(layer.name),
-            widened=layer.name in grown or f"{layer.name}.weight" in grown,
-            x_before=layer.x_before,
-            x_after=layer.x_after,
-            y_before=layer.y_before,
-            y_after=layer.y_after,
-            r_before=layer.before,
-            r_after=layer.after,
-            deviation=layer.signed,
-        )
-        for layer in found.layers
-    ]
-    stream = [
-        ResidualPoint(layer=index, before=place.before, after=place.after)
-        for place in found.stream
-        if (index := _index(place.name)) is not None
-    ]
-    return Activations(
-        data=found.tokens,
-        random_tokens=found.random,
-        tokens=found.count,
-        layers=tuple(layers),
-        residual=tuple(stream),
-        loss_before=found.loss_before,
-        loss_after=found.loss_after,
-        logit_change=None if change is None else change.rms,
-    )
-
-
-def _index(name: str) -> int | None:
-    """The index of the block that a module lies in."""
-    match = _LAYER.search(name)
-    return int(match.group(1)) if match else None
-
-
-def _learning_rate(rewarmup: Rewarmup) -> LearningRate:
-    """The curves of old entries and of the last expansion's new ones, thinned for drawing."""
-    stage = rewarmup.stages[-1]
-    total = rewarmup.baseline.total_steps
-    te = stage.expansion_step
-    every = max(1, total // _POINTS)
-    corners = {0, te, te + stage.steps, rewarmup.baseline.warmup_steps, total}
-    steps = sorted({*range(0, total + 1, every), *(step for step in corners if step <= total)})
-    return LearningRate(
-        baseline=rewarmup.baseline.type,
-        expansion_step=te,
-        total_steps=total,
-        rho=stage.rho,
-        rewarmup_steps=stage.steps,
-        rate_at_expansion=stage.eta_e,
-        peak_new=stage.curve.peak,
-        minimum=rewarmup.baseline.minimum,
-        bias_correction=stage.bias_correction,
-        steps=tuple(steps),
-        old=tuple(rewarmup.baseline(step) for step in steps),
-        new=tuple(stage.eta_new(step) if step >= te else None for step in steps),
-    )
+    grown = {row.name for row in plan.rows if not row.slot and row.shape != row.source.shape}
+    return activations_of(found, tokens=found.count, widened=grown), ""

@@ -1,8 +1,7 @@
 """The ``sparkling`` command: global options and the list of commands.
 
-A command module is imported only when its command runs, so that ``--help`` answers at once. Each
-module ``cli/<name>.py`` has a function of the command's name, whose signature and docstring are the
-command's options and help; it must import nothing heavy at its top.
+Each module ``cli/<name>.py`` has a function of the command's name, whose signature and docstring are the
+command's options and help. It must import nothing heavy at its top, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -12,7 +11,13 @@ from typing import Annotated
 import typer
 
 from sparkling_cli.cli import console
+from sparkling_cli.cli.architectures import architectures
 from sparkling_cli.cli.expand import expand
+from sparkling_cli.cli.inspect import inspect
+from sparkling_cli.cli.layout import layout
+from sparkling_cli.cli.plan import plan
+from sparkling_cli.cli.schedule import schedule
+from sparkling_cli.cli.verify import verify
 
 app = typer.Typer(
     name="sparkling",
@@ -39,6 +44,8 @@ def main(
     ] = False,
 ) -> None:
     """Options before the command."""
+    console.output.reset()
 
 
-app.command()(expand)
+for command in (expand, inspect, verify, plan, schedule, layout, architectures):
+    app.command()(command)

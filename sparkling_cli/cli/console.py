@@ -32,6 +32,10 @@ class Output:
     quiet: bool = False
     verbose: bool = False
 
+    def reset(self) -> None:
+        """Forget an earlier invocation's options."""
+        self.as_json = self.quiet = self.verbose = False
+
     def console(self, *, stderr: bool = False) -> Console:
         """A rich console on stdout or stderr; colour only on a terminal and without NO_COLOR."""
         from rich.console import Console
