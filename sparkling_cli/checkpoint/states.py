@@ -26,6 +26,14 @@ NEVER_WIDENED = frozenset(
     {"exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "state1", "state2", "absmax1", "absmax2"}
 )
 
+#: tables of bitsandbytes' quantized state, whose size does not follow the parameter's shape alone.
+QUANTIZATION_TABLES = frozenset(
+    {"absmax1", "absmax2", "qmap1", "qmap2", "max1", "max2", "new_max1", "new_max2", "gnorm_vec"}
+)
+
+#: state that always has its parameter's shape; any other may be one number.
+MOMENTS = WEIGHT_LIKE | {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "variance"}
+
 
 def state_kind(slot: str, shape: tuple[int, ...], parameter_shape: tuple[int, ...]) -> StateKind:
     """The kind of one state tensor.
@@ -42,3 +50,22 @@ def state_kind(slot: str, shape: tuple[int, ...], parameter_shape: tuple[int, ..
     if shape in ((), (1,)):
         return StateKind.SCALAR
     return StateKind.OTHER
+
+
+def fits(slot: str, shape: tuple[int, ...], parameter_shape: tuple[int, ...]) -> bool:
+    """Whether a parameter of that shape can have state of that name and shape.
+
+    Args:
+        slot: the state's name.
+        shape: its shape.
+        parameter_shape: the parameter's shape.
+    """
+    if slot in ("exp_avg_sq_row", "row_var"):
+        kept = (1,) if slot == "row_var" else ()
+        return shape == parameter_shape[:-1] + kept
+    if slot in ("exp_avg_sq_col", "col_var"):
+        kept = (1,) if slot == "col_var" else ()
+        return shape == parameter_shape[:-2] + kept + parameter_shape[-1:]
+    if slot in QUANTIZATION_TABLES:
+        return True
+    return shape == parameter_shape or (slot not in MOMENTS and shape in ((), (1,)))

@@ -13,6 +13,8 @@ from sparkling_cli.checkpoint.torchfile.file import (
     read_torch_file,
     read_values,
 )
+from sparkling_cli.checkpoint.torchfile.fresh import lay_out_state_dict
+from sparkling_cli.checkpoint.torchfile.inert import read_attributes
 from sparkling_cli.checkpoint.torchfile.objects import Ordered, TensorNode, plain
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "TorchFile",
     "TreePath",
     "lay_out",
+    "lay_out_state_dict",
     "plain",
+    "read_attributes",
     "read_torch_file",
     "read_values",
 ]

@@ -132,7 +132,7 @@ class TensorNode:
         """The dtype's name as torch spells it."""
         if self.function.qualname == "_rebuild_tensor_v3":
             return str(self.rest[1].qualname)
-        return _STORAGE_DTYPES[self.storage.kind.qualname]
+        return STORAGE_DTYPES[self.storage.kind.qualname]
 
 
 def make_global(module: str, qualname: str) -> GlobalType:
@@ -153,7 +153,7 @@ def _call(cls: type[Call], function: GlobalType, args: tuple[Any, ...], new: boo
     return self
 
 
-_STORAGE_DTYPES = {
+STORAGE_DTYPES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
     "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
     "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
@@ -175,7 +175,7 @@ def _rebuild_tensor(function: GlobalType, args: tuple[Any, ...]) -> TensorNode:
         raise CheckpointError(f"a tensor has offset {offset!r}, shape {shape!r}, strides {stride!r}")
     if untyped and not isinstance(args[6], GlobalType):
         raise CheckpointError(f"a tensor's dtype is {args[6]!r}")
-    if not untyped and storage.kind.qualname not in _STORAGE_DTYPES:
+    if not untyped and storage.kind.qualname not in STORAGE_DTYPES:
         raise CheckpointError(f"a tensor's storage is of type {storage.kind.qualname!r}, which is not known")
     metadata = args[enough] if len(args) > enough else None
     if metadata:

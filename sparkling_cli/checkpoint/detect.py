@@ -1,0 +1,66 @@
+"""Which format a path is of, from what lies there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkling_cli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from sparkling_cli.checkpoint.model import Checkpoint, Format
+
+_LOOKED_FOR = (
+    "a transformers model or Trainer directory (model.safetensors, pytorch_model.bin, or their index)",
+    "a torch.distributed.checkpoint directory (.metadata)",
+    "a torch file with a model's state dict (nanoGPT, Lightning, plain PyTorch)",
+)
+
+
+def formats() -> tuple[Format, ...]:
+    """Every known format; those that are told by something special come first."""
+    from sparkling_cli.checkpoint.dcp import DcpFormat
+    from sparkling_cli.checkpoint.singlefile import SingleFile
+    from sparkling_cli.checkpoint.trainer import TrainerDirectory
+
+    return (SingleFile(), DcpFormat(), TrainerDirectory())
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Recognize and open a checkpoint.
+
+    Raises:
+        CheckpointError: nothing there, no known format, almost one, or damaged.
+        UnsafePickleError: a pickle that is not weights-only-safe.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise CheckpointError(f"{root}: there is nothing of that name")
+    for form in formats():
+        if form.claims(root) is not None:
+            return form.open(root)
+    raise CheckpointError(
+        f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_nearby(root)
+    )
+
+
+def format_of(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for form in formats():
+        if form.name == name:
+            return form
+    raise CheckpointError(f"no checkpoint format is called {name!r}")
+
+
+def _nearby(root: Path) -> str | None:
+    """Where a checkpoint might be meant, if the path is a run's folder."""
+    if not root.is_dir():
+        return None
+    found = sorted(path.name for path in root.glob("checkpoint-*") if path.is_dir())
+    if found:
+        return f"there are checkpoints inside: {', '.join(found[:5])}; name one of them"
+    return f"it holds: {', '.join(sorted(path.name for path in root.iterdir())[:8]) or 'nothing'}"

@@ -1,0 +1,224 @@
+"""Which parameter each numbered piece of optimizer state belongs to, proved by shapes.
+
+``optimizer.pt`` knows parameters by number only. The numbers follow the order in which the trainer gave its
+parameters to the optimizer: the Trainer puts decayed parameters first, then the others, each in
+``named_parameters()`` order, frozen ones left out. An assignment is used only if every state tensor has the
+shape that its parameter gives it, and if no other assignment of the same kind would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparkling_cli.checkpoint.model import Checkpoint, ParamState
+from sparkling_cli.checkpoint.states import fits
+from sparkling_cli.errors import CheckpointError
+
+#: (name, shape) of a parameter.
+Parameter = tuple[str, tuple[int, ...]]
+#: Names in the order of one optimizer group, frozen parameters still among them.
+Grouping = tuple[tuple[str, ...], ...]
+
+
+def name_parameters(checkpoint: Checkpoint, parameters: Sequence[Parameter], decay: Set[str]) -> Checkpoint:
+    """The checkpoint with its optimizer state under parameter names.
+
+    Args:
+        checkpoint: its states may be numbered; if none is, it is returned as it is.
+        parameters: name and shape, in ``named_parameters()`` order, tied ones once.
+        decay: names that the trainer puts into its first group.
+
+    Raises:
+        CheckpointError: group sizes or shapes fit no known grouping, or fit several in different ways.
+    """
+    if not any(state.param.isdigit() for state in checkpoint.states):
+        return checkpoint
+    problem = _Problem.of(checkpoint, parameters)
+    named = _given_names(checkpoint, problem)
+    if named is None:
+        named = _resolve(problem, [name for name, _ in parameters], decay)
+    states = tuple(replace(state, param=named[state.param]) for state in checkpoint.states)
+    groups = tuple(
+        {**group, "params": [named[str(number)] for number in group.get("params", ())]}
+        for group in checkpoint.param_groups
+    )
+    return replace(checkpoint, states=states, param_groups=groups)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Numbers by group, the shapes of their state, and the parameters that they may be.
+
+    Attributes:
+        where: the checkpoint, for messages.
+        groups: parameter numbers of every group, in order.
+        states: number -> state name -> shape.
+        shapes: parameter -> shape.
+    """
+
+    where: str
+    groups: tuple[tuple[str, ...], ...]
+    states: Mapping[str, Mapping[str, tuple[int, ...]]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, parameters: Sequence[Parameter]) -> _Problem:
+        groups = tuple(tuple(map(str, group.get("params", ()))) for group in checkpoint.param_groups)
+        where = checkpoint.root.name
+        numbers = [number for group in groups for number in group]
+        if len(set(numbers)) != len(numbers):
+            raise CheckpointError(f"{where}: a parameter is in two optimizer groups")
+        states = {state.param: _shapes(checkpoint, state) for state in checkpoint.states}
+        unknown = [number for number in states if number not in set(numbers)]
+        if unknown:
+            raise CheckpointError(
+                f"{where}: there is optimizer state of parameter {unknown[0]}, which is in no group"
+            )
+        return cls(where, groups, states, dict(parameters))
+
+    def fits(self, number: str, name: str) -> bool:
+        """Whether the state of a number has the shapes that a parameter would give it."""
+        shape = self.shapes[name]
+        return all(fits(slot, found, shape) for slot, found in self.states.get(number, {}).items())
+
+
+def _shapes(checkpoint: Checkpoint, state: ParamState) -> dict[str, tuple[int, ...]]:
+    return {slot: checkpoint.tensors[key].shape for slot, key in state.tensors.items()}
+
+
+def _given_names(checkpoint: Checkpoint, problem: _Problem) -> dict[str, str] | None:
+    """Names from the groups' own ``param_names``, if the optimizer was built from named parameters."""
+    lists = [group.get("param_names") for group in checkpoint.param_groups]
+    if not lists or not all(isinstance(names, list) for names in lists):
+        return None
+    named: dict[str, str] = {}
+    for group, names in zip(problem.groups, lists, strict=True):
+        if len(group) != len(names or ()):
+            raise CheckpointError(f"{problem.where}: param_names and params of a group differ in length")
+        named.update(zip(group, names or (), strict=True))
+    for number, name in named.items():
+        if name not in problem.shapes:
+            raise CheckpointError(
+                f"{problem.where}: the optimizer names {name!r}, which is no parameter of the model",
+                hint="give the layout of the model that the optimizer was built for (--layout or --model)",
+            )
+        if not problem.fits(number, name):
+            raise CheckpointError(_mismatch(problem, number, name))
+    return named
+
+
+def _resolve(problem: _Problem, names: Sequence[str], decay: Set[str]) -> dict[str, str]:
+    """Try the known groupings in turn; the trainer's own is preferred, the others must agree."""
+    tried: list[str] = []
+    groupings = _groupings(len(problem.groups), names, decay, problem.shapes)
+    for candidates in (groupings[:1], groupings[1:]):
+        found: dict[tuple[tuple[str, str], ...], str] = {}
+        for label, grouping in candidates:
+            outcome = _assign(problem, grouping)
+            if isinstance(outcome, str):
+                tried.append(f"{label}: {outcome}")
+            else:
+                found.setdefault(tuple(sorted(outcome.items())), label)
+        if len(found) == 1:
+            return dict(next(iter(found)))
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{problem.where}: its optimizer numbers fit several groupings: {'; '.join(found.values())}",
+                hint="save the optimizer with names (param_names), or expand the weights alone",
+            )
+    sizes = ", ".join(str(len(group)) for group in problem.groups)
+    raise CheckpointError(
+        f"{problem.where}: the optimizer's parameters cannot be told apart beyond doubt. Its groups have "
+        f"{sizes} parameters, the model has {len(names)}, {len(decay)} of them decayed.\n  "
+        + "\n  ".join(tried or ["groupings are known for one or two groups"]),
+        hint="was it another model or another grouping? Save the optimizer with names (param_names), or "
+        "expand a copy of the directory without the optimizer's file",
+    )
+
+
+def _groupings(
+    count: int, names: Sequence[str], decay: Set[str], shapes: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, Grouping]]:
+    """The groupings in use for that many groups, the trainer's own first."""
+    if count == 1:
+        return [("one group in the model's order", (tuple(names),))]
+
+    def split(chosen: Sequence[bool], label: str) -> tuple[str, Grouping]:
+        first = tuple(name for name, own in zip(names, chosen, strict=True) if own)
+        second = tuple(name for name, own in zip(names, chosen, strict=True) if not own)
+        return label, (first, second)
+
+    if count == 2:
+        matrices = [len(shapes[name]) >= 2 for name in names]
+        hidden = [m and not _is_vocabulary(name) for m, name in zip(matrices, names, strict=True)]
+        return [
+            split([name in decay for name in names], "decayed parameters, then the others (the Trainer's)"),
+            split([name not in decay for name in names], "undecayed parameters, then the others"),
+            split(matrices, "matrices, then vectors"),
+            split([not m for m in matrices], "vectors, then matrices"),
+            split(hidden, "matrices but embeddings and head, then the others (Muon's)"),
+            split([not h for h in hidden], "embeddings, head and vectors, then the other matrices"),
+        ]
+    return []
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Embeddings and output heads, which Muon users leave to AdamW, by the words that all models use."""
+    return any(word in name for word in ("embed", "lm_head", "wte", "wpe", "output.weight"))
+
+
+def _assign(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
+    """Numbers to names under a grouping, or why it does not work.
+
+    A group with fewer numbers than names has frozen parameters; which ones must follow from the shapes.
+    """
+    named: dict[str, str] = {}
+    for index, (numbers, names) in enumerate(zip(problem.groups, grouping, strict=True)):
+        if len(numbers) > len(names):
+            return f"group {index} has {len(numbers)} parameters, {len(names)} expected"
+        if len(numbers) == len(names):
+            for number, name in zip(numbers, names, strict=True):
+                if not problem.fits(number, name):
+                    return _mismatch(problem, number, name)
+            named.update(zip(numbers, names, strict=True))
+            continue
+        outcome = _embed(problem, numbers, names)
+        if isinstance(outcome, str):
+            return f"group {index} has {len(numbers)} of {len(names)} parameters (frozen ones?): {outcome}"
+        named.update(outcome)
+    return named
+
+
+def _embed(problem: _Problem, numbers: Sequence[str], names: Sequence[str]) -> dict[str, str] | str:
+    """The one way to lay ``numbers`` into ``names`` in order, with some names left out.
+
+    Earliest and latest possible places are found greedily; there is exactly one way if they agree.
+    """
+    earliest: list[int] = []
+    at = 0
+    for number in numbers:
+        while at < len(names) and not problem.fits(number, names[at]):
+            at += 1
+        if at == len(names):
+            return f"no parameter is left whose shape fits the state of {number}"
+        earliest.append(at)
+        at += 1
+    at = len(names) - 1
+    for place, number in reversed(list(enumerate(numbers))):
+        while not problem.fits(number, names[at]):
+            at -= 1
+        if at != earliest[place]:
+            return f"the state of {number} may be {names[earliest[place]]!r}'s or {names[at]!r}'s"
+        at -= 1
+    return {number: names[place] for number, place in zip(numbers, earliest, strict=True)}
+
+
+def _mismatch(problem: _Problem, number: str, name: str) -> str:
+    shapes: Any = problem.states[number]
+    slot, found = next((s, f) for s, f in shapes.items() if not fits(s, f, problem.shapes[name]))
+    return (
+        f"state {slot!r} of parameter {number} has shape {found}; {name!r}, which the number stands for, has "
+        f"{problem.shapes[name]}"
+    )
