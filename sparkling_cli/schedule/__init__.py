@@ -1,0 +1,5 @@
+"""The re-warmup as data.
+
+``curves`` the equations, ``baseline`` what the trainer was doing, ``rewarmup`` the expansions' stages,
+``write`` the files ``sparkling/rewarmup.json`` and ``rewarmup.csv``.
+"""

@@ -1,0 +1,141 @@
+"""``sparkling/rewarmup.json`` and ``rewarmup.csv`` as bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.errors import SpecError
+from sparkling_cli.schedule.baseline import baseline_of
+from sparkling_cli.schedule.curves import fresh_factor
+from sparkling_cli.schedule.rewarmup import CURVE, REWARMUP, Rewarmup, Stage, add_stage, to_data
+
+if TYPE_CHECKING:
+    from sparkling_cli.checkpoint.model import Checkpoint
+    from sparkling_cli.spec.model import ExpansionSpec
+
+#: at this b2 and above, inherited bias correction makes new entries' first updates several times too long
+LONG_MEMORY = 0.99
+
+
+def plan_rewarmup(checkpoint: Checkpoint, spec: ExpansionSpec, previous: Rewarmup | None = None) -> Rewarmup:
+    """The re-warmup of an expansion.
+
+    Args:
+        checkpoint: the source.
+        spec: its ``rewarmup`` and ``baseline``.
+        previous: the source's own ``rewarmup.json``, if it was expanded before.
+
+    Raises:
+        SpecError: the baseline cannot be known (the message says what to pass), or fresh bias
+            correction is asked for without betas to correct by.
+    """
+    curve, step = baseline_of(checkpoint, spec.baseline)
+    betas = adam_betas(checkpoint)
+    if spec.rewarmup.bias_correction == "fresh" and betas is None:
+        raise SpecError(
+            "bias_correction 'fresh' is for Adam; this checkpoint's optimizer has no betas and step counter",
+            hint="use --bias-correction inherit",
+        )
+    return add_stage(
+        previous,
+        curve,
+        step,
+        rho=spec.rewarmup.rho,
+        steps=spec.rewarmup.steps,
+        bias_correction=spec.rewarmup.bias_correction,
+        betas=betas,
+    )
+
+
+def adam_betas(checkpoint: Checkpoint) -> tuple[float, float] | None:
+    """(b1, b2) of an Adam-family optimizer (one whose state has a second moment and a step), else None."""
+    if not any("exp_avg_sq" in s.tensors and "step" in s.scalars for s in checkpoint.states):
+        return None
+    for group in checkpoint.param_groups:
+        betas = group.get("betas")
+        if betas is not None and len(betas) == 2:
+            return float(betas[0]), float(betas[1])
+    return None
+
+
+def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
+    """What a user should know about the last stage's schedule."""
+    stage = rewarmup.stages[-1]
+    found = []
+    remaining = rewarmup.baseline.total_steps - stage.expansion_step
+    if stage.steps >= remaining:
+        found.append(
+            f"re-warmup takes {stage.steps} steps but only {remaining} remain: the new entries' rate never "
+            f"falls again (try --rewarmup-steps {max(1, remaining // 10)})"
+        )
+    if stage.expansion_step < rewarmup.baseline.warmup_steps:
+        found.append(
+            f"the expansion at step {stage.expansion_step} lies inside the warmup "
+            f"({rewarmup.baseline.warmup_steps} steps): the new entries' peak, rho times the rate at that "
+            "step, stays below the old entries'"
+        )
+    if stage.betas is not None and stage.betas[1] >= LONG_MEMORY and stage.bias_correction == "inherit":
+        worst = max(1 / fresh_factor(*stage.betas, k) for k in range(1, 200))
+        found.append(
+            f"b2 = {stage.betas[1]:g}: the step counter is shared with the old entries, so the new entries' "
+            f"first updates are up to {worst:.1f} times too long; --bias-correction fresh takes that out"
+        )
+    return tuple(found)
+
+
+def rewarmup_files(rewarmup: Rewarmup) -> dict[str, bytes]:
+    """The two files, by their paths in the output."""
+    data: dict[str, Any] = {**to_data(rewarmup), "notes": list(notes(rewarmup))}
+    head = json.dumps(data, indent=2, allow_nan=False)[:-2]
+    steps = json.dumps(_steps(rewarmup), separators=(",", ":"), allow_nan=False)
+    text = f'{head},\n  "curve": {steps}\n}}\n'
+    return {REWARMUP: text.encode(), CURVE: b"".join(csv_chunks(rewarmup))}
+
+
+def _steps(rewarmup: Rewarmup) -> dict[str, Any]:
+    """Step by step: ``eta_old``, and per stage ``eta_new`` and ``ratio``; entry i is step ``first + i``."""
+    rows = list(rewarmup.rows())
+    return {
+        "first": rewarmup.expansion_step,
+        "eta_old": [old for _, old, _ in rows],
+        "stages": {
+            str(stage.stage): {
+                "eta_new": [pairs[i][0] for _, _, pairs in rows],
+                "ratio": [pairs[i][1] for _, _, pairs in rows],
+            }
+            for i, stage in enumerate(rewarmup.stages)
+        },
+    }
+
+
+def csv_chunks(rewarmup: Rewarmup, lines: int = 4096) -> Iterator[bytes]:
+    """The curve as CSV, step by step; every number reads back to the same float64.
+
+    Columns: ``step``, ``eta_old``, and per stage ``eta_new``, ``ratio`` and, for fresh bias correction,
+    ``correction`` (the factor on the new entries' Adam update beside the ratio).
+    """
+    head = ["step", "eta_old"]
+    for stage in rewarmup.stages:
+        mark = "" if len(rewarmup.stages) == 1 else f"_stage{stage.stage}"
+        head += [f"eta_new{mark}", f"ratio{mark}"]
+        head += [f"correction{mark}"] if stage.bias_correction == "fresh" else []
+    rows = [",".join(head)]
+    for step, old, pairs in rewarmup.rows():
+        cells = [str(step), repr(old)]
+        for stage, (new, ratio) in zip(rewarmup.stages, pairs, strict=True):
+            cells += [repr(new), repr(ratio), *_correction(stage, step)]
+        rows.append(",".join(cells))
+        if len(rows) >= lines:
+            yield ("\n".join(rows) + "\n").encode()
+            rows.clear()
+    if rows:
+        yield ("\n".join(rows) + "\n").encode()
+
+
+def _correction(stage: Stage, step: int) -> list[str]:
+    if stage.bias_correction != "fresh":
+        return []
+    assert stage.betas is not None  # plan_rewarmup refuses fresh without them
+    return [repr(fresh_factor(*stage.betas, step - stage.expansion_step + 1))]

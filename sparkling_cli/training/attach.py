@@ -1,0 +1,264 @@
+"""Hooks around ``optimizer.step()`` that give new entries a learning rate of their own (Eq. 27-28)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparkling_cli.errors import SparklingError, SpecError
+from sparkling_cli.schedule.curves import fresh_factor
+from sparkling_cli.schedule.rewarmup import Rewarmup
+from sparkling_cli.training.history import History, read_history
+from sparkling_cli.training.slices import NewEntries, new_entries
+from sparkling_cli.training.update import (
+    AdamStep,
+    Factor,
+    correct_adam,
+    in_closed_form,
+    interpolate,
+    is_adam,
+    keep,
+    redo_adam,
+    step_counts,
+)
+
+
+def rewarm(
+    optimizer: Optimizer | Sequence[Optimizer],
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+    checkpoint: Path | str | History,
+    *,
+    step: int | None = None,
+) -> Rewarming:
+    """Give the new entries of an expanded model their own learning rate from now on.
+
+    At every ``optimizer.step()`` the update of the entries that an expansion added is multiplied by
+    ``eta_new(t)/eta_old(t)`` of ``sparkling/rewarmup.json``; weight decay with it, as under a larger rate.
+    Old entries, the optimizer's class and its state stay as they are.
+
+    Args:
+        optimizer: the optimizer, or several that share the model's parameters. Any torch optimizer, with
+            any scheduler; wrapped by accelerate too. Call after loading its state, or before: all the same.
+        model: the model, compiled, DDP-wrapped or sharded by ``fully_shard``; or pairs of name and
+            parameter as the optimizer holds them (master weights, say).
+        checkpoint: what ``sparkling expand`` wrote.
+        step: optimizer steps done in the whole run. Default: the last expansion's step, which is right
+            when training goes on from the expanded checkpoint itself. After a later one pass the step
+            or load :meth:`Rewarming.state_dict`.
+
+    Returns:
+        The handle: for its state in checkpoints, and to take the hooks off.
+
+    Raises:
+        SparklingError: the checkpoint has no history, the model is not the expanded one, the optimizer
+            holds none of its parameters, or fresh bias correction is asked of an optimizer without it.
+    """
+    history = checkpoint if isinstance(checkpoint, History) else read_history(checkpoint)
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    pairs = list(model.named_parameters() if isinstance(model, nn.Module) else model)
+    regions = [(p, new_entries(p, history.region(name, tuple(p.shape)))) for name, p in pairs]
+    found = {id(p): _Param(p, entries) for p, entries in regions if entries is not None}
+    known = {id(p) for p, _ in regions}
+    start = history.rewarmup.expansion_step if step is None else step
+    if start < history.rewarmup.expansion_step:
+        raise SpecError(
+            f"step {start} lies before the expansion at step {history.rewarmup.expansion_step}",
+            hint="pass the optimizer steps done in the whole run, or resume from the expanded checkpoint",
+        )
+    attached = [_attach(_unwrapped(o), found, known, history.rewarmup, start) for o in optimizers]
+    return Rewarming(tuple(attached), history)
+
+
+@dataclass(frozen=True)
+class _Param:
+    tensor: Tensor  # holds it, so that its id stays its own
+    entries: NewEntries
+
+
+@dataclass
+class Rewarming:
+    """A running re-warmup: its state for checkpoints, and the way to end it."""
+
+    _attached: tuple[_Attached, ...]
+    history: History
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done in the whole run (skipped ones not counted)."""
+        return self._attached[0].step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step counters: all that a later process needs beside the expanded checkpoint."""
+        return {"steps": [a.step for a in self._attached]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            SpecError: it was made with another number of optimizers.
+        """
+        steps = state["steps"]
+        if len(steps) != len(self._attached):
+            raise SpecError(f"state of {len(steps)} optimizer(s), but {len(self._attached)} are attached")
+        for attached, step in zip(self._attached, steps, strict=True):
+            attached.step = int(step)
+            attached.reference.clear()
+
+    def remove(self) -> None:
+        """Take the hooks off; the optimizer is as it was."""
+        for attached in self._attached:
+            for handle in attached.handles:
+                handle.remove()
+
+
+@dataclass
+class _Attached:
+    """One optimizer with its hooks."""
+
+    optimizer: Optimizer
+    params: dict[int, _Param]
+    rewarmup: Rewarmup
+    step: int
+    handles: list[Any] = field(default_factory=list)
+    kept: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    reference: dict[int, float] = field(default_factory=dict)
+    warned: bool = False
+
+    @torch.no_grad()
+    def before(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Keep new entries whose update cannot be found again after the step."""
+        rates = self._rates()
+        self._compare_rates()
+        for _, param in self._live():
+            if in_closed_form(self.optimizer, param.tensor):
+                continue
+            for stage in param.entries.stages:
+                if rates[stage] != 1.0 or self._fresh(stage):
+                    self.kept[id(param.tensor), stage] = keep(param.tensor, param.entries, stage)
+
+    @torch.no_grad()
+    def after(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Scale the new entries' update, and count the step unless GradScaler skipped it."""
+        kept, self.kept = self.kept, {}
+        if self._skipped():
+            return
+        rates = self._rates()
+        if is_adam(self.optimizer):
+            self._correct_adam(rates, kept)
+        else:
+            for _, param in self._live():
+                for stage in param.entries.stages:
+                    old = kept.get((id(param.tensor), stage))
+                    if old is not None:
+                        interpolate(param.tensor, old, param.entries, stage, rates[stage])
+        self.step += 1
+
+    def _correct_adam(self, rates: Mapping[int, float], kept: Mapping[tuple[int, int], list[Tensor]]) -> None:
+        # a parameter without a gradient made no step
+        live = [(g, p) for g, p in self._live() if p.tensor.grad is not None]
+        if all(rates[s] == 1.0 and not self._fresh(s) for _, p in live for s in p.entries.stages):
+            return
+        counts = step_counts(self.optimizer, [p.tensor for _, p in live])
+        for (group, param), count in zip(live, counts, strict=True):
+            made = AdamStep.of(group, self.optimizer.state[param.tensor], count)
+            for stage in param.entries.stages:
+                factor = Factor(rates[stage], self._moment(stage, group, count))
+                if factor.nothing:
+                    continue
+                old = kept.get((id(param.tensor), stage))
+                if old is None:
+                    correct_adam(param.tensor, param.entries, stage, made, factor)
+                else:
+                    redo_adam(param.tensor, old, param.entries, stage, made, factor)
+
+    def _rates(self) -> dict[int, float]:
+        """eta_new / eta_old of every stage at this step; stages without a schedule stay at 1."""
+        known = {s.stage: self.rewarmup.ratio(s, self.step) for s in self.rewarmup.stages}
+        stages = {stage for p in self.params.values() for stage in p.entries.stages}
+        return {stage: known.get(stage, 1.0) for stage in stages}
+
+    def _fresh(self, stage: int) -> bool:
+        return any(s.stage == stage and s.bias_correction == "fresh" for s in self.rewarmup.stages)
+
+    def _moment(self, stage: int, group: Mapping[str, Any], count: float) -> float:
+        for s in self.rewarmup.stages:
+            if s.stage == stage and s.bias_correction == "fresh":
+                beta1, beta2 = (float(b) for b in group["betas"])
+                return fresh_factor(beta1, beta2, self.step - s.expansion_step + 1, int(count))
+        return 1.0
+
+    def _live(self) -> list[tuple[dict[str, Any], _Param]]:
+        """Group and parameter of all that the optimizer holds now."""
+        live = [
+            (group, self.params[id(p)])
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if id(p) in self.params
+        ]
+        if len(live) != len(self.params):
+            raise SparklingError(
+                "the optimizer's parameters are not those that it had when rewarm() was called",
+                hint="call rewarm() after the model is sharded, moved and cast",
+            )
+        return live
+
+    def _skipped(self) -> bool:
+        """Whether a fused optimizer found Inf under GradScaler and did nothing."""
+        found = getattr(self.optimizer, "found_inf", None)
+        return isinstance(found, Tensor) and bool(found.item())
+
+    def _compare_rates(self) -> None:
+        """Warn once when the groups' rates leave the baseline that the ratios were computed from."""
+        base = self.rewarmup.baseline(self.step)
+        if self.warned or base <= 0:
+            return
+        for i, group in enumerate(self.optimizer.param_groups):
+            share = float(group["lr"]) / base
+            first = self.reference.setdefault(i, share)
+            if abs(share - first) > 0.01 * abs(first):
+                self.warned = True
+                warnings.warn(
+                    f"at step {self.step} the learning rate of parameter group {i} is "
+                    f"{float(group['lr']):.6g}, the baseline of the re-warmup says {first * base:.6g}: the "
+                    "scheduler is not the one in rewarmup.json, or the step is not right. New entries still "
+                    "get eta_new/eta_old times it",
+                    stacklevel=4,
+                )
+                return
+
+
+def _attach(
+    optimizer: Optimizer, found: Mapping[int, _Param], known: set[int], rewarmup: Rewarmup, step: int
+) -> _Attached:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not held & known:
+        raise SparklingError(
+            f"the optimizer {type(optimizer).__name__} holds none of the model's parameters",
+            hint="pass the pairs of name and parameter that it was made from",
+        )
+    if not is_adam(optimizer) and any(s.bias_correction == "fresh" for s in rewarmup.stages):
+        raise SpecError(
+            f"fresh bias correction is for torch's Adam and AdamW, found {type(optimizer).__name__}",
+            hint="expand with --bias-correction inherit",
+        )
+    params = {i: param for i, param in found.items() if i in held}
+    attached = _Attached(optimizer, params, rewarmup, step)
+    attached.handles = [
+        optimizer.register_step_pre_hook(attached.before),
+        optimizer.register_step_post_hook(attached.after),
+    ]
+    return attached
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer

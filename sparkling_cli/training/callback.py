@@ -1,0 +1,86 @@
+"""The re-warmup inside transformers' ``Trainer``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from sparkling_cli.errors import SpecError
+from sparkling_cli.training.attach import Rewarming, rewarm
+from sparkling_cli.training.history import carry_history, read_history
+
+
+class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """``Trainer(..., callbacks=[SparklingCallback("checkpoint-1000-ffn2x")])``.
+
+    Order of calls: ``on_train_begin`` attaches the hooks; ``on_save`` copies the expansion's history into
+    every checkpoint, for a second expansion; ``on_train_end`` takes the hooks off. The counter of steps is
+    kept in ``trainer_state.json`` and found there on resume, whatever
+    ``restore_callback_states_from_checkpoint`` says.
+
+    Args:
+        directory: what ``sparkling expand`` wrote.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = str(directory)
+        self.history = read_history(directory)
+        self.rewarming: Rewarming | None = None
+        self.resumed: dict[str, Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What goes into ``trainer_state.json``."""
+        kept = self.rewarming.state_dict() if self.rewarming is not None else self.resumed
+        return {"args": {"directory": self.directory}, "attributes": {"resumed": kept}}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Attach to the optimizer that this run trains with."""
+        te = self.history.rewarmup.expansion_step
+        if state.global_step < te:
+            raise SpecError(
+                f"training begins at step {state.global_step}, the expansion was made at step {te}",
+                hint=f"resume: trainer.train(resume_from_checkpoint={self.directory!r})",
+            )
+        if self.rewarming is not None:
+            self.rewarming.remove()
+        self.rewarming = rewarm(optimizer, model, self.history, step=state.global_step)
+        kept = self._kept(state)
+        if kept is not None and min(kept["steps"]) >= te:
+            self.rewarming.load_state_dict(kept)
+
+    def _kept(self, state: TrainerState) -> dict[str, Any] | None:
+        """The counters in the checkpoint that the run was resumed from, if this callback wrote it."""
+        callbacks: Any = state.stateful_callbacks or {}  # a mapping once it was loaded from a file
+        stored = callbacks.get(type(self).__name__)
+        if isinstance(stored, list):
+            stored = stored[0] if stored else None
+        kept = stored["attributes"]["resumed"] if isinstance(stored, dict) else None
+        return kept if kept is not None else self.resumed
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Copy the history into the checkpoint just written."""
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir() and folder != Path(self.directory):
+            carry_history(self.directory, folder)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the hooks off."""
+        if self.rewarming is not None:
+            self.resumed = self.rewarming.state_dict()
+            self.rewarming.remove()
+            self.rewarming = None

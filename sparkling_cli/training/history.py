@@ -1,0 +1,118 @@
+"""What the training side needs of an expanded checkpoint: layout, births and schedule; a few small files."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.regions import Births, Region, region_of
+from sparkling_cli.manifest import read_manifest
+from sparkling_cli.schedule.rewarmup import CURVE, REWARMUP, Rewarmup, read_rewarmup
+
+MANIFEST = "sparkling/manifest.json"
+
+#: what wrappers put into parameter names, wherever it stands
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+
+
+@dataclass(frozen=True)
+class History:
+    """A model's expansions.
+
+    Attributes:
+        layout: of the model as it is now.
+        births: axis -> ``[start, stop, stage]``, for every axis that ever grew.
+        rewarmup: the schedule of every stage.
+    """
+
+    layout: ModelLayout
+    births: Births
+    rewarmup: Rewarmup
+
+    def region(self, name: str, shape: tuple[int, ...]) -> Region:
+        """The region of the parameter of that name (wrappers' prefixes do not matter).
+
+        Raises:
+            LayoutError: no pattern stands for it, or it has not the shape after the expansion.
+        """
+        pattern = None
+        for candidate in _candidates(name):
+            try:
+                pattern = self.layout.module_table.find(candidate)
+                break
+            except LayoutError:
+                continue
+        if pattern is None:
+            raise LayoutError(
+                f"parameter {name!r} matches no pattern of the layout of {self.layout.name}",
+                hint="pass named parameters under the names that the expanded checkpoint uses",
+            )
+        expected = pattern.dims.shape(self.layout.sizes)
+        if tuple(shape) != expected:
+            raise LayoutError(
+                f"parameter {name!r} has shape {tuple(shape)}, after the expansion it has {expected}",
+                hint="build the model from the expanded checkpoint's config; under FSDP use fully_shard "
+                "(FSDP2), which keeps parameters' shapes",
+            )
+        return region_of(pattern.dims, self.layout.sizes, self.births)
+
+
+def _candidates(name: str) -> list[str]:
+    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    found = [plain]
+    while plain.startswith("module."):  # DistributedDataParallel and DeepSpeed
+        plain = plain.removeprefix("module.")
+        found.append(plain)
+    return found
+
+
+def _root(checkpoint: Path) -> Path:
+    """The folder above ``sparkling/`` of a checkpoint directory, or the one beside a single file."""
+    return checkpoint if checkpoint.is_dir() else checkpoint.with_name(checkpoint.name + ".sparkling")
+
+
+def _file(checkpoint: Path, name: str) -> Path:
+    root = _root(checkpoint)
+    path = root / name
+    # beside a single file the folder itself takes the place of ``sparkling/``
+    return path if path.exists() or root == checkpoint else root / name.rpartition("/")[2]
+
+
+def read_history(checkpoint: Path | str) -> History:
+    """The history that ``sparkling expand`` left in (or beside) a checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.exists():
+        raise CheckpointError(f"{checkpoint} does not exist")
+    manifest = read_manifest(_file(checkpoint, MANIFEST))
+    rewarmup = read_rewarmup(_file(checkpoint, REWARMUP))
+    return History(manifest.model_layout(), manifest.births(), rewarmup)
+
+
+def carry_history(source: Path | str, destination: Path | str) -> None:
+    """Copy an expanded checkpoint's history into one that training wrote later.
+
+    A second expansion needs it there. ``SparklingCallback`` does it at every save.
+
+    Raises:
+        CheckpointError: the source has none.
+        SparklingError: the destination is no directory.
+    """
+    source, destination = Path(source), Path(destination)
+    if not destination.is_dir():
+        raise SparklingError(f"{destination} is no directory; the history goes into a checkpoint directory")
+    for name in (MANIFEST, REWARMUP, CURVE):
+        found = _file(source, name)
+        if not found.exists():
+            raise CheckpointError(
+                f"{source} has no {name}", hint="only outputs of `sparkling expand` have one"
+            )
+        target = destination / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(found, target)
