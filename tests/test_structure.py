@@ -26,6 +26,7 @@ LEVELS = [
     {"report"},
     {"outcome"},
     {"api"},
+    {"forecast"},
     {"cli"},
     {"__main__"},
 ]

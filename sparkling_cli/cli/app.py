@@ -22,7 +22,8 @@ from sparkling_cli.cli.verify import verify
 app = typer.Typer(
     name="sparkling",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    # plain help: rich's own takes longer to import than everything else together
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Widen a language model in the middle of pre-training, optimizer state included.",

@@ -77,8 +77,13 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and isfinite(value) else None
 
 
-def learning_rate_of(rewarmup: Rewarmup) -> LearningRate:
-    """The facts of a re-warmup: the curves at a selection of steps, corners included."""
+def learning_rate_of(rewarmup: Rewarmup, window: tuple[int, int] | None = None) -> LearningRate:
+    """The facts of a re-warmup: the curves at a selection of steps, corners included.
+
+    Args:
+        rewarmup: all stages; the last one is the report's.
+        window: first and last step of the curves; the whole run by default.
+    """
     stage, baseline = rewarmup.stages[-1], rewarmup.baseline
     total = baseline.total_steps
     corners = {
@@ -89,8 +94,9 @@ def learning_rate_of(rewarmup: Rewarmup) -> LearningRate:
         *(s.expansion_step for s in rewarmup.stages),
         *(s.expansion_step + s.steps for s in rewarmup.stages),
     }
-    spread = thin(range(total + 1), CURVE_POINTS)
-    steps = sorted({*spread, *(c for c in corners if 0 <= c <= total)})
+    first, last = window or (0, total)
+    spread = thin(range(first, last + 1), CURVE_POINTS)
+    steps = sorted({*spread, *(c for c in corners if first <= c <= last)})
     curves = [tuple(None if t < s.expansion_step else s.eta_new(t) for t in steps) for s in rewarmup.stages]
     return LearningRate(
         baseline=baseline.type,

@@ -35,15 +35,17 @@ def half_a_unit(printed: str) -> float:
 
 @pytest.mark.parametrize("axes", TABLE_2_PARAMETERS)
 def test_parameters_equal_table_2_to_its_rounding(axes: tuple[str, ...]) -> None:
-    """Active and total parameters agree to the digits that the paper prints.
+    """Active and total parameters agree to the digits that the paper prints, with one exception.
 
-    900M and 450M are printed to two digits; their exact counts, 899.0M and 449.5M, lie within the
-    rounding to the nearest 10M that those zeros suggest.
+    Hidden 2x has 899.0M active parameters; the paper's 900M is twice its rounded 450M (or rounded to
+    two digits): 0.11% more.
     """
     count = paper_shape().grown(doubled(axes)).count()
     for found, printed in zip((count.active, count.total), TABLE_2_PARAMETERS[axes], strict=True):
-        slack = 10 if printed in ("450M", "900M") else 1
-        assert abs(found - parse_count(printed)) <= slack * half_a_unit(printed), (axes, found)
+        if printed == "900M":
+            assert 0.0010 < parse_count(printed) / found - 1 < 0.0012
+        else:
+            assert abs(found - parse_count(printed)) <= half_a_unit(printed), (axes, found)
 
 
 @pytest.mark.parametrize("axes", TABLE_2_FLOPS)

@@ -127,9 +127,15 @@ def test_what_is_not_finite_is_said_and_drawn_as_a_gap() -> None:
 def judged(**changes: object) -> tuple[str, str]:
     """Level and all words of a verdict."""
     given = {
-        "spec": SPEC, "activations": activations(), "activations_missing": "",
-        "learning_rate": learning_rate(), "learning_rate_missing": "", "optimizer": report().optimizer, "warnings": (), "keeps_function": True,
-    } | changes  # fmt: skip
+        "spec": SPEC,
+        "activations": activations(),
+        "activations_missing": "",
+        "learning_rate": learning_rate(),
+        "learning_rate_missing": "",
+        "optimizer": report().optimizer,
+        "warnings": (),
+        "keeps_function": True,
+    } | changes
     found = verdict(**given)  # type: ignore[arg-type]
     return found.level, " ".join([found.headline, *(f.text for f in found.findings)])
 

@@ -1,0 +1,124 @@
+"""``sparkling plan``: what a progressive run costs, and what it saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparkling_cli.cli import options as opt
+from sparkling_cli.cli.console import output
+from sparkling_cli.errors import SpecError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from sparkling_cli.forecast import Forecast
+
+
+def plan(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Checkpoint, or a config.json.", metavar="CKPT_OR_CONFIG", show_default=False),
+    ],
+    tokens: Annotated[
+        str, typer.Option("--tokens", help="Tokens of the whole run: 200B, 1.5T.", show_default=False)
+    ],
+    axis: opt.AxisOption = [],
+    factor: opt.FactorOption = [],
+    to: opt.ToOption = [],
+    expand_at: Annotated[
+        str | None,
+        typer.Option("--expand-at", help="Tokens before the expansion: 100B.", show_default=False),
+    ] = None,
+    then: Annotated[
+        list[str],
+        typer.Option(
+            "--then", help="A later expansion: ffn=2,hidden=1.5@150B. May be repeated.", show_default=False
+        ),
+    ] = [],
+    multiple_of: opt.MultipleOption = None,
+    experts_per_token: Annotated[
+        int | None,
+        typer.Option("--experts-per-token", help="If the config does not say.", min=1, show_default=False),
+    ] = None,
+    layout: opt.LayoutOption = None,
+    model: opt.ModelOption = None,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+) -> None:
+    """Parameters and compute of a run that widens, against the wide model from scratch.
+
+    \b
+    Examples:
+        sparkling plan config.json --axis ffn --factor 2 --tokens 200B --expand-at 100B
+        sparkling plan ckpt/ -a ffn -f 2 --tokens 200B --expand-at 50B --then ffn=2@100B --json
+    """
+    from sparkling_cli.compute.quantity import parse_count
+    from sparkling_cli.forecast import first_expansion, forecast, parse_then, subject_of
+    from sparkling_cli.spec.sources import axes_from_options
+
+    total = parse_count(tokens, "--tokens")
+    axes = axes_from_options(axis, factor, to)
+    expansions = []
+    if axes:
+        if expand_at is None:
+            raise SpecError("--axis needs a moment: --expand-at is missing", hint="e.g. --expand-at 100B")
+        expansions.append(first_expansion(axes, multiple_of, expand_at))
+    elif expand_at is not None:
+        raise SpecError("--expand-at needs an axis to widen", hint="e.g. --axis ffn --factor 2")
+    expansions += [parse_then(text, multiple_of=multiple_of) for text in then]
+    found = forecast(
+        subject_of(source, layout=layout, model=model),
+        expansions,
+        total,
+        experts_per_token=experts_per_token,
+    )
+    output.data("plan", found.to_data())
+    for part in _tables(found):
+        output.show(part)
+
+
+def _tables(found: Forecast) -> list[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    from sparkling_cli.compute.quantity import format_bytes, format_count
+    from sparkling_cli.report.spark import share_bar
+
+    compute = found.compute
+    table = Table(box=None, pad_edge=False, title=None)
+    grown = list(compute.phases[-1].sizes)
+    for title in ("tokens", *grown, "parameters", "active", "FLOPs", "checkpoint"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for phase in compute.phases:
+        table.add_row(
+            f"{format_count(phase.start) if phase.start else '0'} - {format_count(phase.stop)}",
+            *(f"{phase.sizes[axis]:,}" for axis in grown),
+            format_count(phase.parameters.total),
+            format_count(phase.parameters.active),
+            f"{phase.flops:.2e}",
+            format_bytes(found.checkpoint_bytes(phase.parameters.total)),
+        )
+    parts: list[RenderableType] = [
+        Text(f"{found.subject.layout.name} ({found.subject.name})", style="bold"),
+        table,
+    ]
+    if len(compute.phases) > 1:
+        costs = Table(box=None, pad_edge=False, show_header=False)
+        for column in ("left", "right", "left"):
+            costs.add_column(justify=column, no_wrap=True)
+        most = max(compute.flops_scratch, compute.flops_progressive)
+        for name, flops in (
+            ("widest from scratch", compute.flops_scratch),
+            ("this run", compute.flops_progressive),
+            ("smallest all along", compute.flops_small),
+        ):
+            costs.add_row(name, f"{flops:.3e} FLOPs", share_bar(flops / most, 24))
+        parts += [
+            "",
+            costs,
+            Text(f"saved {compute.saved:.1%} of the compute of the widest from scratch", style="bold"),
+        ]
+    return parts

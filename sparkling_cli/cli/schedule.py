@@ -1,0 +1,159 @@
+"""``sparkling schedule``: learning rates of old and new entries, step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparkling_cli.cli import options as opt
+from sparkling_cli.cli.console import output
+from sparkling_cli.errors import SpecError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sparkling_cli.schedule.rewarmup import Rewarmup
+
+#: Rows of the table without ``--steps``.
+ROWS = 14
+
+
+def schedule(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Output of `sparkling expand`, or its rewarmup.json.", metavar="CKPT", show_default=False
+        ),
+    ],
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            "--steps",
+            metavar="A:B",
+            help="Every step from A to B instead of a selection.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw it: .png, .svg or .pdf.", show_default=False),
+    ] = None,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+) -> None:
+    """The re-warmup that an expansion wrote: what the training side applies.
+
+    The row of step t is what the optimizer step after t finished ones uses.
+
+    \b
+    Examples:
+        sparkling schedule wide/
+        sparkling schedule wide/ --steps 1000:1250 --json
+        sparkling schedule wide/ --plot schedule.svg
+    """
+    from sparkling_cli.schedule.rewarmup import read_rewarmup
+
+    rewarmup = read_rewarmup(_file(source))
+    first, last = _range(steps, rewarmup)
+    chosen = _chosen(first, last, everything=steps is not None)
+    if plot is not None:
+        from sparkling_cli.report.convert import learning_rate_of
+        from sparkling_cli.report.plots import plot_schedule
+
+        window = (first, last) if steps is not None else None
+        plot_schedule(learning_rate_of(rewarmup, window), plot)
+        output.note(f"drawn  {plot}")
+    output.data("schedule", _facts(rewarmup, chosen))
+    output.show(_table(rewarmup, chosen))
+    stage = rewarmup.stages[-1]
+    output.show(
+        f"expansion at step {stage.expansion_step:,} of {rewarmup.baseline.total_steps:,}; new entries to "
+        f"{stage.rho:g} x {stage.eta_e:.3e} = {stage.curve.peak:.3e} in {stage.steps:,} steps"
+    )
+
+
+def _file(source: Path) -> Path:
+    from sparkling_cli.execute.commit import sidecar_root
+    from sparkling_cli.schedule.rewarmup import REWARMUP
+
+    if source.is_file() and source.suffix != ".json":
+        return sidecar_root(source, True) / REWARMUP
+    return source
+
+
+def _range(text: str | None, rewarmup: Rewarmup) -> tuple[int, int]:
+    low, high = rewarmup.expansion_step, rewarmup.baseline.total_steps
+    if text is None:
+        return low, high
+    start, colon, stop = text.partition(":")
+    try:
+        first, last = int(start or low), int(stop or high)
+    except ValueError:
+        colon = ""
+        first = last = 0
+    if not colon or first > last or first < 0 or last > high:
+        raise SpecError(
+            f"--steps {text!r}: expected A:B with 0 <= A <= B <= {high}",
+            hint=f"the expansion is at step {low}: e.g. --steps {low}:{min(high, low + 20)}",
+        )
+    return first, last
+
+
+def _chosen(first: int, last: int, *, everything: bool) -> list[int]:
+    from sparkling_cli.report.charts import thin
+
+    return list(range(first, last + 1)) if everything else thin(range(first, last + 1), ROWS)
+
+
+def _facts(rewarmup: Rewarmup, chosen: list[int]) -> dict[str, Any]:
+    from sparkling_cli.schedule.rewarmup import to_data
+
+    data = to_data(rewarmup)
+    return {
+        "expansion_step": data["expansion_step"],
+        "total_steps": data["total_steps"],
+        "baseline": data["baseline"],
+        "stages": data["stages"],
+        "curve": [
+            {
+                "step": step,
+                "old": rewarmup.baseline(step),
+                "new": [s.eta_new(step) if step >= s.expansion_step else None for s in rewarmup.stages],
+                "ratio": [
+                    rewarmup.ratio(s, step) if step >= s.expansion_step else None for s in rewarmup.stages
+                ],
+            }
+            for step in chosen
+        ],
+    }
+
+
+def _table(rewarmup: Rewarmup, chosen: list[int]) -> Table:
+    from rich.table import Table
+
+    from sparkling_cli.report.spark import sparkline
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("step", justify="right")
+    table.add_column("old", justify="right")
+    for stage in rewarmup.stages:
+        mark = "" if len(rewarmup.stages) == 1 else f" (expansion {stage.stage})"
+        table.add_column(f"new{mark}", justify="right")
+        table.add_column("new / old", justify="right")
+    for step in chosen:
+        cells = []
+        for stage in rewarmup.stages:
+            born = step >= stage.expansion_step
+            cells += (
+                [f"{stage.eta_new(step):.4e}", f"{rewarmup.ratio(stage, step):.3f}"] if born else ["", ""]
+            )
+        table.add_row(f"{step:,}", f"{rewarmup.baseline(step):.4e}", *cells)
+    shapes = [sparkline([rewarmup.baseline(t) for t in chosen], 11)]
+    for stage in rewarmup.stages:
+        alive = [t for t in chosen if t >= stage.expansion_step]
+        shapes += [sparkline([stage.eta_new(t) for t in alive], 11), ""]
+    table.add_section()
+    table.add_row("", *shapes)
+    return table

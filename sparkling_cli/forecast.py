@@ -1,0 +1,208 @@
+"""What a progressive run will cost, before anything is trained: ``sparkling plan``.
+
+From a checkpoint, or from a ``config.json`` alone; no weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.checkpoint.model import ITEM_BYTES
+from sparkling_cli.compute.flops import ComputePlan, plan_compute
+from sparkling_cli.compute.quantity import format_count, parse_count
+from sparkling_cli.compute.shape import shape_of
+from sparkling_cli.errors import SpecError
+from sparkling_cli.layout.geometry import Growth
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
+from sparkling_cli.spec.sources import make_spec
+
+if TYPE_CHECKING:
+    from sparkling_cli.checkpoint.model import Checkpoint
+
+#: How parameters are counted, for the reader of the numbers.
+CONVENTION = (
+    "C = 6 N D (Eq. 29). N counts every parameter that works on one token: embeddings and norms included, "
+    "a tied output head once, routed experts by experts per token / experts."
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is planned for.
+
+    Attributes:
+        name: of the checkpoint or config.
+        layout: of the model.
+        config: its sizes.
+        weight_bytes: bytes of weights per parameter.
+        state_bytes: bytes of optimizer state per parameter.
+        assumed: what the bytes rest on, in words.
+    """
+
+    name: str
+    layout: ModelLayout
+    config: Mapping[str, Any]
+    weight_bytes: float
+    state_bytes: float
+    assumed: str
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Axes to widen after so many tokens."""
+
+    tokens: int
+    spec: ExpansionSpec
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The cost of a run, with the growth of every expansion."""
+
+    subject: Subject
+    compute: ComputePlan
+    growths: tuple[Mapping[str, Growth], ...]
+
+    def checkpoint_bytes(self, parameters: int) -> int:
+        """Weights and optimizer state of a model of so many parameters."""
+        return round(parameters * (self.subject.weight_bytes + self.subject.state_bytes))
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain data: what ``sparkling plan --json`` prints."""
+        compute = self.compute
+        return {
+            "source": self.subject.name,
+            "model": self.subject.layout.name,
+            "tokens": compute.tokens,
+            "phases": [
+                {
+                    "start_tokens": phase.start,
+                    "stop_tokens": phase.stop,
+                    "sizes": dict(phase.sizes),
+                    "parameters": phase.parameters.total,
+                    "active_parameters": phase.parameters.active,
+                    "embedding_parameters": phase.parameters.embedding,
+                    "flops": phase.flops,
+                    "checkpoint_bytes": self.checkpoint_bytes(phase.parameters.total),
+                }
+                for phase in compute.phases
+            ],
+            "flops": {
+                "small": compute.flops_small,
+                "scratch": compute.flops_scratch,
+                "progressive": compute.flops_progressive,
+            },
+            "saved": compute.saved,
+            "bytes_assumed": self.subject.assumed,
+            "convention": CONVENTION,
+        }
+
+
+def subject_of(source: Path, *, layout: Path | None = None, model: str | None = None) -> Subject:
+    """The model of a checkpoint, or of a ``config.json``.
+
+    Raises:
+        CheckpointError, LayoutError: it cannot be opened, or its layout cannot be known.
+    """
+    if source.suffix == ".json" and source.is_file():
+        from sparkling_cli.inference.infer import infer
+        from sparkling_cli.inference.locate import read_config
+        from sparkling_cli.layout.file import read_layout
+
+        config = read_config(source)
+        found = read_layout(layout) if layout is not None else infer(config, model=model)
+        item, words = _config_bytes(config)
+        return Subject(source.name, found, config, item, 2.0 * item, f"{words}, AdamW's two moments alike")
+    from sparkling_cli.api import open_source
+
+    checkpoint, found, _ = open_source(source, layout=layout, model=model)
+    weights, states, entries = _stored_bytes(checkpoint)
+    return Subject(
+        checkpoint.root.name, found, checkpoint.config or {}, weights / entries, states / entries, "as in this checkpoint"
+    )
+
+
+def _config_bytes(config: Mapping[str, Any]) -> tuple[float, str]:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    if name in ITEM_BYTES:
+        return float(ITEM_BYTES[name]), f"weights in {name} as the config says"
+    return 4.0, "weights in float32, as the config names no dtype"
+
+
+def _stored_bytes(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Bytes of weights, bytes of state, entries of weights; shared storage once."""
+    keys = set(checkpoint.weights.values())
+    weights = sum(checkpoint.tensors[key].nbytes for key in keys)
+    entries = sum(prod(checkpoint.tensors[key].shape) for key in keys)
+    states = sum(checkpoint.tensors[k].nbytes for state in checkpoint.states for k in state.tensors.values())
+    return weights, states, max(entries, 1)
+
+
+def parse_then(text: str, *, multiple_of: int | None = None) -> Expansion:
+    """``ffn=2,hidden=1.5@150B``: a later expansion, axis=factor pairs and its moment.
+
+    Raises:
+        SpecError: not of this form.
+    """
+    pairs, at, moment = text.rpartition("@")
+    if not at:
+        raise SpecError(f"--then {text!r}: the moment is missing", hint="write it as ffn=2,hidden=1.5@150B")
+    axes = []
+    for pair in pairs.split(","):
+        axis, equals, factor = pair.strip().partition("=")
+        try:
+            axes.append({"axis": axis.strip(), "factor": float(factor)})
+        except ValueError:
+            raise SpecError(
+                f"--then {text!r}: {pair!r} is not AXIS=FACTOR", hint="write it as ffn=2,hidden=1.5@150B"
+            ) from None
+        if not equals:
+            raise SpecError(f"--then {text!r}: {pair!r} is not AXIS=FACTOR")
+    spec = make_spec({"axes": axes, "multiple_of": multiple_of}, "--then")
+    return Expansion(parse_count(moment, "--then"), spec)
+
+
+def forecast(
+    subject: Subject, expansions: Sequence[Expansion], tokens: int, *, experts_per_token: int | None = None
+) -> Forecast:
+    """The cost of a run of so many tokens that widens at the given moments.
+
+    Raises:
+        SpecError: an axis or a moment does not fit.
+        LayoutError: the number of experts per token is not known.
+    """
+    from sparkling_cli.plan.resolve import resolve_growth
+
+    layout = subject.layout
+    steps: list[tuple[int, Mapping[str, Growth]]] = []
+    for expansion in expansions:
+        growth = resolve_growth(expansion.spec, layout)
+        steps.append((expansion.tokens, growth))
+        grown = {name: replace(layout.axes[name], size=g.target) for name, g in growth.items()}
+        layout = replace(layout, axes={**layout.axes, **grown})
+    shape = shape_of(subject.layout, subject.config, top_k=experts_per_token)
+    return Forecast(subject, plan_compute(shape, steps, tokens), tuple(growth for _, growth in steps))
+
+
+def first_expansion(axes: Sequence[Mapping[str, Any]], multiple_of: int | None, moment: str) -> Expansion:
+    """The expansion that the options before any ``--then`` describe.
+
+    Raises:
+        SpecError: malformed axes or moment.
+    """
+    spec = make_spec({"axes": list(axes), "multiple_of": multiple_of}, "options")
+    return Expansion(parse_count(moment, "--expand-at"), spec)
+
+
+def describe(expansion: Expansion) -> str:
+    """``ffn x2 at 100B``, for messages."""
+
+    def words(axis: AxisSpec) -> str:
+        return f"{axis.axis} x{axis.factor:g}" if axis.factor is not None else f"{axis.axis} to {axis.to}"
+
+    return f"{', '.join(map(words, expansion.spec.axes))} at {format_count(expansion.tokens)} tokens"

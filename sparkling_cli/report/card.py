@@ -1,0 +1,111 @@
+"""The section of a model card that says how a checkpoint was made.
+
+It is part of the plan, not of the measurements: the README is an output file like any other, known
+before a byte is written, listed in the manifest and verified. A README that the source has is kept,
+front matter included, and extended; a section of an earlier expansion is replaced by one that lists
+all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sparkling_cli import __version__
+from sparkling_cli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from sparkling_cli.checkpoint.model import OutputFile
+    from sparkling_cli.manifest import Manifest
+    from sparkling_cli.plan.model import Plan
+
+README = "README.md"
+BEGIN = "<!-- sparkling: how this checkpoint was made -->"
+END = "<!-- sparkling: end -->"
+
+
+def with_card(
+    plan: Plan, files: tuple[OutputFile, ...], previous: Manifest | None
+) -> tuple[Plan, tuple[OutputFile, ...]]:
+    """The plan and its output files with the README among them.
+
+    Only directories with a README or a ``config.json`` get one; in other formats nobody would look.
+
+    Raises:
+        CheckpointError: the source's README cannot be read as text.
+    """
+    from sparkling_cli.checkpoint.model import OutputFile
+
+    source = plan.source
+    has_one = README in source.carried
+    if source.root.is_file() or not (has_one or "config.json" in source.config_file):
+        return plan, files
+    existing = ""
+    if has_one:
+        try:
+            existing = (source.root / README).read_bytes().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot extend {source.root / README}: {error}") from None
+    text = extended(existing, section(plan, previous), source.root.name).encode()
+    carried = tuple(path for path in source.carried if path != README)
+    return replace(plan, source=replace(source, carried=carried)), (
+        *files,
+        OutputFile(path=README, size=len(text), literals=((0, text),)),
+    )
+
+
+def extended(existing: str, section: str, name: str) -> str:
+    """A README with the section: in the place of an older one, else at the end."""
+    if not existing.strip():
+        return f"# {name}, widened\n\n{section}"
+    start, stop = existing.find(BEGIN), existing.find(END)
+    if 0 <= start < stop:
+        return existing[:start] + section.rstrip("\n") + existing[stop + len(END) :]
+    return existing.rstrip("\n") + "\n\n" + section
+
+
+def section(plan: Plan, previous: Manifest | None) -> str:
+    """The section itself, between its marks."""
+    spec = plan.spec
+    lines = [
+        BEGIN,
+        "## How this checkpoint was made",
+        "",
+        "It was widened in the middle of pre-training by "
+        f"[sparkling-cli](https://pypi.org/project/sparkling-cli) {__version__}, after the method of Yu et "
+        "al., *SPARKLING: Balancing Signal Preservation and Symmetry Breaking for Width-Progressive "
+        "Learning* (arXiv 2602.02472).",
+        "",
+        "| expansion | step | axis | before | after | new weights | optimizer state |",
+        "|---|---|---|---|---|---|---|",
+        *_rows(plan, previous),
+        "",
+        f"- Source: `{plan.source.root.name}` ({plan.layout.name}).",
+        f"- Scaling of fan-in weights: `{spec['scaling']}`. Seed of random fills: {spec['seed']}.",
+        f"- Re-warmup of new entries: to {spec['rewarmup']['rho']:g} times the learning rate at the "
+        f"expansion, over {spec['rewarmup']['steps']:,} steps, where a schedule is known "
+        "(`sparkling/rewarmup.json`).",
+        "- What was measured: `sparkling/report.html`. Every tensor's origin and checksum: "
+        "`sparkling/manifest.json`; `sparkling verify SOURCE THIS` proves them.",
+        END,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(plan: Plan, previous: Manifest | None) -> Iterable[str]:
+    number = 0
+    for stage in previous.stages if previous is not None else ():
+        number = stage.stage
+        for axis, (before, after) in sorted(stage.growth.items()):
+            yield _row(number, stage.step, axis, before, after, stage.spec["init"], stage.spec["optimizer"])
+    step = plan.source.facts.get("global_step")
+    treatment = plan.spec["optimizer"] if plan.source.states else "none in the source"
+    for axis, grown in sorted(plan.growth.items()):
+        yield _row(number + 1, step, axis, grown.source, grown.target, plan.spec["init"], treatment)
+
+
+def _row(number: int, step: int | None, axis: str, before: int, after: int, init: str, optimizer: str) -> str:
+    when = "" if step is None else f"{step:,}"
+    return f"| {number} | {when} | {axis} | {before:,} | {after:,} | {init} | {optimizer} |"
