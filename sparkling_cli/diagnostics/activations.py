@@ -194,9 +194,9 @@ class Probe:
 
         if logits.shape[1] != ids.shape[1]:
             return
-        for row, targets in zip(logits, ids, strict=True):  # one at a time: the log-softmax is a copy
-            loss = functional.cross_entropy(row[:-1].float(), targets[1:], reduction="sum")
-            self._loss += float(loss)
+        for row, targets in zip(logits, ids, strict=True):
+            for part, wanted in zip(_pieces(row[:-1]), _pieces(targets[1:], row.shape[-1]), strict=True):
+                self._loss += float(functional.cross_entropy(part.float(), wanted, reduction="sum"))
             self._predicted += len(targets) - 1
 
 
@@ -302,13 +302,24 @@ def measure_change(
     return report, one, two
 
 
+def _pieces(positions: torch.Tensor, vocab: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Positions of logits a few at a time, so that copies of them stay small."""
+    import torch
+
+    each = positions.shape[-1] if vocab is None else vocab
+    pieces: tuple[torch.Tensor, ...] = torch.split(positions, max(1, (1 << 19) // each))
+    return pieces
+
+
 class _LogitsMeter:
+    """Sums up how far logits moved, position by position."""
+
     def __init__(self) -> None:
         self.largest, self.reference = 0.0, 0.0
         self.difference, self.size = _Squares(), _Squares()
 
     def add(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        for a, b in zip(old, new, strict=True):
+        for a, b in zip(_pieces(old.flatten(0, 1)), _pieces(new.flatten(0, 1)), strict=True):
             moved = b.double() - a.double()
             self.largest = max(self.largest, float(moved.abs().max()))
             self.reference = max(self.reference, float(a.abs().max()))

@@ -57,9 +57,9 @@ def _getters(words: str) -> set[Any]:
 #: Calls whose result is still the parameter: a part of it, another view of it, another dtype.
 _VIEWS = (
     _methods(
-        "__getitem__ t transpose permute view reshape to float double half bfloat16 type type_as chunk "
-        "unbind split contiguous squeeze unsqueeze detach expand narrow select clone flatten unflatten "
-        "movedim swapaxes index_select cpu split_with_sizes"
+        "__getitem__ t transpose permute view view_as reshape reshape_as to float double half bfloat16 "
+        "type type_as chunk unbind split contiguous squeeze unsqueeze detach expand narrow select clone "
+        "flatten unflatten movedim swapaxes index_select cpu split_with_sizes"
     )
     | _getters("T mT data")
     | {torch.transpose, torch.permute, torch.chunk, torch.split, torch.unbind, torch.narrow, torch.t}

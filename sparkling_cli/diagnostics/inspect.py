@@ -1,0 +1,156 @@
+"""Everything that can be measured in a checkpoint, or between two, from their files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.checkpoint.detect import open_checkpoint
+from sparkling_cli.checkpoint.model import Checkpoint
+from sparkling_cli.diagnostics.activations import measure, measure_change
+from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
+from sparkling_cli.diagnostics.measurement import ActivationReport, Measurement, plain
+from sparkling_cli.diagnostics.weights import WeightReport, measure_weights
+from sparkling_cli.errors import LayoutError, MissingDependencyError, SparklingError
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What was found.
+
+    Attributes:
+        path: the checkpoint, as given.
+        against: the other one, as given; None without.
+        facts: format, counts of tensors, entries and bytes, optimizer, step.
+        notes: remarks of the reader, and what could not be measured.
+        weights: RMS per role and layer.
+        activations: of this checkpoint's model; None where none could be built, or with ``against``
+            (``change`` then holds both).
+        tokens: what the activations were measured on, in words.
+        random_tokens: they were random.
+        change: from the other checkpoint to this one; None without ``against``.
+    """
+
+    path: Path
+    against: Path | None
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...]
+    weights: WeightReport
+    activations: Measurement | None = None
+    tokens: str = ""
+    random_tokens: bool = False
+    change: ActivationReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON: no number in it is NaN or infinite."""
+        return {
+            "checkpoint": str(self.path),
+            "against": None if self.against is None else str(self.against),
+            **{key: plain(value) for key, value in self.facts.items()},
+            "notes": list(self.notes),
+            "weights": plain(self.weights.to_dict()),
+            "activations": None if self.activations is None else self.activations.to_dict(),
+            "tokens": self.tokens or None,
+            "random_tokens": self.random_tokens,
+            "change": None if self.change is None else self.change.to_dict(),
+        }
+
+
+def inspect_checkpoint(
+    path: Path | str,
+    *,
+    against: Path | str | None = None,
+    data: Path | None = None,
+    model: str | None = None,
+    activations: bool = True,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
+    memory: int = 1 << 30,
+    seed: int = 0,
+) -> InspectReport:
+    """Measure a checkpoint, or compare it with an earlier one.
+
+    Args:
+        path: the checkpoint.
+        against: an earlier state of the same model: the source of its expansion, or the expanded
+            checkpoint that it was trained on from.
+        data: text, JSONL or tokens to measure activations on; see ``diagnostics.data``.
+        model: ``package.module:factory`` of the user's own model.
+        activations: run the model at all.
+        sequences: at most so many.
+        length: tokens in each, at most.
+        memory: budget in bytes.
+        seed: of random tokens, where there is no text.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read.
+        SpecError: ``data`` is not usable.
+    """
+    path = Path(path)
+    checkpoint = _open(path, model)
+    notes = list(checkpoint.notes)
+    weights = measure_weights(checkpoint)
+    sizes: dict[str, Any] = {
+        "data": data, "model": model, "memory": memory,
+        "sequences": sequences, "length": length, "seed": seed,
+    }  # fmt: skip
+    own: Measurement | None = None
+    change: ActivationReport | None = None
+    tokens, random = "", False
+    if against is not None:
+        against = Path(against)
+        other = _open(against, model)
+        if activations:
+            try:
+                change, _, own = measure_change(other, checkpoint, **sizes)
+                tokens, random = change.tokens, change.random
+            except (LayoutError, MissingDependencyError) as error:
+                notes.append(f"activations were not measured: {error}")
+    elif activations:
+        try:
+            own, used = measure(checkpoint, **sizes)
+            tokens, random = used.source, used.random
+        except (LayoutError, MissingDependencyError) as error:
+            notes.append(f"activations were not measured: {error}")
+    if own is not None and own.unused:
+        notes.append(f"{len(own.unused)} weight(s) on disk are not used by the model: {own.unused[0]}, ...")
+    return InspectReport(
+        path, against, _facts(checkpoint), tuple(notes), weights, own, tokens, random, change
+    )
+
+
+def _open(path: Path, model: str | None) -> Checkpoint:
+    """Open a checkpoint, with its state under parameter names where these can be found."""
+    from sparkling_cli.inference.locate import find_layout, named_states
+
+    checkpoint = open_checkpoint(path)
+    if not any(state.param.isdigit() for state in checkpoint.states):
+        return checkpoint
+    from dataclasses import replace
+
+    try:
+        layout = find_layout(checkpoint, model=model)
+        return named_states(checkpoint, layout, model=model)
+    except SparklingError as error:
+        note = f"optimizer state is listed by number, because its parameters' names are not known: {error}"
+        return replace(checkpoint, notes=(*checkpoint.notes, note))
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    distinct = set(checkpoint.weights.values())
+    states = [key for state in checkpoint.states for key in state.tensors.values()]
+    return {
+        "format": checkpoint.format,
+        "parameters": sum(prod(checkpoint.tensors[key].shape) for key in distinct),
+        "weights_bytes": sum(checkpoint.tensors[key].nbytes for key in distinct),
+        "state_bytes": sum(checkpoint.tensors[key].nbytes for key in states),
+        "dtypes": sorted({checkpoint.tensors[key].dtype for key in distinct}),
+        "weight_tensors": len(checkpoint.weights),
+        "state_tensors": len(states),
+        "step": checkpoint.facts.get("global_step"),
+        "optimizer": checkpoint.facts.get("optimizer_class"),
+        "model_type": (checkpoint.config or {}).get("model_type"),
+    }
