@@ -11,7 +11,7 @@ from sparkling_cli.cli.console import output
 
 
 def architectures(
-    only: Annotated[list[str], typer.Argument(help="Model types; default: all.", metavar="[TYPE]...")] = [],  # noqa: B006
+    only: Annotated[list[str], typer.Argument(help="Model types; default: all.", metavar="[TYPE]...")] = [],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/architectures.md.")] = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
@@ -20,9 +20,9 @@ def architectures(
 
     Each class is inferred and proved on the spot with a tiny random instance; results are cached.
 
+    \b
     Examples:
         sparkling architectures llama mixtral
-
         sparkling architectures --markdown > docs/architectures.md
     """
     import sys

@@ -111,7 +111,7 @@ def fail(error: SparklingError) -> int:
 
 def run(app: Callable[..., Any]) -> int:
     """Run the command line; every user-facing failure becomes a message and an exit code."""
-    import click
+    import typer
 
     def terminate(_signum: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -122,17 +122,24 @@ def run(app: Callable[..., Any]) -> int:
         return result if isinstance(result, int) else int(ExitCode.OK)
     except SparklingError as error:
         return fail(error)
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return int(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
+    except _usage_error() as error:
+        error.show()  # type: ignore[attr-defined]
         return int(ExitCode.USAGE)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted; nothing that looks finished was left behind\n")
         return int(ExitCode.INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         return int(ExitCode.OK)
+
+
+def _usage_error() -> type[Exception]:
+    """ClickException; newer versions of typer carry click inside, older ones import it."""
+    import typer
+
+    return next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def version_text() -> str:

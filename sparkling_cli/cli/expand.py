@@ -19,9 +19,9 @@ def expand(
             help="Output; must not exist. Default: CKPT-<axis><factor>x beside CKPT.", metavar="[DST]"
         ),
     ] = None,
-    axis: opt.AxisOption = [],  # noqa: B006  (typer copies it)
-    factor: opt.FactorOption = [],  # noqa: B006
-    to: opt.ToOption = [],  # noqa: B006
+    axis: opt.AxisOption = [],
+    factor: opt.FactorOption = [],
+    to: opt.ToOption = [],
     spec: opt.SpecOption = None,
     multiple_of: opt.MultipleOption = None,
     init: Annotated[
@@ -73,11 +73,10 @@ def expand(
 
     The source is never written to. The output appears whole or not at all.
 
+    \b
     Examples:
         sparkling expand ckpt/ --axis ffn --factor 2
-
         sparkling expand ckpt/ wide/ --axis hidden --axis heads --factor 1.5 --dry-run
-
         sparkling expand ckpt/ --spec expansion.yaml --json
     """
     from sparkling_cli import api

@@ -15,9 +15,9 @@ def layout(
 
     CKPT may also be a config.json.
 
+    \b
     Examples:
         sparkling layout ckpt/ > mine.toml
-
         sparkling expand ckpt/ --layout mine.toml --axis ffn --factor 2
     """
     import sys

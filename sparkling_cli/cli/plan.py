@@ -51,6 +51,7 @@ def plan(
     """Parameters and compute of a run that widens, against the wide model from scratch.
 
     \b
+    \b
     Examples:
         sparkling plan config.json --axis ffn --factor 2 --tokens 200B --expand-at 100B
         sparkling plan ckpt/ -a ffn -f 2 --tokens 200B --expand-at 50B --then ffn=2@100B --json

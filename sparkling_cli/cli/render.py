@@ -71,7 +71,7 @@ def _kinds(kinds: list[dict[str, Any]], *, everything: bool) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for title in ("tensor", "count", "before", "after", "scale", "new entries"):
+    for title in ("tensor", "count", "before", "after", "scale", "new"):
         table.add_column(title, justify="right" if title in ("count", "scale") else "left", overflow="fold")
     for kind in kinds:
         changed = kind["before"] != kind["after"] or kind["scale"] != [1.0, 1.0]

@@ -48,6 +48,7 @@ def schedule(
     The row of step t is what the optimizer step after t finished ones uses.
 
     \b
+    \b
     Examples:
         sparkling schedule wide/
         sparkling schedule wide/ --steps 1000:1250 --json

@@ -22,6 +22,7 @@ def verify(
     Finds any changed bit in any file, any tensor that is not what the manifest derives from the source,
     any new optimizer entry that is not zero. Exit code 8 when something does not hold.
 
+    \b
     Example:
         sparkling verify ckpt/ ckpt-ffn2x/
     """

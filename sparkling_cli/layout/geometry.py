@@ -154,6 +154,15 @@ def source_shape(view: View) -> tuple[int, ...]:
     return _storage_shape(view, [dim.source for dim in view])
 
 
+def scale_range(view: View) -> tuple[float, float]:
+    """Smallest and largest product of run factors over the entries."""
+    low = high = 1.0
+    for dim in view:
+        scales = [run.scale for run in dim.runs]
+        low, high = low * min(scales, default=1.0), high * max(scales, default=1.0)
+    return low, high
+
+
 def _storage_shape(view: View, sizes: list[int]) -> tuple[int, ...]:
     shape: dict[int, int] = {}
     for dim, size in zip(view, sizes, strict=True):

@@ -12,6 +12,7 @@ from sparkling_cli.checkpoint.model import ITEM_BYTES
 from sparkling_cli.compute.flops import step_saving
 from sparkling_cli.execute.stream import Written
 from sparkling_cli.layout.expr import Role
+from sparkling_cli.layout.geometry import scale_range
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.model import Plan, Row
 from sparkling_cli.report.facts import active_parameters
@@ -149,7 +150,7 @@ def _tensor(name: str, layout: str, rows: list[Row], plan: Plan) -> TensorChange
     dims = _roles(layout)
     grown = sorted({dim.dim for dim in row.view if dim.source != dim.target})
     roles = {dims[i] for i in grown}
-    scales = [row.scale * run.scale for dim in row.view for run in dim.runs if dims[dim.dim] != Role.STACK]
+    low, high = scale_range(row.view)
     side = {Role.OUT: "fan-out", Role.IN: "fan-in"}
     return TensorChange(
         name=name,
@@ -158,7 +159,7 @@ def _tensor(name: str, layout: str, rows: list[Row], plan: Plan) -> TensorChange
         after=row.shape,
         new_dims=tuple(grown),
         role="both" if len(roles) > 1 else side.get(next(iter(roles)), "elementwise"),  # type: ignore[arg-type]
-        scale=(min(scales, default=row.scale), max(scales, default=row.scale)),
+        scale=(row.scale * low, row.scale * high),
         fill=tuple(sorted({r.fill.name.lower() for d in row.view for r in d.runs if r.new})),
         count=len(rows),
     )

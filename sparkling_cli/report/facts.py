@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.geometry import scale_range
 from sparkling_cli.layout.names import skeleton
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def tensor_kinds(plan: Plan) -> Iterator[dict[str, Any]]:
         groups.setdefault(key, []).append(row)
     for rows in groups.values():
         row = rows[0]
-        scales = {run.scale for dim in row.view for run in dim.runs}
+        low, high = scale_range(row.view)
         yield {
             "name": skeleton(row.name),
             "slot": row.slot,
@@ -77,7 +78,7 @@ def tensor_kinds(plan: Plan) -> Iterator[dict[str, Any]]:
             "before": list(row.source.shape),
             "after": list(row.shape),
             "dtype": row.dtype,
-            "scale": [row.scale * min(scales, default=1.0), row.scale * max(scales, default=1.0)],
+            "scale": [row.scale * low, row.scale * high],
             "fill": sorted({run.fill.name.lower() for dim in row.view for run in dim.runs if run.new}),
             "zero": row.zero,
         }

@@ -1,0 +1,93 @@
+"""``sparkling inspect``: what is in a checkpoint, and what changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparkling_cli.cli import options as opt
+from sparkling_cli.cli.console import output
+
+if TYPE_CHECKING:
+    from sparkling_cli.diagnostics.inspect import InspectReport
+
+
+def inspect(
+    checkpoint: opt.CheckpointArg,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            help="An earlier state of the same model: what it was widened from, or the widened checkpoint "
+            "that it was trained on from.",
+            show_default=False,
+        ),
+    ] = None,
+    data: opt.DataOption = None,
+    activations: Annotated[
+        bool, typer.Option("--activations/--no-activations", help="Run the model on tokens and measure.")
+    ] = True,
+    sequences: Annotated[int, typer.Option(help="Sequences to run, at most.", min=1)] = 8,
+    length: Annotated[int, typer.Option(help="Tokens in each, at most.", min=2)] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of random tokens, where there is no text.")] = 0,
+    model: opt.ModelOption = None,
+    memory: Annotated[str, typer.Option(help="Memory budget, e.g. 512M, 2G.")] = "1G",
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+    verbose: opt.VerboseOption = False,
+) -> None:
+    """Measure a checkpoint: RMS of weights, optimizer state and activations, per role and layer.
+
+    Activations are measured on --data, else on a bundled text through the checkpoint's own tokenizer,
+    else on random tokens, which is said. Weights are read while they are used: the model may be larger
+    than memory.
+
+    With --against, every linear layer's r = RMS(y)/RMS(x), the residual stream, the logits and the loss
+    are compared on the same tokens, the worst layers first.
+
+    \b
+    Examples:
+        sparkling inspect checkpoint-1000/
+        sparkling inspect checkpoint-1000-ffn2x/ --against checkpoint-1000/ --data heldout.txt
+        sparkling inspect checkpoint-1000/ --no-activations --json
+    """
+    from sparkling_cli.diagnostics.inspect import inspect_checkpoint
+    from sparkling_cli.spec.quantities import parse_bytes
+
+    report = inspect_checkpoint(
+        checkpoint,
+        against=against,
+        data=data,
+        model=model,
+        activations=activations,
+        sequences=sequences,
+        length=length,
+        memory=parse_bytes(memory, "--memory"),
+        seed=seed,
+    )
+    output.data("inspect", report.to_dict())
+    if not output.as_json:
+        _show(report)
+
+
+def _show(report: InspectReport) -> None:
+    """Facts, weights, activations, then the verdict, so that it is the last thing on the screen."""
+    from sparkling_cli.report import tables
+
+    output.show(tables.facts_line(report.facts))
+    output.show(tables.weight_table(report.weights))
+    if report.activations is not None and (report.change is None or output.verbose):
+        output.show(tables.measurement_table(report.activations))
+    if report.change is not None:
+        output.show(tables.activation_table(report.change, rows=None if output.verbose else tables.ROWS))
+    if report.tokens:
+        style = "yellow" if report.random_tokens else "dim"
+        output.note(f"measured on {report.tokens}", style=style)
+    for note in report.notes:
+        output.note(f"note: {note}")
+    for stat in report.weights.nonfinite:
+        output.warn(f"{stat.label} {stat.slot or 'weights'}: {stat.nan} NaN, {stat.inf} Inf")
+    if report.change is not None:
+        output.show(tables.verdict_line(report.change))
