@@ -90,12 +90,17 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Coo
     """Measure which keys of a tiny config size its tensors, and name the axes."""
     base = shapes_of(config, factory)
     sizing: dict[Path, int] = {}
+    weights: dict[Path, int] = {}
+    idle: set[Path] = set()
     for path, value in _integers(config):
         shapes = _doubled(config, {path: 2 * value}, factory)
         # A key that cannot move alone (heads that must divide hidden) may still be half of an axis.
         if isinstance(shapes, str) or shapes != base or role_of(path[-1]) in ("heads", "kv_heads"):
             sizing[path] = value
-    axes, terms = _grouped(config, sizing)
+            weights[path] = 0 if isinstance(shapes, str) else _moved_dims(base, shapes)
+            if shapes == base:
+                idle.add(path)
+    axes, terms = _grouped(_text_first(sizing, weights), idle)
     found = Coordinates(config, axes, terms, base)
     for name in list(axes):
         shapes = _try_shapes(found, {name: 2}, factory)
@@ -104,6 +109,18 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Coo
         else:
             found.moved[name] = shapes
     return _coupled(found, factory)
+
+
+def _moved_dims(base: Shapes, shapes: Shapes) -> int:
+    pairs = [(base[k], shapes[k]) for k in base if k in shapes and len(base[k]) == len(shapes[k])]
+    return sum(a != b for one, two in pairs for a, b in zip(one, two, strict=True))
+
+
+def _text_first(sizing: Mapping[Path, int], weights: Mapping[Path, int]) -> dict[Path, int]:
+    """Keys of the part of the config that holds the vocabulary first; wide-reaching keys first."""
+    text = {p[:-1] for p in sizing if role_of(p[-1]) == "vocab"}
+    order = sorted(sizing, key=lambda p: (p[:-1] not in text, -weights[p]))
+    return {p: sizing[p] for p in order}
 
 
 def _integers(config: Mapping[str, Any]) -> list[tuple[Path, int]]:
@@ -137,11 +154,11 @@ def _try_shapes(found: Coordinates, factors: Mapping[str, int], factory: ModelFa
 
 
 def _grouped(
-    config: ConfigDict, sizing: Mapping[Path, int]
+    sizing: Mapping[Path, int], idle: set[Path]
 ) -> tuple[dict[str, AxisKey], dict[Path, tuple[str, ...]]]:
     axes: dict[str, AxisKey] = {}
     terms: dict[Path, tuple[str, ...]] = {}
-    hidden: dict[int, list[Path]] = {}
+    hidden: dict[tuple[Path, int], list[Path]] = {}
     done: set[Path] = set()
     for path, value in sizing.items():
         if role_of(path[-1]) == "kv_heads":
@@ -150,8 +167,8 @@ def _grouped(
                 done |= {path, heads}
                 _add_heads(axes, terms, heads, path, sizing)
         elif role_of(path[-1]) == "hidden":
-            hidden.setdefault(value, []).append(path)
-    for size, paths in hidden.items():
+            hidden.setdefault((path[:-1], value), []).append(path)
+    for (_, size), paths in hidden.items():
         name = _fresh(axes, "hidden", paths[0])
         axes[name] = AxisKey(name, "hidden", size, tuple(paths))
         terms.update(dict.fromkeys(paths, (name,)))
@@ -159,6 +176,16 @@ def _grouped(
     for path, value in sizing.items():
         if path not in done:
             role = role_of(path[-1])
+            same = [
+                p for p in idle if role == "heads" and sizing[p] == value and path in idle and p not in done
+            ]
+            if len(same) > 1:
+                # Counts that size nothing by themselves cannot be told apart: they grow as one.
+                name = _fresh(axes, "heads", path)
+                axes[name] = AxisKey(name, "heads", value, tuple(sorted(same)))
+                terms.update(dict.fromkeys(same, (name,)))
+                done |= set(same)
+                continue
             name = _fresh(axes, role if role in _NAMED else path[-1], path)
             axes[name] = AxisKey(name, role, value, (path,))
             terms[path] = (name,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from sparkling_cli.inference.disk import DiskTensor, disk_tensors, to_disk
 from sparkling_cli.inference.families import Family, Hypotheses, Options, _tied_heads, hypotheses
 from sparkling_cli.inference.labels import label, texts
 from sparkling_cli.inference.proof import Bench, widened
-from sparkling_cli.inference.search import Verdict, prove
+from sparkling_cli.inference.search import Verdict, effects, prove
 from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory, build_model
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation
@@ -84,7 +84,7 @@ def judge(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Judgement
     layouts = label(bench, hyp.families, layouts, proved)
     by_name = {n: lay for f, lay in zip(hyp.families, layouts, strict=True) for n in f.names}
     verdicts = _retried(bench, by_name, verdicts, compensations)
-    notes: list[str] = []
+    notes = _silent_notes(hyp, silent, proved)
     disk = _disk(bench, by_name, verdicts, compensations, notes)
     return Judgement(
         found,
@@ -112,15 +112,10 @@ def _try(
         reason = f"the class refuses twice as many: {said}" if said else "doubling it widens no tensor"
         return AxisVerdict(False, reason.splitlines()[0][:300]), None
     axes = [name, *found.coupled] if name == "hidden" else [name]
-    involved = [f for f in hyp.families if any(f.involves(a) for a in axes)]
-    for family in involved:
-        for tensor in family.names:
-            if tensor in hyp.unexplained:
-                return AxisVerdict(False, f"{tensor}: {hyp.unexplained[tensor]}"), None
-        quiet = sorted(set(family.names) & silent)
-        if quiet:
-            reason = f"nothing can be proved about {quiet[0]}: logits of plain text do not depend on it"
-            return AxisVerdict(False, reason), None
+    for family in (f for f in hyp.families if any(f.involves(a) for a in axes)):
+        why = _unprovable(family, hyp, options, axes, silent, found.sizes)
+        if why is not None:
+            return AxisVerdict(False, why), None
     comps = hypotheses_for(bench, axes) if name == "hidden" else [()]
     outcome = prove(bench, hyp, options, axes, comps)
     joint = tuple(axes[1:])
@@ -130,6 +125,32 @@ def _try(
     best = "no hypothesis ran" if math.isinf(outcome.error) else f"best relative error {outcome.error:.1e}"
     reason = f"none of {outcome.tried} hypotheses keeps the logits of a tiny random model ({best})"
     return AxisVerdict(False, reason, joint), None
+
+
+def _unprovable(
+    family: Family,
+    hyp: Hypotheses,
+    options: Options,
+    axes: Sequence[str],
+    silent: frozenset[str],
+    sizes: Mapping[str, int],
+) -> str | None:
+    """Why logits can say nothing about a family, or None.
+
+    Tensors that plain text does not reach (a pooler, cross attention) are widened as their module types
+    say; where those leave a choice, the axis is refused.
+    """
+    for tensor in family.names:
+        why = [w for a, w in hyp.unexplained.get(tensor, {}).items() if a in axes]
+        if why:
+            return f"{tensor}: {why[0]}"
+    if not set(family.names) & silent:
+        return None
+    for variable in (family.way, *family.terms):
+        if len(effects(variable, options[variable], [family], axes, sizes)) > 1:
+            tensor = sorted(set(family.names) & silent)[0]
+            return f"nothing can be proved about {tensor}: logits of plain text do not depend on it"
+    return None
 
 
 def _retried(
@@ -156,6 +177,18 @@ def _retried(
             if error > bench.tolerance:
                 result[name] = AxisVerdict(False, f"not together with hidden (error {error:.1e})")
     return result
+
+
+def _silent_notes(hyp: Hypotheses, silent: frozenset[str], proved: Sequence[str]) -> list[str]:
+    reached = [
+        f.names[0] for f in hyp.families if set(f.names) & silent and any(f.involves(a) for a in proved)
+    ]
+    if not reached:
+        return []
+    return [
+        f"plain text does not reach {len(reached)} kind(s) of tensor, e.g. {reached[0]}: they are widened as "
+        "their module types say"
+    ]
 
 
 def _tied_groups(bench: Bench) -> tuple[tuple[str, ...], ...]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.inference.axes import Coordinates
-from sparkling_cli.inference.terms import candidates
+from sparkling_cli.inference.axes import Coordinates, grows
+from sparkling_cli.inference.terms import candidates, grouped_candidates
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.names import skeleton
 from sparkling_cli.layout.parse import parse_layout
@@ -63,8 +63,8 @@ class Hypotheses:
 
     families: tuple[Family, ...]
     options: Options
-    unexplained: Mapping[str, str]
-    """tensor -> why no term fits one of its dims"""
+    unexplained: Mapping[str, Mapping[str, str]]
+    """tensor -> axis -> why no term fits the dim that the axis moves"""
 
     def default(self) -> dict[Variable, str]:
         """The first option of every variable."""
@@ -82,7 +82,7 @@ def hypotheses(found: Coordinates, model: nn.Module) -> Hypotheses:
         key = (skeleton(name), shape, tuple(tuple(sorted(m.items())) for m in moves[name]))
         grouped.setdefault(key, []).append(name)
     options: Options = {}
-    unexplained: dict[str, str] = {}
+    unexplained: dict[str, dict[str, str]] = {}
     families = []
     for key, names in grouped.items():
         name, shape = names[0], found.shapes[names[0]]
@@ -90,11 +90,12 @@ def hypotheses(found: Coordinates, model: nn.Module) -> Hypotheses:
         for n, moved in zip(shape, moves[name], strict=True):
             variable: Variable = ("term", skeleton(name).rpartition(".")[0], n, tuple(sorted(moved.items())))
             if variable not in options:
-                fits = _parsed_candidates(n, moved, found.sizes, roles)
-                if not fits:
-                    unexplained[name] = f"a dim of {n} entries answers {moved} to doubled axes"
-                    fits = [str(n)]
-                options[variable] = tuple(fits)
+                fits = _parsed_candidates(n, moved, found, roles)
+                options[variable] = tuple(fits or [str(n)])
+            if options[variable] == (str(n),):
+                for axis in moved:
+                    why = f"a dim of {n} entries answers {moved} to doubled axes"
+                    unexplained.setdefault(name, {})[axis] = why
             terms.append(variable)
         way: Variable = ("way", *key)
         options[way] = ways(model, name, shape, moves[name], tied=name in tied)
@@ -103,24 +104,29 @@ def hypotheses(found: Coordinates, model: nn.Module) -> Hypotheses:
 
 
 def _parsed_candidates(
-    n: int, moved: Mapping[str, int], sizes: Mapping[str, int], roles: Mapping[str, str | None]
+    n: int, moved: Mapping[str, int], found: Coordinates, roles: Mapping[str, str | None]
 ) -> list[str]:
+    texts = candidates(n, moved, found.sizes, roles)
+    if found.coupled and set(moved) == {"hidden"}:
+        texts += grouped_candidates(n, found.sizes)
     fits = []
-    for text in candidates(n, moved, sizes, roles):
+    for text in texts:
         try:
             parsed = parse_layout(f"scale {text}")
-            if parsed.shape(sizes) == (n,):
+            if parsed.shape(found.sizes) == (n,):
                 fits.append(text)
         except LayoutError:
             continue
-    return fits
+    return list(dict.fromkeys(fits))
 
 
 def _moves(found: Coordinates, name: str, dim: int, n: int) -> dict[str, int]:
+    """What each axis that can grow adds to a dim."""
     result = {}
     for axis, shapes in found.moved.items():
         shape = shapes.get(name)
-        if shape is not None and len(shape) > dim and shape[dim] != n:
+        moves = shape is not None and len(shape) > dim and shape[dim] != n
+        if moves and shape is not None and axis not in found.coupled and grows(found, axis):
             result[axis] = shape[dim] - n
     return result
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sparkling_cli.checkpoint.model import Checkpoint
 from sparkling_cli.errors import CheckpointError, LayoutError
 from sparkling_cli.inference import cache
-from sparkling_cli.layout.file import read_layout
 from sparkling_cli.layout.model import ModelLayout
 
 if TYPE_CHECKING:
@@ -36,7 +35,9 @@ def find_layout(
     if layout_path is not None and model is not None:
         raise LayoutError("--layout and --model both say what the model is; give one")
     if layout_path is not None:
-        return read_layout(layout_path)
+        from sparkling_cli.layout.packaged import layout_for
+
+        return layout_for(checkpoint, layout_path)
     if model is None and previous is not None:
         return previous.model_layout()
     if model is None:

@@ -18,7 +18,7 @@ _LABELS = frozenset({"id2label", "label2id", "task_specific_params"})
 #: First match wins. The order goes from the special to the general.
 _HINTS: tuple[tuple[str, str], ...] = (
     ("layers", r"^(num|n)_(hidden_|decoder_|encoder_)?(layers?|blocks)$|^(de|en)coder_layers$"),
-    ("vocab", r"^((un)?padded_|decoder_)?vocab_size$"),
+    ("vocab", r"vocab_size"),
     ("token", r"_(token_id|index|token_index|idx)$|_id$"),
     ("positions", r"position_embeddings$|^n_positions$|^n_ctx$|max_.*(length|positions|seq_len)$"),
     ("top_k", r"experts?_per_tok|top_?k|^moe_k$"),
@@ -32,6 +32,7 @@ _HINTS: tuple[tuple[str, str], ...] = (
     ("qk_nope", r"qk_nope_head_dim"),
     ("qk_rope", r"qk_rope_head_dim"),
     ("v_dim", r"v_head_dim"),
+    ("rotary", r"^rotary_dim$"),
     ("window", r"window|chunk_size|local_attention|block_size"),
     ("kv_heads", r"key_value_heads|num_kv_heads|num_query_groups|multi_query_group"),
     ("head_dim", r"head_dim|headdim|d_head$|kv_channels|dim_head|head_size"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sparkling_cli.execute.memory import widen_tensor
@@ -15,7 +15,8 @@ from sparkling_cli.layout.geometry import Growth, Treatment, view_of
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.parse import parse_layout
 
-_PRODUCT_LIMIT = 128
+_PRODUCT_LIMIT = 64
+_LIKELY = 3
 Choice = dict[Variable, str]
 Compensations = tuple[Compensation, ...]
 
@@ -55,34 +56,52 @@ def prove(
     sizes = bench.found.sizes
     involved = [f for f in hyp.families if any(f.involves(a) for a in axes)]
     used = {v for f in involved for v in (f.way, *f.terms)}
-    classes = {v: _classes(v, options[v], involved, axes, sizes) for v in used}
+    classes = {v: effects(v, options[v], involved, axes, sizes) for v in used}
     open_variables = [v for v in used if len(classes[v]) > 1]
     open_variables.sort(key=str)
     base = {v: o[0] for v, o in options.items()}
     best, tried = math.inf, 0
-    for comps in compensations:
-        for choice in _choices(bench, hyp, base, open_variables, classes, axes, comps):
-            layouts = layouts_of(hyp.families, choice)
-            error = bench.error(layouts, dict.fromkeys(axes, 2), comps)
-            tried += 1
-            best = min(best, error)
-            if error > bench.tolerance:
-                continue
-            proved, error = bench.proves(layouts, axes, comps)
-            if proved:
-                kept = {v: classes[v][_index(classes[v], choice[v])] for v in used}
-                return Verdict(True, error, tried, {**options, **kept}, comps)
+    factors = dict.fromkeys(axes, 2)
+    for comps, choice in _trials(bench, hyp, base, open_variables, classes, axes, compensations):
+        layouts = layouts_of(hyp.families, choice)
+        error = bench.error(layouts, factors, comps)
+        tried += 1
+        best = min(best, error)
+        if error > bench.tolerance:
+            continue
+        proved, error = bench.proves(layouts, axes, comps)
+        if proved:
+            kept = {v: classes[v][_index(classes[v], choice[v])] for v in used}
+            return Verdict(True, error, tried, {**options, **kept}, comps)
     return Verdict(False, best, tried, options)
 
 
-def _classes(
+def _trials(
+    bench: Bench,
+    hyp: Hypotheses,
+    base: Choice,
+    variables: Sequence[Variable],
+    classes: Mapping[Variable, Sequence[tuple[str, ...]]],
+    axes: Sequence[str],
+    compensations: Sequence[Compensations],
+) -> Iterator[tuple[Compensations, Choice]]:
+    """Every compensation with the likeliest layouts, then every layout with the likeliest of those."""
+    for comps in compensations:
+        yield comps, base
+    if variables:
+        for comps in compensations[:_LIKELY]:
+            for choice in _choices(bench, hyp, base, variables, classes, axes, comps):
+                yield comps, choice
+
+
+def effects(
     variable: Variable,
     options: Sequence[str],
     involved: Sequence[Family],
     axes: Sequence[str],
     sizes: Mapping[str, int],
 ) -> list[tuple[str, ...]]:
-    """Options that do the same when the axes grow, grouped; order kept."""
+    """Options of a variable that do the same when the axes grow, grouped; order kept."""
     groups: dict[object, list[str]] = {}
     for option in options:
         groups.setdefault(_effect(variable, option, involved, axes, sizes), []).append(option)

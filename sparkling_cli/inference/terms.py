@@ -44,6 +44,25 @@ def candidates(n: int, moves: Mapping[str, int], sizes: Sizes, roles: Mapping[st
     return _sums(whole, quotient, {a: moves[a] / common for a in partial}, sizes)
 
 
+def grouped_candidates(n: int, sizes: Sizes) -> list[str]:
+    """Terms of a dim of key/value heads where ``head_dim`` is hidden over heads."""
+    if not {"kv_heads", "q_per_kv", "head_dim"} <= set(sizes):
+        return []
+    times, odd = divmod(n, sizes["kv_heads"] * sizes["head_dim"])
+    if odd:
+        return []
+    if times == 1:
+        return ["(kv_heads head_dim)"]
+    if times == 2:
+        return ["(2 kv_heads head_dim)", "(kv_heads 2 head_dim)"]
+    if times == sizes["q_per_kv"] + 2:
+        return [
+            "(((kv_heads q_per_kv) + kv_heads + kv_heads) head_dim)",
+            "(kv_heads (q_per_kv + 1 + 1) head_dim)",
+        ]
+    return []
+
+
 def _rank(axis: str, roles: Mapping[str, str | None]) -> tuple[int, str]:
     role = roles.get(axis) or ""
     if role in _ORDER:
