@@ -110,7 +110,7 @@ def test_optimizer_state_follows_its_weights(
         weights = new_parameters[name].detach()[moment != 0]
         reference = old_parameters[name].detach()[old_state["state"][i]["exp_avg"] != 0]
         ratio = (weights.double() / reference.double())[reference.abs() > 1e-6]
-            assert ratio.min().item() == pytest.approx(ratio.max().item(), rel=1e-5), name
+        assert ratio.min().item() == pytest.approx(ratio.max().item(), rel=1e-5), name
 
 
 def parameter_order(model: Any) -> list[str]:

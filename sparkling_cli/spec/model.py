@@ -90,7 +90,7 @@ class ExpansionSpec(_Strict):
             raise ValueError(f"axis {repeated[0]!r} is given more than once")
         if self.scaling == "function" and self.init != "copy-copy":
             raise ValueError(
-                f"scaling 'function' needs init 'copy-copy', found {self.init!r}: only copies keep the function"
+                f"scaling 'function' needs init 'copy-copy', found {self.init!r}: copies alone keep it"
             )
         return self
 
