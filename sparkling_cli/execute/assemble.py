@@ -132,10 +132,14 @@ class _Covered:
         if at > size:
             raise ValueError(f"it ends at byte {size}, its content at {at}")
         self._parts = parts
+        self._whole = {(s.start, s.start + s.length): s.crc for s in data}
         self._starts = [part[0] for part in parts]
 
     def crc(self, start: int, stop: int) -> int:
         """CRC-32 of ``start <= i < stop``; tensor data must lie wholly inside or outside."""
+        known = self._whole.get((start, stop))
+        if known is not None:
+            return known
         index = max(bisect_right(self._starts, start) - 1, 0)
         spans, at = [], start
         while index < len(self._parts) and self._parts[index][0] < stop:

@@ -98,6 +98,8 @@ def merge(spans: Iterable[Span]) -> list[Span]:
     """
     merged: list[Span] = []
     for span in sorted(spans):
+        if not span.length:
+            continue
         if not merged or merged[-1].start + merged[-1].length < span.start:
             merged.append(span)
             continue
@@ -116,7 +118,9 @@ def whole(spans: Iterable[Span], start: int, stop: int) -> int:
     """
     if start == stop:
         return 0
-    merged = merge(spans)
+    merged = list(spans)
+    if len(merged) > 1:
+        merged = merge(merged)
     if len(merged) != 1 or merged[0].start != start or merged[0].length != stop - start:
         found = [(s.start, s.start + s.length) for s in merged[:4]]
         raise ValueError(f"bytes {start}..{stop} are not covered exactly once: {found}")

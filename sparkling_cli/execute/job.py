@@ -37,10 +37,21 @@ class RowJob:
         """Bytes per entry."""
         return ITEM_BYTES[self.row.dtype]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the target."""
         return prod(self.row.shape) * self.item
+
+    @property
+    def simple(self) -> bool:
+        """Small enough for one piece, and in one place on both sides."""
+        kernel = self.kernel
+        return (
+            kernel is not None
+            and kernel.split < 0
+            and kernel.pieces == 1
+            and len(self.source.places) == len(self.target.places) == 1
+        )
 
 
 class Part(NamedTuple):
@@ -51,8 +62,7 @@ class Part(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True)
-class PartResult:
+class PartResult(NamedTuple):
     """CRCs of what was read and written, in bytes of the tensor, and what was wrong with it."""
 
     row: int
@@ -117,16 +127,26 @@ def make_job(plan: Plan, files: tuple[OutputFile, ...]) -> Job:
     where: dict[str, list[Extent]] = {}
     for file in files:
         for key, extent in file.tensors:
-            place = Extent(file.path, extent.offset, extent.start, extent.shape, extent.strides)
-            where.setdefault(key, []).append(place)
-    rows = tuple(_row_job(row, tuple(where.get(row.key, ()))) for row in plan.rows)
+            if extent.path != file.path:
+                extent = Extent(file.path, extent.offset, extent.start, extent.shape, extent.strides)
+            where.setdefault(key, []).append(extent)
+    kernels: dict[tuple[int, str, float, float], Kernel] = {}
+    rows = tuple(_row_job(row, tuple(where.get(row.key, ())), kernels) for row in plan.rows)
     unknown = where.keys() - {row.key for row in plan.rows}
     if unknown:
         raise CheckpointError(f"the output has tensors that the plan does not make: {sorted(unknown)[:5]}")
     return Job(plan, files, rows)
 
 
-def _row_job(row: Row, extents: tuple[Extent, ...]) -> RowJob:
-    kernel = None if row.zero else compile_kernel(row.view, row.dtype, row.scale, row.offset, PIECE)
+def _row_job(
+    row: Row, extents: tuple[Extent, ...], kernels: dict[tuple[int, str, float, float], Kernel]
+) -> RowJob:
+    kernel = None
+    if not row.zero:
+        # rows share views, and to hash one costs more than all the rest
+        mark = (id(row.view), row.dtype, row.scale, row.offset)
+        kernel = kernels.get(mark)
+        if kernel is None:
+            kernel = kernels[mark] = compile_kernel(row.view, row.dtype, row.scale, row.offset, PIECE)
     source = Placement(row.dtype, row.source.shape, row.source.extents, row.key)
     return RowJob(row, kernel, source, Placement(row.dtype, row.shape, extents, row.key))

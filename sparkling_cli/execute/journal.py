@@ -16,6 +16,7 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.crc import Span, crc32
 from sparkling_cli.execute.job import Job, PartResult
 from sparkling_cli.layout.geometry import View
+from sparkling_cli.plan.model import Plan
 
 
 class Journal:
@@ -64,25 +65,27 @@ def fingerprint(job: Job) -> str:
         digest.update(repr(items).encode())
 
     note(__version__, str(plan.source.root.resolve()), sorted(plan.spec.items(), key=str), plan.seed)
-    views: dict[View, int] = {}
-    paths = {""} if plan.source.root.is_file() else set(plan.source.carried)
+    views: dict[int, View] = {}
+    numbers: dict[int, int] = {}
     for row in plan.rows:
-        number = views.setdefault(row.view, len(views))
-        note(row.key, row.dtype, row.shape, number, row.scale, row.offset, row.zero, row.stream)
-        for extent in row.source.extents:
-            note(extent.path, extent.offset, extent.start, extent.shape, extent.strides)
-            paths.add(extent.path)
-    note(list(views))
+        number = numbers.setdefault(id(row.view), len(numbers))
+        views[number] = row.view
+        line = f"{row.key}\0{row.dtype}\0{number}\0{row.scale}\0{row.offset}\0{row.zero}\0{row.stream}\n"
+        digest.update(line.encode())
+    note(views)
+    paths = source_paths(plan)
     for path, state in source_state(plan.source.root, paths).items():
         note(path, state)
     for file in job.files:
-        note(file.path, file.size, file.last, file.checksums)
-        for offset, content in file.literals:
-            note(offset)
-            digest.update(content)
-        for key, extent in file.tensors:
-            note(key, extent.offset, extent.start, extent.shape, extent.strides)
+        note(file.path, file.size, file.last, [offset for offset, _ in file.literals])
+        digest.update(b"".join(content for _, content in file.literals))
+        note([(key, extent.offset) for key, extent in file.tensors])
     return digest.hexdigest()
+
+
+def source_paths(plan: Plan) -> set[str]:
+    """Every source file that is read."""
+    return {extent.path for row in plan.rows for extent in row.source.extents} | set(plan.source.carried)
 
 
 def source_state(root: Path, paths: set[str]) -> dict[str, tuple[int, int, int]]:

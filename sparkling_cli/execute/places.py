@@ -48,11 +48,18 @@ class Placement:
         CheckpointError: the boxes do not tile the tensor.
     """
 
+    __slots__ = ("extents", "flat", "item", "places", "shape")
+
     def __init__(self, dtype: str, shape: tuple[int, ...], extents: tuple[Extent, ...], name: str) -> None:
         self.item = ITEM_BYTES[dtype]
         self.shape = shape
         self.extents = extents
         self.places: tuple[Place, ...] = ()
+        self.flat = True
+        if len(extents) == 1 and extents[0].strides is None and extents[0].shape == shape:
+            size = prod(shape) * self.item
+            self.places = (Place(0, size, extents[0].path, extents[0].offset),) if size else ()
+            return
         covered = sum(prod(extent.shape) for extent in extents)
         if covered != prod(shape):
             raise CheckpointError(

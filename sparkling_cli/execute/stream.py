@@ -21,7 +21,7 @@ from sparkling_cli.execute.assemble import FileDigest, digests_text
 from sparkling_cli.execute.commit import Staging, sync
 from sparkling_cli.execute.crc import Span, crc32, whole
 from sparkling_cli.execute.job import Job, PartResult, make_job
-from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_state
+from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_paths, source_state
 from sparkling_cli.execute.places import Handles
 from sparkling_cli.execute.pool import Pool
 from sparkling_cli.execute.team import Alone, Team
@@ -162,7 +162,7 @@ def _carry_out(
     run: _Run, sidecar: Callable[[Written], Mapping[str, bytes]], check: Callable[[Path], None] | None
 ) -> Written:
     job, team = run.job, run.team
-    paths = {e.path for r in job.plan.rows for e in r.source.extents} | set(job.plan.source.carried)
+    paths = source_paths(job.plan)
     before = source_state(job.plan.source.root, paths)
     pool = Pool(job, run.staging.data, run.threads, run.progress, team)
     with closing(Journal(run.staging.journal(team.rank))) as journal:
