@@ -32,6 +32,10 @@ def inspect(
     sequences: Annotated[int, typer.Option(help="Sequences to run, at most.", min=1)] = 8,
     length: Annotated[int, typer.Option(help="Tokens in each, at most.", min=2)] = 256,
     seed: Annotated[int, typer.Option(help="Seed of random tokens, where there is no text.")] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw it: .png, .svg or .pdf.", show_default=False),
+    ] = None,
     model: opt.ModelOption = None,
     memory: Annotated[str, typer.Option(help="Memory budget, e.g. 512M, 2G.")] = "1G",
     as_json: opt.JsonOption = False,
@@ -45,12 +49,16 @@ def inspect(
     than memory.
 
     With --against, every linear layer's r = RMS(y)/RMS(x), the residual stream, the logits and the loss
-    are compared on the same tokens, the worst layers first.
+    are compared on the same tokens, the worst layers first. Where the other checkpoint is the output of
+    an expansion that this one was trained on from, the symmetry meter says per layer how far new channels
+    have moved from their sources, and how many are still locked to them.
 
     \b
     Examples:
         sparkling inspect checkpoint-1000/
         sparkling inspect checkpoint-1000-ffn2x/ --against checkpoint-1000/ --data heldout.txt
+        sparkling inspect checkpoint-1200/ --against checkpoint-1000-ffn2x/
+
         sparkling inspect checkpoint-1000/ --no-activations --json
     """
     from sparkling_cli.diagnostics.inspect import inspect_checkpoint
@@ -67,9 +75,30 @@ def inspect(
         memory=parse_bytes(memory, "--memory"),
         seed=seed,
     )
+    if plot is not None:
+        _draw(report, plot)
     output.data("inspect", report.to_dict())
     if not output.as_json:
         _show(report)
+
+
+def _draw(report: InspectReport, path: Path) -> None:
+    """The activations as a picture: before and after with ``--against``, else this model alone."""
+    from sparkling_cli.errors import SpecError
+    from sparkling_cli.report.plots import plot_activations, plot_measurement
+
+    if report.change is not None:
+        from sparkling_cli.report.convert import activations_of
+
+        plot_activations(activations_of(report.change, tokens=report.change.count, widened=()), path)
+    elif report.activations is not None:
+        plot_measurement(report.activations, path)
+    else:
+        raise SpecError(
+            "--plot: no activations were measured, so there is nothing to draw",
+            hint="leave out --no-activations; the notes of `sparkling inspect` say what is missing",
+        )
+    output.note(f"drawn  {path}")
 
 
 def _show(report: InspectReport) -> None:
@@ -82,6 +111,8 @@ def _show(report: InspectReport) -> None:
         output.show(tables.measurement_table(report.activations))
     if report.change is not None:
         output.show(tables.activation_table(report.change, rows=None if output.verbose else tables.ROWS))
+    if report.symmetry is not None:
+        output.show(tables.symmetry_table(report.symmetry, rows=None if output.verbose else tables.ROWS))
     if report.tokens:
         style = "yellow" if report.random_tokens else "dim"
         output.note(f"measured on {report.tokens}", style=style)

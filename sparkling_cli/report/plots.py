@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from sparkling_cli.diagnostics.measurement import Measurement
+
 KINDS = (".png", ".svg", ".pdf")
 OLD: dict[str, Any] = {"color": "#46617f", "linestyle": "--", "marker": "o", "markerfacecolor": "white"}
 NEW: dict[str, Any] = {"color": "#b4450f", "linestyle": "-", "marker": "s"}
@@ -74,6 +76,37 @@ def plot_activations(measured: Activations, path: Path) -> None:
         _role(flat.pop(0), role, [e for e in measured.layers if e.role == role and e.layer is not None])
     for panel in flat:
         panel.set_visible(False)
+    _save(figure, path)
+
+
+def plot_measurement(measured: Measurement, path: Path) -> None:
+    """One model alone: r of every kind of linear layer over the blocks, and the residual stream.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        OutputError: the file cannot be written, or its kind is not known.
+    """
+    from sparkling_cli.report.convert import finite, split_name
+
+    kinds: dict[str, list[tuple[int, float | None]]] = {}
+    for place in measured.stream:
+        block, _ = split_name(place.name)
+        if block is not None:
+            kinds.setdefault("residual stream", []).append((block, finite(place.rms)))
+    for layer in measured.layers:
+        block, role = split_name(layer.name)
+        if block is not None:
+            kinds.setdefault(role, []).append((block, finite(layer.ratio)))
+    columns = min(3, max(len(kinds), 1))
+    rows = max(1, ceil(len(kinds) / columns))
+    figure, axes = _figure(path, rows, columns, (3.6 * columns, 2.5 * rows))
+    for panel in axes[len(kinds) :]:
+        panel.set_visible(False)
+    for panel, (kind, points) in zip(axes, kinds.items(), strict=False):
+        marks = {"markersize": 3} if len(points) <= MARKS_UP_TO else {"marker": None}
+        _line(panel, [block for block, _ in points], [value for _, value in points], {**NEW, **marks})
+        label = "RMS" if kind == "residual stream" else "RMS(y)/RMS(x)"
+        panel.set(title=kind, ylabel=label, xlabel="block")
     _save(figure, path)
 
 
