@@ -122,19 +122,27 @@ def _axis_dict(info: AxisInfo) -> dict[str, Any]:
     return data
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """A parsed TOML file.
+
+    Raises:
+        LayoutError: it cannot be read or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayoutError(f"cannot read the layout file {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise LayoutError(f"{path} is not valid TOML: {error}") from None
+
+
 def read_layout(path: Path) -> ModelLayout:
     """A layout file.
 
     Raises:
         LayoutError: it cannot be read, is no TOML, or is malformed.
     """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise LayoutError(f"cannot read the layout file {path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise LayoutError(f"{path} is not valid TOML: {error}") from None
-    return from_dict(data, str(path))
+    return from_dict(read_toml(path), str(path))
 
 
 def to_toml(layout: ModelLayout) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.file import from_dict, read_toml
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.layout.solve import NamesDifferError, Shapes, solve_layout
+from sparkling_cli.layout.solve import NamesDifferError, Shapes, is_open, solve_layout
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -91,17 +92,17 @@ def find_packaged(checkpoint: _Source) -> ModelLayout | None:
 
 
 def layout_for(checkpoint: _Source, path: Path) -> ModelLayout:
-    """A user's layout file for a checkpoint; sizes that it leaves open are solved.
+    """A user's layout file for a checkpoint, or the packaged one of that name; open sizes are solved.
 
     Raises:
         LayoutError: it cannot be read, is malformed, or does not fit the checkpoint.
     """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise LayoutError(f"cannot read the layout file {path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise LayoutError(f"{path} is not valid TOML: {error}") from None
+    if not path.exists() and str(path) in packaged_names():
+        data = packaged_data(str(path))
+    else:
+        data = read_toml(path)
+    if not is_open(data):
+        return from_dict(data, str(path))
     weights, states = shapes_of(checkpoint)
     return solve_layout(data, weights, states, checkpoint.config, str(path))
 

@@ -38,6 +38,17 @@ class NamesDifferError(LayoutError):
     """The checkpoint's names are not those of the file: another family, not a damaged checkpoint."""
 
 
+def is_open(data: Mapping[str, Any]) -> bool:
+    """Whether a parsed file leaves something to the checkpoint: a size, or whether a name occurs."""
+    axes = data.get("axes")
+    tables = (data.get(table) for table in ("tensors", "disk", "config"))
+    names = (str(name) for table in tables if isinstance(table, Mapping) for name in table)
+    missing = isinstance(axes, Mapping) and any(
+        isinstance(axis, Mapping) and "size" not in axis for axis in axes.values()
+    )
+    return missing or any(name.endswith("?") for name in names)
+
+
 def solve_layout(
     data: Mapping[str, Any],
     weights: Shapes,

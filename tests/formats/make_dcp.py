@@ -30,7 +30,8 @@ def on_ranks(count: int, work: Callable[..., None], *args: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_started, (count, port, work, args), nprocs=count)
+    # Forked: a fresh interpreter would spend most of its time importing torch.
+    mp.start_processes(_started, (count, port, work, args), nprocs=count, start_method="fork")
 
 
 def _started(rank: int, count: int, port: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -127,9 +128,7 @@ def load_whole(path: Path, config: GPTConfig) -> tuple[GPT, torch.optim.AdamW, d
     train(model, optimizer, config, 1)
     state = state_of(model, optimizer, 0)
     dcp.load(state, checkpoint_id=path, no_dist=True)
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return model, optimizer, state
 
 
@@ -139,9 +138,7 @@ def resume_sharded(rank: int, path: str, config: GPTConfig, result: str) -> None
     train(model, optimizer, config, 1)
     state = state_of(model, optimizer, 0)
     dcp.load(state, checkpoint_id=path)
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     ids = batch(config, 9)
     before = loss_of(model, ids)
     optimizer.zero_grad()

@@ -6,7 +6,6 @@ one format.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,12 @@ from sparkling_cli.checkpoint.dcp.read import (
     stored_tensor,
 )
 from sparkling_cli.checkpoint.dcp.write import part_outputs
+from sparkling_cli.checkpoint.directory import list_files, literal_file, read_json, rewritten_json
 from sparkling_cli.checkpoint.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.checkpoint.trainer_facts import optimizer_class, run_facts
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 
 _STEP_KEYS = ("train_state.step", "lr_scheduler.last_epoch", "scheduler.last_epoch", "step", "global_step")
-#: what an expansion adds, and what is never part of a checkpoint
-_NOT_CARRIED = frozenset({"sparkling"})
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,18 @@ class DcpFormat:
         parts, entries, roles = read_parts(root, folders)
         tensors = {name: stored_tensor(root, entries[name]) for name in dict.fromkeys(roles.weights.values())}
         states, state_tensors, scalar_keys = read_states(root, roles, entries)
-        config = _read_config(root, variant)
+        present = list_files(root)
+        config = read_json(root, variant.config) if variant.config in present else None
         written = {f"{f}{METADATA}" for f in folders} | _data_files(parts)
         if config is not None:
             written.add(variant.config)
-        kind, notes = variant.kind, []
+        facts, notes = run_facts(root, present)
+        groups = read_groups(root, roles, entries)
+        _add_facts(facts, root, entries, variant.kind)
+        if states:
+            facts["optimizer_class"] = optimizer_class(states, groups, facts.get("training_args", {}))
+            if "step" in states[0].scalars:
+                facts.setdefault("global_step", int(states[0].scalars["step"]))
         if not states:
             notes.append("there is no optimizer state in this checkpoint: weights only")
         _refuse_second_copies(root, roles.others, frozenset(roles.weights), entries)
@@ -111,11 +117,11 @@ class DcpFormat:
             tensors={**tensors, **state_tensors},
             weights=roles.weights,
             states=states,
-            param_groups=read_groups(root, roles, entries),
+            param_groups=groups,
             config=config,
             config_file=variant.config if config is not None else "",
-            carried=tuple(sorted(p for p in _files_below(root) if p not in written)),
-            facts=_facts(root, entries, kind, states),
+            carried=tuple(name for name in present if name not in written),
+            facts=facts,
             notes=tuple(notes),
             private=Parsed(parts, entries, roles, scalar_keys, variant.config if config is not None else ""),
         )
@@ -152,8 +158,9 @@ class DcpFormat:
             )
         ]
         if parsed.config_file:
-            data = _edited_config(checkpoint.root, parsed.config_file, request.config)
-            files.insert(0, OutputFile(parsed.config_file, len(data), ((0, data),)))
+            text = (checkpoint.root / parsed.config_file).read_text(encoding="utf-8")
+            text = rewritten_json(text, request.config, parsed.config_file)
+            files.insert(0, literal_file(parsed.config_file, text.encode()))
         return tuple(sorted(files, key=lambda file: file.last))
 
 
@@ -180,37 +187,6 @@ def _data_files(parts: tuple[Any, ...]) -> set[str]:
     }
 
 
-def _files_below(root: Path) -> list[str]:
-    found = (p for p in root.rglob("*") if p.is_file())
-    names = (p.relative_to(root).as_posix() for p in found)
-    return [name for name in names if name.partition("/")[0] not in _NOT_CARRIED]
-
-
-def _read_config(root: Path, variant: Variant) -> Mapping[str, Any] | None:
-    path = root / variant.config
-    if not path.is_file():
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
-    return data if isinstance(data, dict) else None
-
-
-def _edited_config(root: Path, name: str, changes: Mapping[str, Any]) -> bytes:
-    raw = (root / name).read_bytes()
-    if not changes:
-        return raw
-    data = json.loads(raw)
-    for dotted, value in changes.items():
-        holder: Any = data
-        *path, last = dotted.split(".")
-        for step in path:
-            holder = holder[int(step)] if isinstance(holder, list) else holder[step]
-        holder[last] = value
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def _refuse_second_copies(
     root: Path, others: tuple[str, ...], weights: frozenset[str], entries: Mapping[str, Any]
 ) -> None:
@@ -230,9 +206,9 @@ def _refuse_second_copies(
                 )
 
 
-def _facts(root: Path, entries: Mapping[str, Any], kind: str, states: tuple[Any, ...]) -> dict[str, Any]:
-    """Step numbers that stand in the checkpoint."""
-    facts: dict[str, Any] = {"kind": kind}
+def _add_facts(facts: dict[str, Any], root: Path, entries: Mapping[str, Any], kind: str) -> None:
+    """The kind, and the step if only the DCP entries know it."""
+    facts["kind"] = kind
     for name in _STEP_KEYS:
         if name in entries and "global_step" not in facts:
             try:
@@ -241,12 +217,3 @@ def _facts(root: Path, entries: Mapping[str, Any], kind: str, states: tuple[Any,
                 continue
             if isinstance(value, (int, float)):
                 facts["global_step"] = int(value)
-    trainer = root / "trainer_state.json"
-    if trainer.is_file():
-        found = json.loads(trainer.read_text(encoding="utf-8"))
-        facts |= {key: found[key] for key in ("global_step", "max_steps") if key in found}
-    if "global_step" not in facts and states and "step" in states[0].scalars:
-        facts["global_step"] = int(states[0].scalars["step"])
-    if {"exp_avg", "exp_avg_sq"} <= {slot for state in states for slot in state.tensors}:
-        facts["optimizer_class"] = "AdamW"
-    return facts

@@ -28,20 +28,14 @@ class Place:
     length: int
 
 
-def read_item(root: Path, place: Place, name: str) -> TorchFile:
+def read_item(root: Path, place: Place) -> TorchFile:
     """The item as a tree; tensor data is not read, and nothing of the pickle is executed.
 
     Raises:
         CheckpointError: the file is missing or too short, or the item is damaged.
         UnsafePickleError: its pickle names something that is not harmless.
     """
-    path = root / place.file
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} is missing; .metadata says that it holds {name!r}",
-            hint="every .distcp file that .metadata names must be there: copy the checkpoint again",
-        )
-    return read_torch_file(path, place.file, offset=place.offset, length=place.length)
+    return read_torch_file(root / place.file, place.file, offset=place.offset, length=place.length)
 
 
 def read_bytes(root: Path, place: Place, name: str) -> bytes:

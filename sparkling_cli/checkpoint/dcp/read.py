@@ -91,7 +91,33 @@ def read_parts(root: Path, folders: tuple[str, ...]) -> tuple[tuple[Part, ...], 
             paths[name] = tuple(map(str, planned.get(fqn) or (fqn,)))
             if isinstance(meta, TensorStorageMetadata):
                 tensors.add(name)
+    for part in parts:
+        _check_files(root, part)
     return parts, entries, find_roles(paths, frozenset(tensors), str(root))
+
+
+def _check_files(root: Path, part: Part) -> None:
+    """Every data file is there and long enough for every item in it.
+
+    Raises:
+        CheckpointError: names the first that is not.
+    """
+    ends: dict[str, int] = {}
+    for index in part.metadata.storage_data:
+        place = part.place(index)
+        ends[place.file] = max(ends.get(place.file, 0), place.offset + place.length)
+    for name, end in sorted(ends.items()):
+        path = root / name
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is missing; .metadata names it",
+                hint="every .distcp file that .metadata names must be there: copy the checkpoint again",
+            )
+        if path.stat().st_size < end:
+            raise CheckpointError(
+                f"{path} is truncated: its items end at byte {end}, it has {path.stat().st_size}",
+                hint="copy the checkpoint again",
+            )
 
 
 def stored_tensor(root: Path, entry: Entry) -> StoredTensor:
@@ -106,7 +132,7 @@ def stored_tensor(root: Path, entry: Entry) -> StoredTensor:
     extents: list[Extent] = []
     for index, sizes in chunks_of(entry):
         place = entry.part.place(index)
-        item = read_item(root, place, entry.fqn)
+        item = read_item(root, place)
         stored = item.tensors[tensor_key(item, entry.fqn)]
         if (stored.dtype, stored.shape) != (dtype, sizes):
             raise CheckpointError(
@@ -157,7 +183,7 @@ def read_states(
 
 def _number(root: Path, entry: Entry) -> float | None:
     ((index, _),) = chunks_of(entry)
-    return scalar_of(read_item(root, entry.part.place(index), entry.fqn), entry.fqn)
+    return scalar_of(read_item(root, entry.part.place(index)), entry.fqn)
 
 
 def bytes_value(root: Path, entry: Entry) -> Any:
@@ -171,7 +197,7 @@ def bytes_value(root: Path, entry: Entry) -> Any:
     meta = entry.part.metadata.state_dict_metadata[entry.fqn]
     if isinstance(meta, BytesStorageMetadata):
         index = MetadataIndex(entry.fqn)
-        return value_of(read_item(root, entry.part.place(index), entry.fqn))
+        return value_of(read_item(root, entry.part.place(index)))
     return _number(root, entry) if prod(entry.described.size) == 1 else None
 
 

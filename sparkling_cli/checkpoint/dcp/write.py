@@ -108,13 +108,13 @@ def part_outputs(
             start: Shape = tuple(index.offset or ())
             sizes = boxes[index.fqn, start]
             new_start, new_sizes = grown_box(start, sizes, tuple(meta.size), target.shape)
-            item = read_item(root, place, index.fqn)
+            item = read_item(root, place)
             content: OutputFile | bytes = box(item, index.fqn, target.key, new_start, new_sizes)
             new_index = MetadataIndex(index.fqn, new_start, index.index)
             grown = ChunkStorageMetadata(_size(new_start), _size(new_sizes))
             chunks.setdefault(index.fqn, {})[start] = grown
         elif name in numbers:
-            content = number(read_item(root, place, index.fqn), index.fqn, numbers[name])
+            content = number(read_item(root, place), index.fqn, numbers[name])
         else:
             content = read_bytes(root, place, index.fqn)
         file = files.setdefault(place.file, _Growing(place.file))

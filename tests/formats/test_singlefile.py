@@ -1,0 +1,203 @@
+"""One-file checkpoints: nanoGPT and plain dictionaries are widened, resumed, and refused when unsound."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparkling_cli.checkpoint.detect import open_checkpoint
+from sparkling_cli.errors import CheckpointError, SpecError, UnsafePickleError
+from tests.formats.make_nanogpt import (
+    GPT,
+    GPTConfig,
+    batch,
+    loss_of,
+    make_nanogpt,
+    resume_nanogpt,
+)
+from tests.formats.widening import check_moments, widen
+
+JOINT = {"hidden": 2, "heads": 2, "ffn": 2}
+
+
+@pytest.mark.parametrize(("prefix", "bias"), [("_orig_mod.", True), ("", False)])
+def test_nanogpt_resumes_where_it_was(tmp_path: Path, prefix: str, bias: bool) -> None:
+    """Logits, first loss, step, config numbers and every moment, through nanoGPT's own resume."""
+    source = tmp_path / "ckpt.pt"
+    model = make_nanogpt(source, GPTConfig(bias=bias), prefix=prefix)
+    before = source.read_bytes()
+    target = widen(source, tmp_path / "wide.pt", JOINT)
+    assert source.read_bytes() == before
+    wide, optimizer, checkpoint = resume_nanogpt(target)
+    ids = batch(model.config, 9)
+    torch.testing.assert_close(wide(ids), model(ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss_of(wide, ids), loss_of(model, ids), rtol=1e-6, atol=1e-6)
+    assert checkpoint["iter_num"] == 4
+    assert checkpoint["model_args"]["n_embd"] == checkpoint["config"]["n_embd"] == 48
+    assert checkpoint["model_args"]["n_head"] == 6
+    assert torch.equal(checkpoint["best_val_loss"], torch.tensor(4.25))
+    _, old_optimizer, _ = resume_nanogpt(source)
+    old_params = [p for group in old_optimizer.param_groups for p in group["params"]]
+    new_params = [p for group in optimizer.param_groups for p in group["params"]]
+    for old, new in zip(old_params, new_params, strict=True):
+        state = optimizer.state[new]
+        assert state["step"] == 4
+        assert state["exp_avg"].shape == new.shape
+        check_moments({name: old_optimizer.state[old][name] for name in ("exp_avg", "exp_avg_sq")}, state)
+    loss_of(wide, ids).backward()
+    optimizer.step()
+
+
+def test_tied_matrix_stays_one_storage(tmp_path: Path) -> None:
+    """Embedding and head are written once and share memory after loading."""
+    make_nanogpt(tmp_path / "ckpt.pt")
+    target = widen(tmp_path / "ckpt.pt", tmp_path / "wide.pt", JOINT)
+    weights = torch.load(target, weights_only=True)["model"]
+    assert weights["lm_head.weight"].data_ptr() == weights["transformer.wte.weight"].data_ptr()
+
+
+def test_nanogpt_ffn_alone_is_refused(tmp_path: Path) -> None:
+    """Unmodified nanoGPT has no MLP that is not 4 x n_embd: the error names what must grow along."""
+    make_nanogpt(tmp_path / "ckpt.pt")
+    with pytest.raises(SpecError, match="hidden"):
+        widen(tmp_path / "ckpt.pt", tmp_path / "wide.pt", {"ffn": 2})
+    assert not (tmp_path / "wide.pt").exists()
+
+
+def test_same_bytes_twice(tmp_path: Path) -> None:
+    """Two runs give identical files."""
+    make_nanogpt(tmp_path / "ckpt.pt")
+    one = widen(tmp_path / "ckpt.pt", tmp_path / "one.pt", JOINT, init="random-random", seed=3)
+    two = widen(tmp_path / "ckpt.pt", tmp_path / "two.pt", JOINT, init="random-random", seed=3)
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_dropped_state_restarts_the_counters(tmp_path: Path) -> None:
+    """``drop`` zeroes moments and step counters inside the file."""
+    make_nanogpt(tmp_path / "ckpt.pt")
+    target = widen(tmp_path / "ckpt.pt", tmp_path / "wide.pt", JOINT, optimizer="drop")
+    state = torch.load(target, weights_only=True)["optimizer"]["state"]
+    assert all(float(s["step"]) == 0 and not s["exp_avg"].any() for s in state.values())
+
+
+def _plain(path: Path, **changes: Any) -> GPT:
+    """The same model as a plain dictionary under other keys, with a wrapper's prefix."""
+    model = make_nanogpt(path)
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(
+        {
+            "epoch": 1,
+            "global_step": 4,
+            "model_state_dict": {f"module.{k}": v for k, v in checkpoint["model"].items()},
+            "optimizer_state_dict": checkpoint["optimizer"],
+            "config": checkpoint["model_args"],
+            "rng": torch.get_rng_state(),
+            **changes,
+        },
+        path,
+    )
+    return model
+
+
+def test_plain_dictionary(tmp_path: Path) -> None:
+    """Other keys, a DataParallel prefix, random state carried over, config numbers edited."""
+    model = _plain(tmp_path / "last.ckpt")
+    target = widen(tmp_path / "last.ckpt", tmp_path / "wide.ckpt", JOINT)
+    source = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    output = torch.load(target, weights_only=True)
+    assert list(output) == list(source)
+    assert torch.equal(output["rng"], source["rng"])
+    assert output["config"]["n_embd"] == 48
+    wide = GPT(GPTConfig(**output["config"]))
+    wide.load_state_dict({k.removeprefix("module."): v for k, v in output["model_state_dict"].items()})
+    ids = batch(model.config, 9)
+    torch.testing.assert_close(wide(ids), model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_bare_state_dict(tmp_path: Path) -> None:
+    """A file that is nothing but weights; its sizes come from a layout file that leaves them open."""
+    path = tmp_path / "weights.bin"
+    model = make_nanogpt(path)
+    torch.save(torch.load(path, weights_only=True)["model"], path)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.states == ()
+    assert "weights only" in checkpoint.notes[0]
+    target = widen(path, tmp_path / "wide.bin", JOINT, layout=_layout_file(tmp_path, head_dim=8))
+    wide = GPT(GPTConfig(n_embd=48, n_head=6))
+    wide.load_state_dict(torch.load(target, weights_only=True))
+    ids = batch(model.config, 9)
+    torch.testing.assert_close(wide(ids), model(ids), rtol=1e-5, atol=1e-5)
+
+
+def _layout_file(folder: Path, **sizes: int) -> Path:
+    """The packaged layout of nanoGPT without config keys, with some sizes given."""
+    from importlib.resources import files
+
+    text = files("sparkling_cli").joinpath("layouts", "nanogpt.toml").read_text()
+    head, _, rest = text.partition("[config]")
+    text = head + "[tensors]" + rest.partition("[tensors]")[2]
+    for axis, size in sizes.items():
+        text = text.replace(f"[axes.{axis}]", f"[axes.{axis}]\nsize = {size}")
+    path = folder / "layout.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 3, "weights_of": 1}, "no state dict under"),
+        ([1, 2], "expected a dictionary"),
+        ({"model": {"a": torch.ones(2)}, "state_dict": {"a": torch.ones(2)}}, "two models"),
+        (
+            {
+                "model": {"a": torch.ones(2)},
+                "optimizer": [{"state": {}, "param_groups": []}, {"state": {}, "param_groups": []}],
+            },
+            "2 optimizers",
+        ),
+    ],
+)
+def test_almost_a_checkpoint(tmp_path: Path, content: Any, message: str) -> None:
+    """What is missing, or there too often, is named."""
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "odd.pt")
+
+
+class _Trap:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return os.mkdir, (self.path,)
+
+
+def test_unsafe_pickle_is_refused_unexecuted(tmp_path: Path) -> None:
+    """A pickle that calls code is named and not run."""
+    made = tmp_path / "made"
+    torch.save({"model": {"a": torch.ones(2)}, "trap": _Trap(str(made))}, tmp_path / "trap.pt")
+    with pytest.raises(UnsafePickleError, match="mkdir"):
+        open_checkpoint(tmp_path / "trap.pt")
+    assert not made.exists()
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps({"model": 1}))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path / "raw.pt")
+
+
+def test_nested_state_is_refused(tmp_path: Path) -> None:
+    """State that hides tensors in lists cannot follow its parameter: refused, not carried along."""
+    path = tmp_path / "ckpt.pt"
+    make_nanogpt(path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["optimizer"]["state"][0]["blocks"] = [torch.ones(3)]
+    torch.save(checkpoint, path)
+    with pytest.raises(CheckpointError, match="blocks"):
+        open_checkpoint(path)
