@@ -12,7 +12,7 @@ import numpy as np
 from sparkling_cli.checkpoint.model import ITEM_BYTES, Extent, OutputFile, StoredTensor
 
 
-def box(tensor: StoredTensor, extent: Extent, data: bytes) -> np.ndarray:
+def box(tensor: StoredTensor, extent: Extent, data: np.ndarray) -> np.ndarray:
     """One box of a tensor as an array of raw entries."""
     item = ITEM_BYTES[tensor.dtype]
     kind = np.dtype(f"V{item}")
@@ -32,24 +32,27 @@ def read_stored(root: Path, tensor: StoredTensor) -> np.ndarray:
     for extent in tensor.extents:
         path = root / extent.path if extent.path else root
         where = tuple(slice(a, a + n) for a, n in zip(extent.start, extent.shape, strict=True))
-        whole[where] = box(tensor, extent, path.read_bytes())
+        data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        whole[where] = box(tensor, extent, data)
     return whole
 
 
 def filled(output: OutputFile, value: Callable[[str], np.ndarray]) -> bytes:
     """The file's bytes, with the tensors that ``value`` gives by key and all checksums."""
     data = bytearray(output.size)
-    written = bytearray(output.size)
+    written = np.zeros(output.size, bool)
+
+    def put(offset: int, raw: bytes, what: str) -> None:
+        assert not written[offset : offset + len(raw)].any(), f"{what} overlaps something"
+        data[offset : offset + len(raw)] = raw
+        written[offset : offset + len(raw)] = True
+
     for offset, literal in output.literals:
-        assert not any(written[offset : offset + len(literal)]), "literals overlap"
-        data[offset : offset + len(literal)] = literal
-        written[offset : offset + len(literal)] = b"\1" * len(literal)
+        put(offset, literal, f"the literal at {offset}")
     for key, extent in output.tensors:
         part = value(key)[tuple(slice(a, a + n) for a, n in zip(extent.start, extent.shape, strict=True))]
-        raw = np.ascontiguousarray(part).tobytes()
-        assert not any(written[extent.offset : extent.offset + len(raw)]), f"{key} overlaps something"
-        data[extent.offset : extent.offset + len(raw)] = raw
-        written[extent.offset : extent.offset + len(raw)] = b"\1" * len(raw)
+        assert part.shape == extent.shape, key
+        put(extent.offset, np.ascontiguousarray(part).tobytes(), key)
     for checksum in output.checksums:
         crc = zlib.crc32(data[checksum.start : checksum.stop])
         for at in checksum.at:

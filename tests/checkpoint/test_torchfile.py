@@ -28,7 +28,7 @@ def everything() -> dict[str, Any]:
     shared = torch.randn(4, 6)
     linear = torch.nn.Linear(3, 4)
     return {
-        "state": {i: {"step": torch.tensor(float(i)), "exp_avg": torch.randn(3, 4)} for i in range(1100)},
+        "state": {i: {"step": torch.tensor(float(i)), "exp_avg": torch.randn(3, 4)} for i in range(200)},
         "model": linear.state_dict(),
         "parameter": linear.weight,
         "tied": [shared, shared],

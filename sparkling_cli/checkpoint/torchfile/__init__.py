@@ -1,20 +1,14 @@
 """Torch zip files without ``torch.load``: read as inert trees, written back with other tensor shapes.
 
 ``archive`` the zip container, ``opcodes`` and ``unpickle`` the pickle, ``objects`` what it is read into,
-``file`` the public functions, ``repickle`` and ``writer`` the way back, ``fresh`` files from nothing,
+``file`` reading, ``layout`` with ``repickle`` and ``writer`` the way back, ``fresh`` files from nothing,
 ``inert`` the attributes of an arbitrary pickled object.
 """
 
-from sparkling_cli.checkpoint.torchfile.file import (
-    REMOVED,
-    TorchFile,
-    TreePath,
-    lay_out,
-    read_torch_file,
-    read_values,
-)
+from sparkling_cli.checkpoint.torchfile.file import TorchFile, TreePath, read_torch_file, read_values
 from sparkling_cli.checkpoint.torchfile.fresh import lay_out_state_dict
 from sparkling_cli.checkpoint.torchfile.inert import read_attributes
+from sparkling_cli.checkpoint.torchfile.layout import REMOVED, lay_out
 from sparkling_cli.checkpoint.torchfile.objects import Ordered, TensorNode, plain
 
 __all__ = [

@@ -8,11 +8,13 @@ not be the file's first (a DCP item is a whole archive inside a bigger file).
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sparkling_cli.errors import CheckpointError
 
@@ -26,8 +28,7 @@ _U32 = 0xFFFFFFFF
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One record: its name inside the archive's folder, where its bytes lie, and their CRC-32."""
 
     name: str
@@ -90,7 +91,10 @@ def open_window(path: Path, where: str, offset: int = 0, length: int | None = No
     except OSError as error:
         raise CheckpointError(f"{where}: cannot be opened: {error.strerror}") from error
     try:
-        size = os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{where}: expected a regular file")
+        size = status.st_size
         if length is None:
             length = size - offset
         if offset < 0 or length < 0 or offset + length > size:
@@ -195,7 +199,8 @@ def _central_directory(window: Window, count: int, start: int, size: int) -> lis
             packed, plain, header = _zip64(window.where, name, extra, packed, plain, header)
         if method != 0 or flags & 1 or packed != plain:
             raise CheckpointError(
-                f"{window.where}: record {name!r} is compressed or encrypted; torch never does that"
+                f"{window.where}: record {name!r} is compressed or encrypted, which torch.save never does",
+                hint="is it a TorchScript archive? Save the module's state_dict() with torch.save",
             )
         entries.append((name, header, plain, crc))
         at = after + name_size + extra_size + comment_size

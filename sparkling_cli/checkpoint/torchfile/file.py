@@ -1,32 +1,25 @@
-"""A torch zip file as a tree with places for its tensors, and the way back to a file.
+"""A torch zip file as a tree with places for its tensors.
 
-``read_torch_file`` never runs what the pickle names and never reads tensor data; ``lay_out`` gives the
-output file of the same content with other tensor shapes or other plain values.
+``read_torch_file`` never runs what the pickle names and never reads tensor data.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from sparkling_cli.checkpoint.model import ITEM_BYTES, Extent, OutputFile, StoredTensor
+from sparkling_cli.checkpoint.model import ITEM_BYTES, Extent, StoredTensor
 from sparkling_cli.checkpoint.torchfile.archive import Archive, Record, Window, open_window, read_archive
-from sparkling_cli.checkpoint.torchfile.objects import Call, Ordered, Storage, TensorNode, make_global
+from sparkling_cli.checkpoint.torchfile.objects import Call, Ordered, Storage, TensorNode
 from sparkling_cli.checkpoint.torchfile.opcodes import check_opcodes
-from sparkling_cli.checkpoint.torchfile.repickle import Placement, write_tree
+from sparkling_cli.checkpoint.torchfile.pause import collector_paused
 from sparkling_cli.checkpoint.torchfile.unpickle import read_tree
-from sparkling_cli.checkpoint.torchfile.writer import Part, Slot, lay_out_archive
 from sparkling_cli.errors import CheckpointError
 
 #: Objects that only wrap a tensor: the tensor inside goes by the wrapper's own path.
 _TRANSPARENT = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
-#: More nodes than this are no checkpoint (a pickle can name one list over and over).
-_MOST_NODES = 20_000_000
-
 #: Path of a value in the tree: dict keys and list indices as they are.
 TreePath = tuple[Any, ...]
 
@@ -78,6 +71,11 @@ def read_torch_file(
         CheckpointError: missing, truncated, damaged, legacy or big-endian.
         UnsafePickleError: the pickle names a global that is not on the list.
     """
+    with collector_paused():
+        return _read(path, relative, offset, length, allow)
+
+
+def _read(path: Path, relative: str, offset: int, length: int | None, allow: Collection[str]) -> TorchFile:
     where = relative or path.name
     with open_window(path, where, offset, length) as window:
         archive = read_archive(window)
@@ -85,7 +83,7 @@ def read_torch_file(
         pickled = small["data.pkl"]
     check_opcodes(pickled, where)
     tree = read_tree(pickled, where, allow)
-    found = _Collector(where, relative, offset, archive)
+    found = _Collector(where, relative, offset, archive, 10_000 + 2 * len(pickled))
     found.collect(tree)
     return TorchFile(
         path, relative, tree, found.tensors, found.paths, found.nodes, found.aliases, found.wrapped, offset,
@@ -115,7 +113,7 @@ def _check_records(archive: Archive, window: Window) -> dict[str, bytes]:
 class _Collector:
     """Walks the tree and finds every tensor's key and place."""
 
-    def __init__(self, where: str, relative: str, base: int, archive: Archive) -> None:
+    def __init__(self, where: str, relative: str, base: int, archive: Archive, most: int) -> None:
         self.where = where
         self.relative = relative
         self.base = base
@@ -127,7 +125,8 @@ class _Collector:
         self.wrapped: dict[str, str] = {}
         self._first: dict[tuple[Any, ...], str] = {}
         self._open: set[int] = set()
-        self._left = _MOST_NODES
+        # Containers to be visited at most: a pickle can name one list over and over.
+        self._left = most
 
     def collect(self, tree: Any) -> None:
         try:
@@ -150,7 +149,7 @@ class _Collector:
         if id(value) in self._open or self._left < 0:
             raise CheckpointError(f"{self.where}: {key!r} contains itself, or far too much")
         self._open.add(id(value))
-        for name, item, inside in _children(value):
+        for name, item, inside in children(value):
             deeper = key if name is None else f"{key}{name}" if key[-1] == ":" else f"{key}.{name}"
             self._walk(item, path if name is None else (*path, name), deeper, inside or wrapper)
         self._open.discard(id(value))
@@ -200,7 +199,7 @@ class _Collector:
         return Extent(self.relative, at, start, node.shape, strides)
 
 
-def _children(value: Any) -> Iterator[tuple[Any, Any, str | None]]:
+def children(value: Any) -> Iterator[tuple[Any, Any, str | None]]:
     """Yield (name, value, wrapping global) of what a container holds; name None keeps the path."""
     if isinstance(value, dict):
         yield from ((k, v, None) for k, v in value.items())
@@ -256,191 +255,3 @@ def read_values(file: TorchFile, keys: Iterable[str]) -> dict[str, bytes]:
                 )
             values[key] = window.read(extent.offset, stored.nbytes)
     return values
-
-
-def lay_out(
-    file: TorchFile,
-    new: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
-    *,
-    edits: Mapping[TreePath, Any] | None = None,
-    values: Mapping[str, bytes] | None = None,
-    path: str | None = None,
-) -> OutputFile:
-    """The same file with other tensor shapes and other plain values.
-
-    Tensors come out contiguous; tensors that shared a storage still share it. Offsets in the result are
-    relative to the archive's start, whatever ``file.base`` is.
-
-    Args:
-        file: the source.
-        new: key -> (dtype, shape) of tensors that change; the others keep theirs.
-        edits: path in the tree -> value that is put there (``REMOVED`` takes the entry out).
-        values: key -> bytes of tensors that are written as literals and need no executor.
-        path: of the output file; the source's by default.
-
-    Raises:
-        CheckpointError: a dtype changes, or tensors overlap in a storage without being the same view.
-    """
-    where = file.relative or file.path.name
-    shapes: dict[int, tuple[int, ...]] = {}
-    for key, (dtype, shape) in (new or {}).items():
-        node = file.nodes[key]
-        if node.dtype != dtype:
-            raise CheckpointError(f"{where}: {key!r} is {node.dtype}; it cannot be written as {dtype}")
-        shapes[id(node)] = tuple(shape)
-    tree = _edited(file.tree, edits or {})
-    kept = {id(n) for n in tensor_nodes(tree)} if edits else None
-    plan = _plan_storages(where, file.nodes, file.aliases, shapes, kept, values or {})
-    pickled = write_tree(tree, plan.placements, plan.entries, where)
-    return lay_out_archive(
-        file.relative if path is None else path, file.archive.prefix, list(_parts(file, plan, pickled))
-    )
-
-
-REMOVED: Any = object()
-
-
-@dataclass(frozen=True)
-class _StoragePlan:
-    """New places of all tensors and the content of all storages."""
-
-    placements: dict[int, Placement]
-    entries: dict[str, int]
-    content: dict[str, list[bytes | Slot]]
-
-
-def _plan_storages(
-    where: str,
-    nodes: Mapping[str, TensorNode],
-    aliases: Mapping[str, str],
-    shapes: Mapping[int, tuple[int, ...]],
-    kept: set[int] | None,
-    values: Mapping[str, bytes],
-) -> _StoragePlan:
-    """Give every distinct view its room in its storage, in the order of the old offsets."""
-    groups: dict[str, list[tuple[str, TensorNode]]] = {}
-    for key, node in nodes.items():
-        if kept is None or id(node) in kept:
-            groups.setdefault(node.storage.key, []).append((key, node))
-    plan = _StoragePlan({}, {}, {})
-    for storage, members in groups.items():
-        offset, end = 0, 0
-        placed: dict[str, tuple[int, tuple[int, ...]]] = {}
-        content: list[bytes | Slot] = []
-        for key, node in sorted(members, key=lambda m: m[1].offset) if len(members) > 1 else members:
-            first = aliases.get(key, key)
-            shape = shapes.get(id(node), shapes.get(id(nodes[first]), node.shape))
-            if first in placed:
-                if placed[first][1] != shape:
-                    raise CheckpointError(f"{where}: {first!r} and {key!r} share memory: one shape")
-            else:
-                end = _after(where, key, node, end)
-                placed[first] = (offset, shape)
-                content.append(_content(where, first, node.dtype, shape, values))
-                offset += prod(shape)
-            at = placed[first][0]
-            plan.placements[id(node)] = Placement(at, shape, contiguous_strides(shape))
-        untyped = members[0][1].function.qualname == "_rebuild_tensor_v3"
-        plan.entries[storage] = offset * (ITEM_BYTES[members[0][1].dtype] if untyped else 1)
-        plan.content[storage] = content
-    return plan
-
-
-def _after(where: str, key: str, node: TensorNode, end: int) -> int:
-    """The first entry behind ``node``'s view; it must start at ``end`` or later."""
-    if 0 in node.shape:
-        return end
-    if node.offset < end:
-        raise CheckpointError(
-            f"{where}: {key!r} overlaps another tensor in storage {node.storage.key!r} without being "
-            "the same view; it cannot be told how both should grow",
-            hint="save clones of the tensors",
-        )
-    return node.offset + 1 + sum((n - 1) * s for n, s in zip(node.shape, node.stride, strict=True))
-
-
-def _content(
-    where: str, key: str, dtype: str, shape: tuple[int, ...], values: Mapping[str, bytes]
-) -> bytes | Slot:
-    size = prod(shape) * ITEM_BYTES[dtype]
-    value = values.get(key)
-    if value is None:
-        return Slot(key, (0,) * len(shape), shape, size)
-    if len(value) != size:
-        raise CheckpointError(f"{where}: {key!r} takes {size} bytes, {len(value)} were given")
-    return value
-
-
-def _parts(file: TorchFile, plan: _StoragePlan, pickled: bytes) -> Iterator[Part]:
-    """All records in the source's order; storages that no tensor uses any more are left out."""
-    with open_window(file.path, file.relative or file.path.name, file.base, file.archive.length) as window:
-        for record in file.archive.records:
-            if record.name == "data.pkl":
-                yield Part(record.name, (pickled,))
-            elif record.name.startswith("data/"):
-                content = plan.content.get(record.name.removeprefix("data/"))
-                if content is not None:
-                    yield Part(record.name, content)
-            elif record.name == ".data/serialization_id" and pickled != file.pickled:
-                yield Part(record.name, (serialization_id(pickled),))
-            else:
-                yield Part(record.name, (window.read(record.start, record.size),))
-
-
-def serialization_id(pickled: bytes) -> bytes:
-    """Forty digits that differ between files of different content; readers only compare them."""
-    number = int.from_bytes(hashlib.sha256(pickled).digest(), "big")
-    return b"%040d" % (number % 10**40)
-
-
-def tensor_nodes(tree: Any) -> Iterator[TensorNode]:
-    """Every tensor in a tree."""
-    stack = [tree]
-    seen: set[int] = set()
-    while stack:
-        value = stack.pop()
-        if isinstance(value, TensorNode):
-            yield value
-        elif isinstance(value, (dict, list, tuple, Call)) and id(value) not in seen:
-            seen.add(id(value))
-            stack.extend(item for _, item, _ in _children(value))
-
-
-def _edited(tree: Any, edits: Mapping[TreePath, Any]) -> Any:
-    """A tree with other values; containers on the way are copied, all else is shared with the old one."""
-    copies: dict[int, Any] = {}
-    root = [tree]
-    for path, value in edits.items():
-        holder: Any = root
-        for step in (0, *path[:-1]) if path else ():
-            child = holder[step]
-            if id(child) not in copies:
-                fresh = _shallow(child, path)
-                copies[id(child)] = copies[id(fresh)] = fresh
-                # Keep the old container alive: its id must not be given to another.
-                copies[-id(child)] = child
-            holder[step] = copies[id(child)]
-            holder = holder[step]
-        last = path[-1] if path else 0
-        if value is REMOVED:
-            del holder[last]
-        else:
-            holder[last] = value
-    return root[0]
-
-
-def _shallow(value: Any, path: TreePath) -> Any:
-    if isinstance(value, Ordered):
-        fresh = Ordered(value)
-        fresh.state = value.state
-        return fresh
-    if isinstance(value, (dict, list)):
-        return value.copy()
-    place = ".".join(map(str, path))
-    raise CheckpointError(f"{place!r} cannot be changed: it lies in a {type(value).__name__}")
-
-
-__all__ = [
-    "REMOVED", "TorchFile", "TreePath", "contiguous_strides", "is_contiguous", "lay_out", "make_global",
-    "read_torch_file", "read_values", "serialization_id", "tensor_nodes",
-]  # fmt: skip

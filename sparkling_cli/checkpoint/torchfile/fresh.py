@@ -7,7 +7,8 @@ from math import prod
 from typing import Any
 
 from sparkling_cli.checkpoint.model import ITEM_BYTES, OutputFile
-from sparkling_cli.checkpoint.torchfile.file import contiguous_strides, serialization_id
+from sparkling_cli.checkpoint.torchfile.file import contiguous_strides
+from sparkling_cli.checkpoint.torchfile.layout import serialization_id
 from sparkling_cli.checkpoint.torchfile.objects import (
     STORAGE_DTYPES,
     GlobalType,

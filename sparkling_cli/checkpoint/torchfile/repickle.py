@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparkling_cli.checkpoint.torchfile.objects import Call, GlobalType, Ordered, Storage, TensorNode
 from sparkling_cli.errors import CheckpointError
@@ -18,13 +18,34 @@ from sparkling_cli.errors import CheckpointError
 _BATCH = 1000
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """How a tensor lies in its (new) storage, in entries."""
 
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+_U32 = struct.Struct("<I").pack
+_TUPLES = (b")", b"\x85", b"\x86", b"\x87")
+
+
+@lru_cache(maxsize=65536)
+def _int(value: int) -> bytes:
+    """The opcode of an integer."""
+    if 0 <= value < 256:
+        return b"K%c" % value
+    if 0 <= value < 65536:
+        return struct.pack("<cH", b"M", value)
+    if -0x80000000 <= value <= 0x7FFFFFFF:
+        return struct.pack("<ci", b"J", value)
+    # One byte longer than needed is cut again, as Python's encode_long does.
+    data = value.to_bytes((value.bit_length() >> 3) + 1, "little", signed=True)
+    if value < 0 and len(data) > 1 and data[-1] == 0xFF and data[-2] & 0x80:
+        data = data[:-1]
+    if len(data) > 255:
+        raise CheckpointError(f"an integer of {len(data)} bytes cannot be written to a torch file")
+    return b"\x8a%c" % len(data) + data
 
 
 def write_tree(
@@ -99,30 +120,17 @@ class _Writer:
         number = self.count
         self.count += 1
         self.memo[id(value)] = number
-        self.out += b"q%c" % number if number < 256 else struct.pack("<cI", b"r", number)
+        self.out += b"q%c" % number if number < 256 else b"r" + _U32(number)
 
     def get(self, number: int) -> None:
-        self.out += b"h%c" % number if number < 256 else struct.pack("<cI", b"j", number)
+        self.out += b"h%c" % number if number < 256 else b"j" + _U32(number)
 
     def save_int(self, value: int) -> None:
-        if 0 <= value < 256:
-            self.out += b"K%c" % value
-        elif 0 <= value < 65536:
-            self.out += struct.pack("<cH", b"M", value)
-        elif -0x80000000 <= value <= 0x7FFFFFFF:
-            self.out += struct.pack("<ci", b"J", value)
-        else:
-            # One byte longer than needed is cut again, as Python's encode_long does.
-            data = value.to_bytes((value.bit_length() >> 3) + 1, "little", signed=True)
-            if value < 0 and len(data) > 1 and data[-1] == 0xFF and data[-2] & 0x80:
-                data = data[:-1]
-            if len(data) > 255:
-                raise CheckpointError(f"an integer of {len(data)} bytes cannot be written to a torch file")
-            self.out += b"\x8a%c" % len(data) + data
+        self.out += _int(value)
 
     def save_str(self, value: str) -> None:
         data = value.encode("utf-8", "surrogatepass")
-        self.out += struct.pack("<cI", b"X", len(data)) + data
+        self.out += b"X" + _U32(len(data)) + data
         self.put(value)
 
     def save_bytes(self, value: bytes) -> None:
@@ -239,19 +247,44 @@ class _Writer:
             self.out += b"b"
 
     def save_storage(self, value: Storage) -> None:
-        entries = self.entries.get(value.key, value.entries)
-        pid = (value.tag, value.kind, value.key, value.location, entries)
-        self.kept.append(pid)
-        self.save_tuple(pid)
+        self.out += b"("
+        self.save(value.tag)
+        self.save_global(value.kind.module, value.kind.qualname)
+        self.save(value.key)
+        self.save(value.location)
+        self.out += _int(self.entries.get(value.key, value.entries)) + b"t"
+        self.put(_Unshared)
         self.out += b"Q"
+
+    def save_sizes(self, sizes: tuple[int, ...]) -> None:
+        """A shape or strides; torch makes a new tuple for each."""
+        if len(sizes) > 3:
+            self.out += b"(" + b"".join(map(_int, sizes)) + b"t"
+        else:
+            self.out += b"".join(map(_int, sizes)) + _TUPLES[len(sizes)]
+        if sizes:
+            self.put(_Unshared)
 
     def save_tensor(self, value: TensorNode) -> None:
         place = self.placements.get(id(value)) or Placement(value.offset, value.shape, value.stride)
-        args: tuple[Any, ...] = (value.storage, place.offset, place.shape, place.stride)
+        self.save_global(value.function.module, value.function.qualname)
+        self.out += b"("
+        self.save_storage(value.storage)
+        self.out += _int(place.offset)
+        self.save_sizes(place.shape)
+        self.save_sizes(place.stride)
         if value.function.qualname != "_rebuild_tensor":
-            args = (*args, value.requires_grad, *value.rest)
-        self.save_reduce(value.function.module, value.function.qualname, args)
+            self.out += b"\x88" if value.requires_grad else b"\x89"
+            for item in value.rest:
+                self.save(item)
+        self.out += b"t"
+        self.put(_Unshared)
+        self.out += b"R"
         self.put(value)
+
+
+class _Unshared:
+    """Stands in the memo for what is written once and never referred to again."""
 
 
 _WRITERS: dict[type, Callable[[_Writer, Any], None]] = {

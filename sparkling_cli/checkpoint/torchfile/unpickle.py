@@ -86,14 +86,7 @@ class TreeUnpickler(pickle.Unpickler):
         Raises:
             CheckpointError: the id is no storage, or contradicts an earlier one of the same key.
         """
-        kinds = (str, GlobalType, str, str, int)
-        if (
-            not isinstance(pid, tuple)
-            or len(pid) != 5
-            or not all(isinstance(part, kind) for part, kind in zip(pid, kinds, strict=True))
-            or pid[0] != "storage"
-            or pid[4] < 0
-        ):
+        if not _names_storage(pid):
             raise CheckpointError(f"{self._where}: its pickle refers to {pid!r}, which is no storage")
         known = self._storages.get(pid[2])
         if known is None:
@@ -101,6 +94,21 @@ class TreeUnpickler(pickle.Unpickler):
         elif known.kind is not pid[1] or known.entries != pid[4]:
             raise CheckpointError(f"{self._where}: storage {pid[2]!r} has two types or two sizes")
         return known
+
+
+def _names_storage(pid: Any) -> bool:
+    """Whether a persistent id is ``("storage", type, key, location, entries)``."""
+    if type(pid) is not tuple or len(pid) != 5:
+        return False
+    tag, kind, key, location, entries = pid
+    return (
+        tag == "storage"
+        and type(key) is str
+        and type(location) is str
+        and type(entries) is int
+        and entries >= 0
+        and isinstance(kind, GlobalType)
+    )
 
 
 def read_tree(data: bytes, where: str, allow: Collection[str] = ()) -> Any:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sparkling_cli.checkpoint.model import Checksum, Extent, OutputFile
 
 ALIGNMENT = 64
 _U32 = 0xFFFFFFFF
+_LOCAL = struct.Struct("<IHHHHHIIIHH")
+_CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """Room for a tensor (or a box of one) inside a record: row-major, contiguous."""
 
     key: str
@@ -27,8 +28,7 @@ class Slot:
     size: int
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A record to write: its name and its content, in order: bytes, or room for tensors."""
 
     name: str
@@ -37,7 +37,7 @@ class Part:
     @property
     def size(self) -> int:
         """Bytes of the record."""
-        return sum(len(piece) if isinstance(piece, bytes) else piece.size for piece in self.content)
+        return sum([len(piece) if isinstance(piece, bytes) else piece.size for piece in self.content])
 
 
 class _Layout:
@@ -116,17 +116,19 @@ def _local_header(name: bytes, cursor: int, size: int) -> bytes:
     # The stored size stands in the descriptor behind the data; torch leaves it 0 here.
     wide = _wide(size, 0, cursor)
     padding = -(cursor + 30 + len(name) + len(wide) + 4) % ALIGNMENT
-    extra = wide + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    fixed = struct.pack("<IHHHHHIIIHH", 0x04034B50, 0, _flags(size), 0, 0, 0, 0, 0, 0, len(name), len(extra))
+    extra = wide + b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    fixed = _LOCAL.pack(0x04034B50, 0, _flags(size), 0, 0, 0, 0, 0, 0, len(name), len(extra))
     return fixed + name + extra
 
 
 def _wide(size: int, stored: int, cursor: int) -> bytes:
     """The zip64 extra field, where 32 bits do not do."""
+    if size < _U32 and cursor < _U32:
+        return b""
     wide = struct.pack("<QQ", size, stored) if size >= _U32 else b""
     if cursor >= _U32:
         wide += struct.pack("<Q", cursor)
-    return struct.pack("<HH", 1, len(wide)) + wide if wide else b""
+    return struct.pack("<HH", 1, len(wide)) + wide
 
 
 def _descriptor(crc: int, size: int, cursor: int) -> bytes:
@@ -138,8 +140,7 @@ def _descriptor(crc: int, size: int, cursor: int) -> bytes:
 def _directory_entry(name: bytes, crc: int, size: int, cursor: int) -> bytes:
     wide = _wide(size, size, cursor)
     small = min(size, _U32)
-    fixed = struct.pack(
-        "<IHHHHHHIIIHHHHHII", 0x02014B50, 0, 0, _flags(size), 0, 0, 0, crc, small, small, len(name),
+    fixed = _CENTRAL.pack(0x02014B50, 0, 0, _flags(size), 0, 0, 0, crc, small, small, len(name),
         len(wide), 0, 0, 0, 0, min(cursor, _U32),
     )  # fmt: skip
     return fixed + name + wide
