@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from sparkling_cli.plan.model import Plan
     from sparkling_cli.plan.totals import Totals
     from sparkling_cli.report.model import ReportData
+    from sparkling_cli.schedule.rewarmup import Rewarmup
     from sparkling_cli.verify import VerifyReport
+
+#: the re-warmup, or None and why there is none
+Schedule = tuple["Rewarmup | None", str]
 
 #: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -38,6 +42,7 @@ class Prepared:
     totals: Totals
     previous: Manifest | None
     spec: ExpansionSpec
+    schedule: Schedule
 
 
 @dataclass(frozen=True)
@@ -98,15 +103,20 @@ def make_plan(
     Raises:
         SpecError, CheckpointError, LayoutError: the source, the spec or their union is unsound.
     """
+    from sparkling_cli.outcome import plan_schedule
     from sparkling_cli.plan.build import build_plan
     from sparkling_cli.plan.outputs import lay_out
     from sparkling_cli.plan.totals import totals_of
     from sparkling_cli.report.card import with_card
+    from sparkling_cli.schedule.write import notes
 
     checkpoint, found, previous = open_source(Path(source), layout=layout, model=model)
     plan = build_plan(checkpoint, found, spec)
     plan, files = with_card(plan, lay_out(plan), previous)
-    return Prepared(plan, files, totals_of(plan, files), previous, spec)
+    schedule = plan_schedule(plan, spec)
+    if schedule[0] is not None:
+        plan = replace(plan, warnings=plan.warnings + notes(schedule[0]))
+    return Prepared(plan, files, totals_of(plan, files), previous, spec, schedule)
 
 
 def expand(
@@ -145,7 +155,7 @@ def expand(
     """
     from sparkling_cli.execute.distributed import team_of_processes
     from sparkling_cli.execute.stream import execute
-    from sparkling_cli.outcome import plan_schedule, sidecar_files
+    from sparkling_cli.outcome import sidecar_files
 
     if report not in ("auto", "full", "none"):
         raise SpecError(f"report: expected auto, full or none, found {report!r}")
@@ -153,7 +163,6 @@ def expand(
         prepared = make_plan(source, _spec(spec, options), layout=layout, model=model)
     ready = prepared
     target = Path(destination) if destination is not None else default_destination(Path(source), ready)
-    schedule = plan_schedule(ready.plan, ready.spec)
     reports: list[ReportData] = []
 
     def sidecar(written: Written) -> Mapping[str, bytes]:
@@ -163,7 +172,7 @@ def expand(
             written,
             ready.previous,
             target,
-            schedule=schedule,
+            schedule=ready.schedule,
             data=data,
             model=model,
             report=report,

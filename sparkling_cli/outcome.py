@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from sparkling_cli.report.assemble import assemble
 from sparkling_cli.report.convert import activations_of, learning_rate_of
 from sparkling_cli.report.model import Activations, ReportData
 from sparkling_cli.schedule.rewarmup import REWARMUP, Rewarmup, read_rewarmup
-from sparkling_cli.schedule.write import notes, plan_rewarmup, rewarmup_files
+from sparkling_cli.schedule.write import plan_rewarmup, rewarmup_files
 
 if TYPE_CHECKING:
     from sparkling_cli.execute.stream import Written
@@ -63,8 +62,6 @@ def sidecar_files(
 ) -> tuple[Mapping[str, bytes], ReportData]:
     """All small files of an output, the manifest last, and the report's facts."""
     rewarmup, missing = schedule
-    remarks = () if rewarmup is None else notes(rewarmup)
-    plan = replace(plan, notes=plan.notes + tuple(n for n in remarks if "bias-correction" not in n))
     measured, reason = _measure(plan, written, data=data, model=model, report=report, memory=memory)
     facts = assemble(
         plan,

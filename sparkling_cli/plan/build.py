@@ -54,7 +54,7 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
         scalars=scalars,
         seed=spec.seed,
         notes=notes_for(checkpoint, layout, spec, growth, renamed),
-        warnings=warnings_for(checkpoint, spec),
+        warnings=warnings_for(spec),
     )
 
 
@@ -180,6 +180,8 @@ def _state_row(param: str, slot: str, key: str, stored: StoredTensor, views: _Vi
     weight_shape = pattern.dims.shape(views.layout.sizes)
     kind = state_kind(slot, stored.shape, weight_shape)
     optimizer = views.spec.optimizer
+    if kind is StateKind.SCALAR:
+        return _unchanged(param, slot, key, stored)
     if kind is StateKind.OTHER:
         return _unwidened(param, slot, key, stored, pattern, views)
     like_weight = kind is StateKind.WEIGHT
@@ -215,6 +217,10 @@ def _unwidened(
             f"{pattern.dims.shape(views.layout.sizes)}: factored or quantized state cannot be widened",
             hint="expand a directory without the optimizer file, and restart the optimizer",
         )
+    return _unchanged(param, slot, key, stored)
+
+
+def _unchanged(param: str, slot: str, key: str, stored: StoredTensor) -> Row:
     identity = view_of(_plain(stored.shape), {}, {}, Treatment())
     return Row(key, param, slot, stored, stored.dtype, stored.shape, identity, stream=param)
 
