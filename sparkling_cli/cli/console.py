@@ -118,7 +118,7 @@ def run(app: Callable[..., Any]) -> int:
 
     signal.signal(signal.SIGTERM, terminate)
     try:
-        result = app(standalone_mode=False)
+        result = app(standalone_mode=False, prog_name="sparkling")
         return result if isinstance(result, int) else int(ExitCode.OK)
     except SparklingError as error:
         return fail(error)
