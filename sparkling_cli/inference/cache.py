@@ -38,7 +38,17 @@ def versions() -> tuple[str, ...]:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             found.append(f"{package} -")
-    return tuple(found)
+    return (*found, f"code {_code()}")
+
+
+def _code() -> str:
+    """A digest of the sources that make a layout: while they are worked on, no old result is believed."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.blake2b(digest_size=8)
+    for room in ("inference", "layout", "execute", "plan"):
+        for path in sorted((package / room).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def key_of(*parts: object) -> str:
