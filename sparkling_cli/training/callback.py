@@ -58,6 +58,9 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         kept = self._kept(state)
         if kept is not None and min(kept["steps"]) >= te:
             self.rewarming.load_state_dict(kept)
+        # a checkpoint from before the expansion does not know this callback, and saving looks it up
+        if isinstance(state.stateful_callbacks, dict):
+            state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def _kept(self, state: TrainerState) -> dict[str, Any] | None:
         """The counters in the checkpoint that the run was resumed from, if this callback wrote it."""
