@@ -244,7 +244,10 @@ def _coupled(found: Coordinates, factory: ModelFactory | None) -> Coordinates:
     """Find head counts without a head_dim of their own: hidden and heads grow together only."""
     if "hidden" not in found.axes:
         return found
-    counts = [n for n in ("heads", "kv_heads") if n in found.axes and not grows(found, n)]
+    single = "kv_heads" in found.axes and found.axes["kv_heads"].size == 1
+    # One key/value head cannot be doubled along: its group of queries is.
+    options = ("heads", "q_per_kv") if single else ("heads", "kv_heads")
+    counts = [n for n in options if n in found.axes and not grows(found, n)]
     if not counts:
         return found
     shapes = _try_shapes(found, {"hidden": 2, **dict.fromkeys(counts, 2)}, factory)

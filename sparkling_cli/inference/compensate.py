@@ -7,12 +7,14 @@ they act. Which of these a class needs is tried, like every hypothesis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.inference.families import _tied_heads
 from sparkling_cli.inference.proof import Bench
 from sparkling_cli.inference.shrink import run
+from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation
 
 if TYPE_CHECKING:
@@ -20,35 +22,80 @@ if TYPE_CHECKING:
     from torch import nn
 
 Compensations = tuple[Compensation, ...]
-_POWERS = (0.0, -0.5, 0.5, -1.0, 1.0)
+_POWERS = (0.0, 0.5, -0.5, 1.0, -1.0)
 
 
-def hypotheses_for(bench: Bench, axes: Sequence[str]) -> list[Compensations]:
-    """Compensations to try when ``axes`` (hidden among them) grow, the likeliest first."""
+def hypotheses_for(
+    bench: Bench, axes: Sequence[str], layouts: Mapping[str, TensorLayout]
+) -> list[Compensations]:
+    """Compensations to try when ``axes`` (hidden among them) grow, the likeliest first.
+
+    Args:
+        bench: the tiny model.
+        axes: hidden first, then the axes that grow with it.
+        layouts: the likeliest layout of every tensor, for measuring.
+    """
     axis = axes[0]
     tied = bool(_tied_heads(bench.model))
     norm = final_norm(bench)
     embedding = embedding_name(bench.model)
-    found: list[Compensations] = [] if tied and norm else [()]
-    for embed_power in _POWERS if embedding else (0.0,):
-        undo = -embed_power if tied else 0.0
-        for head_power in _POWERS if norm else (0.0,):
-            for offset in (0.0, 1.0) if tied or head_power else (0.0,):
-                comps: list[Compensation] = []
-                if embed_power:
-                    names = {embedding, *_tied_heads(bench.model)} if tied else {embedding}
-                    comps += [Compensation(axis, n, power=embed_power) for n in sorted(names)]
-                if norm and (tied or head_power + undo):
-                    comps += _on_norm(norm, axis, tied, head_power + undo, offset)
-                if comps and tuple(comps) not in found:
-                    found.append(tuple(comps))
+    embed_power = _embedding_power(bench, axes, layouts) if embedding else 0.0
+    undo = -embed_power if tied else 0.0
+    found: list[Compensations] = []
+    for head_power in _POWERS if norm else (0.0,):
+        for offset in (0.0, 1.0) if tied or head_power else (0.0,):
+            comps: list[Compensation] = []
+            if embed_power:
+                names = {embedding, *_tied_heads(bench.model)} if tied else {embedding}
+                comps += [Compensation(axis, n, power=embed_power) for n in sorted(names)]
+            if norm and (tied or head_power + undo):
+                comps += _on_norm(norm, axis, tied, head_power + undo, offset)
+            if tuple(comps) not in found:
+                found.append(tuple(comps))
     if () not in found:
         found.append(())
-    return sorted(found, key=_unlikely)
+    return found
 
 
-def _unlikely(comps: Compensations) -> float:
-    return sum(abs(c.power) + (1.5 if c.power not in (0.0, -0.5, 0.5) else 0.0) for c in comps)
+def _embedding_power(bench: Bench, axes: Sequence[str], layouts: Mapping[str, TensorLayout]) -> float:
+    """Exponent p of (d'/d)^p that keeps the RMS of what enters the first layer; in halves."""
+    import torch
+
+    before = _first_input(bench.model, bench.ids)
+    if before is None:
+        return 0.0
+    powers = []
+    for factor in (2, 3):
+        if math.isinf(bench.error(layouts, dict.fromkeys(axes, factor))):
+            return 0.0
+        after = _first_input(bench.wide(dict.fromkeys(axes, factor)), bench.ids)
+        if after is None:
+            return 0.0
+        rms = [float(t.to(torch.float64).square().mean().sqrt()) for t in (before, after)]
+        powers.append(math.log(rms[0] / rms[1]) / math.log(factor) if min(rms) > 0 else 0.0)
+    near = round(2 * powers[0]) / 2
+    return near if all(abs(p - near) < 0.02 for p in powers) and abs(near) <= 1 else 0.0
+
+
+def _first_input(model: nn.Module, ids: torch.Tensor) -> torch.Tensor | None:
+    """The tensor that enters the first of the model's numbered layers."""
+    import torch
+
+    first = next((m for n, m in model.named_modules() if n.endswith(".0") and n.count(".") <= 3), None)
+    seen: list[torch.Tensor] = []
+    if first is None:
+        return None
+
+    def entering(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.ndim == 3]
+        seen.extend(found[:1])
+
+    handle = first.register_forward_pre_hook(entering, with_kwargs=True)
+    try:
+        run(model, ids)
+    finally:
+        handle.remove()
+    return seen[0] if seen and seen[0].is_floating_point() else None
 
 
 def _on_norm(norm: Sequence[str], axis: str, tied: bool, power: float, offset: float) -> list[Compensation]:

@@ -15,10 +15,14 @@ from sparkling_cli.inference.disk import DiskTensor, disk_tensors, to_disk
 from sparkling_cli.inference.families import Family, Hypotheses, Options, _tied_heads, hypotheses
 from sparkling_cli.inference.labels import label, texts
 from sparkling_cli.inference.proof import Bench, widened
-from sparkling_cli.inference.search import Verdict, effects, prove
+from sparkling_cli.inference.search import Verdict, effects, layouts_of, prove
 from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory, build_model
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation
+
+#: Roles of the axes that people widen; for these the search tries many layouts, for others a few.
+WIDTHS = frozenset({"hidden", "ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "q_per_kv"})
+MANY, FEW = 64, 8
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def judge(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Judgement
     choice = {v: o[0] for v, o in options.items()}
     proved = [n for n, v in verdicts.items() if v.proved]
     layouts = split_heads(bench, hyp.families, texts(hyp.families, choice))
-    layouts = label(bench, hyp.families, layouts, proved)
+    widths = [n for n in proved if found.axes[n].role in WIDTHS and n != "hidden"]
+    layouts = label(bench, hyp.families, layouts, widths)
     by_name = {n: lay for f, lay in zip(hyp.families, layouts, strict=True) for n in f.names}
     verdicts = _retried(bench, by_name, verdicts, compensations)
     notes = _silent_notes(hyp, silent, proved)
@@ -116,8 +121,12 @@ def _try(
         why = _unprovable(family, hyp, options, axes, silent, found.sizes)
         if why is not None:
             return AxisVerdict(False, why), None
-    comps = hypotheses_for(bench, axes) if name == "hidden" else [()]
-    outcome = prove(bench, hyp, options, axes, comps)
+    comps: list[tuple[Compensation, ...]] = [()]
+    if name == "hidden":
+        likeliest = layouts_of(hyp.families, {v: o[0] for v, o in options.items()})
+        comps = hypotheses_for(bench, axes, likeliest)
+    limit = MANY if axis.role in WIDTHS else FEW
+    outcome = prove(bench, hyp, options, axes, comps, limit=limit)
     joint = tuple(axes[1:])
     if outcome.proved:
         reason = f"logits of a tiny random model kept at 2x and 3x (relative error {outcome.error:.1e})"
@@ -159,20 +168,19 @@ def _retried(
     verdicts: dict[str, AxisVerdict],
     compensations: tuple[Compensation, ...],
 ) -> dict[str, AxisVerdict]:
-    """Every proved axis again, under the one layout that is left, alone and all together."""
+    """All proved axes at once, under the one layout that is left; each alone only if that fails."""
+    proved = [n for n, v in verdicts.items() if v.proved]
+    if not proved or bench.error(layouts, dict.fromkeys(proved, 2), compensations) <= bench.tolerance:
+        return verdicts
     result = dict(verdicts)
-    for name, verdict in verdicts.items():
-        if verdict.proved:
-            kept, error = bench.proves(layouts, [name, *verdict.joint], compensations)
-            if not kept:
-                reason = f"its proof needs a layout that contradicts another axis (error {error:.1e})"
-                result[name] = AxisVerdict(False, reason, verdict.joint)
-    proved = [n for n, v in result.items() if v.proved]
-    if len(proved) < 2 or bench.error(layouts, dict.fromkeys(proved, 2), compensations) <= bench.tolerance:
-        return result
+    for name in proved:
+        kept, error = bench.proves(layouts, [name, *verdicts[name].joint], compensations)
+        if not kept:
+            reason = f"its proof needs a layout that contradicts another axis (error {error:.1e})"
+            result[name] = AxisVerdict(False, reason, verdicts[name].joint)
     together = ["hidden", *bench.found.coupled] if "hidden" in proved else []
     for name in proved:
-        if together and name not in together:
+        if together and name not in together and result[name].proved:
             error = bench.error(layouts, dict.fromkeys([*together, name], 2), compensations)
             if error > bench.tolerance:
                 result[name] = AxisVerdict(False, f"not together with hidden (error {error:.1e})")

@@ -7,6 +7,7 @@ widening on disk must equal widening in the module and converting afterwards, bi
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,11 +51,11 @@ def to_disk(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, to
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         return dict(state)
     try:
-        from transformers.core_model_loading import revert_weight_conversion
+        loading: Any = importlib.import_module("transformers.core_model_loading")
     except ImportError:
         return dict(state)  # before transformers 5 both names are the same
     try:
-        found: dict[str, Any] = revert_weight_conversion(model, dict(state))
+        found: dict[str, Any] = loading.revert_weight_conversion(model, dict(state))
     except Exception as error:  # the library's own conversion may raise anything
         raise LayoutError(f"the library cannot convert this class to its names on disk: {error}") from error
     return found

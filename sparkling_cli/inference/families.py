@@ -79,7 +79,11 @@ def hypotheses(found: Coordinates, model: nn.Module) -> Hypotheses:
     moves: dict[str, tuple[dict[str, int], ...]] = {}
     for name, shape in found.shapes.items():
         moves[name] = tuple(_moves(found, name, i, n) for i, n in enumerate(shape))
-        key = (skeleton(name), shape, tuple(tuple(sorted(m.items())) for m in moves[name]))
+        key: tuple[object, ...] = (
+            skeleton(name),
+            shape,
+            tuple(tuple(sorted(m.items())) for m in moves[name]),
+        )
         grouped.setdefault(key, []).append(name)
     options: Options = {}
     unexplained: dict[str, dict[str, str]] = {}

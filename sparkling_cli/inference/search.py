@@ -15,7 +15,6 @@ from sparkling_cli.layout.geometry import Growth, Treatment, view_of
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.parse import parse_layout
 
-_PRODUCT_LIMIT = 64
 _LIKELY = 3
 Choice = dict[Variable, str]
 Compensations = tuple[Compensation, ...]
@@ -51,8 +50,13 @@ def prove(
     options: Options,
     axes: Sequence[str],
     compensations: Sequence[Compensations] = ((),),
+    *,
+    limit: int,
 ) -> Verdict:
-    """Search the options for a hypothesis under which ``axes`` grow together without a trace."""
+    """Search the options for a hypothesis under which ``axes`` grow together without a trace.
+
+    ``limit`` bounds the layouts tried per compensation.
+    """
     sizes = bench.found.sizes
     involved = [f for f in hyp.families if any(f.involves(a) for a in axes)]
     used = {v for f in involved for v in (f.way, *f.terms)}
@@ -62,7 +66,7 @@ def prove(
     base = {v: o[0] for v, o in options.items()}
     best, tried = math.inf, 0
     factors = dict.fromkeys(axes, 2)
-    for comps, choice in _trials(bench, hyp, base, open_variables, classes, axes, compensations):
+    for comps, choice in _trials(bench, hyp, base, open_variables, classes, axes, compensations, limit):
         layouts = layouts_of(hyp.families, choice)
         error = bench.error(layouts, factors, comps)
         tried += 1
@@ -84,13 +88,14 @@ def _trials(
     classes: Mapping[Variable, Sequence[tuple[str, ...]]],
     axes: Sequence[str],
     compensations: Sequence[Compensations],
+    limit: int,
 ) -> Iterator[tuple[Compensations, Choice]]:
     """Every compensation with the likeliest layouts, then every layout with the likeliest of those."""
     for comps in compensations:
         yield comps, base
     if variables:
         for comps in compensations[:_LIKELY]:
-            for choice in _choices(bench, hyp, base, variables, classes, axes, comps):
+            for choice in _choices(bench, hyp, base, variables, classes, axes, comps, limit):
                 yield comps, choice
 
 
@@ -140,10 +145,11 @@ def _choices(
     classes: Mapping[Variable, Sequence[tuple[str, ...]]],
     axes: Sequence[str],
     comps: Compensations,
-) -> Sequence[Choice] | itertools.chain[Choice]:
+    limit: int,
+) -> Sequence[Choice]:
     """All combinations, likeliest first; where there are too many, the end of a greedy descent."""
     total = math.prod(len(classes[v]) for v in variables)
-    if total <= _PRODUCT_LIMIT:
+    if total <= limit:
         indices = sorted(
             itertools.product(*(range(len(classes[v])) for v in variables)), key=lambda c: (sum(c), c)
         )
@@ -151,6 +157,8 @@ def _choices(
             {**base, **{v: classes[v][i][0] for v, i in zip(variables, combo, strict=True)}}
             for combo in indices
         ]
+    if sum(len(classes[v]) for v in variables) > limit:
+        return []
     return [_descend(bench, hyp, base, variables, classes, axes, comps)]
 
 

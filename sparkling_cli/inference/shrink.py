@@ -124,12 +124,12 @@ def layer_kinds(model: nn.Module) -> frozenset[frozenset[str]]:
 
 
 def tokens(config: Mapping[str, Any], *, seed: int = 0) -> torch.Tensor:
-    """Random token ids (2, 11) inside the vocabulary, clear of special ids."""
+    """Random token ids (1, 11) inside the vocabulary, clear of special ids."""
     import torch
 
     vocab = [v for p, v in walk(config) if role_of(p[-1]) == "vocab" and isinstance(v, int) and v]
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(5, min(vocab, default=60), (2, 11), generator=generator)
+    return torch.randint(5, min(vocab, default=60), (1, 11), generator=generator)
 
 
 def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ def config_object(config: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise LayoutError(
             f"config.json names model_type {model_type!r}, which the installed transformers does not have",
             hint="upgrade transformers, give a layout file (--layout), or your own model "
@@ -172,7 +172,8 @@ def build_model(
         with context, _no_init(meta):
             model: nn.Module = cls(built)
         if meta and hasattr(model, "tie_weights"):
-            model.tie_weights()  # initialization does it elsewhere, and it is skipped on meta
+            tie: Any = model.tie_weights
+            tie()  # initialization does it elsewhere, and it is skipped on meta
     return model.eval()
 
 
@@ -180,15 +181,12 @@ def _no_init(meta: bool) -> contextlib.AbstractContextManager[Any]:
     """Skip weight initialization where there are no weights."""
     if not meta:
         return contextlib.nullcontext()
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:
-        try:
-            from transformers.modeling_utils import no_init_weights
-        except ImportError:
-            return contextlib.nullcontext()
-    context: contextlib.AbstractContextManager[Any] = no_init_weights()
-    return context
+    for module_name in ("transformers.initialization", "transformers.modeling_utils"):
+        skip = getattr(importlib.import_module(module_name), "no_init_weights", None)
+        if skip is not None:
+            context: contextlib.AbstractContextManager[Any] = skip()
+            return context
+    return contextlib.nullcontext()
 
 
 def load_factory(reference: str) -> ModelFactory:
