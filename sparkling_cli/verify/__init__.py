@@ -1,0 +1,10 @@
+"""Proofs from files: an output against its own manifest, and against the checkpoint it came from.
+
+Nothing here uses the engine's arithmetic (``execute.kernel``): what a tensor must be is worked out anew,
+from index tables, so that one fault cannot hide in both.
+"""
+
+from sparkling_cli.verify.prove import verify
+from sparkling_cli.verify.report import VerifyReport
+
+__all__ = ["VerifyReport", "verify"]

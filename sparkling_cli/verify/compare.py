@@ -1,0 +1,333 @@
+"""One tensor of an output, read piece by piece: its CRC-32, and whether it follows from the source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sparkling_cli.checkpoint.model import FLOATING, ITEM_BYTES
+from sparkling_cli.execute import fill, moments
+from sparkling_cli.execute.crc import Span, crc32
+from sparkling_cli.execute.places import Handles, Placement, read
+from sparkling_cli.layout.geometry import Fill, View
+from sparkling_cli.verify.tables import DimTable, Tables, faults, tensor_tables
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+#: entries of the target that are looked at together
+_ENTRIES = 1 << 17
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A tensor to be proved.
+
+    Attributes:
+        key: its key.
+        dtype: of source and target.
+        shape: of the target.
+        view: how it was widened; None if it is a copy.
+        scale: factor on all entries.
+        offset: added after scaling.
+        zero: the whole tensor is zero.
+        reset: optimizer state whose new entries are zero and whose old ones are kept.
+        seed: of random entries.
+        stream: of random entries.
+        target: where its bytes are.
+        source: where its source's bytes are; None if there is no source to compare with.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    view: View | None
+    scale: float
+    offset: float
+    zero: bool
+    reset: bool
+    seed: int
+    stream: str
+    target: Placement
+    source: Placement | None
+
+
+class Found(NamedTuple):
+    """Of one tensor: CRCs of the target's bytes and of the source's, and what is wrong, if anything."""
+
+    target: list[Span]
+    source: list[Span]
+    fault: str | None
+
+
+def examine(subject: Subject, output: Handles, source: Handles | None) -> Found:
+    """Read a tensor of the output once, and what it comes from.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    item = ITEM_BYTES[subject.dtype]
+    if subject.source is None or source is None or subject.zero:
+        return _alone(subject, output, item)
+    if subject.view is None and subject.scale == 1.0 and subject.offset == 0.0:
+        return _copied(subject, output, source, item)
+    tables = _tables(subject.view or (), subject.dtype)
+    fault = faults(tables, reset=subject.reset)
+    if prod(subject.shape) != len(tables.row.source) * len(tables.column.source):
+        return Found([], [], "the manifest's shape and view disagree")
+    if prod(subject.source.shape) != tables.row.size * tables.column.size:
+        return Found([], [], "the source has another size than the manifest's view")
+    spread = _spread(subject, source, item) if _is_random(tables) else 0.0
+    found = Found([], [], fault)
+    for rows, columns in _chunks(tables):
+        at = (rows.start * len(tables.column.source) + columns.start) * item
+        count = (rows.stop - rows.start) * (columns.stop - columns.start)
+        seen = _read(output, subject.target, at, count * item, found.target)
+        wrong = _unequal(subject, tables, rows, columns, seen, source, spread, found.source)
+        if wrong and found.fault is None:
+            found = found._replace(fault=wrong)
+    return found
+
+
+def _alone(subject: Subject, output: Handles, item: int) -> Found:
+    """Only the output's own bytes, and that they are zero where the whole tensor must be."""
+    spans: list[Span] = []
+    fault = None
+    total = prod(subject.shape) * item
+    for at in range(0, total, _ENTRIES * item):
+        data = _read(output, subject.target, at, min(_ENTRIES * item, total - at), spans)
+        if subject.zero and data.any():
+            fault = "a dropped tensor is not zero"
+    return Found(spans, [], fault)
+
+
+def _copied(subject: Subject, output: Handles, source: Handles, item: int) -> Found:
+    import numpy as np
+
+    assert subject.source is not None
+    found = Found([], [], None)
+    total = prod(subject.shape) * item
+    if prod(subject.source.shape) * item != total:
+        return Found([], [], "the source has another size than the output, which should be a copy")
+    for at in range(0, total, _ENTRIES * item):
+        size = min(_ENTRIES * item, total - at)
+        seen = _read(output, subject.target, at, size, found.target)
+        wanted = _read(source, subject.source, at, size, found.source)
+        if not np.array_equal(seen, wanted) and found.fault is None:
+            place = at + int(np.argmax(seen != wanted))
+            found = found._replace(fault=f"entry {place // item} is not the source's")
+    return found
+
+
+def _read(handles: Handles, placement: Placement, start: int, size: int, spans: list[Span]) -> Array:
+    """Bytes of a tensor, their CRCs noted, cut where they change files."""
+    import numpy as np
+
+    data = np.empty(size, dtype=np.uint8)
+    read(handles, placement, start, start + size, data)
+    if placement.flat and len(placement.places) > 1:
+        for place in placement.cut(start, start + size):
+            part = data[place.start - start : place.stop - start]
+            spans.append(Span(place.start, len(part), crc32(part)))
+    else:
+        spans.append(Span(start, size, crc32(data)))
+    return data
+
+
+@lru_cache(maxsize=64)
+def _tables(view: View, dtype: str) -> Tables:
+    return tensor_tables(view, _wide(dtype))
+
+
+def _wide(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _is_random(tables: Tables) -> bool:
+    return any((table.fill == Fill.RANDOM).any() for table in (tables.row, tables.column))
+
+
+def _chunks(tables: Tables) -> Iterator[tuple[slice, slice]]:
+    """Boxes in row-major order whose source rows (or, in one row, columns) are neighbours."""
+    width = len(tables.column.source)
+    if width > _ENTRIES:
+        for row in range(len(tables.row.source)):
+            for columns in _stretches(tables.column, _ENTRIES):
+                yield slice(row, row + 1), columns
+        return
+    for rows in _stretches(tables.row, max(_ENTRIES // max(width, 1), 1)):
+        yield rows, slice(0, width)
+
+
+def _stretches(table: DimTable, longest: int) -> Iterator[slice]:
+    """Ranges of old, or of new entries, in which each source index is the one before plus one."""
+    import numpy as np
+
+    breaks = np.flatnonzero((np.diff(table.source) != 1) | (np.diff(table.new.view(np.int8)) != 0)) + 1
+    edges = [0, *breaks.tolist(), len(table.source)]
+    for start, stop in pairwise(edges):
+        for at in range(start, stop, longest):
+            yield slice(at, min(at + longest, stop))
+
+
+def _unequal(
+    subject: Subject,
+    tables: Tables,
+    rows: slice,
+    columns: slice,
+    seen: Array,
+    source: Handles,
+    spread: float,
+    spans: list[Span],
+) -> str | None:
+    """The first entry of a box that is not what it must be, in words."""
+    import numpy as np
+
+    row, column = tables.row, tables.column
+    fills = np.maximum(row.fill[rows][:, None], column.fill[columns][None, :])
+    item = ITEM_BYTES[subject.dtype]
+    wanted = np.zeros(fills.shape, dtype=_bits(item))
+    computed = np.zeros(fills.shape, dtype=bool)
+    if not (fills == Fill.ZERO).all():
+        old = _source_box(subject, tables, rows, columns, source, spans)
+        factor = _factors(subject, tables, rows, columns)
+        computed = np.broadcast_to((factor != 1) | (subject.offset != 0.0), fills.shape)
+        computed = (computed & (fills == Fill.COPY)) | (fills == Fill.RANDOM)
+        wanted = old
+        if computed.any():
+            values = _values(subject, old, factor, fills, spread, rows, columns, len(column.source))
+            wanted = np.where(computed, values, old)
+        wanted = np.where(fills == Fill.ZERO, np.zeros((), wanted.dtype), wanted)
+    found = seen.view(_bits(item)).reshape(fills.shape)
+    wrong = found != wanted
+    if not wrong.any() or not (wrong & ~_both_nan(found, wanted, computed, subject.dtype)).any():
+        return None
+    wrong &= ~_both_nan(found, wanted, computed, subject.dtype)
+    y, x = (int(n) for n in np.argwhere(wrong)[0])
+    place = np.unravel_index((rows.start + y) * len(column.source) + columns.start + x, subject.shape)
+    kind = {Fill.COPY: "old or copied", Fill.RANDOM: "random", Fill.ZERO: "zero"}[Fill(int(fills[y, x]))]
+    return f"entry {tuple(int(p) for p in place)} ({kind}) is not what the source and the manifest give"
+
+
+def _source_box(
+    subject: Subject, tables: Tables, rows: slice, columns: slice, source: Handles, spans: list[Span]
+) -> Array:
+    """Source entries of a box, as integers; CRCs are noted where the box keeps old entries."""
+    import numpy as np
+
+    assert subject.source is not None
+    row, column = tables.row, tables.column
+    item = ITEM_BYTES[subject.dtype]
+    top, count = int(row.source[rows.start]), rows.stop - rows.start
+    whole = columns.stop - columns.start == len(column.source)
+    left = 0 if whole else int(column.source[columns.start])
+    width = column.size if whole else columns.stop - columns.start
+    noted: list[Span] = []
+    data = _read(source, subject.source, (top * column.size + left) * item, count * width * item, noted)
+    if not row.new[rows].any() and (whole or not column.new[columns].any()):
+        spans.extend(noted)
+    box = data.view(_bits(item)).reshape(count, width)
+    picks = column.source[columns] - left
+    if not whole or np.array_equal(picks, np.arange(width)):
+        return box
+    return np.take(box, picks, axis=1)
+
+
+def _factors(subject: Subject, tables: Tables, rows: slice, columns: slice) -> Array:
+    """Products of all factors, one after the other in the order of the dims."""
+    import numpy as np
+
+    wide = np.dtype(_wide(subject.dtype)).type
+    factor: Array = np.full((1, 1), wide(subject.scale))
+    for scale in tables.row.scales:
+        factor = factor * scale[rows][:, None]
+    for scale in tables.column.scales:
+        factor = factor * scale[columns][None, :]
+    return factor
+
+
+def _values(
+    subject: Subject,
+    old: Array,
+    factor: Array,
+    fills: Array,
+    spread: float,
+    rows: slice,
+    columns: slice,
+    width: int,
+) -> Array:
+    """Computed entries, rounded to the tensor's dtype, as integers."""
+    import numpy as np
+    import torch
+
+    if subject.dtype not in FLOATING:
+        raise ValueError(f"{subject.key}: {subject.dtype} entries cannot have been computed")
+    kind = getattr(torch, subject.dtype)
+    wide = torch.float64 if subject.dtype == "float64" else torch.float32
+    stored = torch.from_numpy(old.view(_signed(old.dtype.itemsize))).view(kind)
+    values = stored.to(wide) * torch.from_numpy(np.ascontiguousarray(factor))
+    if subject.offset:
+        values = values + subject.offset
+    if (fills == Fill.RANDOM).any():
+        first = rows.start * width + columns.start
+        drawn = fill.normal(subject.seed, subject.stream, first, first + fills.size)
+        noise = drawn.reshape(fills.shape).to(wide) * (spread * torch.from_numpy(factor))
+        values = torch.where(torch.from_numpy(fills == Fill.RANDOM), noise, values)
+    bits: Array = values.to(kind).contiguous().view(_torch_signed(old.dtype.itemsize)).numpy()
+    return bits.view(old.dtype)
+
+
+def _spread(subject: Subject, source: Handles, item: int) -> float:
+    """Standard deviation of the whole source."""
+    import numpy as np
+    import torch
+
+    assert subject.source is not None
+    total = prod(subject.source.shape)
+
+    def blocks() -> Iterator[moments.Moments]:
+        for at in range(0, total, moments.BLOCK):
+            size = min(moments.BLOCK, total - at)
+            data = np.empty(size * item, dtype=np.uint8)
+            read(source, subject.source, at * item, (at + size) * item, data)  # type: ignore[arg-type]
+            values = torch.from_numpy(data.view(_signed(item))).view(getattr(torch, subject.dtype))
+            yield moments.block_moments(values.double().numpy())
+
+    return moments.deviation(blocks())
+
+
+def _both_nan(found: Array, wanted: Array, computed: Array, dtype: str) -> Array:
+    """Computed entries that are NaN on both sides: the payload of a computed NaN is nobody's promise."""
+    import numpy as np
+    import torch
+
+    if dtype not in FLOATING or not computed.any():
+        return np.zeros(found.shape, dtype=bool)
+    kind = getattr(torch, dtype)
+
+    def nan(bits: Array) -> Array:
+        values = torch.from_numpy(np.ascontiguousarray(bits).view(_signed(bits.dtype.itemsize)))
+        mask: Array = torch.isnan(values.view(kind)).numpy()
+        return mask
+
+    return nan(found) & nan(wanted) & computed
+
+
+def _bits(item: int) -> str:
+    return {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64", 16: "complex128"}[item]
+
+
+def _signed(item: int) -> str:
+    return {1: "int8", 2: "int16", 4: "int32", 8: "int64", 16: "complex128"}[item]
+
+
+def _torch_signed(item: int) -> Any:
+    import torch
+
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[item]

@@ -1,0 +1,145 @@
+"""Files of an output: all there, none extra, and their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.execute.crc import Span, combine, crc32
+from sparkling_cli.execute.places import Handles, read_range
+from sparkling_cli.manifest import Manifest
+
+_PIECE = 1 << 19
+#: a range of a file that one task reads
+_TASK = 1 << 25
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """A file as it was written; ``sidecar`` if it lies in the ``sparkling`` folder."""
+
+    size: int
+    crc32: int
+    sidecar: bool
+
+
+@dataclass
+class FileList:
+    """Files to be read, and what is already wrong."""
+
+    checks: dict[str, FileCheck] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def check_small_files(sidecars: Path, digests: str, manifest: str) -> list[str]:
+    """Whether the small files, the manifest first, are as written; the list of them guards itself.
+
+    Args:
+        sidecars: the folder that ``sparkling/...`` lies in.
+        digests: path of the list.
+        manifest: path of the manifest, which must be in it.
+    """
+    try:
+        content = (sidecars / digests).read_bytes()
+    except OSError as error:
+        return [f"{digests} cannot be read: {error.strerror}"]
+    body, _, last = content.removesuffix(b"\n").rpartition(b"\n")
+    body += b"\n"
+    if not content.endswith(b"\n") or last != b"%08x %d ." % (crc32(body), len(body)):
+        return [f"{digests} was changed"]
+    faults, seen = [], set()
+    for line in body.decode(errors="replace").splitlines():
+        crc, size, path = line.split(" ", 2)
+        seen.add(path)
+        try:
+            found = (sidecars / path).read_bytes()
+        except OSError as error:
+            faults.append(f"{path} cannot be read: {error.strerror}")
+            continue
+        if len(found) != int(size) or crc32(found) != int(crc, 16):
+            faults.append(f"{path} was changed")
+    if manifest not in seen:
+        faults.append(f"{digests} does not name {manifest}")
+    return faults
+
+
+def list_files(output: Path, sidecars: Path, manifest: Manifest, skip: Collection[str]) -> FileList:
+    """Compare the files that are there with those that were written, by name and size.
+
+    Args:
+        output: a folder or a single file.
+        sidecars: the folder that ``sparkling/...`` lies in.
+        manifest: of the output.
+        skip: small files that were looked at already.
+    """
+    found = FileList()
+    there = _files_under(sidecars)
+    if sidecars != output:
+        there[""] = output
+    for path, entry in manifest.files.items():
+        here = there.pop(path, None)
+        if path in skip:
+            continue
+        if here is None:
+            found.faults.append(f"{path} is missing")
+        elif here.is_symlink() or not here.is_file():
+            found.faults.append(f"{path} is not a file of its own")
+        elif here.stat().st_size != entry.bytes:
+            size = here.stat().st_size
+            found.faults.append(f"{path or output.name} has {size:,} bytes, {entry.bytes:,} were written")
+        else:
+            found.checks[path] = FileCheck(entry.bytes, entry.crc32, path.startswith("sparkling/"))
+    found.faults += [f"{path} was not written with the output" for path in sorted(there) if path not in skip]
+    return found
+
+
+def _files_under(root: Path) -> dict[str, Path]:
+    return {
+        path.relative_to(root).as_posix(): path
+        for path in root.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
+def gaps(used: list[tuple[int, int]], size: int) -> list[Span] | None:
+    """Ranges of a file that are in none of the used ones, cut into tasks; None if those overlap."""
+    found: list[Span] = []
+    at = 0
+    for start, stop in [*sorted(used), (size, size)]:
+        if start < at or stop > size:
+            return None
+        for low in range(at, start, _TASK):
+            found.append(Span(low, min(_TASK, start - low), 0))
+        at = stop
+    return found
+
+
+def read_span(handles: Handles, path: str, start: int, length: int) -> Span:
+    """A range of a file and its CRC-32.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    import numpy as np
+
+    buffer, crc, at = np.empty(_PIECE, dtype=np.uint8), 0, start
+    while at < start + length:
+        part = buffer[: min(_PIECE, start + length - at)]
+        read_range(handles, path, at, part)
+        crc = combine(crc, crc32(part), len(part))
+        at += len(part)
+    return Span(start, length, crc)
+
+
+def file_size(path: Path) -> int:
+    """Size of a file.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error

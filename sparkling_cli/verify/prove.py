@@ -1,0 +1,304 @@
+"""``verify``: every byte of an output, every tensor, every promise of its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.checkpoint.model import FLOATING, ITEM_BYTES, Checkpoint, StoredTensor
+from sparkling_cli.checkpoint.states import WEIGHT_LIKE
+from sparkling_cli.errors import CheckpointError, SparklingError, VerificationError
+from sparkling_cli.execute.commit import sidecar_root
+from sparkling_cli.execute.crc import Span, crc32, whole
+from sparkling_cli.execute.places import Handles, Placement
+from sparkling_cli.execute.stream import DIGESTS
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.manifest import MANIFEST, Manifest, TensorEntry, read_manifest
+from sparkling_cli.verify.compare import Found, Subject, examine
+from sparkling_cli.verify.files import FileCheck, check_small_files, file_size, gaps, list_files, read_span
+from sparkling_cli.verify.pool import spread
+from sparkling_cli.verify.report import VerifyReport
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+_SHOWN = 8
+
+
+def verify(source: Path | None, output: Path, *, progress: Progress | None = None) -> VerifyReport:
+    """Prove an output.
+
+    Without a source: every file has the size and CRC-32 that were written, none is missing or extra, every
+    tensor has its CRC-32. With it: every tensor follows from the source's bytes bit by bit, by an index
+    formula of its own; optimizer state is zero where new and untouched where old.
+
+    Args:
+        source: the checkpoint that was widened; None to look at the output alone.
+        output: the output.
+        progress: makes a progress sink (see ``api.Progress``).
+
+    Raises:
+        VerificationError: something does not hold; the message lists what, first things first.
+        CheckpointError: there is no output or no manifest, or the source cannot be opened.
+    """
+    if not output.exists():
+        raise CheckpointError(f"there is no output at {output}")
+    is_file = output.is_file()
+    sidecars = sidecar_root(output, is_file)
+    if not (sidecars / MANIFEST).exists():
+        raise CheckpointError(
+            f"{output} has no manifest ({MANIFEST}), so nothing can be proved",
+            hint="only outputs of `sparkling expand` have one; it may have been moved away from its output",
+        )
+    faults = check_small_files(sidecars, DIGESTS, MANIFEST)
+    _stop_at(faults, output)
+    try:
+        manifest = read_manifest(sidecars / MANIFEST)
+    except CheckpointError as error:
+        raise VerificationError(error.message) from error
+    files = list_files(output, sidecars, manifest, skip={MANIFEST, DIGESTS})
+    _stop_at(files.faults, output)
+    origin = None if source is None else _open_source(source, manifest)
+    work = _Work(output, manifest, files.checks, source, origin)
+    shown = progress("verifying", work.total) if progress else nullcontext(lambda _n: None)
+    with shown as advance:
+        faults = work.run(advance)
+    _stop_at(faults, output)
+    return VerifyReport(
+        files=len(files.checks) + 2,
+        nbytes=sum(check.size for check in files.checks.values()),
+        tensors=len(manifest.tensors),
+        derived=0 if origin is None else len(manifest.tensors),
+        moments=0 if origin is None else sum(subject.reset for subject in work.subjects),
+        source="" if source is None else source.name,
+    )
+
+
+def _stop_at(faults: list[str], output: Path) -> None:
+    if not faults:
+        return
+    shown = "\n  ".join(faults[:_SHOWN])
+    more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    raise VerificationError(
+        f"{output} is not what was written:\n  {shown}{more}",
+        hint="do not train on it: remove it and expand again",
+    )
+
+
+def _open_source(source: Path, manifest: Manifest) -> Mapping[str, StoredTensor]:
+    """Where every output tensor's source is, by output key.
+
+    Raises:
+        CheckpointError: the source cannot be opened.
+        VerificationError: it is not the checkpoint that the manifest names, or lacks a tensor.
+    """
+    from sparkling_cli.checkpoint.detect import open_checkpoint
+
+    checkpoint = open_checkpoint(source)
+    if checkpoint.format != manifest.source.format:
+        raise VerificationError(
+            f"{source} is of format {checkpoint.format}, the output was made from {manifest.source.format}",
+            hint="give the checkpoint that was widened",
+        )
+    found = dict(checkpoint.tensors)
+    if any(key not in found for key in manifest.tensors):
+        found.update(_renamed(checkpoint, manifest, source))
+    missing = [key for key in manifest.tensors if key not in found]
+    if missing:
+        raise VerificationError(
+            f"{source} lacks {len(missing)} tensor(s) of the output, the first: {missing[0]!r}",
+            hint="give the checkpoint that was widened",
+        )
+    return found
+
+
+def _renamed(checkpoint: Checkpoint, manifest: Manifest, source: Path) -> dict[str, StoredTensor]:
+    """Sources of weights that stand under module names in the output."""
+    from sparkling_cli.plan.naming import weights_of
+
+    layout = _layout_before(manifest)
+    try:
+        weights, _ = weights_of(checkpoint, layout, "module")
+    except SparklingError as error:
+        raise VerificationError(f"{source} does not fit the output's layout: {error.message}") from error
+    return {weight.key: weight.stored for weight in weights}
+
+
+def _layout_before(manifest: Manifest) -> ModelLayout:
+    layout = manifest.model_layout()
+    axes = dict(layout.axes)
+    for name, (before, _) in manifest.stages[-1].growth.items():
+        axes[name] = replace(axes[name], size=before)
+    return replace(layout, axes=axes)
+
+
+class _Work:
+    """All that has to be read, as tasks for a few threads."""
+
+    def __init__(
+        self,
+        output: Path,
+        manifest: Manifest,
+        files: Mapping[str, FileCheck],
+        source: Path | None,
+        origin: Mapping[str, StoredTensor] | None,
+    ) -> None:
+        self.output, self.manifest, self.files, self.source = output, manifest, files, source
+        self.faults: list[str] = []
+        self.subjects: list[Subject] = []
+        stored = self._stored()
+        for key, entry in manifest.tensors.items():
+            try:
+                self.subjects.append(self._subject(key, entry, stored[key], origin))
+            except (CheckpointError, KeyError) as error:
+                self.faults.append(f"tensor {key!r}: {error}")
+        self.total = sum(check.size for check in files.values())
+
+    def _stored(self) -> Mapping[str, StoredTensor]:
+        """The output's tensors, as its own format finds them."""
+        from sparkling_cli.checkpoint.detect import open_checkpoint
+
+        try:
+            found = open_checkpoint(self.output).tensors
+        except SparklingError as error:
+            self.faults.append(f"it does not open: {error.message}")
+            return {}
+        extra = [key for key in found if key not in self.manifest.tensors]
+        if extra:
+            self.faults.append(f"{len(extra)} tensor(s) that were not written, the first: {extra[0]!r}")
+        return found
+
+    def _subject(
+        self,
+        key: str,
+        entry: TensorEntry,
+        stored: StoredTensor,
+        origin: Mapping[str, StoredTensor] | None,
+    ) -> Subject:
+        if stored.dtype != entry.dtype or stored.shape != entry.shape:
+            raise CheckpointError(
+                f"it is {stored.dtype} {stored.shape}, {entry.dtype} {entry.shape} was written"
+            )
+        placed = None
+        if origin is not None:
+            source = origin[key]
+            if source.dtype != entry.dtype:
+                raise CheckpointError(f"its source is {source.dtype}, it is {entry.dtype}")
+            placed = Placement(source.dtype, source.shape, source.extents, key)
+        view = self.manifest.view(entry)
+        asymmetric = self.manifest.spec.get("optimizer") == "asymmetric"
+        moment = asymmetric and entry.slot != "" and view is not None and entry.slot not in WEIGHT_LIKE
+        return Subject(
+            key=key,
+            dtype=entry.dtype,
+            shape=entry.shape,
+            view=view,
+            scale=entry.scale,
+            offset=entry.offset,
+            zero=entry.zero,
+            reset=moment and entry.dtype in FLOATING,
+            seed=int(self.manifest.spec.get("seed", 0)),
+            stream=entry.stream or entry.name,
+            target=Placement(stored.dtype, stored.shape, stored.extents, key),
+            source=placed,
+        )
+
+    def run(self, advance: Callable[[int], None]) -> list[str]:
+        """Read everything; what does not hold, in the output's order."""
+        covered, parts = self._parts()
+        tasks: list[tuple[str, Any, int]] = [
+            ("tensor", subject, prod(subject.shape) * ITEM_BYTES[subject.dtype]) for subject in self.subjects
+        ]
+        tasks += [("gap", (path, span), span.length) for path, spans in parts.items() for span in spans]
+        if self.source is not None:
+            tasks += [("carried", path, 0) for path in self.manifest.source.files]
+
+        def work(handles: tuple[Handles, Handles | None], task: tuple[str, Any, int]) -> Any:
+            kind, what, _ = task
+            output, source = handles
+            if kind == "tensor":
+                return examine(what, output, source)
+            if kind == "gap":
+                return read_span(output, what[0], what[1].start, what[1].length)
+            assert source is not None
+            return read_span(source, what, 0, file_size(source.path(what)))
+
+        def handles() -> tuple[Handles, Handles | None]:
+            return Handles(self.output), None if self.source is None else Handles(self.source)
+
+        found = spread(tasks, handles, work, lambda task: advance(task[2]))
+        spans: dict[str, list[Span]] = {path: [] for path in self.files}
+        for task, result in zip(tasks, found, strict=True):
+            if isinstance(result, SparklingError):
+                self.faults.append(result.message)
+            elif task[0] == "tensor":
+                self._judge(task[1], result, spans, covered)
+            elif task[0] == "gap":
+                spans[task[1][0]].append(result)
+            elif (result.length, result.crc) != self._source_file(task[1]):
+                self.faults.append(f"{task[1]} in the source is not the file that was carried over")
+        self.faults += [fault for path in self.files if (fault := self._file(path, spans[path]))]
+        return self.faults
+
+    def _parts(self) -> tuple[set[str], dict[str, list[Span]]]:
+        """Files whose tensors are read as tensors, and all ranges that are read as mere bytes."""
+        used: dict[str, list[tuple[int, int]]] = {path: [] for path in self.files}
+        for subject in self.subjects:
+            for place in subject.target.places if subject.target.flat else ():
+                if place.path in used:
+                    used[place.path].append((place.offset, place.offset + place.stop - place.start))
+        covered, parts = set(), {}
+        for path, check in self.files.items():
+            if check.sidecar:
+                continue
+            free = gaps(used[path], check.size)
+            if free is None:
+                parts[path] = gaps([], check.size) or []
+            else:
+                covered.add(path)
+                parts[path] = free
+        return covered, parts
+
+    def _judge(self, subject: Subject, found: Found, spans: dict[str, list[Span]], covered: set[str]) -> None:
+        size = prod(subject.shape) * ITEM_BYTES[subject.dtype]
+        if found.fault is not None:
+            self.faults.append(f"tensor {subject.key!r}: {found.fault}")
+        try:
+            if whole(found.target, 0, size) != self.manifest.tensors[subject.key].crc32:
+                self.faults.append(f"tensor {subject.key!r} has not the CRC-32 that was written")
+            if subject.source is not None and not subject.zero:
+                self._judge_source(subject, found)
+        except ValueError as error:
+            if found.fault is None:
+                self.faults.append(f"tensor {subject.key!r}: {error}")
+        if not subject.target.flat:
+            return
+        for place in subject.target.places:
+            for span in found.target:
+                if place.path in covered and place.start <= span.start < place.stop:
+                    at = place.offset + span.start - place.start
+                    spans[place.path].append(Span(at, span.length, span.crc))
+
+    def _judge_source(self, subject: Subject, found: Found) -> None:
+        assert subject.source is not None
+        size = prod(subject.source.shape) * ITEM_BYTES[subject.dtype]
+        written = self.manifest.source.tensors.get(subject.key)
+        if written is not None and whole(found.source, 0, size) != written:
+            self.faults.append(f"the source of tensor {subject.key!r} is not what was widened")
+
+    def _source_file(self, path: str) -> tuple[int, int]:
+        entry = self.manifest.source.files[path]
+        return entry.bytes, entry.crc32
+
+    def _file(self, path: str, spans: list[Span]) -> str | None:
+        check = self.files[path]
+        try:
+            if check.sidecar:
+                content = (sidecar_root(self.output, self.output.is_file()) / path).read_bytes()
+                return None if crc32(content) == check.crc32 else f"{path} was changed"
+            found = whole(spans, 0, check.size)
+        except (OSError, ValueError):
+            return f"{path}: not every byte of it could be read"
+        return None if found == check.crc32 else f"{path or self.output.name}: a byte of it was changed"
