@@ -16,33 +16,17 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.spec.model import ExpansionSpec
 
 if TYPE_CHECKING:
-    from sparkling_cli.checkpoint.model import Checkpoint, OutputFile
+    from sparkling_cli.checkpoint.model import Checkpoint
     from sparkling_cli.execute.stream import Written
     from sparkling_cli.layout.model import ModelLayout
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
-    from sparkling_cli.plan.totals import Totals
+    from sparkling_cli.prepared import Prepared
     from sparkling_cli.report.model import ReportData
-    from sparkling_cli.schedule.rewarmup import Rewarmup
     from sparkling_cli.verify import VerifyReport
-
-#: the re-warmup, or None and why there is none
-Schedule = tuple["Rewarmup | None", str]
 
 #: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A plan with all that its execution needs; nothing is written yet."""
-
-    plan: Plan
-    files: tuple[OutputFile, ...]
-    totals: Totals
-    previous: Manifest | None
-    spec: ExpansionSpec
-    schedule: Schedule
 
 
 @dataclass(frozen=True)
@@ -107,6 +91,7 @@ def make_plan(
     from sparkling_cli.plan.build import build_plan
     from sparkling_cli.plan.outputs import lay_out
     from sparkling_cli.plan.totals import totals_of
+    from sparkling_cli.prepared import Prepared
     from sparkling_cli.report.card import with_card
     from sparkling_cli.schedule.write import notes
 

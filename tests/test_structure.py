@@ -22,7 +22,7 @@ LEVELS = [
     {"execute"},
     {"inference", "manifest", "schedule"},
     {"compute", "training"},
-    {"diagnostics", "verify"},
+    {"diagnostics", "verify", "prepared"},
     {"report"},
     {"outcome"},
     {"api"},

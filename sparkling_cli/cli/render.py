@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sparkling_cli.api import ExpansionResult, Prepared
+    from sparkling_cli.api import ExpansionResult
     from sparkling_cli.cli.console import Output
+    from sparkling_cli.prepared import Prepared
 
 
 def show_plan(output: Output, prepared: Prepared, destination: Path) -> None:

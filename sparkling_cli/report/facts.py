@@ -12,8 +12,8 @@ from sparkling_cli.layout.geometry import scale_range
 from sparkling_cli.layout.names import skeleton
 
 if TYPE_CHECKING:
-    from sparkling_cli.api import Prepared
     from sparkling_cli.plan.model import Plan, Row
+    from sparkling_cli.prepared import Prepared
 
 
 def plan_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:

@@ -1,0 +1,33 @@
+"""All that is known before the first byte is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparkling_cli.checkpoint.model import OutputFile
+from sparkling_cli.manifest import Manifest
+from sparkling_cli.plan.model import Plan
+from sparkling_cli.plan.totals import Totals
+from sparkling_cli.schedule.rewarmup import Rewarmup
+from sparkling_cli.spec.model import ExpansionSpec
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with all that its execution needs.
+
+    Attributes:
+        plan: what will be done.
+        files: the output's files, laid out.
+        totals: parameters and bytes before and after.
+        previous: the source's own manifest, when it is an earlier output.
+        spec: as asked for.
+        schedule: the re-warmup, or None and why there is none.
+    """
+
+    plan: Plan
+    files: tuple[OutputFile, ...]
+    totals: Totals
+    previous: Manifest | None
+    spec: ExpansionSpec
+    schedule: tuple[Rewarmup | None, str]
