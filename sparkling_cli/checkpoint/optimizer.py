@@ -3,7 +3,7 @@
 ``optimizer.pt`` knows parameters by number only. The numbers follow the order in which the trainer gave its
 parameters to the optimizer: the Trainer puts decayed parameters first, then the others, each in
 ``named_parameters()`` order, frozen ones left out. An assignment is used only if every state tensor has the
-shape that its parameter gives it, and if no other assignment of the same kind would do.
+shape that its parameter gives it, and if no other assignment would do as well.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ class _Problem:
         groups = tuple(tuple(map(str, group.get("params", ()))) for group in checkpoint.param_groups)
         where = checkpoint.root.name
         numbers = [number for group in groups for number in group]
-        if len(set(numbers)) != len(numbers):
+        known = set(numbers)
+        if len(known) != len(numbers):
             raise CheckpointError(f"{where}: a parameter is in two optimizer groups")
         states = {state.param: _shapes(checkpoint, state) for state in checkpoint.states}
-        unknown = [number for number in states if number not in set(numbers)]
+        unknown = [number for number in states if number not in known]
         if unknown:
             raise CheckpointError(
                 f"{where}: there is optimizer state of parameter {unknown[0]}, which is in no group"
@@ -110,24 +111,30 @@ def _given_names(checkpoint: Checkpoint, problem: _Problem) -> dict[str, str] | 
 
 
 def _resolve(problem: _Problem, names: Sequence[str], decay: Set[str]) -> dict[str, str]:
-    """Try the known groupings in turn; the trainer's own is preferred, the others must agree."""
+    """The trainer's own grouping if it fits; else the one other grouping that does, proved harder.
+
+    Another grouping than the trainer's is a guess at what the user did. It is taken only if nothing is
+    frozen, and if no two parameters of one shape are in different groups, so that they could be swapped.
+    """
     tried: list[str] = []
-    groupings = _groupings(len(problem.groups), names, decay, problem.shapes)
-    for candidates in (groupings[:1], groupings[1:]):
-        found: dict[tuple[tuple[str, str], ...], str] = {}
-        for label, grouping in candidates:
-            outcome = _assign(problem, grouping)
-            if isinstance(outcome, str):
-                tried.append(f"{label}: {outcome}")
-            else:
-                found.setdefault(tuple(sorted(outcome.items())), label)
-        if len(found) == 1:
-            return dict(next(iter(found)))
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{problem.where}: its optimizer numbers fit several groupings: {'; '.join(found.values())}",
-                hint="save the optimizer with names (param_names), or expand the weights alone",
-            )
+    found: dict[tuple[tuple[str, str], ...], str] = {}
+    for place, (label, grouping) in enumerate(_groupings(len(problem.groups), names, decay, problem.shapes)):
+        outcome: dict[str, str] | str
+        try:
+            outcome = _assign(problem, grouping) if place == 0 else _assign_whole(problem, grouping)
+        except _InDoubtError as error:
+            outcome = str(error)
+            tried = [f"{label}: {outcome}"]
+            break
+        if isinstance(outcome, str):
+            tried.append(f"{label}: {outcome}")
+        elif place == 0:
+            return outcome
+        else:
+            found.setdefault(tuple(sorted(outcome.items())), label)
+    if len(found) == 1:
+        return dict(next(iter(found)))
+    tried += [f"{label}: fits, and so does another" for label in found.values()]
     sizes = ", ".join(str(len(group)) for group in problem.groups)
     raise CheckpointError(
         f"{problem.where}: the optimizer's parameters cannot be told apart beyond doubt. Its groups have "
@@ -136,6 +143,10 @@ def _resolve(problem: _Problem, names: Sequence[str], decay: Set[str]) -> dict[s
         hint="was it another model or another grouping? Save the optimizer with names (param_names), or "
         "expand a copy of the directory without the optimizer's file",
     )
+
+
+class _InDoubtError(Exception):
+    """A grouping fits in several ways."""
 
 
 def _groupings(
@@ -174,10 +185,12 @@ def _assign(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
 
     A group with fewer numbers than names has frozen parameters; which ones must follow from the shapes.
     """
-    named: dict[str, str] = {}
-    for index, (numbers, names) in enumerate(zip(problem.groups, grouping, strict=True)):
+    pairs = list(enumerate(zip(problem.groups, grouping, strict=True)))
+    for index, (numbers, names) in pairs:
         if len(numbers) > len(names):
             return f"group {index} has {len(numbers)} parameters, {len(names)} expected"
+    named: dict[str, str] = {}
+    for index, (numbers, names) in pairs:
         if len(numbers) == len(names):
             for number, name in zip(numbers, names, strict=True):
                 if not problem.fits(number, name):
@@ -191,10 +204,27 @@ def _assign(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
     return named
 
 
+def _assign_whole(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
+    """As ``_assign``, but no parameter may be frozen, and groups must be told apart by shapes alone."""
+    for index, (numbers, names) in enumerate(zip(problem.groups, grouping, strict=True)):
+        if len(numbers) != len(names):
+            return f"group {index} has {len(numbers)} parameters, {len(names)} expected"
+    home: dict[tuple[int, ...], tuple[int, str]] = {}
+    for index, names in enumerate(grouping):
+        for name in names:
+            other, twin = home.setdefault(problem.shapes[name], (index, name))
+            if other != index:
+                return f"{name!r} and {twin!r} have one shape and would be in different groups"
+    return _assign(problem, grouping)
+
+
 def _embed(problem: _Problem, numbers: Sequence[str], names: Sequence[str]) -> dict[str, str] | str:
     """The one way to lay ``numbers`` into ``names`` in order, with some names left out.
 
     Earliest and latest possible places are found greedily; there is exactly one way if they agree.
+
+    Raises:
+        _InDoubtError: there are several ways.
     """
     earliest: list[int] = []
     at = 0
@@ -210,7 +240,9 @@ def _embed(problem: _Problem, numbers: Sequence[str], names: Sequence[str]) -> d
         while not problem.fits(number, names[at]):
             at -= 1
         if at != earliest[place]:
-            return f"the state of {number} may be {names[earliest[place]]!r}'s or {names[at]!r}'s"
+            raise _InDoubtError(
+                f"the state of {number} may be that of {names[earliest[place]]!r} or of {names[at]!r}"
+            )
         at -= 1
     return {number: names[place] for number, place in zip(numbers, earliest, strict=True)}
 
