@@ -4,13 +4,17 @@ A family's file says what the dims mean; how large they are is the checkpoint's 
 
 - an axis without ``size`` is solved: every tensor dim and every config number gives one equation, e.g.
   ``(kv_heads q_per_kv head_dim) = 512``;
-- a name that ends in ``?`` (tensor, config key) may be missing from the checkpoint.
+- a name that ends in ``?`` (tensor, config key) may be missing from the checkpoint;
+- a config key that ends in ``+`` is implied when it is missing (``head_dim`` = hidden / heads): it is
+  written once something grows;
+- ``requires`` lists config values that a checkpoint of this family has, where it has the key at all.
 
 What comes out is an ordinary layout in which every tensor has been checked.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -46,7 +50,7 @@ def is_open(data: Mapping[str, Any]) -> bool:
     missing = isinstance(axes, Mapping) and any(
         isinstance(axis, Mapping) and "size" not in axis for axis in axes.values()
     )
-    return missing or any(name.endswith("?") for name in names)
+    return missing or "requires" in data or any(name.endswith(("?", "+")) for name in names)
 
 
 def solve_layout(
@@ -70,6 +74,7 @@ def solve_layout(
         LayoutError: a size cannot be solved, or a tensor or number contradicts the others.
     """
     from_dict(_with_placeholders(data), where)  # its own errors first
+    data = _required(data, config or {}, where)
     on_disk = "disk" if data.get("disk") is not None else "tensors"
     tables = {on_disk: _present(data[on_disk], weights, where)}
     if on_disk == "disk":
@@ -103,6 +108,8 @@ def solve_sizes(equations: Iterable[Equation], known: Mapping[str, int]) -> dict
     sizes = dict(known)
     left = list(equations)
     while left:
+        left = [*left, *_quotients(left, sizes)]
+        before = len(sizes)
         unsolved = []
         for equation in left:
             unknown = {n for n in axis_names(equation.term) if n not in PACKINGS and n not in sizes}
@@ -112,10 +119,43 @@ def solve_sizes(equations: Iterable[Equation], known: Mapping[str, int]) -> dict
                 sizes[unknown.pop()] = _solve(equation.term, equation.value, sizes, equation)
             else:
                 unsolved.append(equation)
-        if len(unsolved) == len(left):
+        if len(sizes) == before:
             break
         left = unsolved
     return sizes
+
+
+def _quotients(equations: Iterable[Equation], sizes: Mapping[str, int]) -> list[Equation]:
+    """``(a b c) = 48`` and ``(a b) = 16`` together say ``c = 3``: products divided by products in them."""
+    products: dict[tuple[str, ...], Equation] = {}
+    for equation in equations:
+        factors = _unknown_factors(equation, sizes)
+        if factors is not None:
+            products.setdefault(factors[0], Equation(equation.term, factors[1], equation.origin))
+    found = []
+    for large, whole in products.items():
+        for small, part in products.items():
+            rest = Counter(large) - Counter(small)
+            if len(small) + sum(rest.values()) != len(large) or not rest or whole.value % part.value:
+                continue
+            names = tuple(sorted(rest.elements()))
+            if names not in products:
+                origin = f"{whole.origin}, with {part.origin},"
+                found.append(Equation(Product(tuple(map(Axis, names))), whole.value // part.value, origin))
+    return found
+
+
+def _unknown_factors(equation: Equation, sizes: Mapping[str, int]) -> tuple[tuple[str, ...], int] | None:
+    """The axes without a size in a pure product, and its value divided by the others."""
+    terms = equation.term.factors if isinstance(equation.term, Product) else (equation.term,)
+    unknown = [t.name for t in terms if isinstance(t, Axis) and t.name not in (*PACKINGS, *sizes)]
+    known = [t for t in terms if not (isinstance(t, Axis) and t.name in unknown)]
+    if any(name not in PACKINGS and name not in sizes for t in known for name in axis_names(t)):
+        return None
+    divisor = prod(size_of(t, sizes) for t in known)
+    if not unknown or divisor < 1 or equation.value % divisor:
+        return None
+    return tuple(sorted(unknown)), equation.value // divisor
 
 
 def _solve(term: Expr, value: int, sizes: Mapping[str, int], equation: Equation) -> int:
@@ -148,8 +188,22 @@ def _with_placeholders(data: Mapping[str, Any]) -> dict[str, Any]:
         plain["axes"] = {n: {"size": 1, **a} if isinstance(a, Mapping) else a for n, a in axes.items()}
     for table in ("tensors", "disk", "config"):
         if isinstance(plain.get(table), Mapping):
-            plain[table] = {str(name).removesuffix("?"): text for name, text in plain[table].items()}
+            plain[table] = {str(name).rstrip("?+"): text for name, text in plain[table].items()}
+    plain.pop("requires", None)
     return plain
+
+
+def _required(data: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The file without its requirements, which hold.
+
+    Raises:
+        NamesDifferError: one does not.
+    """
+    for key, value in data.get("requires", {}).items():
+        found = lookup(config, key)
+        if found is not None and found != value:
+            raise NamesDifferError(f"{where} is for {key} = {value!r}, the checkpoint has {found!r}")
+    return {key: value for key, value in data.items() if key != "requires"}
 
 
 def _present(
@@ -179,8 +233,11 @@ def _present(
 def _present_numbers(table: Mapping[str, str], config: Mapping[str, Any], where: str) -> dict[str, str]:
     found = {}
     for name, text in table.items():
-        key = name.removesuffix("?")
-        if isinstance(lookup(config, key), int):
+        key = name.rstrip("?+")
+        implied = name.endswith("+") and bool(config)
+        if implied and "." in key:
+            implied = lookup(config, key.rpartition(".")[0]) is not None
+        if isinstance(lookup(config, key), int) or implied:
             found[key] = text
         elif key == name:
             raise NamesDifferError(f"{where}: the checkpoint's config has no number {key!r}")
@@ -202,7 +259,8 @@ def lookup(config: Mapping[str, Any], key: str) -> Any:
 
 def _config_equations(numbers: Mapping[str, str], config: Mapping[str, Any]) -> Iterable[Equation]:
     for key, text in numbers.items():
-        yield Equation(parse_expr(text), int(lookup(config, key)), f"the config's {key}")
+        if isinstance(lookup(config, key), int):
+            yield Equation(parse_expr(text), int(lookup(config, key)), f"the config's {key}")
 
 
 def _tensor_equations(table: Mapping[str, str], shapes: Shapes) -> Iterable[Equation]:

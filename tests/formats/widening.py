@@ -15,6 +15,7 @@ from sparkling_cli.checkpoint.read import TensorSource
 
 def widen(source: Path, target: Path, axes: Mapping[str, float], **options: Any) -> Path:
     """Expand by factors per axis; gives the output."""
+    target.parent.mkdir(exist_ok=True)
     asked = [{"axis": axis, "factor": factor} for axis, factor in axes.items()]
     expand(source, target, axes=asked, report="none", **options)
     return target

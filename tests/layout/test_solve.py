@@ -114,3 +114,23 @@ def test_packaged_files_are_well_formed(name: str) -> None:
     for axis, info in data["axes"].items():
         assert "widenable" in info, axis
         assert "size" not in info, axis
+
+
+def test_products_are_divided() -> None:
+    """Three products of three unknowns, none of which can be solved alone."""
+    equations = [
+        Equation(parse_expr("(kv q hd)"), 48, "wq"),
+        Equation(parse_expr("(kv hd)"), 16, "wk"),
+        Equation(parse_expr("(kv q)"), 6, "n_heads"),
+    ]
+    assert solve_sizes(equations, {}) == {"q": 3, "kv": 2, "hd": 8}
+
+
+def test_implied_numbers_and_requirements() -> None:
+    """A key with ``+`` stays when it is missing; a contradicted requirement is another family."""
+    data = {**FILE, "config": {"n_kv": "kv_heads", "hd+": "head_dim"}, "requires": {"tied": False}}
+    layout = solve_layout(data, SHAPES, {}, {"n_kv": 3, "tied": False}, "file")
+    assert layout.config == {"n_kv": "kv_heads", "hd": "head_dim"}
+    assert solve_layout(data, SHAPES, {}, {"n_kv": 3}, "file") == layout
+    with pytest.raises(NamesDifferError, match="tied"):
+        solve_layout(data, SHAPES, {}, {"n_kv": 3, "tied": True}, "file")

@@ -23,10 +23,15 @@ from sparkling_cli.checkpoint.dcp.read import (
 from sparkling_cli.checkpoint.dcp.write import part_outputs
 from sparkling_cli.checkpoint.directory import list_files, literal_file, read_json, rewritten_json
 from sparkling_cli.checkpoint.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.checkpoint.torchfile import read_torch_file
 from sparkling_cli.checkpoint.trainer_facts import optimizer_class, run_facts
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 
 _STEP_KEYS = ("train_state.step", "lr_scheduler.last_epoch", "scheduler.last_epoch", "step", "global_step")
+_NUMPY = frozenset(
+    {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
+    | {"numpy.ndarray", "numpy.dtype"}
+)
 
 
 @dataclass(frozen=True)
@@ -217,3 +222,17 @@ def _add_facts(facts: dict[str, Any], root: Path, entries: Mapping[str, Any], ki
                 continue
             if isinstance(value, (int, float)):
                 facts["global_step"] = int(value)
+    facts.update({k: v for k, v in _olmo_core_facts(root).items() if k not in facts})
+
+
+def _olmo_core_facts(root: Path) -> dict[str, int]:
+    """Steps from OLMo-core's trainer state; its random states are NumPy objects, which stay inert."""
+    path = root / "train" / "rank0.pt"
+    if not path.is_file():
+        return {}
+    try:
+        tree = read_torch_file(path, "train/rank0.pt", allow=_NUMPY).tree
+    except CheckpointError:
+        return {}  # carried over as it is, whatever it holds
+    tree = tree if isinstance(tree, dict) else {}
+    return {key: tree[key] for key in ("global_step", "max_steps") if type(tree.get(key)) is int}

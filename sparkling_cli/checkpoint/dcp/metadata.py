@@ -46,6 +46,12 @@ ALLOWED: Mapping[str, frozenset[str]] = {
 }
 
 
+#: a trainer's own copy of a data class of PyTorch's, field by field -> PyTorch's
+EQUAL: Mapping[tuple[str, str], tuple[str, str]] = {
+    ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): (_FILESYSTEM, "_StorageInfo"),
+}
+
+
 def _pure_path(*parts: str) -> str:
     # A path in a checkpoint is only a remark. As text it means the same on every Python version.
     return "/".join(parts).replace("//", "/")
@@ -59,6 +65,7 @@ class _Reader(pickle.Unpickler):
         self.where = where
 
     def find_class(self, module: str, name: str) -> Any:
+        module, name = EQUAL.get((module, name), (module, name))
         if module.startswith("pathlib") and name in ALLOWED.get(module, ()):
             return _pure_path
         if name in ALLOWED.get(module, ()):

@@ -1,0 +1,43 @@
+"""OLMo-core's own checkpoints, widened and resumed by OLMo-core's own checkpointer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.formats.widening import check_moments, widen
+
+pytest.importorskip("olmo_core", reason="pip install ai2-olmo-core==3.0.0")
+from tests.formats.make_olmo_core import NARROW, batch, loss_of, make_olmo_core, resume_olmo_core, train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("changes", "axes"),
+    [
+        ({}, {"ffn": 2}),
+        ({}, {"hidden": 2}),
+        ({}, {"hidden": 2, "ffn": 3, "kv_heads": 2}),
+        ({"use_head_qk_norm": False, "block_name": "reordered_norm"}, {"hidden": 2, "ffn": 2}),
+        ({"use_head_qk_norm": False, "block_name": "reordered_norm"}, {"q_per_kv": 2}),
+        ({"qk_norm": False, "n_kv_heads": None}, {"hidden": 2, "kv_heads": 2, "ffn": 2}),
+    ],
+)
+def test_resumes_where_it_was(tmp_path: Path, changes: dict[str, Any], axes: dict[str, float]) -> None:
+    """Same logits and first loss, trainer state kept, moments kept, config edited, and it trains on."""
+    module = make_olmo_core(tmp_path / "step3", {**NARROW, **changes}, tmp_path / "work")
+    target = widen(tmp_path / "step3", tmp_path / "wide" / "step3", axes)
+    resumed, state = resume_olmo_core(target, tmp_path / "work")
+    assert (state["global_step"], state["max_steps"], state["data_loader"]) == (3, 50, {"seed": 3})
+    ids = batch(9)
+    torch.testing.assert_close(resumed.model(ids), module.model(ids), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(loss_of(resumed.model, ids), loss_of(module.model, ids), rtol=1e-6, atol=1e-5)
+    for (name, old), new in zip(module.model.named_parameters(), resumed.model.parameters(), strict=True):
+        moments = {slot: module.optim.state[old][slot] for slot in ("exp_avg", "exp_avg_sq")}
+        check_moments(moments, resumed.optim.state[new], name)
+        assert resumed.optim.state[new]["step"] == module.optim.state[old]["step"]
+    train(resumed, 1)
