@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.checkpoint.detect import open_checkpoint
 from sparkling_cli.checkpoint.model import Checkpoint
@@ -15,6 +15,11 @@ from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
 from sparkling_cli.diagnostics.measurement import ActivationReport, Measurement, plain
 from sparkling_cli.diagnostics.weights import WeightReport, measure_weights
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SparklingError
+from sparkling_cli.execute.commit import sidecar_root
+from sparkling_cli.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from sparkling_cli.diagnostics.symmetry import SymmetryReport
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class InspectReport:
         tokens: what the activations were measured on, in words.
         random_tokens: they were random.
         change: from the other checkpoint to this one; None without ``against``.
+        symmetry: how far new channels have moved from their sources; None unless ``against`` is the
+            output of an expansion and this checkpoint was trained on from it.
     """
 
     path: Path
@@ -43,6 +50,7 @@ class InspectReport:
     tokens: str = ""
     random_tokens: bool = False
     change: ActivationReport | None = None
+    symmetry: SymmetryReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON: no number in it is NaN or infinite."""
@@ -56,6 +64,7 @@ class InspectReport:
             "tokens": self.tokens or None,
             "random_tokens": self.random_tokens,
             "change": None if self.change is None else self.change.to_dict(),
+            "symmetry": None if self.symmetry is None else plain(self.symmetry.to_dict()),
         }
 
 
@@ -99,10 +108,12 @@ def inspect_checkpoint(
     }  # fmt: skip
     own: Measurement | None = None
     change: ActivationReport | None = None
+    symmetry: SymmetryReport | None = None
     tokens, random = "", False
     if against is not None:
         against = Path(against)
         other = _open(against, model)
+        symmetry = _symmetry(path, checkpoint, other)
         if activations:
             try:
                 change, _, own = measure_change(other, checkpoint, **sizes)
@@ -118,25 +129,43 @@ def inspect_checkpoint(
     if own is not None and own.unused:
         notes.append(f"{len(own.unused)} weight(s) on disk are not used by the model: {own.unused[0]}, ...")
     return InspectReport(
-        path, against, _facts(checkpoint), tuple(notes), weights, own, tokens, random, change
+        path, against, _facts(checkpoint), tuple(notes), weights, own, tokens, random, change, symmetry
     )
 
 
 def _open(path: Path, model: str | None) -> Checkpoint:
     """Open a checkpoint, with its state under parameter names where these can be found."""
-    from sparkling_cli.inference.locate import find_layout, named_states
+    from dataclasses import replace
 
     checkpoint = open_checkpoint(path)
     if not any(state.param.isdigit() for state in checkpoint.states):
         return checkpoint
-    from dataclasses import replace
-
     try:
-        layout = find_layout(checkpoint, model=model)
-        return named_states(checkpoint, layout, model=model)
+        return _named(checkpoint, model)
     except SparklingError as error:
         note = f"optimizer state is listed by number, because its parameters' names are not known: {error}"
         return replace(checkpoint, notes=(*checkpoint.notes, note))
+
+
+def _named(checkpoint: Checkpoint, model: str | None) -> Checkpoint:
+    """State under its parameters' names; where the model's class says them, no layout is needed."""
+    from sparkling_cli.checkpoint.optimizer import name_parameters
+    from sparkling_cli.inference.locate import find_layout, model_parameters, named_states
+
+    if checkpoint.config is not None and (model is not None or "model_type" in checkpoint.config):
+        return name_parameters(checkpoint, *model_parameters(checkpoint.config, model))
+    return named_states(checkpoint, find_layout(checkpoint, model=model), model=model)
+
+
+def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> SymmetryReport | None:
+    """The meter, where ``expanded`` has a manifest and the two are of one size (else: not trained yet)."""
+    manifest = sidecar_root(expanded.root, expanded.root.is_file()) / MANIFEST
+    shapes = {name: checkpoint.weight(name).shape for name in checkpoint.weights}
+    if not manifest.is_file() or shapes != {n: expanded.weight(n).shape for n in expanded.weights}:
+        return None
+    from sparkling_cli.diagnostics.symmetry import measure_symmetry
+
+    return measure_symmetry(path, expanded.root)
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:

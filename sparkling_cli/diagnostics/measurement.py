@@ -267,7 +267,7 @@ def compare(
 
 
 def percent(share: float, *, signed: bool = False) -> str:
-    """A share as a person reads it: ``12%``, ``3.1%``, ``0.02%``, ``1e-07``."""
+    """A share as a person reads it: ``12%``, ``3.1%``, ``0.02%``, ``<0.001%``."""
     if not isfinite(share):
         return "not finite"
     size = abs(share) * 100
@@ -275,7 +275,7 @@ def percent(share: float, *, signed: bool = False) -> str:
     if size == 0:
         return "0%"
     if size < 0.001:
-        return f"{sign}{share:.0e}"
+        return "<0.001%"
     digits = 0 if size >= 10 else 1 if size >= 1 else 2 if size >= 0.1 else 3
     return f"{sign}{share * 100:.{digits}f}%"
 

@@ -17,6 +17,7 @@ from sparkling_cli.diagnostics.measurement import ActivationReport, Measurement,
 from sparkling_cli.report.model import DEVIATION_LIMIT, Activations, Verdict
 
 if TYPE_CHECKING:
+    from sparkling_cli.diagnostics.symmetry import SymmetryReport
     from sparkling_cli.diagnostics.weights import TensorStat, WeightReport
 
 #: Rows of a table of layers, unless everything is asked for.
@@ -115,6 +116,29 @@ def weight_table(report: WeightReport, *, slots: Sequence[str] | None = None) ->
             sparkline([stat.rms for stat in weights]) if len(weights) > 1 else "",
             *(_cell(by_slot.get(slot, [])) for slot in slots),
         )
+    return table
+
+
+def symmetry_table(found: SymmetryReport, *, rows: int | None = ROWS) -> Table:
+    """How far new channels have moved from their sources, the most locked layers first."""
+    layers = sorted(found.layers, key=lambda row: (-row.locked, row.distance))
+    shown = layers if rows is None else layers[:rows]
+    caption = (
+        f"{len(shown)} of {len(layers)} layers and axes, most locked first\n"
+        f"all new channels: distance {number(found.distance)}, cosine {found.cosine:.4f}, "
+        f"{percent(found.locked)} still locked to their sources"
+    )
+    table = _table("new channels against the channels that they were copied from", caption)
+    table.add_column("layer", justify="right")
+    table.add_column("axis")
+    for title in ("channels", "distance", "cosine", "locked"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in shown:
+        style = "red" if row.locked > 0.5 else "yellow" if row.locked > 0.05 else "green"
+        place = "-" if row.layer is None else str(row.layer)
+        locked = Text(percent(row.locked), style=style)
+        values = (str(row.channels), number(row.distance), f"{row.cosine:.4f}")
+        table.add_row(place, escape(row.axis), *values, locked)
     return table
 
 

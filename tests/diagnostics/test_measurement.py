@@ -68,6 +68,12 @@ def test_change_from_zero() -> None:
 
 def test_percent() -> None:
     """Shares as people read them."""
-    assert [percent(x) for x in (0.123, 0.0312, 0.0031, 0.0, 2e-7)] == ["12%", "3.1%", "0.31%", "0%", "2e-07"]
+    assert [percent(x) for x in (0.123, 0.0312, 0.0031, 0.0, 2e-7)] == [
+        "12%",
+        "3.1%",
+        "0.31%",
+        "0%",
+        "<0.001%",
+    ]
     assert percent(-0.25, signed=True) == "-25%" and percent(0.25, signed=True) == "+25%"
     assert percent(inf) == "not finite"

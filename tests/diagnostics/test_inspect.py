@@ -1,0 +1,200 @@
+"""``sparkling inspect``: facts, statistics and comparisons of real checkpoints, for people and machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diagnostics_support import opened
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from sparkling_cli.diagnostics.inspect import inspect_checkpoint
+from sparkling_cli.diagnostics.measurement import LayerStat, Measurement, StreamStat, compare
+from sparkling_cli.report import tables
+
+CODES = "\x1b["
+
+
+def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``sparkling`` without a terminal."""
+    return subprocess.run(
+        [sys.executable, "-m", "sparkling_cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **environment},
+    )
+
+
+def strict(text: str) -> Any:
+    """JSON that holds no NaN or infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("name", ["dense_checkpoint", "moe_checkpoint"])
+def test_state_is_listed_under_parameter_names(name: str, request: pytest.FixtureRequest) -> None:
+    """Each parameter's moments have their RMS, as torch's own loader sees them."""
+    path: Path = request.getfixturevalue(name)
+    report = inspect_checkpoint(path, activations=False)
+    state = torch.load(path / "optimizer.pt", weights_only=True)["state"]
+    squares = sum(float(s["exp_avg"].double().square().sum()) for s in state.values())
+    found = [stat for stat in report.weights.stats if stat.slot == "exp_avg"]
+    assert sum(stat.rms**2 * stat.entries for stat in found) == pytest.approx(squares, rel=1e-9)
+    assert sum(stat.tensors for stat in found) == len(state)
+    assert not any(stat.role.isdigit() or stat.role == "*" for stat in found)
+    weights = load_file(path / "model.safetensors")
+    assert report.facts["parameters"] == sum(w.numel() for w in weights.values())
+    assert report.facts["step"] == 600
+    assert report.activations is None
+
+
+def test_report_of_one_checkpoint(moe_checkpoint: Path, heldout_text: Path) -> None:
+    """Weights, state and activations on the user's own text, as JSON without a single NaN."""
+    report = inspect_checkpoint(moe_checkpoint, data=heldout_text, sequences=4, length=64)
+    data = strict(json.dumps(report.to_dict()))
+    assert data["tokens"].startswith("heldout.txt")
+    assert data["random_tokens"] is False
+    names = [layer["name"] for layer in data["activations"]["layers"]]
+    assert "model.layers.0.mlp.experts.down_proj" in names
+    assert 3.0 < data["activations"]["loss"] < 4.0  # the fixtures' held-out loss is 3.46
+    assert data["change"] is None
+
+
+def test_against_itself(dense_checkpoint: Path) -> None:
+    """Nothing changed: every deviation is exactly zero and the verdict says so."""
+    report = inspect_checkpoint(dense_checkpoint, against=dense_checkpoint, sequences=2, length=32)
+    assert report.change is not None
+    assert {change.deviation for change in report.change.layers} == {0.0}
+    assert "preserved to rounding" in report.change.verdict
+    assert report.symmetry is None
+
+
+def test_without_a_tokenizer_tokens_are_random(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """A bare model directory is measured on random tokens, and that is said."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(dense_checkpoint / name, tmp_path)
+    report = inspect_checkpoint(tmp_path, sequences=2, length=16)
+    assert report.random_tokens
+    assert report.tokens.startswith("RANDOM")
+    assert report.activations is not None
+
+
+def test_weights_are_measured_when_no_model_can_be_built(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """An unknown class still gives weight statistics, and a note says why there is nothing more."""
+    shutil.copy(dense_checkpoint / "model.safetensors", tmp_path)
+    config = json.loads((dense_checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    report = inspect_checkpoint(tmp_path)
+    assert report.activations is None
+    assert any("not measured" in note and "unheard_of" in note for note in report.notes)
+    assert len(report.weights.stats) > 10
+
+
+def test_nan_is_named(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """A NaN in a weight is a warning of the command, and JSON stays strict."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(dense_checkpoint / name, tmp_path)
+    weights = load_file(dense_checkpoint / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    done = command("inspect", tmp_path, "--json", "--length", "16", "--sequences", "1")
+    assert done.returncode == 0, done.stderr
+    data = strict(done.stdout)
+    assert data["weights"]["nonfinite"] == ["model.layers.1.mlp.up_proj.weight"]
+    done = command("inspect", tmp_path, "--no-activations")
+    assert "layers.1.mlp.up_proj.weight weights: 1 NaN, 0 Inf" in done.stderr
+
+
+def test_command_for_people(dense_checkpoint: Path) -> None:
+    """Tables without escape codes where there is no terminal; no line wider than the screen."""
+    done = command("inspect", dense_checkpoint, "--against", dense_checkpoint, "--length", "16")
+    assert done.returncode == 0, done.stderr
+    assert "RMS of weights and optimizer state per role" in done.stdout
+    assert "Signal kept" in done.stdout
+    assert CODES not in done.stdout + done.stderr
+    assert max(len(line) for line in done.stdout.splitlines()) <= 100
+
+
+def test_missing_checkpoint(tmp_path: Path) -> None:
+    """A path that is not there is a checkpoint error with its exit code, not a traceback."""
+    done = command("inspect", tmp_path / "nowhere")
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    assert "nowhere" in done.stderr
+
+
+def printed(renderable: Any, width: int, **options: Any) -> str:
+    """A renderable as text."""
+    console = Console(width=width, record=False, file=None, **options)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_worst_layers_come_first(width: int) -> None:
+    """The table is sorted by deviation and fits the screen; more rows than the limit are left out."""
+    before = Measurement(
+        tuple(LayerStat(f"model.layers.{i}.mlp.down_proj", 1.0, 1.0, 1) for i in range(40)),
+        (StreamStat("embeddings", 0.1), StreamStat("model.layers.0", 1.0)),
+        3.0,
+        2.0,
+    )
+    after = Measurement(
+        tuple(LayerStat(f"model.layers.{i}.mlp.down_proj", 1.0, 1.0 + i / 100, 1) for i in range(40)),
+        before.stream,
+        3.0,
+        2.0,
+    )
+    text = printed(tables.activation_table(compare(before, after)), width)
+    rows = [line for line in text.splitlines() if "down_proj" in line]
+    assert len(rows) == tables.ROWS
+    assert rows[0].split()[0] == "layers.39.mlp.down_proj"
+    assert rows[0].split()[-1] == "+39%"
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert printed(tables.activation_table(compare(before, after), rows=None), width).count("down_proj") == 40
+
+
+def test_colour_only_where_it_is_wanted(dense_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NO_COLOR takes the colours away, on a terminal too."""
+    report = inspect_checkpoint(dense_checkpoint, against=dense_checkpoint, sequences=1, length=8)
+    assert report.change is not None
+    table = tables.activation_table(report.change)
+    assert "\x1b[32m" in printed(table, 100, force_terminal=True, color_system="standard")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[32m" not in printed(table, 100, force_terminal=True, color_system="standard")
+
+
+def test_sparklines() -> None:
+    """Bars follow the logarithm; equal values are flat; what is not finite is marked."""
+    assert tables.sparkline([1, 10, 100]) == "▁▅█" or tables.sparkline([1, 10, 100]) == "▁▄█"
+    assert len(set(tables.sparkline([2.0, 2.0, 2.01]))) == 1
+    assert tables.sparkline([1.0, float("nan"), 2.0]) == "▁!█"
+    assert tables.sparkline([]) == ""
+
+
+def test_opening_by_hand_and_by_format_agree(dense_checkpoint: Path) -> None:
+    """The package's reader and the tests' own find the same weights at the same places."""
+    from sparkling_cli.checkpoint.detect import open_checkpoint
+    from sparkling_cli.checkpoint.read import TensorSource
+
+    with (
+        TensorSource(open_checkpoint(dense_checkpoint)) as one,
+        TensorSource(opened(dense_checkpoint)) as two,
+    ):
+        for name, tensor in load_file(dense_checkpoint / "model.safetensors").items():
+            assert torch.equal(one.weight(name), tensor)
+            assert torch.equal(two.weight(name), tensor)
