@@ -159,12 +159,12 @@ class Staging:
 
     def _undo_half_commit(self) -> None:
         """A run that died between two renames left a folder whose file never came."""
-        folder = sidecar_root(self.destination, True)
-        if not self.is_file or not os.path.lexists(folder):
-            return
-        if not (self.partial / "commit").exists():
-            raise OutputError(f"{folder} exists", hint="remove it, or choose another name")
-        shutil.rmtree(folder)
+        folder, mark = sidecar_root(self.destination, True), self.partial / "commit"
+        if self.is_file and os.path.lexists(folder):
+            if not mark.exists():
+                raise OutputError(f"{folder} exists", hint="remove it, or choose another name")
+            shutil.rmtree(folder)
+        mark.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         for entry in self.partial.iterdir():

@@ -30,7 +30,7 @@ _GAP = 4096
 _ALIGN = 64
 
 
-class Stopped(Exception):  # noqa: N818 - no error: the other side asked for it
+class Stopped(Exception):
     """Work was broken off on request."""
 
 
