@@ -34,6 +34,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         UnsafePickleError: a pickle that is not weights-only-safe.
     """
     root = Path(path)
+    if root.name in ("", ".."):
+        root = root.resolve()  # messages and outputs are named after it
     if not root.exists():
         raise CheckpointError(f"{root}: there is nothing of that name")
     for form in formats():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,16 @@ def rewritten_json(text: str, changes: Mapping[str, Any], where: str) -> str:
     """
     if not changes:
         return text
-    # Numbers keep their spelling: they travel through the dump as marked text.
-    mark: Callable[[str], str] = "\0{}\0".format
-    value = json.loads(text, parse_float=mark, parse_constant=mark)
+    # Numbers keep their spelling: they travel through the dump as text with a mark that occurs nowhere.
+    mark = "@"
+    plainly = json.dumps(json.loads(text), ensure_ascii=False)
+    while mark in plainly:
+        mark += "@"
+
+    def marked(number: str) -> str:
+        return mark + number
+
+    value = json.loads(text, parse_float=marked, parse_constant=marked)
     for dotted, new in changes.items():
         *path, last = dotted.split(".")
         holder = value
@@ -149,7 +156,7 @@ def rewritten_json(text: str, changes: Mapping[str, Any], where: str) -> str:
         ensure_ascii=text.isascii(),
         separators=None if indent or ", " in text or '": ' in text else (",", ":"),
     )
-    dumped = re.sub(r'"\\u0000([^"]*?)\\u0000"', r"\1", dumped)
+    dumped = re.sub(f'"{mark}([^"@]+)"', r"\1", dumped)
     return dumped + text[len(text.rstrip()) :]
 
 
