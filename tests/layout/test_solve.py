@@ -119,11 +119,11 @@ def test_packaged_files_are_well_formed(name: str) -> None:
 def test_products_are_divided() -> None:
     """Three products of three unknowns, none of which can be solved alone."""
     equations = [
-        Equation(parse_expr("(kv q hd)"), 48, "wq"),
-        Equation(parse_expr("(kv hd)"), 16, "wk"),
-        Equation(parse_expr("(kv q)"), 6, "n_heads"),
+        Equation(parse_expr("(g q hd)"), 48, "wq"),
+        Equation(parse_expr("(g hd)"), 16, "wk"),
+        Equation(parse_expr("(g q)"), 6, "n_heads"),
     ]
-    assert solve_sizes(equations, {}) == {"q": 3, "kv": 2, "hd": 8}
+    assert solve_sizes(equations, {}) == {"q": 3, "g": 2, "hd": 8}
 
 
 def test_implied_numbers_and_requirements() -> None:
