@@ -1,0 +1,99 @@
+"""The models of the proof: a dense byte-level one and a mixture of experts, small and wide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths of the small model; ``ffn`` is each expert's for a mixture."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    head_dim: int
+
+
+#: (kind, size) -> widths; ``pilot`` is the size at which the acceptance numbers were set
+SIZES: Mapping[tuple[str, str], Size] = {
+    ("dense", "pilot"): Size(4, 96, 128, 24),
+    ("moe", "pilot"): Size(3, 64, 48, 24),
+    ("dense", "quick"): Size(2, 64, 64, 16),
+    ("moe", "quick"): Size(2, 48, 32, 16),
+}
+
+
+def config(kind: str, size: Size, ffn: int, hidden: int) -> PreTrainedConfig:
+    """The config of one model.
+
+    Args:
+        kind: ``dense`` (Llama class) or ``moe`` (Qwen3-MoE class: decoupled head_dim, q/k norms, 8 experts
+            top-2, tied embeddings, after the paper's model in miniature).
+        size: depth and head_dim.
+        ffn: inner width.
+        hidden: width of the residual stream.
+    """
+    common: dict[str, Any] = {
+        "vocab_size": 256,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": 4,
+        "head_dim": size.head_dim,
+        "hidden_size": hidden,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    if kind == "dense":
+        return LlamaConfig(intermediate_size=ffn, num_key_value_heads=4, tie_word_embeddings=False, **common)
+    return Qwen3MoeConfig(
+        intermediate_size=4 * ffn,
+        moe_intermediate_size=ffn,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        **common,
+    )
+
+
+_REUSED: dict[object, tuple[PreTrainedModel, Any]] = {}
+
+
+def reusable(model: PreTrainedModel, compile_: bool) -> tuple[PreTrainedModel, Any]:
+    """A module with the weights of ``model``, and what to call; one per shape: it is compiled once."""
+    key = (type(model), tuple((name, tuple(p.shape)) for name, p in model.named_parameters()))
+    if key not in _REUSED:
+        _REUSED[key] = model, (torch.compile(model) if compile_ else model)
+    kept, forward = _REUSED[key]
+    if kept is not model:
+        kept.load_state_dict(model.state_dict())
+    for p in kept.parameters():
+        p.grad = None
+    return kept, forward
+
+
+def fresh(kind: str, size: str, axes: tuple[str, ...], seed: int) -> PreTrainedModel:
+    """A freshly initialized model, twice as wide along ``axes``."""
+    torch.manual_seed(seed)
+    small = SIZES[kind, size]
+    ffn = small.ffn * (2 if "ffn" in axes else 1)
+    hidden = small.hidden * (2 if "hidden" in axes else 1)
+    made = config(kind, small, ffn, hidden)
+    return (LlamaForCausalLM if kind == "dense" else Qwen3MoeForCausalLM)(made)

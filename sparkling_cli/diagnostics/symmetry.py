@@ -1,0 +1,275 @@
+"""The symmetry meter: how far every new channel has moved from the channel that it was copied from.
+
+Equal copies get equal gradients (Eq. 20, 40); with a symmetric optimizer state they stay equal for ever.
+From the files of a trained checkpoint and of the expanded one that it came from, the meter says per layer
+and axis whether the copies have parted. A *channel* of an axis is all that carries its index in one layer:
+for ``ffn`` the gate and up rows and the down column, for each expert by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.checkpoint.detect import open_checkpoint
+from sparkling_cli.checkpoint.model import FLOATING, Checkpoint
+from sparkling_cli.checkpoint.read import TensorSource
+from sparkling_cli.errors import CheckpointError, LayoutError
+from sparkling_cli.layout.expr import Expr, Product, Role, TensorLayout, axis_names
+from sparkling_cli.layout.geometry import Growth, Treatment, ViewDim, view_of
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.manifest import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+#: a channel counts as locked while its distance from its source is below this share of the source's norm
+LOCKED = 0.01
+
+_NUMBERS = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class ChannelSymmetry:
+    """New channels of one axis in one layer, against their sources.
+
+    Attributes:
+        layer: the layer's number; None outside the layers (embedding, head).
+        axis: the axis that grew.
+        channels: how many new ones, all experts counted.
+        cosine: mean cosine between a new channel and its source.
+        distance: mean of ||new - source|| / ||source||.
+        locked: share of channels with a distance below ``LOCKED``.
+    """
+
+    layer: int | None
+    axis: str
+    channels: int
+    cosine: float
+    distance: float
+    locked: float
+
+
+@dataclass(frozen=True)
+class SymmetryReport:
+    """All layers and axes, in the model's order."""
+
+    layers: tuple[ChannelSymmetry, ...]
+
+    def _mean(self, name: str) -> float:
+        total = sum(row.channels for row in self.layers)
+        return sum(float(getattr(row, name)) * row.channels for row in self.layers) / total
+
+    @property
+    def cosine(self) -> float:
+        """Mean over all new channels."""
+        return self._mean("cosine")
+
+    @property
+    def distance(self) -> float:
+        """Mean over all new channels."""
+        return self._mean("distance")
+
+    @property
+    def locked(self) -> float:
+        """Share of all new channels."""
+        return self._mean("locked")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "cosine": self.cosine,
+            "distance": self.distance,
+            "locked": self.locked,
+            "layers": [vars(row) for row in self.layers],
+        }
+
+
+def measure_symmetry(
+    trained: Path | str, expanded: Path | str, *, stage: int | None = None
+) -> SymmetryReport:
+    """Compare new channels with their sources in a trained checkpoint.
+
+    Args:
+        trained: the checkpoint to measure; the expanded one itself before any training.
+        expanded: the output of ``sparkling expand`` that it was trained on from: its manifest is read.
+        stage: which expansion's channels; default the last.
+
+    Raises:
+        CheckpointError: there is no manifest, or the trained checkpoint is not of this model.
+    """
+    manifest = _manifest(Path(expanded))
+    layout = manifest.model_layout()
+    growth, before = _growth(manifest, layout, stage)
+    checkpoint = open_checkpoint(Path(trained))
+    sums: dict[_Key, _Sums] = {}
+    with TensorSource(checkpoint) as source:
+        for name, key in checkpoint.weights.items():
+            pattern = _dims(name, layout)
+            if pattern is None or not pattern.axes() & set(growth):
+                continue
+            _check_shape(checkpoint, name, pattern, layout)
+            if checkpoint.tensors[key].dtype in FLOATING:
+                _add(sums, name, source.read(key), pattern, before, growth)
+    if not sums:
+        raise CheckpointError(f"{trained} holds no weight with a new channel of {', '.join(sorted(growth))}")
+    return SymmetryReport(tuple(_rows(sums)))
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A group of channels: numbers in the tensors' names (layer, expert), axis, stacked experts or none."""
+
+    numbers: tuple[int, ...]
+    axis: str
+    stack: int
+
+
+@dataclass
+class _Sums:
+    """Per channel (flattened with stacked experts): products over all tensors seen so far."""
+
+    dot: torch.Tensor
+    new: torch.Tensor
+    source: torch.Tensor
+    apart: torch.Tensor
+    tensors: list[str] = field(default_factory=list)
+
+
+def _manifest(expanded: Path) -> Manifest:
+    if expanded.is_file() and expanded.suffix != ".json":
+        return read_manifest(expanded.with_name(expanded.name + ".sparkling") / "sparkling" / "manifest.json")
+    return read_manifest(expanded)
+
+
+def _growth(
+    manifest: Manifest, layout: ModelLayout, stage: int | None
+) -> tuple[dict[str, Growth], dict[str, int]]:
+    """Growth of the wanted expansion, as sizes now allow: later growth of the same axis counts as old."""
+    last = max(s.stage for s in manifest.stages)
+    wanted = last if stage is None else stage
+    found = [s for s in manifest.stages if s.stage == wanted]
+    if not found:
+        raise CheckpointError(f"there is no expansion {stage}; the manifest has {len(manifest.stages)}")
+    grown = {axis: Growth(a, b) for axis, (a, b) in found[0].growth.items()}
+    for axis, growth in grown.items():
+        if layout.sizes[axis] != growth.target:
+            raise CheckpointError(
+                f"axis {axis!r} has grown again since expansion {wanted}, from {growth.target} to "
+                f"{layout.sizes[axis]}: its channels can be measured until then"
+            )
+    return grown, {**layout.sizes, **{axis: g.source for axis, g in grown.items()}}
+
+
+def _dims(name: str, layout: ModelLayout) -> TensorLayout | None:
+    for table in (layout.disk_table, layout.module_table):
+        try:
+            return table.find(name).dims
+        except LayoutError:
+            continue
+    return None
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, dims: TensorLayout, layout: ModelLayout) -> None:
+    found, expected = checkpoint.weight(name).shape, dims.shape(layout.sizes)
+    if found != expected:
+        raise CheckpointError(
+            f"{checkpoint.root.name}: {name} has shape {found}, after the expansion it has {expected}",
+            hint="compare with the expanded checkpoint that this one was trained on from",
+        )
+
+
+def _add(
+    sums: dict[_Key, _Sums],
+    name: str,
+    tensor: torch.Tensor,
+    dims: TensorLayout,
+    before: Mapping[str, int],
+    growth: Mapping[str, Growth],
+) -> None:
+    import torch
+
+    view = view_of(dims, before, growth, Treatment())
+    shaped = tensor.reshape([dim.target for dim in view]).to(torch.float64)
+    stacks = [i for i, dim in enumerate(view) if dims.dims[dim.dim].role is Role.STACK]
+    for i, (dim, axis) in enumerate(zip(view, _axes(dims, growth), strict=True)):
+        if not axis:
+            continue
+        new, old = _pairs(dim)
+        # experts (stacks) and channels first, all else is one vector
+        front = [s for s in stacks if s != i]
+        channels = shaped.movedim([*front, i], list(range(len(front) + 1))).flatten(0, max(0, len(front) - 1))
+        if not front:
+            channels = channels[None]
+        channels = channels.flatten(2) if channels.dim() > 2 else channels[..., None]
+        a, b = channels[:, new], channels[:, old]
+        numbers = tuple(int(n) for n in _NUMBERS.findall(name))
+        parts = [(a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1), ((a - b) ** 2).sum(-1)]
+        key = _Key(numbers, axis, channels.shape[0] if front else 0)
+        if key not in sums or sums[key].dot.shape != parts[0].shape:
+            if key in sums:  # the axis occurs with another multiplicity (q and k heads, say)
+                key = _Key(numbers, f"{axis} of {name}", key.stack)
+            sums[key] = _Sums(*parts)
+        else:
+            known = sums[key]
+            for total, part in zip((known.dot, known.new, known.source, known.apart), parts, strict=True):
+                total += part
+        sums[key].tensors.append(name)
+
+
+def _pairs(dim: ViewDim) -> tuple[list[int], list[int]]:
+    """New indices along a view dim, and the old index that each was copied from."""
+    place: dict[int, int] = {}
+    for run in dim.runs:
+        if not run.new:
+            place.update({run.source + i: run.target + i for i in range(run.length)})
+    new = [run.target + i for run in dim.runs if run.new for i in range(run.length)]
+    old = [place[run.source + i] for run in dim.runs if run.new for i in range(run.length)]
+    return new, old
+
+
+def _axes(dims: TensorLayout, growth: Mapping[str, Growth]) -> list[str]:
+    """Per view dim, the growing axes in it, joined by ``+``; "" for none."""
+    found = []
+    for dim in dims.dims:
+        for factor in _factors(dim.expr):
+            found.append("+".join(sorted(set(axis_names(factor)) & set(growth))))
+    return found
+
+
+def _factors(expr: Expr) -> Iterator[Expr]:
+    if not isinstance(expr, Product):
+        yield expr
+        return
+    for factor in expr.factors:
+        yield from _factors(factor)
+
+
+def _rows(sums: Mapping[_Key, _Sums]) -> Iterator[ChannelSymmetry]:
+    import torch
+
+    groups: dict[tuple[int | None, str], list[_Sums]] = {}
+    for key, value in sums.items():
+        layer = key.numbers[0] if key.numbers else None
+        axis = key.axis.partition(" of ")[0]
+        groups.setdefault((layer, axis), []).append(value)
+    for (layer, axis), values in groups.items():
+        dot, new, source, apart = (
+            torch.cat([getattr(v, name).flatten() for v in values])
+            for name in ("dot", "new", "source", "apart")
+        )
+        norms = (new * source).sqrt()
+        both_zero = (new == 0) & (source == 0)
+        cosine = torch.where(norms > 0, dot / norms.clamp_min(1e-300), both_zero.to(dot.dtype))
+        distance = torch.where(source > 0, (apart / source.clamp_min(1e-300)).sqrt(), apart.sqrt())
+        yield ChannelSymmetry(
+            layer=layer,
+            axis=axis,
+            channels=len(dot),
+            cosine=float(cosine.mean()),
+            distance=float(distance.mean()),
+            locked=float((distance < LOCKED).double().mean()),
+        )

@@ -1,0 +1,129 @@
+"""The callback in transformers' own ``Trainer``: attached, saved, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from fixtures.tiny import build_trainer
+from sparkling_cli.api import expand
+from sparkling_cli.errors import SpecError
+from sparkling_cli.training import SparklingCallback, read_history
+from tests.conftest import TinyCheckpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+TE, STOP, END = 4, 6, 8
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 after real steps, ffn twice as wide."""
+    source = tiny_checkpoint("qwen3", steps=TE)
+    destination = tmp_path_factory.mktemp("wide") / "expanded"
+    options: dict[str, Any] = {"axes": [{"axis": "ffn", "factor": 2}], "rewarmup": {"steps": 1, "rho": 3.0}}
+    return expand(source, destination, report="none", threads=1, **options).destination
+
+
+class Die(TrainerCallback):
+    """Ends the process the hard way once the checkpoint of step STOP is on disk."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for a checkpoint: on resume the Trainer keeps the first run's interval."""
+        control.should_save = state.global_step == STOP
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After all other callbacks of the save."""
+        if state.global_step == STOP:
+            os._exit(9)
+
+
+def run(
+    resume: Path, out: Path, wide: Path, *, callback: bool = True, others: tuple[TrainerCallback, ...] = ()
+) -> dict[str, torch.Tensor]:
+    """Train from ``resume`` to the end of the schedule; the parameters then."""
+    model = AutoModelForCausalLM.from_pretrained(resume)
+    mine = (SparklingCallback(wide),) if callback else ()
+    trainer = build_trainer(model, out, max_steps=END, callbacks=(*mine, *others))
+    trainer.train(resume_from_checkpoint=str(resume))
+    assert trainer.state.global_step == END
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def run_and_die(wide: str, out: str) -> None:
+    """What the killed process does."""
+    run(Path(wide), Path(out), Path(wide), others=(Die(),))
+
+
+def test_killed_and_resumed_is_the_same_run(wide: Path, tmp_path: Path) -> None:
+    """Killed after step 6 of 8 and resumed: bit for bit the run that was not killed."""
+    whole = run(wide, tmp_path / "whole", wide)
+    code = (
+        "import sys, torch; torch.set_num_threads(1);"
+        "from tests.training.test_callback import run_and_die; run_and_die(*sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, str(wide), str(tmp_path / "killed")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 9, done.stderr[-4000:]
+    checkpoint = tmp_path / "killed" / f"checkpoint-{STOP}"
+    resumed = run(checkpoint, tmp_path / "resumed", wide)
+    forgotten = run(checkpoint, tmp_path / "forgotten", wide, callback=False)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    assert any(not torch.equal(value, forgotten[name]) for name, value in whole.items())
+
+    # the checkpoint that training wrote carries the history and the counter
+    assert read_history(checkpoint) == read_history(wide)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["SparklingCallback"]["attributes"] == {"resumed": {"steps": [STOP]}}
+    # and can itself take the expanded directory's place
+    own = run(checkpoint, tmp_path / "own", checkpoint)
+    for name, value in whole.items():
+        assert torch.equal(value, own[name]), name
+
+
+def test_only_new_entries_move_otherwise(wide: Path, tmp_path: Path) -> None:
+    """In the first steps the callback changes new ffn entries by the curve's ratio, and no old entry."""
+    with_hooks, plain = (
+        first_step(wide, tmp_path / str(callback), callback=callback) for callback in (True, False)
+    )
+    start = {n: p.detach() for n, p in AutoModelForCausalLM.from_pretrained(wide).named_parameters()}
+    history = read_history(wide)
+    # two steps: the ratio is 1 at step TE; what differs was done by the step after
+    stage = history.rewarmup.stages[0]
+    assert history.rewarmup.ratio(stage, TE) == 1.0
+    assert history.rewarmup.ratio(stage, TE + 1) > 2.0
+    for name, value in with_hooks.items():
+        region = history.region(name, tuple(value.shape))
+        new = torch.zeros(region.view, dtype=torch.bool)
+        for box in region.boxes(1):
+            new[tuple(slice(a, b) for a, b in box)] = True
+        new = new.view(value.shape)
+        assert torch.equal(value[~new], plain[name][~new]), name
+        if new.any():
+            assert not torch.equal(value[new], plain[name][new]), name
+            assert not torch.equal(value, start[name])
+
+
+def first_step(wide: Path, out: Path, *, callback: bool) -> dict[str, torch.Tensor]:
+    """The parameters after two steps from the expansion on."""
+    model = AutoModelForCausalLM.from_pretrained(wide)
+    mine = (SparklingCallback(wide),) if callback else ()
+    trainer = build_trainer(model, out, max_steps=END, stop_at=TE + 2, callbacks=mine)
+    trainer.train(resume_from_checkpoint=str(wide))
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_run_that_begins_too_early_is_refused(wide: Path, tmp_path: Path) -> None:
+    """Training from step 0 on the wide weights is not the run that the schedule is for."""
+    model = AutoModelForCausalLM.from_pretrained(wide)
+    trainer = build_trainer(model, tmp_path, max_steps=END, callbacks=(SparklingCallback(wide),))
+    with pytest.raises(SpecError, match="resume_from_checkpoint"):
+        trainer.train()
