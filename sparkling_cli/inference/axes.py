@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from sparkling_cli.inference.roles import Path, get_path, role_of, set_path, walk
+from sparkling_cli.inference.roles import OTHER_MODALITY, Path, get_path, role_of, set_path, walk
 from sparkling_cli.inference.shrink import shapes as shapes_of
 from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory
 
@@ -125,8 +125,12 @@ def _text_first(sizing: Mapping[Path, int], weights: Mapping[Path, int]) -> dict
 
 def _integers(config: Mapping[str, Any]) -> list[tuple[Path, int]]:
     found = []
+    text = {p[:-1] for p, _ in walk(config) if role_of(p[-1]) == "vocab"}
     for path, value in walk(config):
         if role_of(path[-1]) in _IGNORED:
+            continue
+        # In a composite config only the part with the vocabulary is widened.
+        if path[:-1] not in text and (() not in text or OTHER_MODALITY.search(".".join(path[:-1]))):
             continue
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]

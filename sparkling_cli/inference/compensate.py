@@ -39,63 +39,74 @@ def hypotheses_for(
     tied = bool(_tied_heads(bench.model))
     norm = final_norm(bench)
     embedding = embedding_name(bench.model)
-    embed_power = _embedding_power(bench, axes, layouts) if embedding else 0.0
-    undo = -embed_power if tied else 0.0
     found: list[Compensations] = []
-    for head_power in _POWERS if norm else (0.0,):
-        for offset in (0.0, 1.0) if tied or head_power else (0.0,):
-            comps: list[Compensation] = []
-            if embed_power:
-                names = {embedding, *_tied_heads(bench.model)} if tied else {embedding}
-                comps += [Compensation(axis, n, power=embed_power) for n in sorted(names)]
-            if norm and (tied or head_power + undo):
-                comps += _on_norm(norm, axis, tied, head_power + undo, offset)
-            if tuple(comps) not in found:
-                found.append(tuple(comps))
+    for embed_power in _embedding_powers(bench, axes, layouts, embedding):
+        undo = -embed_power if tied else 0.0
+        for head_power in _POWERS if norm else (0.0,):
+            for offset in (0.0, 1.0) if tied or head_power else (0.0,):
+                comps: list[Compensation] = []
+                if embed_power:
+                    names = {embedding, *_tied_heads(bench.model)} if tied else {embedding}
+                    comps += [Compensation(axis, n, power=embed_power) for n in sorted(names)]
+                if norm and (tied or head_power + undo):
+                    comps += _on_norm(norm, axis, tied, head_power + undo, offset)
+                if tuple(comps) not in found:
+                    found.append(tuple(comps))
     if () not in found:
         found.append(())
     return found
 
 
-def _embedding_power(bench: Bench, axes: Sequence[str], layouts: Mapping[str, TensorLayout]) -> float:
-    """Exponent p of (d'/d)^p that keeps the RMS of what enters the first layer; in halves."""
-    import torch
+def _embedding_powers(
+    bench: Bench, axes: Sequence[str], layouts: Mapping[str, TensorLayout], embedding: str
+) -> list[float]:
+    """Exponents p of (d'/d)^p that may undo a multiplier on the embedding, the likeliest first.
 
-    before = _first_input(bench.model, bench.ids)
-    if before is None:
-        return 0.0
+    Measured where the first layer is entered and where the embedding is left, as a norm may stand
+    between the two.
+    """
+    if not embedding:
+        return [0.0]
+    first = next((n for n, _ in bench.model.named_modules() if n.endswith(".0") and n.count(".") <= 3), None)
+    owner = embedding.rpartition(".")[0]
+    found = [_power(bench, axes, layouts, first, True)] if first else []
+    found.append(_power(bench, axes, layouts, owner, False))
+    return list(dict.fromkeys(found))
+
+
+def _power(
+    bench: Bench, axes: Sequence[str], layouts: Mapping[str, TensorLayout], module: str, entering: bool
+) -> float:
+    """Exponent that keeps the RMS of what enters or leaves a module when the axes grow; in halves."""
+    before = _rms_at(bench.model, bench.ids, module, entering)
     powers = []
     for factor in (2, 3):
         if math.isinf(bench.error(layouts, dict.fromkeys(axes, factor))):
             return 0.0
-        after = _first_input(bench.wide(dict.fromkeys(axes, factor)), bench.ids)
-        if after is None:
+        after = _rms_at(bench.wide(dict.fromkeys(axes, factor)), bench.ids, module, entering)
+        if before <= 0 or after <= 0:
             return 0.0
-        rms = [float(t.to(torch.float64).square().mean().sqrt()) for t in (before, after)]
-        powers.append(math.log(rms[0] / rms[1]) / math.log(factor) if min(rms) > 0 else 0.0)
+        powers.append(math.log(before / after) / math.log(factor))
     near = round(2 * powers[0]) / 2
     return near if all(abs(p - near) < 0.02 for p in powers) and abs(near) <= 1 else 0.0
 
 
-def _first_input(model: nn.Module, ids: torch.Tensor) -> torch.Tensor | None:
-    """The tensor that enters the first of the model's numbered layers."""
+def _rms_at(model: nn.Module, ids: torch.Tensor, module: str, entering: bool) -> float:
+    """RMS of the first float tensor that enters or leaves a module; 0 if there is none."""
     import torch
 
-    first = next((m for n, m in model.named_modules() if n.endswith(".0") and n.count(".") <= 3), None)
     seen: list[torch.Tensor] = []
-    if first is None:
-        return None
 
-    def entering(module: nn.Module, args: Any, kwargs: Any) -> None:
-        found = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.ndim == 3]
-        seen.extend(found[:1])
+    def watch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tensors = (*args, *kwargs.values()) if entering else (output,)
+        seen.extend(t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
 
-    handle = first.register_forward_pre_hook(entering, with_kwargs=True)
+    handle = model.get_submodule(module).register_forward_hook(watch, with_kwargs=True)
     try:
         run(model, ids)
     finally:
         handle.remove()
-    return seen[0] if seen and seen[0].is_floating_point() else None
+    return float(seen[0].to(torch.float64).square().mean().sqrt()) if seen else 0.0
 
 
 def _on_norm(norm: Sequence[str], axis: str, tied: bool, power: float, offset: float) -> list[Compensation]:

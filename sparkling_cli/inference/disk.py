@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.inference.labels import render
-from sparkling_cli.layout.expr import PACKINGS, Axis, Dim, Expr, Product, Role, Sum, TensorLayout, size_of
+from sparkling_cli.layout.expr import (
+    PACKINGS,
+    Axis,
+    Dim,
+    Expr,
+    Fixed,
+    Product,
+    Role,
+    Sum,
+    TensorLayout,
+    size_of,
+)
 from sparkling_cli.layout.parse import parse_layout
 
 if TYPE_CHECKING:
@@ -33,6 +44,7 @@ class DiskTensor:
         layout: what its dims mean.
         fixed: module dim -> the one index of it that this tensor holds (an expert).
         start: first entry on the split dim, for the order of parts.
+        others: further module tensors that it is made of, where the disk fuses what the module keeps apart.
     """
 
     name: str
@@ -40,6 +52,7 @@ class DiskTensor:
     layout: TensorLayout
     fixed: Mapping[int, int]
     start: int
+    others: tuple[str, ...] = ()
 
 
 def to_disk(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -94,13 +107,73 @@ def disk_tensors(
         ids = ids.to(torch.float64)
         if ids.numel() == 0:
             raise LayoutError(f"{name!r} is empty on disk")
-        first = int(ids.min())
-        source = next(n for start, n in reversed(starts) if start <= first)
-        offset = next(start for start, n in starts if n == source)
-        if int(ids.max()) >= offset + state[source].numel():
-            raise LayoutError(f"{name!r} on disk is made of several tensors of the module")
-        result.append(_traced(name, source, (ids - offset).long(), state[source], layouts[source], sizes))
+        sources = _sources(ids, starts)
+        result.append(_fused(name, ids, sources, starts, state, layouts, sizes))
     return result
+
+
+def _sources(ids: torch.Tensor, starts: Sequence[tuple[int, str]]) -> torch.Tensor:
+    """For every element, the place in ``starts`` of the module tensor that it comes from."""
+    import torch
+
+    bounds = torch.tensor([start for start, _ in starts], dtype=torch.float64)
+    return torch.bucketize(ids, bounds, right=True) - 1
+
+
+def _fused(
+    name: str,
+    ids: torch.Tensor,
+    sources: torch.Tensor,
+    starts: Sequence[tuple[int, str]],
+    state: Mapping[str, torch.Tensor],
+    layouts: Mapping[str, TensorLayout],
+    sizes: Mapping[str, int],
+) -> DiskTensor:
+    """One tensor on disk, made of one module tensor or of several along one dim."""
+    import torch
+
+    def piece(place: int, part: torch.Tensor) -> DiskTensor:
+        start, source = starts[place]
+        return _traced(name, source, (part - start).long(), state[source], layouts[source], sizes)
+
+    places = sources.unique().tolist()
+    if len(places) == 1:
+        return piece(places[0], ids)
+    moving = [d for d in range(ids.ndim) if _varies(sources, d)]
+    if len(moving) != 1:
+        raise LayoutError(f"{name!r} on disk is made of several tensors of the module, not along one dim")
+    dim = moving[0]
+    along = sources.movedim(dim, 0).reshape(sources.shape[dim], -1)[:, 0]
+    order = list(dict.fromkeys(along.tolist()))
+    parts = [piece(p, ids.index_select(dim, torch.nonzero(along == p).flatten())) for p in order]
+    if any(p.fixed for p in parts):
+        raise LayoutError(f"{name!r} on disk is made of slices of several tensors of the module")
+    expr = _joined([p.layout.dims[dim].expr for p in parts], along.tolist(), order, sizes)
+    others = [[d for i, d in enumerate(p.layout.dims) if i != dim] for p in parts]
+    if expr is None or any(o != others[0] for o in others):
+        raise LayoutError(f"{name!r} on disk mixes tensors of the module in a way that no layout says")
+    dims = list(parts[0].layout.dims)
+    dims[dim] = replace(dims[dim], expr=expr)
+    layout = parse_layout(render(dims))
+    return DiskTensor(name, parts[0].source, layout, {}, 0, tuple(p.source for p in parts[1:]))
+
+
+def _joined(
+    terms: Sequence[Expr], along: Sequence[int], order: Sequence[int], sizes: Mapping[str, int]
+) -> Expr | None:
+    """Terms one after the other, or entry by entry in turn."""
+    blocks = [p for p, _ in itertools.groupby(along)]
+    packing = next((n for n, p in PACKINGS.items() if p == tuple(t.label for t in terms)), None)
+    bare = [replace(t, label=None) for t in terms]
+    same = all(t == bare[0] for t in bare)
+    count: Expr = Axis(packing) if packing else Fixed(len(terms))
+    if blocks == list(order):
+        if same and packing:
+            return Product((count, bare[0]))
+        return Sum(tuple(terms))
+    if same and blocks == list(order) * size_of(bare[0], sizes):
+        return Product((bare[0], count))
+    return None
 
 
 def _traced(
@@ -145,8 +218,6 @@ def _with_ones(
     ids: torch.Tensor, dims: dict[int, Dim], coordinates: Sequence[torch.Tensor], layout: TensorLayout
 ) -> list[Dim]:
     """Dims of size one have no coordinate of their own: take the module's, or a plain 1."""
-    from sparkling_cli.layout.expr import Fixed
-
     spare = [d for d in layout.dims if size_or_none(d.expr) == 1]
     role = next((d.role for d in dims.values()), Role.SCALE)
     filled = []
@@ -179,6 +250,8 @@ def sub_term(expr: Expr, along: Sequence[int], sizes: Mapping[str, int]) -> Expr
     """The term of the entries ``along`` of a dim: the whole, a part of it, or its factors reordered."""
     if list(along) == list(range(size_of(expr, sizes))):
         return expr
+    if isinstance(expr, Fixed):
+        return Fixed(len(along), expr.label)  # nothing happens to it, whatever its order
     if isinstance(expr, Sum):
         return _sub_sum(expr, along, sizes)
     if isinstance(expr, Product):

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.inference.axes import Coordinates
-from sparkling_cli.inference.court import Judgement
+from sparkling_cli.inference.court import WIDTHS, Judgement
 from sparkling_cli.inference.disk import DiskTensor
 from sparkling_cli.inference.labels import render
 from sparkling_cli.inference.roles import get_path
@@ -253,7 +253,8 @@ def _axis_infos(
     used = {a for layout in judged.layouts for a in layout.axes()}
     infos = {}
     for name, verdict in judged.verdicts.items():
-        if name not in sizes or (name not in used and not verdict.proved):
+        known = name in used or verdict.proved or judged.found.axes[name].role in WIDTHS
+        if name not in sizes or not known:
             continue
         joint = tuple(renames.get(j, j) for j in verdict.joint)
         infos[name] = AxisInfo(sizes[name], verdict.proved, verdict.reason, joint)
@@ -307,6 +308,7 @@ def _disk_patterns(
     for tensor in judged.disk:
         by_source.setdefault(tensor.source, []).append(tensor)
     followers = {n for group in judged.tied for n in group[1:]}
+    followers |= {n for tensor in judged.disk for n in tensor.others}
     result: dict[str, TensorLayout] = {}
     assembly: dict[str, tuple[str, ...]] = {}
     for pattern in patterns:
@@ -398,7 +400,7 @@ def _assembles(source: str, parts: Sequence[DiskTensor], judged: Judgement) -> b
     shape = layout.shape(sizes)
     front = len(parts[0].fixed)
     first = [p for p in parts if p.fixed == parts[0].fixed]
-    if any(set(p.fixed) != set(range(front)) for p in parts) or len(shape) < front:
+    if any(p.others or set(p.fixed) != set(range(front)) for p in parts) or len(shape) < front:
         return False
     rest = shape[front:]
     if any(len(p.layout.dims) != len(rest) for p in parts):

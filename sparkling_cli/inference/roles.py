@@ -22,7 +22,7 @@ _HINTS: tuple[tuple[str, str], ...] = (
     ("token", r"_(token_id|index|token_index|idx)$|_id$"),
     ("positions", r"position_embeddings$|^n_positions$|^n_ctx$|max_.*(length|positions|seq_len)$"),
     ("top_k", r"experts?_per_tok|top_?k|^moe_k$"),
-    ("shared_experts", r"shared_experts?$|^n_shared"),
+    ("shared_experts", r"shared_experts?$|^n_shared|zero_expert"),
     ("experts", r"^(moe_)?(num|n)_(routed_|local_)?experts$"),
     ("groups", r"^n_group$|topk_group|expert_group"),
     ("shared_ffn", r"shared.*(intermediate|inner|ffn)"),
@@ -48,6 +48,9 @@ _HINTS: tuple[tuple[str, str], ...] = (
     ),
 )
 
+#: Parts of a composite config that hold no language model.
+OTHER_MODALITY = re.compile(r"vision|audio|image|img|speech|codec|depth")
+
 #: Tiny sizes: pairwise unambiguous, also their doubles and the usual products.
 TINY_SIZES: Mapping[str, int] = {
     "layers": 2,
@@ -57,7 +60,7 @@ TINY_SIZES: Mapping[str, int] = {
     "shared_experts": 1,
     "experts": 10,
     "heads": 6,
-    "kv_heads": 3,
+    "kv_heads": 2,
     "head_dim": 8,
     "hidden": 72,
     "ffn": 56,

@@ -49,7 +49,7 @@ class Variant:
 _POWERS = {
     **TINY_SIZES,
     "heads": 8,
-    "kv_heads": 4,
+    "kv_heads": 2,
     "head_dim": 16,
     "hidden": 64,
     "ffn": 96,
