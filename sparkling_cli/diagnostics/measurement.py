@@ -8,6 +8,7 @@ router sends.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf, isfinite, nan, sqrt
 from typing import Any
@@ -175,7 +176,9 @@ class ActivationReport:
     @property
     def verdict(self) -> str:
         """One line for a person."""
-        return " ".join(part for part in (self._signal(), self._function(), self._loss()) if part)
+        where = "Measured on random tokens." if self.random else ""
+        parts = (self._signal(), self._function(), self._loss(), where)
+        return " ".join(part for part in parts if part)
 
     def _signal(self) -> str:
         if not self.layers:
@@ -238,8 +241,14 @@ def compare(
     random: bool = False,
     tolerance: float = TOLERANCE,
     count: int = 0,
+    carried: Mapping[str, float] | None = None,
 ) -> ActivationReport:
-    """Compare two measurements that were made on the same tokens, layer by layer, by name."""
+    """Compare two measurements that were made on the same tokens, layer by layer, by name.
+
+    ``carried`` are factors that a layer's input got in its weight's stead (a tied head's): the ratio
+    after is multiplied by them, so that it is compared as if the weight had taken the factor.
+    """
+    factor = {} if carried is None else carried
     old = {layer.name: layer for layer in before.layers}
     new = {layer.name: layer for layer in after.layers}
     old_stream = {place.name: place.rms for place in before.stream}
@@ -248,7 +257,15 @@ def compare(
         tokens=tokens,
         random=random,
         layers=tuple(
-            LayerChange(name, a.ratio, new[name].ratio, a.x_rms, new[name].x_rms, a.y_rms, new[name].y_rms)
+            LayerChange(
+                name,
+                a.ratio,
+                new[name].ratio * factor.get(name, 1.0),
+                a.x_rms,
+                new[name].x_rms / factor.get(name, 1.0),
+                a.y_rms,
+                new[name].y_rms,
+            )
             for name, a in old.items()
             if name in new
         ),

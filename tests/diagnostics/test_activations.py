@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fixtures.tiny import ARCHITECTURES, make_model
-from sparkling_cli.diagnostics.activations import Probe, measure, measure_change
+from sparkling_cli.diagnostics.activations import measure, measure_change
 from sparkling_cli.diagnostics.data import Tokens
 from sparkling_cli.diagnostics.measurement import Measurement
+from sparkling_cli.diagnostics.probe import Probe
 from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError
 
 
@@ -244,6 +246,27 @@ def test_no_model_and_no_transformers(saved: Any, tmp_path: Path, monkeypatch: p
     with pytest.raises(MissingDependencyError, match=r"sparkling-cli\[hf\]") as caught:
         measure(opened(saved("llama")))
     assert "pip install" in str(caught.value)
+
+
+def test_models_that_cannot_be_measured(saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantized weights, a config that the class refuses, a forward pass that fails: each says so."""
+    plain = opened(saved("llama"))
+    config = dict(plain.config or {})
+    with pytest.raises(LayoutError, match="quantized"):
+        measure(replace(plain, config={**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(LayoutError, match="cannot be built"):
+        measure(replace(plain, config={**config, "hidden_act": "no such function"}))
+
+    def failing(_config: dict[str, Any]) -> nn.Module:
+        model = nn.Sequential(nn.Embedding(11, 3))
+        model.forward = lambda _ids: 1 / 0  # type: ignore[method-assign]
+        return model
+
+    save_file({"0.weight": torch.zeros(11, 3)}, tmp_path / "m.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 11}))
+    monkeypatch.setattr(sys.modules[__name__], "failing", failing, raising=False)
+    with pytest.raises(LayoutError, match="ZeroDivisionError"):
+        measure(opened(tmp_path), model=f"{__name__}:failing")
 
 
 class Products(nn.Module):

@@ -82,6 +82,25 @@ def test_against_itself(dense_checkpoint: Path) -> None:
     assert report.symmetry is None
 
 
+def test_expanded_checkpoint(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """Against its source the change is shown; against itself the meter finds every copy locked."""
+    from sparkling_cli import api
+
+    wide = tmp_path / "wide"
+    api.expand(dense_checkpoint, wide, axes=[{"axis": "ffn", "factor": 1.5}], report="none")
+    report = inspect_checkpoint(wide, against=dense_checkpoint, sequences=2, length=64)
+    assert report.symmetry is None
+    assert report.change is not None
+    assert report.change.offenders == ()
+    assert report.change.logits_change is not None
+    assert report.change.logits_change.relative > 1e-3  # 1.5x keeps the signal, not the function
+    locked = inspect_checkpoint(wide, against=wide, activations=False).symmetry
+    assert locked is not None
+    assert (locked.locked, locked.distance) == (1.0, 0.0)
+    text = printed(tables.symmetry_table(locked), 80)
+    assert "100%" in text
+
+
 def test_without_a_tokenizer_tokens_are_random(dense_checkpoint: Path, tmp_path: Path) -> None:
     """A bare model directory is measured on random tokens, and that is said."""
     for name in ("config.json", "model.safetensors"):

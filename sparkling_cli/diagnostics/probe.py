@@ -1,0 +1,298 @@
+"""One checkpoint's model, built with its weights on disk and measured while it runs (Eq. 1, 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.checkpoint.model import Checkpoint
+from sparkling_cli.diagnostics.measurement import LayerStat, Measurement, StreamStat, root_mean
+from sparkling_cli.errors import LayoutError, MissingDependencyError, SparklingError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from sparkling_cli.diagnostics.lazy import LazyWeights
+
+#: Config keys that limit a sequence's length.
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "block_size", "seq_length")
+
+
+@dataclass
+class Squares:
+    """A running sum of squares."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Add all entries of a tensor, in float64."""
+        import torch
+
+        norm = float(torch.linalg.vector_norm(tensor.detach().reshape(-1), dtype=torch.float64))
+        self.total += norm * norm
+        self.count += tensor.numel()
+
+    @property
+    def rms(self) -> float:
+        """Root of the mean square."""
+        return root_mean(self.total, self.count)
+
+
+class Probe:
+    """A checkpoint's model, measured while it runs.
+
+    Order of use: construct, ``run`` any number of batches, ``result``, ``close``; or as a context
+    manager.
+
+    Args:
+        checkpoint: with a config that names a transformers class, or use ``model``.
+        model: ``package.module:factory`` of the user's own model.
+        memory: bytes for weights; half of it is kept from batch to batch.
+
+    Raises:
+        LayoutError: no model can be built.
+        CheckpointError: the weights do not fit the model.
+        MissingDependencyError: transformers is needed and not installed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, model: str | None = None, memory: int = 1 << 29) -> None:
+        from sparkling_cli.checkpoint.read import TensorSource
+        from sparkling_cli.diagnostics.lazy import LazyWeights, load_buffers
+        from sparkling_cli.diagnostics.parameters import parameter_reader
+
+        self.checkpoint = checkpoint
+        self.model = build_lazy(checkpoint, model)
+        self._layers: dict[str, tuple[Squares, Squares, int]] = {}
+        self._streams: dict[str, dict[str, Squares]] = {}
+        self._logits = Squares()
+        self._loss, self._predicted = 0.0, 0
+        self._source = TensorSource(checkpoint)
+        reader = parameter_reader(self.model, self._source)
+        self.unused = reader.unused
+        load_buffers(self.model, reader)
+        self._labels = _labels(self.model, reader.names)
+        self._weights: LazyWeights = LazyWeights(
+            reader, self._observe, block=max(1, memory // 8), cache=memory // 2
+        )
+        for path, blocks in _block_lists(self.model):
+            blocks[0].register_forward_pre_hook(self._before_blocks(path), with_kwargs=True)
+            for i, block in enumerate(blocks):
+                block.register_forward_hook(self._after_block(path, f"{path}.{i}"))
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the checkpoint's files."""
+        self._source.close()
+
+    @property
+    def vocab(self) -> int:
+        """Entries of the vocabulary."""
+        from torch import nn
+
+        config = self._sizes()
+        size = config.get("vocab_size")
+        if isinstance(size, int):
+            return size
+        tables = [m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding)]
+        if not tables:
+            raise LayoutError("the model has no embedding, so its vocabulary is not known")
+        return max(tables)
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence that the model's config allows; None if it says nothing."""
+        limits = [v for k, v in self._sizes().items() if k in _CONTEXT and isinstance(v, int) and v > 1]
+        return min(limits, default=None)
+
+    def sequence_bytes(self, length: int) -> int:
+        """About what one sequence takes while it runs: four copies of its widest float32 activation."""
+        widest = max((max(p.shape[-2:]) for p in self.model.parameters() if p.ndim >= 2), default=1)
+        heads = self._sizes().get("num_attention_heads")
+        scores = heads * length if isinstance(heads, int) else 0
+        return 16 * length * max(self.vocab, widest, scores)
+
+    def run(self, ids: torch.Tensor) -> torch.Tensor:
+        """One forward pass over ids [sequences, tokens]; logits [sequences, tokens, vocab]."""
+        import torch
+
+        try:
+            with torch.no_grad(), self._weights:
+                if hasattr(getattr(self.model, "config", None), "to_dict"):
+                    found: Any = self.model(input_ids=ids, use_cache=False)
+                else:
+                    found = self.model(ids)
+        except SparklingError:
+            raise
+        except Exception as error:  # whatever the model's own code raises
+            raise LayoutError(
+                f"the forward pass of {type(self.model).__name__} failed on {tuple(ids.shape)} tokens: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        logits = getattr(found, "logits", found)
+        if isinstance(logits, (tuple, list)):
+            logits = logits[0]
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
+            raise LayoutError("the model's forward(ids) returns neither logits nor .logits")
+        self._logits.add(logits)
+        self._add_loss(logits, ids)
+        return logits
+
+    def result(self) -> Measurement:
+        """What all passes so far amount to."""
+        # The longest list that ran: a vision tower beside a language model did not.
+        stream = max(self._streams.values(), key=len, default={})
+        return Measurement(
+            layers=tuple(
+                LayerStat(name, x.rms, y.rms, calls) for name, (x, y, calls) in self._layers.items()
+            ),
+            stream=tuple(StreamStat(name, squares.rms) for name, squares in stream.items()),
+            logits_rms=self._logits.rms,
+            loss=self._loss / self._predicted if self._predicted else None,
+            unused=self.unused,
+        )
+
+    def _sizes(self) -> Mapping[str, Any]:
+        config: Any = getattr(self.model, "config", None)
+        if hasattr(config, "get_text_config"):
+            sizes: Mapping[str, Any] = config.get_text_config().to_dict()
+            return sizes
+        return self.checkpoint.config or {}
+
+    def _observe(self, parameter: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        label = self._labels.get(parameter, parameter)
+        ins, outs, calls = self._layers.get(label) or (Squares(), Squares(), 0)
+        ins.add(x)
+        outs.add(y)
+        self._layers[label] = (ins, outs, calls + 1)
+
+    def _before_blocks(self, path: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            self._add_stream(path, "embeddings", (*args, *kwargs.values()))
+
+        return hook
+
+    def _after_block(self, path: str, name: str) -> Any:
+        def hook(_: nn.Module, __: object, output: Any) -> None:
+            self._add_stream(path, name, (output,))
+
+        return hook
+
+    def _add_stream(self, path: str, name: str, values: tuple[Any, ...]) -> None:
+        hidden = _first_tensor(values)
+        if hidden is not None:
+            self._streams.setdefault(path, {}).setdefault(name, Squares()).add(hidden)
+
+    def _add_loss(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
+        from torch.nn import functional
+
+        if logits.shape[1] != ids.shape[1]:
+            return
+        for row, targets in zip(logits, ids, strict=True):
+            for part, wanted in zip(pieces(row[:-1]), pieces(targets[1:], row.shape[-1]), strict=True):
+                self._loss += float(functional.cross_entropy(part.float(), wanted, reduction="sum"))
+            self._predicted += len(targets) - 1
+
+
+def build_lazy(checkpoint: Checkpoint, model: str | None) -> nn.Module:
+    """The checkpoint's model with parameters on the meta device and real buffers, in eval mode.
+
+    Raises:
+        LayoutError: nothing says how to build one, or it cannot be built.
+        MissingDependencyError: transformers is needed and not installed.
+    """
+    config = checkpoint.config
+    if config is None or (model is None and "model_type" not in config):
+        raise LayoutError(
+            f"no model can be built for {checkpoint.root}: no config of a transformers class",
+            hint="pass --model package.module:factory to measure activations",
+        )
+    if config.get("quantization_config"):
+        raise LayoutError(
+            f"the weights in {checkpoint.root} are quantized; activations are measured on plain weights only"
+        )
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        if model is None:
+            raise MissingDependencyError(
+                "activations are measured on the model that transformers builds, and it is not installed",
+                hint="pip install 'sparkling-cli[hf]'",
+            ) from None
+    from sparkling_cli.diagnostics.lazy import parameters_on_meta
+    from sparkling_cli.inference import skeleton
+
+    try:
+        with parameters_on_meta():
+            if model is not None:
+                return skeleton.load_factory(model)(dict(config)).eval()
+            built = skeleton.config_object(config)
+            with skeleton.quiet():
+                made: nn.Module = skeleton.model_class(config, built)(built)
+                tie: Any = getattr(made, "tie_weights", None)
+                if tie is not None:
+                    tie()
+    except SparklingError:
+        raise
+    except Exception as error:  # whatever the model's own code raises on a config that it does not accept
+        raise LayoutError(
+            f"the model of {checkpoint.config_file or checkpoint.root} cannot be built: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return made.eval()
+
+
+def _labels(model: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
+    """Parameter's name with a recipe -> what to call the layer: a tied head is not the embedding."""
+    from torch import nn
+
+    labels: dict[str, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            full = f"{path}.{leaf}" if path else leaf
+            name = names[id(parameter)]
+            if name not in labels or not isinstance(module, nn.Embedding):
+                labels[name] = full.removesuffix(".weight")
+    return labels
+
+
+def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of blocks: those that lie in no other list (experts of a layer do)."""
+    from torch import nn
+
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            lists.append((path, module))
+    return lists
+
+
+def _first_tensor(values: Any) -> torch.Tensor | None:
+    """The first floating-point tensor of at least 3 dims: the hidden states."""
+    import torch
+
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 3:
+            return value
+        if isinstance(value, (tuple, list)):
+            found = _first_tensor(value)
+            if found is not None:
+                return found
+    return None
+
+
+def pieces(positions: torch.Tensor, vocab: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Positions of logits a few at a time, so that copies of them stay small."""
+    import torch
+
+    each = positions.shape[-1] if vocab is None else vocab
+    pieces: tuple[torch.Tensor, ...] = torch.split(positions, max(1, (1 << 19) // each))
+    return pieces
