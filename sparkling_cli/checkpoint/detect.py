@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparkling_cli.checkpoint.torchfile.pause import collector_paused
 from sparkling_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 _LOOKED_FOR = (
     "a transformers model or Trainer directory (model.safetensors, pytorch_model.bin, or their index)",
     "a torch.distributed.checkpoint directory (.metadata)",
+    "a LitGPT directory (lit_model.pth and model_config.yaml)",
     "a torch file with a model's state dict (nanoGPT, Lightning, plain PyTorch)",
 )
 
@@ -20,10 +22,11 @@ _LOOKED_FOR = (
 def formats() -> tuple[Format, ...]:
     """Every known format; those that are told by something special come first."""
     from sparkling_cli.checkpoint.dcp import DcpFormat
+    from sparkling_cli.checkpoint.litgpt import LitGptDirectory
     from sparkling_cli.checkpoint.singlefile import SingleFile
     from sparkling_cli.checkpoint.trainer import TrainerDirectory
 
-    return (SingleFile(), DcpFormat(), TrainerDirectory())
+    return (SingleFile(), DcpFormat(), LitGptDirectory(), TrainerDirectory())
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -40,7 +43,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise CheckpointError(f"{root}: there is nothing of that name")
     for form in formats():
         if form.claims(root) is not None:
-            return form.open(root)
+            with collector_paused():
+                return form.open(root)
     raise CheckpointError(
         f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_nearby(root)
     )

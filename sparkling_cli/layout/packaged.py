@@ -35,6 +35,8 @@ class _Source(Protocol):
     """What is needed of a checkpoint; ``checkpoint.model.Checkpoint`` has it."""
 
     @property
+    def format(self) -> str: ...
+    @property
     def tensors(self) -> Mapping[str, _Stored]: ...
     @property
     def weights(self) -> Mapping[str, str]: ...
@@ -80,6 +82,9 @@ def find_packaged(checkpoint: _Source) -> ModelLayout | None:
             continue
         except LayoutError as error:
             faults.append(error)
+    fitting = [layout for layout in fitting if _shared_is_tied(checkpoint, layout)]
+    if len(fitting) > 1 and checkpoint.format != "dcp":  # which stores tied weights twice
+        fitting = [layout for layout in fitting if not _tied_apart(checkpoint, layout)]
     if len(fitting) > 1:
         names = ", ".join(layout.name for layout in fitting)
         raise LayoutError(
@@ -89,6 +94,21 @@ def find_packaged(checkpoint: _Source) -> ModelLayout | None:
     if not fitting and faults:
         raise faults[0]
     return fitting[0] if fitting else None
+
+
+def _shared_is_tied(checkpoint: _Source, layout: ModelLayout) -> bool:
+    """Whether all names that share their bytes are tied in the layout."""
+    owners: dict[str, str] = {}
+    return all(
+        layout.canonical(owners.setdefault(key, name)) == layout.canonical(name)
+        for name, key in checkpoint.weights.items()
+    )
+
+
+def _tied_apart(checkpoint: _Source, layout: ModelLayout) -> bool:
+    """Whether a tied group's names do not share their bytes."""
+    groups = ({checkpoint.weights.get(name) for name in group} - {None} for group in layout.tied)
+    return any(len(keys) > 1 for keys in groups)
 
 
 def layout_for(checkpoint: _Source, path: Path) -> ModelLayout:

@@ -1,0 +1,61 @@
+"""LitGPT directories, widened and resumed through LitGPT's model and Lightning Fabric."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparkling_cli.checkpoint.detect import open_checkpoint
+from sparkling_cli.checkpoint.litgpt import rewritten_yaml
+from sparkling_cli.errors import CheckpointError
+from tests.formats.widening import check_moments, widen
+
+
+def test_yaml_lines_stay() -> None:
+    """Only the numbers change; a key that was implied is added at the end."""
+    text = "a: 1\nn_embd: 48\nname: x # a remark\nnested:\n  n_embd: 3\n"
+    assert rewritten_yaml(text, {"n_embd": 96, "head_size": 8}) == (
+        "a: 1\nn_embd: 96\nname: x # a remark\nnested:\n  n_embd: 3\nhead_size: 8\n"
+    )
+
+
+def test_half_a_directory(tmp_path: Path) -> None:
+    """One of the two files is missing: the error names it."""
+    (tmp_path / "lit_model.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="without model_config"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "tied", "axes"),
+    [
+        ("LLAMA", False, {"ffn": 2}),
+        ("LLAMA", False, {"hidden": 2, "ffn": 3}),
+        ("LLAMA", False, {"q_per_kv": 2, "kv_heads": 2}),
+        ("LLAMA", True, {"hidden": 2}),
+        ("NEOX", False, {"hidden": 2, "ffn": 2, "kv_heads": 2}),
+    ],
+)
+def test_resumes_where_it_was(tmp_path: Path, family: str, tied: bool, axes: dict[str, Any]) -> None:
+    """Same logits and first loss from the widened config; counters and moments kept; trains on."""
+    pytest.importorskip("litgpt", reason="pip install litgpt==0.5.13")
+    from tests.formats import make_litgpt as made
+
+    model = made.make_litgpt(tmp_path / "step-3", getattr(made, family), tied=tied)
+    target = widen(tmp_path / "step-3", tmp_path / "wide", axes)
+    assert (target / "hyperparameters.yaml").read_text() == "seed: 42\n"
+    fabric, wide, optimizer, state = made.resume_litgpt(target, tied=tied)
+    assert (state["iter_num"], state["step_count"]) == (12, 3)
+    ids = made.batch(9)
+    torch.testing.assert_close(wide(ids), model(ids), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(made.loss_of(wide, ids), made.loss_of(model, ids), rtol=1e-6, atol=1e-5)
+    old = torch.load(tmp_path / "step-3" / "lit_model.pth", weights_only=True)["optimizer"]["state"]
+    new = torch.load(target / "lit_model.pth", weights_only=True)["optimizer"]["state"]
+    assert old.keys() == new.keys()
+    for number, before in old.items():
+        check_moments({k: before[k] for k in ("exp_avg", "exp_avg_sq")}, new[number], str(number))
+    made.train(fabric, wide, optimizer, 1)
