@@ -20,6 +20,7 @@ from sparkling_cli.checkpoint.statedict import (
     scalar_changes,
 )
 from sparkling_cli.checkpoint.torchfile import TorchFile, lay_out, read_torch_file
+from sparkling_cli.checkpoint.torchfile.pause import collector_paused
 from sparkling_cli.checkpoint.trainer_facts import optimizer_class, run_facts
 from sparkling_cli.checkpoint.weightfiles import (
     CANDIDATES,
@@ -123,21 +124,26 @@ class TrainerDirectory:
         Raises:
             CheckpointError: the request does not fit the formats of these files.
         """
-        parsed: Parsed = checkpoint.private
-        declared = [item for item in request.tensors if item.name]
-        files = list(weight_outputs(parsed.weights, declared))
-        if checkpoint.config is not None:
-            text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
-            files.append(literal_file(CONFIG, rewritten_json(text, request.config, CONFIG).encode()))
-        elif request.config:
-            raise CheckpointError(f"{checkpoint.root.name}: sizes change, but there is no {CONFIG}")
-        file = parsed.optimizer_file
-        if file is not None:
-            new = {item.key: (item.dtype, item.shape) for item in request.tensors if not item.name}
-            values, edits = scalar_changes(file, parsed.optimizer, checkpoint, request)
-            values = remaining_values(file, new, values)
-            files.append(lay_out(file, new, edits=edits, values=values))
-        return tuple(files)
+        with collector_paused():
+            return tuple(_outputs(checkpoint, request))
+
+
+def _outputs(checkpoint: Checkpoint, request: OutputRequest) -> list[OutputFile]:
+    parsed: Parsed = checkpoint.private
+    declared = [item for item in request.tensors if item.name]
+    files = list(weight_outputs(parsed.weights, declared))
+    if checkpoint.config is not None:
+        text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
+        files.append(literal_file(CONFIG, rewritten_json(text, request.config, CONFIG).encode()))
+    elif request.config:
+        raise CheckpointError(f"{checkpoint.root.name}: sizes change, but there is no {CONFIG}")
+    file = parsed.optimizer_file
+    if file is not None:
+        new = {item.key: (item.dtype, item.shape) for item in request.tensors if not item.name}
+        values, edits = scalar_changes(file, parsed.optimizer, checkpoint, request)
+        values = remaining_values(file, new, values)
+        files.append(lay_out(file, new, edits=edits, values=values))
+    return files
 
 
 def _is_other_weights(name: str) -> bool:
