@@ -386,3 +386,18 @@ def test_wrapped_names_are_refused(tmp_path: Path) -> None:
     torch.save({"_orig_mod.a": torch.zeros(1)}, root / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="save_pretrained"):
         open_checkpoint(root)
+
+
+@pytest.mark.parametrize("warmup", [0, 0.0, 0.03, 0.999, 1, 1.0, 7])
+def test_warmup_is_counted_as_the_trainer_counts_it(tmp_path: Path, warmup: float) -> None:
+    """Below one it is a share of the run, rounded up; older arguments have the share under another name."""
+    from transformers import TrainingArguments
+
+    from sparkling_cli.checkpoint.trainer_facts import warmup_steps
+
+    args = TrainingArguments(output_dir=str(tmp_path), warmup_steps=warmup, report_to=[])
+    expected = args.get_warmup_steps(1001)
+    assert warmup_steps({"warmup_steps": warmup}, 1001) == expected
+    if warmup < 1:
+        assert warmup_steps({"warmup_steps": 0, "warmup_ratio": warmup}, 1001) == expected
+        assert warmup_steps({"warmup_steps": warmup}, None) == (0 if warmup == 0 else None)
