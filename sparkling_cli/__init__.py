@@ -1,5 +1,39 @@
-"""Widen a language model in the middle of pre-training, optimizer state included."""
+"""Widen a language model in the middle of pre-training, optimizer state included.
+
+The public functions are ``expand``, ``make_plan``, ``inspect``, ``verify`` and ``layout_of`` (see
+:mod:`sparkling_cli.api`) and the spec (:mod:`sparkling_cli.spec`); the training side is
+:mod:`sparkling_cli.training`. They are imported when they are first used.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sparkling_cli.api import ExpansionResult, expand, inspect, layout_of, make_plan, verify
+    from sparkling_cli.errors import SparklingError
+    from sparkling_cli.spec.model import ExpansionSpec
+
+__all__ = [
+    "ExpansionResult",
+    "ExpansionSpec",
+    "SparklingError",
+    "__version__",
+    "expand",
+    "inspect",
+    "layout_of",
+    "make_plan",
+    "verify",
+]
+
+_HOMES = {"ExpansionSpec": "sparkling_cli.spec.model", "SparklingError": "sparkling_cli.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES.get(name, "sparkling_cli.api")), name)

@@ -17,13 +17,14 @@ from sparkling_cli.spec.model import ExpansionSpec
 
 if TYPE_CHECKING:
     from sparkling_cli.checkpoint.model import Checkpoint
+    from sparkling_cli.diagnostics.inspect import InspectReport
     from sparkling_cli.execute.stream import Written
     from sparkling_cli.layout.model import ModelLayout
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
     from sparkling_cli.prepared import Prepared
     from sparkling_cli.report.model import ReportData
-    from sparkling_cli.verify import VerifyReport
+    from sparkling_cli.verification import VerifyReport
 
 #: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -208,9 +209,28 @@ def verify(source: Path | str, destination: Path | str, *, progress: Progress | 
         VerificationError: something does not hold; says what, first of all.
         CheckpointError: there is no manifest, or a checkpoint cannot be read.
     """
-    from sparkling_cli.verify import verify as prove
+    from sparkling_cli.verification import verify as prove
 
     return prove(Path(source), Path(destination), progress=progress)
+
+
+def inspect(
+    checkpoint: Path | str, against: Path | str | None = None, *, data: Path | None = None, **options: Any
+) -> InspectReport:
+    """Measure a checkpoint, or compare it with an earlier one.
+
+    Args:
+        checkpoint: any that can be opened.
+        against: the source of its expansion, or the expanded checkpoint that it was trained on from.
+        data: text, JSONL or token file to measure activations on.
+        options: see :func:`sparkling_cli.diagnostics.inspect.inspect_checkpoint`.
+
+    Raises:
+        CheckpointError, SpecError: see there.
+    """
+    from sparkling_cli.diagnostics.inspect import inspect_checkpoint
+
+    return inspect_checkpoint(checkpoint, against=against, data=data, **options)
 
 
 def layout_of(path: Path | str, *, model: str | None = None) -> ModelLayout:

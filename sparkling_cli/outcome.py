@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError
 from sparkling_cli.execute.commit import sidecar_root
 from sparkling_cli.manifest import MANIFEST, make_manifest
+from sparkling_cli.plan.build import treatment_of
+from sparkling_cli.plan.carried import carried_factors
 from sparkling_cli.report.assemble import assemble
 from sparkling_cli.report.convert import activations_of, learning_rate_of
 from sparkling_cli.report.model import Activations, ReportData
@@ -17,6 +19,7 @@ from sparkling_cli.schedule.write import plan_rewarmup, rewarmup_files
 
 if TYPE_CHECKING:
     from sparkling_cli.execute.stream import Written
+    from sparkling_cli.layout.geometry import Treatment
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
     from sparkling_cli.spec.model import ExpansionSpec
@@ -62,7 +65,9 @@ def sidecar_files(
 ) -> tuple[Mapping[str, bytes], ReportData]:
     """All small files of an output, the manifest last, and the report's facts."""
     rewarmup, missing = schedule
-    measured, reason = _measure(plan, written, data=data, model=model, report=report, memory=memory)
+    measured, reason = _measure(
+        plan, written, treatment_of(spec), data=data, model=model, report=report, memory=memory
+    )
     facts = assemble(
         plan,
         written,
@@ -83,7 +88,14 @@ def sidecar_files(
 
 
 def _measure(
-    plan: Plan, written: Written, *, data: Path | None, model: str | None, report: str, memory: int
+    plan: Plan,
+    written: Written,
+    treatment: Treatment,
+    *,
+    data: Path | None,
+    model: str | None,
+    report: str,
+    memory: int,
 ) -> tuple[Activations | None, str]:
     """Activations of source and output on the same tokens, or why they were not measured."""
     from math import prod
@@ -103,7 +115,12 @@ def _measure(
     assert written.root is not None  # the output is complete, but not in place yet
     try:
         found, _, _ = measure_change(
-            plan.source, open_checkpoint(written.root), data=data, model=model, memory=memory
+            plan.source,
+            open_checkpoint(written.root),
+            data=data,
+            model=model,
+            memory=memory,
+            carried=carried_factors(plan.layout, plan.growth, treatment),
         )
     except (LayoutError, MissingDependencyError) as error:
         if report == "full":

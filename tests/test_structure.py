@@ -22,7 +22,7 @@ LEVELS = [
     {"execute"},
     {"inference", "manifest", "schedule"},
     {"compute", "training"},
-    {"diagnostics", "verify", "prepared"},
+    {"diagnostics", "verification", "prepared"},
     {"report"},
     {"outcome"},
     {"api"},

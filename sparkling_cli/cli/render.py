@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,10 @@ def show_plan(output: Output, prepared: Prepared, destination: Path) -> None:
 
 def show_result(output: Output, result: ExpansionResult) -> None:
     """What was done, the worst layers, the verdict, and where to go on."""
+    from rich.text import Text
+
+    from sparkling_cli.execute.commit import sidecar_root
+    from sparkling_cli.outcome import REPORT_HTML
     from sparkling_cli.report.facts import plan_facts
     from sparkling_cli.report.tables import activation_table, verdict_lines
 
@@ -42,7 +47,15 @@ def show_result(output: Output, result: ExpansionResult) -> None:
         for line in verdict_lines(result.report.verdict):
             output.show(line)
     _remarks(output, facts | {"warnings": []})
-    output.show(f"written  {result.destination}")
+    where = shlex.quote(str(result.destination))
+    source = shlex.quote(str(result.prepared.plan.source.root))
+    output.show(Text(f"written  {where}", overflow="fold"))
+    output.show(
+        Text(f"report   {sidecar_root(result.destination, result.destination.is_file())}/{REPORT_HTML}")
+    )
+    output.show(Text(f"check    sparkling verify {source} {where}"))
+    if result.report is not None and result.report.learning_rate is not None:
+        output.show(Text(f'train on with sparkling_cli.training.rewarm(optimizer, model, "{where}")'))
 
 
 def _summary(facts: dict[str, Any]) -> Table:

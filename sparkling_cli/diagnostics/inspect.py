@@ -16,7 +16,11 @@ from sparkling_cli.diagnostics.measurement import ActivationReport, Measurement,
 from sparkling_cli.diagnostics.weights import WeightReport, measure_weights
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SparklingError
 from sparkling_cli.execute.commit import sidecar_root
-from sparkling_cli.manifest import MANIFEST
+from sparkling_cli.layout.geometry import Growth
+from sparkling_cli.manifest import MANIFEST, read_manifest
+from sparkling_cli.plan.build import treatment_of
+from sparkling_cli.plan.carried import carried_factors
+from sparkling_cli.spec.sources import make_spec
 
 if TYPE_CHECKING:
     from sparkling_cli.diagnostics.symmetry import SymmetryReport
@@ -116,7 +120,7 @@ def inspect_checkpoint(
         symmetry = _symmetry(path, checkpoint, other)
         if activations:
             try:
-                change, _, own = measure_change(other, checkpoint, **sizes)
+                change, _, own = measure_change(other, checkpoint, **sizes, carried=_carried(checkpoint, other))
                 tokens, random = change.tokens, change.random
             except (LayoutError, MissingDependencyError) as error:
                 notes.append(f"activations were not measured: {error}")
@@ -131,6 +135,19 @@ def inspect_checkpoint(
     return InspectReport(
         path, against, _facts(checkpoint), tuple(notes), weights, own, tokens, random, change, symmetry
     )
+
+
+def _carried(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, float]:
+    """Factors that inputs carry since the last expansion, if the checkpoint came straight from it.
+
+    Between two checkpoints of one size there was no expansion.
+    """
+    found = _manifest_of(checkpoint)
+    if not found.is_file() or _shapes(checkpoint) == _shapes(other):
+        return {}
+    manifest = read_manifest(found)
+    growth = {axis: Growth(*sizes) for axis, sizes in manifest.stages[-1].growth.items()}
+    return carried_factors(manifest.model_layout(), growth, treatment_of(make_spec(manifest.spec)))
 
 
 def _open(path: Path, model: str | None) -> Checkpoint:
@@ -159,13 +176,19 @@ def _named(checkpoint: Checkpoint, model: str | None) -> Checkpoint:
 
 def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> SymmetryReport | None:
     """The meter, where ``expanded`` has a manifest and the two are of one size (else: not trained yet)."""
-    manifest = sidecar_root(expanded.root, expanded.root.is_file()) / MANIFEST
-    shapes = {name: checkpoint.weight(name).shape for name in checkpoint.weights}
-    if not manifest.is_file() or shapes != {n: expanded.weight(n).shape for n in expanded.weights}:
+    if not _manifest_of(expanded).is_file() or _shapes(checkpoint) != _shapes(expanded):
         return None
     from sparkling_cli.diagnostics.symmetry import measure_symmetry
 
     return measure_symmetry(path, expanded.root)
+
+
+def _manifest_of(checkpoint: Checkpoint) -> Path:
+    return sidecar_root(checkpoint.root, checkpoint.root.is_file()) / MANIFEST
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: checkpoint.weight(name).shape for name in checkpoint.weights}
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:

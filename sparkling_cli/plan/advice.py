@@ -47,4 +47,3 @@ def warnings_for(spec: ExpansionSpec) -> tuple[str, ...]:
             f"optimizer treatment {spec.optimizer!r} is symmetric: copied weights stay copies for ever"
         )
     return tuple(warnings)
-

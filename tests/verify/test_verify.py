@@ -13,7 +13,7 @@ import pytest
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError, SparklingError, VerificationError
 from sparkling_cli.execute.crc import crc32
-from sparkling_cli.verify import verify
+from sparkling_cli.verification import verify
 
 Made = tuple[Path, Path]
 

@@ -14,7 +14,7 @@ from sparkling_cli.execute import fill, moments
 from sparkling_cli.execute.crc import Span, crc32
 from sparkling_cli.execute.places import Handles, Placement, read
 from sparkling_cli.layout.geometry import Fill, View
-from sparkling_cli.verify.tables import DimTable, Tables, faults, tensor_tables
+from sparkling_cli.verification.tables import DimTable, Tables, faults, tensor_tables
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,10 +18,10 @@ from sparkling_cli.execute.places import Handles, Placement
 from sparkling_cli.execute.stream import DIGESTS
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import MANIFEST, Manifest, TensorEntry, read_manifest
-from sparkling_cli.verify.compare import Found, Subject, examine
-from sparkling_cli.verify.files import FileCheck, check_small_files, file_size, gaps, list_files, read_span
-from sparkling_cli.verify.pool import spread
-from sparkling_cli.verify.report import VerifyReport
+from sparkling_cli.verification.compare import Found, Subject, examine
+from sparkling_cli.verification.files import FileCheck, check_small_files, file_size, gaps, list_files, read_span
+from sparkling_cli.verification.pool import spread
+from sparkling_cli.verification.report import VerifyReport
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 _SHOWN = 8
