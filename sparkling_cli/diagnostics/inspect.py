@@ -120,7 +120,9 @@ def inspect_checkpoint(
         symmetry = _symmetry(path, checkpoint, other)
         if activations:
             try:
-                change, _, own = measure_change(other, checkpoint, **sizes, carried=_carried(checkpoint, other))
+                change, _, own = measure_change(
+                    other, checkpoint, **sizes, carried=_carried(checkpoint, other)
+                )
                 tokens, random = change.tokens, change.random
             except (LayoutError, MissingDependencyError) as error:
                 notes.append(f"activations were not measured: {error}")

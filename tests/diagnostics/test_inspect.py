@@ -101,6 +101,22 @@ def test_expanded_checkpoint(dense_checkpoint: Path, tmp_path: Path) -> None:
     assert "100%" in text
 
 
+def test_a_tied_head_is_judged_with_the_norm_that_carries_its_factor(
+    moe_checkpoint: Path, tmp_path: Path
+) -> None:
+    """At 2x hidden the final norm is halved in a tied head's stead: that is no change of the signal."""
+    from sparkling_cli import api
+
+    wide = tmp_path / "wide"
+    api.expand(moe_checkpoint, wide, axes=[{"axis": "hidden", "factor": 2}], report="none")
+    for against in (moe_checkpoint, wide):
+        change = inspect_checkpoint(wide, against=against, sequences=2, length=32).change
+        assert change is not None
+        assert max(layer.deviation for layer in change.layers) < 1e-5
+        assert change.logits_change is not None
+        assert change.logits_change.relative < 1e-5
+
+
 def test_without_a_tokenizer_tokens_are_random(dense_checkpoint: Path, tmp_path: Path) -> None:
     """A bare model directory is measured on random tokens, and that is said."""
     for name in ("config.json", "model.safetensors"):
