@@ -1,0 +1,403 @@
+"""The JSON that each command prints with ``--json``, as models: the source of the published schemas.
+
+Every document starts with ``schema`` (``sparkling/<command>``) and ``schema_version``. A field that is
+added keeps the version; a field that goes or changes its meaning raises it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sparkling_cli.report.model import ReportData
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Document(_Data):
+    schema_version: Literal[1]
+
+
+class Change(_Data):
+    """A count before and after."""
+
+    before: int
+    after: int
+
+
+class Bytes(_Data):
+    """Sizes in bytes."""
+
+    before: Annotated[int, Field(description="tensor data of the source, optimizer state included")]
+    to_write: int
+    free: Annotated[int, Field(description="on the disk that the output would lie on")]
+
+
+class TensorKind(_Data):
+    """Tensors that differ only in their indices."""
+
+    name: Annotated[str, Field(description="with * for indices")]
+    slot: Annotated[str, Field(description="empty for weights, else the optimizer state's name")]
+    count: int
+    before: list[int]
+    after: list[int]
+    dtype: str
+    scale: Annotated[list[float], Field(min_length=2, max_length=2, description="smallest, largest factor")]
+    fill: list[Literal["copy", "random", "zero"]]
+    zero: Annotated[bool, Field(description="the whole tensor becomes zero")]
+
+
+class ExpandPlan(_Document):
+    """``sparkling expand --dry-run --json``."""
+
+    schema_: Annotated[Literal["sparkling/expand"], Field(alias="schema")]
+    dry_run: Literal[True]
+    source: str
+    destination: str
+    format: str
+    model: str
+    axes: dict[str, Change]
+    parameters: Change
+    active_parameters: Change | None
+    bytes: Bytes
+    tensors: int
+    widened: int
+    config: Annotated[dict[str, Any], Field(description="config keys whose value changes")]
+    kinds: list[TensorKind]
+    notes: list[str]
+    warnings: list[str]
+    spec: dict[str, Any]
+
+
+class ExpandResult(ReportData):
+    """``sparkling expand --json``: the facts of the report."""
+
+    schema_: Annotated[Literal["sparkling/expand"], Field(alias="schema")]
+    schema_version: Literal[1]
+    dry_run: Literal[False]
+
+
+class Verify(_Document):
+    """``sparkling verify --json``, when everything holds; otherwise an error document."""
+
+    schema_: Annotated[Literal["sparkling/verify"], Field(alias="schema")]
+    ok: Literal[True]
+    files: Annotated[int, Field(description="files of the output, every byte of which was read")]
+    nbytes: int
+    tensors: Annotated[int, Field(description="tensors whose bytes have the manifest's CRC-32")]
+    derived: Annotated[int, Field(description="tensors worked out from the source and equal bit by bit")]
+    moments: Annotated[int, Field(description="optimizer tensors with new entries exactly zero")]
+    source: str
+
+
+class Phase(_Data):
+    """One part of a run, between two expansions."""
+
+    start_tokens: int
+    stop_tokens: int
+    sizes: dict[str, int]
+    parameters: int
+    active_parameters: int
+    embedding_parameters: int
+    flops: int
+    checkpoint_bytes: int
+
+
+class Flops(_Data):
+    """Training compute of three runs over the same tokens."""
+
+    small: int
+    scratch: int
+    progressive: int
+
+
+class ComputePlan(_Document):
+    """``sparkling plan --json``."""
+
+    schema_: Annotated[Literal["sparkling/plan"], Field(alias="schema")]
+    source: str
+    model: str
+    tokens: int
+    phases: list[Phase]
+    flops: Flops
+    saved: Annotated[float, Field(description="share of the from-scratch compute")]
+    bytes_assumed: str
+    convention: str
+
+
+class Curve(_Data):
+    """A learning-rate curve (Eq. 25-26 for cosine)."""
+
+    type: Literal["cosine", "linear", "constant", "wsd"]
+    peak: float
+    minimum: float
+    initial: float
+    warmup_steps: int
+    total_steps: int
+    decay_steps: int
+    decay: Literal["cosine", "linear", "1-sqrt"]
+
+
+class RewarmupStage(_Data):
+    """One expansion's re-warmup (Eq. 27-28)."""
+
+    stage: int
+    expansion_step: int
+    rho: float
+    steps: int
+    eta_e: float
+    peak: float
+    curve: Annotated[Curve, Field(description="by steps since the expansion")]
+    bias_correction: Literal["inherit", "fresh"]
+    betas: list[float] | None
+
+
+class CurvePoint(_Data):
+    """Learning rates at one step; ``new`` and ``ratio`` per expansion, null before it."""
+
+    step: int
+    old: float
+    new: list[float | None]
+    ratio: list[float | None]
+
+
+class Schedule(_Document):
+    """``sparkling schedule --json``."""
+
+    schema_: Annotated[Literal["sparkling/schedule"], Field(alias="schema")]
+    expansion_step: int
+    total_steps: int
+    baseline: Curve
+    stages: list[RewarmupStage]
+    curve: list[CurvePoint]
+
+
+class RewarmupSteps(_Data):
+    """Step by step from ``first`` on; per stage eta_new and eta_new / eta_old."""
+
+    first: int
+    eta_old: list[float]
+    stages: dict[str, dict[Literal["eta_new", "ratio"], list[float]]]
+
+
+class RewarmupFile(_Data):
+    """``sparkling/rewarmup.json``."""
+
+    format_version: Literal[1]
+    expansion_step: int
+    total_steps: int
+    baseline: Curve
+    stages: list[RewarmupStage]
+    curve_file: str
+    notes: list[str]
+    curve: RewarmupSteps
+
+
+class TensorStat(_Data):
+    """RMS of all tensors of one role, layer and kind of state."""
+
+    role: str
+    layer: int | None
+    slot: str
+    tensors: int
+    entries: int
+    rms: float | None
+    largest: float | None
+    zeros: int
+    nan: int
+    inf: int
+
+
+class Weights(_Data):
+    """Weights and optimizer state."""
+
+    tensors: list[TensorStat]
+    nonfinite: list[str]
+
+
+class LayerStat(_Data):
+    """One linear layer in the forward passes (Eq. 1, 3)."""
+
+    name: str
+    x_rms: float | None
+    y_rms: float | None
+    calls: int
+    r: float | None
+
+
+class StreamStat(_Data):
+    """The residual stream at one place."""
+
+    name: str
+    rms: float | None
+
+
+class Measurement(_Data):
+    """One model's forward passes."""
+
+    layers: list[LayerStat]
+    stream: list[StreamStat]
+    logits_rms: float | None
+    loss: float | None
+    unused: list[str]
+
+
+class ValueChange(_Data):
+    """One number before and after; ``deviation`` is \\|after / before - 1\\|."""
+
+    name: str
+    before: float | None
+    after: float | None
+    deviation: float | None
+
+
+class LayerChange(ValueChange):
+    """r = RMS(y)/RMS(x) of a linear layer before and after."""
+
+    x_before: float | None
+    x_after: float | None
+    y_before: float | None
+    y_after: float | None
+
+
+class LogitsChange(_Data):
+    """How far the logits moved."""
+
+    largest: float | None
+    relative: float | None
+    rms: float | None
+
+
+class LossChange(_Data):
+    """Nats per token."""
+
+    before: float | None
+    after: float | None
+
+
+class ActivationChange(_Data):
+    """Two models on the same tokens."""
+
+    tokens: str
+    random_tokens: bool
+    count: int
+    tolerance: float
+    verdict: str
+    offenders: list[str]
+    layers: list[LayerChange]
+    residual: list[ValueChange]
+    logits: ValueChange
+    logits_change: LogitsChange | None
+    loss: LossChange
+    only_before: list[str]
+    only_after: list[str]
+
+
+class SymmetryLayer(_Data):
+    """How far new channels have moved from their sources, in one layer."""
+
+    layer: int | None
+    axis: str
+    channels: int
+    cosine: float | None
+    distance: float | None
+    locked: float | None
+
+
+class Symmetry(_Data):
+    """The same over all layers."""
+
+    cosine: float | None
+    distance: float | None
+    locked: float | None
+    layers: list[SymmetryLayer]
+
+
+class Inspect(_Document):
+    """``sparkling inspect --json``."""
+
+    schema_: Annotated[Literal["sparkling/inspect"], Field(alias="schema")]
+    checkpoint: str
+    against: str | None
+    format: str
+    parameters: int
+    weights_bytes: int
+    state_bytes: int
+    dtypes: list[str]
+    weight_tensors: int
+    state_tensors: int
+    step: int | None
+    optimizer: str | None
+    model_type: str | None
+    notes: list[str]
+    weights: Weights
+    activations: Measurement | None
+    tokens: str | None
+    random_tokens: bool
+    change: ActivationChange | None
+    symmetry: Symmetry | None
+
+
+class Layout(_Document):
+    """``sparkling layout --json``; the layout is that of the TOML file."""
+
+    schema_: Annotated[Literal["sparkling/layout"], Field(alias="schema")]
+    layout: dict[str, Any]
+
+
+class Architectures(_Document):
+    """``sparkling architectures --json``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    schema_: Annotated[Literal["sparkling/architectures"], Field(alias="schema")]
+
+
+class Error(_Document):
+    """What any command prints with ``--json`` when it fails; the exit code is the same number."""
+
+    schema_: Annotated[Literal["sparkling/error"], Field(alias="schema")]
+    error: str
+    exit_code: int
+    message: str
+    hint: str | None
+
+
+#: file name (without .json) -> model, of every document that a command prints
+COMMANDS: dict[str, type[BaseModel]] = {
+    "expand-plan": ExpandPlan,
+    "expand": ExpandResult,
+    "inspect": Inspect,
+    "verify": Verify,
+    "plan": ComputePlan,
+    "schedule": Schedule,
+    "layout": Layout,
+    "architectures": Architectures,
+    "error": Error,
+}
+
+
+def files() -> dict[str, type[BaseModel]]:
+    """The same for every file that an expansion reads or writes."""
+    from sparkling_cli.manifest import Manifest
+    from sparkling_cli.spec.model import ExpansionSpec
+
+    return {
+        "spec-file": ExpansionSpec,
+        "manifest-file": Manifest,
+        "report-file": ReportData,
+        "rewarmup-file": RewarmupFile,
+    }
+
+
+def schema(name: str, model: type[BaseModel]) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of one document."""
+    mode: Literal["validation"] = "validation"
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"sparkling/{name}.json",
+        **model.model_json_schema(mode=mode, by_alias=True),
+    }

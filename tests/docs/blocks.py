@@ -1,0 +1,90 @@
+"""Code blocks of a documentation page, and a folder to run them in.
+
+What is run, in order: every ``console`` block (lines after ``$``), every ``bash`` block and every
+``python`` block without a title; a ``python`` block with ``title="x.py"`` is saved under that name. A
+block is left out only behind a comment ``<!-- not run: reason -->``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_FENCE = re.compile(
+    r"(?P<skip><!-- not run: (?P<reason>[^>]+?) -->\s*\n)?"
+    r"(?P<indent>[ ]*)```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)\n(?P=indent)```",
+    re.S,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block."""
+
+    language: str
+    title: str | None
+    body: str
+    reason: str | None
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """All fenced blocks of a page, in order."""
+    for match in _FENCE.finditer(page.read_text(encoding="utf-8")):
+        body = textwrap.dedent(match["body"]) if match["indent"] else match["body"]
+        yield Block(match["language"], match["title"], body, match["reason"])
+
+
+def commands(block: Block) -> list[str]:
+    """The commands of a ``console`` block, continuation lines joined."""
+    joined = re.sub(r"\s*\\\n\s*", " ", block.body)
+    return [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+
+
+def run_page(page: Path, folder: Path) -> int:
+    """Run a page from its first block to its last in a folder that looks like a clone; how many ran."""
+    for name in ("fixtures", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    tools = folder / ".tools"
+    tools.mkdir()
+    for name, words in (("sparkling", "-m sparkling_cli"), ("python", "")):
+        script = tools / name
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
+        script.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "100",
+    }
+    count = 0
+    for block in blocks(page):
+        if block.reason or block.language not in ("console", "bash", "python"):
+            continue
+        if block.title:
+            (folder / block.title).write_text(block.body + "\n")
+            continue
+        if block.language == "python":
+            (folder / "_block.py").write_text(block.body + "\n")
+            todo = ["python _block.py"]
+        else:
+            todo = commands(block) if block.language == "console" else [block.body]
+        for command in todo:
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", command.replace("PYTHONPATH=.", f"PYTHONPATH=.:{ROOT}")],
+                cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, (
+                f"{page.name}: {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            )
+            assert "\x1b" not in done.stdout, f"{page.name}: {command} prints escape codes into a pipe"
+            count += 1
+    return count

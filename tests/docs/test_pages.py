@@ -1,0 +1,90 @@
+"""Every command and every piece of Python in the documentation works as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.blocks import ROOT, blocks, commands, run_page
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+#: Pages that are made by commands of their own, with their own checks.
+MADE = {"cli.md", "api.md", "spec.md", "exit-codes.md", "architectures.md", "performance.md", "evidence.md"}
+WRITTEN = [page for page in PAGES if page.name not in MADE]
+RUNNABLE = [
+    page
+    for page in WRITTEN
+    if any(b.language in ("console", "bash", "python") and not b.reason for b in blocks(page))
+]
+
+
+def name_of(page: Path) -> str:
+    """Path below docs/."""
+    return str(page.relative_to(ROOT / "docs"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
+def test_the_page_works_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
+    """All its blocks, in order, in an empty folder with the bundled checkpoints."""
+    assert run_page(page, tmp_path) > 0
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_commands_stand_in_blocks_that_are_run(page: Path) -> None:
+    """A console block has commands behind ``$``; what is not run says why."""
+    for block in blocks(page):
+        if block.language == "console":
+            assert commands(block), block.body
+        if block.reason is not None:
+            assert len(block.reason.split()) >= 3, block.reason
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link has its file, and its heading where it names one."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if file.name in MADE and not file.exists():
+            pytest.skip(f"{file.name} is made by a long run")
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, f"{page.name} links to {target}"
+
+
+def test_the_tutorials_script_is_the_one_in_the_examples() -> None:
+    """``docs/examples/train.py`` serves the pipeline; it is the tutorial's, to the letter."""
+    shown = next(b for b in blocks(ROOT / "docs" / "tutorial.md") if b.title == "train.py")
+    assert (ROOT / "docs" / "examples" / "train.py").read_text() == shown.body + "\n"
+
+
+def test_the_reader_of_blocks_reads_them_all(tmp_path: Path) -> None:
+    """Indented blocks, titles, continuation lines and reasons."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "1. a\n\n    ```console\n    $ one \\\n        two\n    out\n    $ three\n    ```\n\n"
+        '```python title="x.py"\npass\n```\n\n<!-- not run: needs a thing -->\n```console\n$ four\n```\n'
+    )
+    found = list(blocks(page))
+    assert [b.language for b in found] == ["console", "python", "console"]
+    assert commands(found[0]) == ["one two", "three"]
+    assert found[1].title == "x.py"
+    assert found[2].reason == "needs a thing"
+
+
+def test_a_failing_command_fails_its_page(tmp_path: Path) -> None:
+    """The check above can fail."""
+    page = tmp_path / "page.md"
+    page.write_text("```console\n$ sparkling verify nowhere neither\n```\n")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(AssertionError, match="sparkling verify nowhere"):
+        run_page(page, folder)
