@@ -44,7 +44,9 @@ def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/train"), help="where results are kept")
-    parser.add_argument("--size", default="quick", choices=["quick", "pilot"], help="widths and lengths")
+    parser.add_argument(
+        "--size", default="quick", choices=["micro", "quick", "pilot"], help="widths, lengths"
+    )
     parser.add_argument("--text", type=Path, help="a text file, or the npm package's .tgz; default: bundled")
     parser.add_argument(
         "--plan",

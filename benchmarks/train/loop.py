@@ -46,15 +46,13 @@ class Run:
 
 
 def preset(size: str, steps: int | None, beta2: float, compile_: bool) -> Run:
-    """The constants of a size: ``pilot`` as the acceptance numbers were set, ``quick`` for two busy cores."""
+    """The constants of a size: ``pilot`` as the acceptance numbers were set, the others for busy machines."""
     if size == "pilot":
         steps = 3000 if steps is None else steps
         return Run(steps=steps, warmup=steps * 3 // 100, beta2=beta2, compile=compile_)
     steps = 1200 if steps is None else steps
-    return Run(
-        size="quick", steps=steps, warmup=steps // 20, rows=16, length=64, eval_every=200, beta2=beta2,
-        compile=compile_,
-    )  # fmt: skip
+    rows = 16 if size == "quick" else 8
+    return Run(size, steps, steps // 20, rows=rows, length=64, eval_every=300, beta2=beta2, compile=compile_)
 
 
 @dataclass
@@ -106,7 +104,7 @@ def heldout_loss(model: PreTrainedModel, text: Text, length: int) -> float:
     blocks = heldout_blocks(text, length)
     model.eval()
     total = 0.0
-    for part in blocks.split(32):
+    for part in blocks.split(64):
         logits = model(input_ids=part, use_cache=False).logits
         total += nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum"

@@ -32,6 +32,8 @@ SIZES: Mapping[tuple[str, str], Size] = {
     ("dense", "pilot"): Size(4, 96, 128, 24),
     ("moe", "pilot"): Size(3, 64, 48, 24),
     ("dense", "quick"): Size(2, 64, 64, 16),
+    ("dense", "micro"): Size(2, 48, 48, 12),
+    ("moe", "micro"): Size(2, 32, 24, 12),
     ("moe", "quick"): Size(2, 48, 32, 16),
 }
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 _NOISE_BLOCKS = 6
-#: entries up to which numpy's sum beats torch's
-_SMALL = 8192
+#: entries that are added as one row
+_ROW = 1024
 #: largest gap between neighbours in a file that is read along
 _GAP = 4096
 _ALIGN = 64
@@ -277,10 +277,11 @@ def _zero(job: RowJob, start: int, stop: int, spans: list[Span]) -> None:
 
 def _doubles(data: Array, dtype: str) -> Array:
     import numpy as np
-    import torch
 
     if dtype in ("float32", "float64"):
         return data.view(dtype).astype(np.float64)
+    import torch
+
     values: Array = torch.from_numpy(data.view(np.int16)).view(getattr(torch, dtype)).double().numpy()
     return values
 
@@ -294,15 +295,17 @@ def count_nonfinite(data: Array, dtype: str) -> int:
     if dtype not in FLOATING or not len(data):
         return 0
     import numpy as np
-    import torch
 
     if dtype in ("float32", "float64"):
         numbers = data.view(dtype)
-        if len(numbers) < _SMALL and isfinite(np.add.reduce(numbers)):
-            return 0
-        values = torch.from_numpy(numbers)
-    else:
-        values = torch.from_numpy(data.view(np.int16)).view(getattr(torch, dtype))
+        rows = len(numbers) // _ROW
+        total = np.add.reduce(numbers[rows * _ROW :])
+        if rows:  # adding whole rows is three times as fast as adding along one
+            total += np.add.reduce(np.add.reduce(numbers[: rows * _ROW].reshape(rows, _ROW), axis=0))
+        return 0 if isfinite(total) else int(len(numbers) - np.isfinite(numbers).sum())
+    import torch
+
+    values = torch.from_numpy(data.view(np.int16)).view(getattr(torch, dtype))
     if isfinite(values.sum().item()):
         return 0
     return int(values.numel() - torch.isfinite(values).sum().item())

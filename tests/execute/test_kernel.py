@@ -195,5 +195,6 @@ def test_nonfinite_entries_are_counted() -> None:
         values[7], values[8], values[999] = float("nan"), float("inf"), float("-inf")
         assert count_nonfinite(as_array(to_bytes(values)), dtype) == 3
         huge = torch.full((1000,), torch.finfo(kind).max, dtype=kind)
-        assert count_nonfinite(as_array(to_bytes(huge)), dtype) == 0
+        with np.errstate(over="ignore"):
+            assert count_nonfinite(as_array(to_bytes(huge)), dtype) == 0
         assert count_nonfinite(as_array(to_bytes(values[7:8])), dtype) == 1

@@ -1,0 +1,166 @@
+"""Random damage to a valid checkpoint's files: an error of ours or a right result, and never a hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from sparkling_cli import api
+from sparkling_cli.errors import SparklingError
+from sparkling_cli.verification import verify
+
+SECONDS = 10
+
+
+class Hang(BaseException):
+    """It took too long; no ``Exception``, so that nobody swallows it."""
+
+
+@contextmanager
+def limit(seconds: int) -> Iterator[None]:
+    """Raise :class:`Hang` in the main thread after that much processor time (loaded machines are slow)."""
+
+    def ring(_number: int, _frame: FrameType | None) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def damaged(content: bytes, rng: random.Random, json_like: bool) -> bytes:
+    """One random change."""
+    if json_like and rng.random() < 0.6:
+        try:
+            return json.dumps(_mutated(json.loads(content), rng)).encode()
+        except ValueError:
+            pass
+    data = bytearray(content)
+    # headers and directories lie at the ends, so damage is drawn there
+    spot = rng.choice([rng.randrange(len(data)), min(rng.randrange(3000), len(data) - 1)])
+    spot = rng.choice([spot, len(data) - 1 - min(rng.randrange(3000), len(data) - 1)])
+    kind = rng.choice(["bit", "noise", "cut", "zeros", "insert", "double", "remove", "number"])
+    if kind == "bit":
+        data[spot] ^= 1 << rng.randrange(8)
+    elif kind == "noise":
+        data[spot : spot + 16] = rng.randbytes(len(data[spot : spot + 16]))
+    elif kind == "cut":
+        del data[spot:]
+    elif kind == "zeros":
+        data[spot : spot + 64] = bytes(len(data[spot : spot + 64]))
+    elif kind == "insert":
+        data[spot:spot] = rng.randbytes(rng.randrange(1, 9))
+    elif kind == "double":
+        data[spot:spot] = data[spot : spot + 100]
+    elif kind == "remove":
+        del data[spot : spot + rng.randrange(1, 20)]
+    else:
+        data[spot : spot + 8] = rng.choice([2**63 - 1, 2**64 - 1, 1, 2**32]).to_bytes(8, "little")
+    return bytes(data)
+
+
+def _mutated(value: Any, rng: random.Random) -> Any:
+    """Plain data with one thing in it changed."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(sorted(value))
+        changed = dict(value)
+        if rng.random() < 0.15:
+            del changed[key]
+        else:
+            changed[key] = _mutated(value[key], rng)
+        return changed
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        changed_list = list(value)
+        at = rng.randrange(len(value))
+        changed_list[at] = _mutated(value[at], rng)
+        return changed_list
+    return rng.choice(
+        [None, True, -1, 0, 1, 7, 2**40, 10**400, 1.5, float("nan"), "", "x", "../../etc/passwd", [], {}, [[]]]
+    )
+
+
+def outcome(source: Path, target: Path) -> str:
+    """``refused``, ``accepted`` (and proved right), or what went wrong."""
+    try:
+        with limit(SECONDS):
+            api.expand(source, target, axes=[{"axis": "ffn", "factor": 1.5}], report="none")
+    except SparklingError as error:
+        left = [path.name for path in target.parent.iterdir() if path.name.lstrip(".").startswith(target.name)]
+        if left:
+            return f"left behind: {left}"
+        return "refused" if str(error).strip() else "an error without words"
+    except Hang:
+        return f"more than {SECONDS} s: {traceback.format_exc()[-700:]}"
+    except BaseException:
+        return traceback.format_exc()[-1500:]
+    try:
+        verify(source, target)
+        for path in target.glob("*.safetensors"):
+            safetensors.torch.load_file(path)
+        if (target / "optimizer.pt").exists():
+            torch.load(target / "optimizer.pt", weights_only=True)
+    except Exception:
+        return "accepted, but not right: " + traceback.format_exc()[-1500:]
+    return "accepted"
+
+
+def fuzz(original: Path, folder: Path, count: int, seed: int, names: list[str]) -> dict[str, int]:
+    """Damage files one after the other; how often what came of it.
+
+    Raises:
+        AssertionError: something came of it that must not; shows the first few.
+    """
+    rng = random.Random(seed)
+    source = folder / original.name
+    shutil.copytree(original, source)
+    tally: dict[str, int] = {}
+    faults = []
+    # an undamaged run first: imports are slow, and breaking one off would spoil the process
+    api.expand(source, folder / "whole", axes=[{"axis": "ffn", "factor": 1.5}], report="none")
+    for number in range(count):
+        name = rng.choice(names)
+        path = source / name
+        whole = path.read_bytes()
+        path.write_bytes(damaged(whole, rng, name.endswith(".json")))
+        target = folder / f"out{number}"
+        found = outcome(source, target)
+        tally[found.split(":")[0][:20]] = tally.get(found.split(":")[0][:20], 0) + 1
+        if found not in ("refused", "accepted"):
+            faults.append(f"--- damage {number} (seed {seed}) to {name}: {found}")
+        shutil.rmtree(target, ignore_errors=True)
+        path.write_bytes(whole)
+    report = os.environ.get("SPARKLING_FUZZ_REPORT")
+    if report:
+        Path(report).write_text(f"{tally}\n" + "\n".join(faults))
+    assert not faults, f"{len(faults)} of {count}\n" + "\n".join(faults[:4])
+    return tally
+
+
+FILES = ["model.safetensors", "optimizer.pt", "config.json", "scheduler.pt", "trainer_state.json"]
+FILES += ["training_args.bin", "model.safetensors", "optimizer.pt"]
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.timeout(3600)
+def test_damaged_trainer_checkpoint(dense_checkpoint: Path, tmp_path: Path, count: int) -> None:
+    """Any damage to any file of a Trainer's checkpoint."""
+    tally = fuzz(dense_checkpoint, tmp_path, count, count, FILES)
+    assert tally.get("refused", 0) > count // 4
+    assert tally.get("accepted", 0) > 0
