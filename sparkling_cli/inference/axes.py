@@ -39,7 +39,7 @@ class AxisKey:
         name: axis name.
         role: what the keys' names hint at, or None.
         size: entries in the tiny model.
-        keys: config path -> axes whose product it holds.
+        keys: config paths that hold it.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Coordinates:
     Attributes:
         config: the tiny config.
         axes: by name.
-        terms: config path -> names of the axes whose product is its value.
+        terms: config path -> names of the axes (and numbers) whose product is its value.
         shapes: of every tensor of the tiny model's state dict.
         moved: axis -> shapes with that axis doubled (absent: the class refuses that).
         refused: axis -> what the class said.
@@ -80,7 +80,7 @@ class Coordinates:
         config = copy.deepcopy(self.config)
         for path, names in self.terms.items():
             if any(name in factors for name in names):
-                value = prod(self.axes[n].size * factors.get(n, 1) for n in names)
+                value = prod(int(n) if n.isdigit() else self.axes[n].size * factors.get(n, 1) for n in names)
                 old = get_path(config, path)
                 set_path(config, path, [value] * len(old) if isinstance(old, list) else value)
         return config
@@ -108,7 +108,30 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Coo
             found.refused[name] = shapes
         else:
             found.moved[name] = shapes
+            _rebase(found, name)
     return _coupled(found, factory)
+
+
+def _rebase(found: Coordinates, name: str) -> None:
+    """Count an axis in the largest unit that every dim of it is a multiple of.
+
+    Some classes give the width before a gate halves it: the axis is then half as long as its key says.
+    """
+    axis, shapes = found.axes[name], found.moved[name]
+    if len(axis.keys) != 1 or axis.role not in ("ffn", "expert_ffn", "shared_ffn"):
+        return
+    steps = {
+        b - a
+        for k, one in found.shapes.items()
+        if k in shapes and len(one) == len(shapes[k])
+        for a, b in zip(one, shapes[k], strict=True)
+        if b != a
+    }
+    halves = all(2 * step % axis.size == 0 for step in steps)
+    if not halves or all(step % axis.size == 0 for step in steps):
+        return
+    found.axes[name] = AxisKey(name, axis.role, axis.size // 2, axis.keys)
+    found.terms[axis.keys[0]] = ("2", name)
 
 
 def _moved_dims(base: Shapes, shapes: Shapes) -> int:

@@ -104,9 +104,11 @@ def _real_sizes(
             value = value[0]
         if not isinstance(value, int) or isinstance(value, bool):
             continue
-        rest = [n for n in names if n not in known]
+        rest = [n for n in names if n not in known and not n.isdigit()]
         if len(rest) == 1:
-            known[rest[0]] = value // prod(known[n] for n in names if n in known)
+            known[rest[0]] = value // prod(
+                int(n) if n.isdigit() else known[n] for n in names if n not in rest
+            )
     equations = []
     by_key: dict[str, list[TensorLayout]] = {}
     for family, layout in zip(judged.families, judged.layouts, strict=True):
@@ -269,8 +271,9 @@ def _config_terms(
     declared = set(known)
     for path, names in found.terms.items():
         named = [renames.get(n, n) for n in names]
-        fixed = all(found.axes[n].role in _NEVER_WRITTEN for n in names)
-        if not fixed and declared.issuperset(named):
+        fixed = all(found.axes[n].role in _NEVER_WRITTEN for n in names if not n.isdigit())
+        by_layer = any(key.isdigit() for key in path)
+        if not fixed and not by_layer and declared.issuperset(n for n in named if not n.isdigit()):
             terms[".".join((*prefix, *path))] = named[0] if len(named) == 1 else f"({' '.join(named)})"
     return terms
 

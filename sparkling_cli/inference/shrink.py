@@ -264,10 +264,15 @@ def _candidate(real: ConfigDict, variant: Variant, count: int, kept: list[int]) 
                 set_path(tiny, path, new)
         elif value is None and _fills(path, variant):
             set_path(tiny, path, variant.sizes[str(role_of(key))])
-        elif value is None and role_of(key) == "top_k":
+        elif value is None and key == "layer_types" and variant.filled:
+            set_path(tiny, path, ["full_attention"] * count)
+        elif value is None and role_of(key) == "top_k" and variant.filled:
             set_path(tiny, path, variant.sizes["top_k"])
     if variant.related:
         _relate(real, tiny)
+    if variant.filled:
+        for inner in (v for k, v in tiny.items() if isinstance(v, dict) and k.endswith("config")):
+            inner.setdefault("rope_theta", 10000.0)
     _renumber(tiny, indices)
     _plain_rope(tiny)
     return tiny

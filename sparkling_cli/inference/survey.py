@@ -1,0 +1,215 @@
+"""What the installed transformers offers, and which axes of each class are proved.
+
+Each class is judged on a tiny instance of its default config; results are cached one by one, so an
+interrupted survey goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.errors import SpecError
+from sparkling_cli.inference import cache
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Up to so many rows the terminal's table shows every reason.
+_FEW = 12
+
+#: Axis roles in the order of the table's columns.
+COLUMNS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("ffn", frozenset({"ffn", "expert_ffn", "shared_ffn"})),
+    ("hidden", frozenset({"hidden"})),
+    ("heads", frozenset({"heads", "kv_heads", "q_per_kv"})),
+)
+
+
+@dataclass(frozen=True)
+class AxisRow:
+    """One axis of one class."""
+
+    name: str
+    role: str
+    proved: bool
+    reason: str
+    joint: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One model type of the library.
+
+    Attributes:
+        model_type: as in ``config.json``.
+        class_name: the causal LM that it builds.
+        axes: every axis found; empty where no tiny model could be run.
+        failure: why no tiny model could be run.
+        experts: whether the class has routed experts.
+    """
+
+    model_type: str
+    class_name: str
+    axes: tuple[AxisRow, ...] = ()
+    failure: str = ""
+    experts: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    def proved(self, roles: Iterable[str]) -> tuple[str, ...]:
+        """Names of the proved axes of some roles."""
+        wanted = frozenset(roles)
+        return tuple(a.name for a in self.axes if a.proved and a.role in wanted)
+
+
+def survey(
+    model_types: Sequence[str] | None = None, *, progress: Callable[[str], None] | None = None
+) -> tuple[ClassRow, ...]:
+    """Judge every causal-LM model type of the installed transformers (or some of them).
+
+    Args:
+        model_types: None for all.
+        progress: called with a line per finished model type.
+
+    Raises:
+        SpecError: a model type that the library does not have.
+    """
+    from sparkling_cli.inference.skeleton import causal_lm_names
+
+    names = causal_lm_names()
+    unknown = [m for m in model_types or () if m not in names]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], names, n=1)
+        raise SpecError(
+            f"the installed transformers has no causal language model of type {unknown[0]!r}",
+            hint=f"did you mean {close[0]!r}?" if close else "run `sparkling architectures` for all",
+        )
+    rows = []
+    for model_type in model_types if model_types is not None else sorted(names):
+        row = _cached_row(model_type, names[model_type])
+        rows.append(row)
+        if progress is not None:
+            proved = [a.name for a in row.axes if a.proved]
+            progress(f"{model_type}: {', '.join(proved) or row.failure or 'nothing proved'}")
+    return tuple(rows)
+
+
+def _cached_row(model_type: str, class_name: str) -> ClassRow:
+    key = cache.key_of("survey", model_type)
+    stored = cache.load("survey", key)
+    if stored is not None:
+        axes = tuple(AxisRow(**{**a, "joint": tuple(a["joint"])}) for a in stored.pop("axes"))
+        return ClassRow(**{**stored, "axes": axes, "notes": tuple(stored["notes"])})
+    row = _judged_row(model_type, class_name)
+    cache.store("survey", key, asdict(row))
+    return row
+
+
+def _judged_row(model_type: str, class_name: str) -> ClassRow:
+    from sparkling_cli.inference.court import judge
+    from sparkling_cli.inference.shrink import shrink
+    from sparkling_cli.inference.skeleton import default_config
+
+    try:
+        judged = judge(shrink(default_config(model_type)))
+    except Exception as error:  # the library's code may raise anything on its own defaults
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return ClassRow(model_type, class_name, failure=text[:300])
+    axes = judged.found.axes
+    rows = [
+        AxisRow(name, axes[name].role or "", v.proved, v.reason, v.joint)
+        for name, v in judged.verdicts.items()
+    ]
+    experts = any(a.role == "experts" for a in axes.values())
+    return ClassRow(model_type, class_name, tuple(rows), experts=experts, notes=judged.notes)
+
+
+def counts(rows: Iterable[ClassRow]) -> dict[str, int]:
+    """Number of distinct classes with a proved axis, per column."""
+    found: dict[str, set[str]] = {name: set() for name, _ in COLUMNS}
+    for row in rows:
+        for name, roles in COLUMNS:
+            if row.proved(roles):
+                found[name].add(row.class_name)
+    return {name: len(classes) for name, classes in found.items()}
+
+
+def to_data(rows: Sequence[ClassRow]) -> dict[str, Any]:
+    """The survey as plain data for ``--json``."""
+    return {
+        "versions": list(cache.versions()),
+        "proved_classes": counts(rows),
+        "architectures": [asdict(row) for row in rows],
+    }
+
+
+def to_table(rows: Sequence[ClassRow]) -> Table:
+    """The survey for a terminal; reasons for a few classes, counts for many."""
+    from rich.table import Table
+
+    totals = ", ".join(f"{name} {count}" for name, count in counts(rows).items())
+    table = Table(title=f"{len(rows)} model types; classes with the axis proved: {totals}")
+    table.add_column("model type")
+    table.add_column("proved", style="green")
+    table.add_column("refused", style="red")
+    few = len(rows) <= _FEW
+    for row in rows:
+        refused = [f"{a.name}: {a.reason}" if few else a.name for a in row.axes if not a.proved]
+        proved = [_axis_cell(a) for a in row.axes if a.proved]
+        said = ("\n" if few else ", ").join(refused)
+        table.add_row(row.model_type, ", ".join(proved), row.failure or said)
+    return table
+
+
+def to_markdown(rows: Sequence[ClassRow]) -> str:
+    """The page ``docs/architectures.md``."""
+    classes = {row.class_name for row in rows}
+    totals = counts(rows)
+    lines = [
+        "# Architectures",
+        "",
+        f"Made by `sparkling architectures --markdown` with {', '.join(cache.versions()[1:3])}. "
+        f"{len(rows)} model types, {len(classes)} classes. Each was judged on a tiny random instance of its "
+        "default config: an axis is *proved* if widening it 2x and 3x keeps the logits, and refused with the "
+        "reason otherwise. A checkpoint's own config is judged again when it is widened.",
+        "",
+        "Classes with the axis proved: " + ", ".join(f"{n} {c}" for n, c in totals.items()) + ".",
+        "",
+        "| model type | class | ffn | hidden | heads | other proved axes |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [_table_line(row) for row in rows]
+    lines += ["", "## Refused, and why", ""]
+    for row in rows:
+        lines += _refusals(row)
+    return "\n".join(lines) + "\n"
+
+
+def _table_line(row: ClassRow) -> str:
+    cells = []
+    for _, roles in COLUMNS:
+        axes = [a for a in row.axes if a.role in roles]
+        proved = [_axis_cell(a) for a in axes if a.proved]
+        cells.append(", ".join(proved) or ("refused" if axes or row.failure else "none"))
+    core = frozenset().union(*(roles for _, roles in COLUMNS))
+    others = [_axis_cell(a) for a in row.axes if a.proved and a.role not in core]
+    return f"| {row.model_type} | {row.class_name} | {' | '.join(cells)} | {', '.join(others)} |"
+
+
+def _axis_cell(axis: AxisRow) -> str:
+    return f"{axis.name} (with {', '.join(axis.joint)})" if axis.joint else axis.name
+
+
+def _refusals(row: ClassRow) -> list[str]:
+    """Lines for what the class refuses, leaving out axes that are no widths anywhere."""
+    from sparkling_cli.inference.axes import FROZEN
+
+    if row.failure:
+        return [f"- **{row.model_type}**: {row.failure}"]
+    lines = []
+    for axis in row.axes:
+        if not axis.proved and axis.reason not in FROZEN.values():
+            lines.append(f"- **{row.model_type}** `{axis.name}`: {' '.join(axis.reason.split())}")
+    return lines
