@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCheckpoint
+from tests.conftest import TinyCheckpoint
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
