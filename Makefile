@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# two processes, each test module in one of them
+WORKERS ?= -n 2 --dist loadfile
 CHECKPOINT ?= $(firstword $(wildcard fixtures/dense-llama/checkpoint-*))
 
 .PHONY: demo test test-long test-all lint docs clean
@@ -15,10 +17,10 @@ demo: $(VENV)/.installed  ## widen a bundled checkpoint and show the report
 test: $(VENV)/.installed-dev  ## lint, types and the default tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-long: $(VENV)/.installed-dev  ## the long tests only
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow $(WORKERS)
 
 test-all: test test-long
 
