@@ -20,7 +20,7 @@ test: $(VENV)/.installed-dev  ## lint, types and the default tests
 	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-long: $(VENV)/.installed-dev  ## the long tests only
-	$(BIN)/python -m pytest -q -m slow $(WORKERS)
+	$(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal
 
 test-all: test test-long
 
