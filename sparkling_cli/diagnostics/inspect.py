@@ -78,6 +78,7 @@ def inspect_checkpoint(
     against: Path | str | None = None,
     data: Path | None = None,
     model: str | None = None,
+    layout: Path | None = None,
     activations: bool = True,
     sequences: int = SEQUENCES,
     length: int = LENGTH,
@@ -92,6 +93,7 @@ def inspect_checkpoint(
             checkpoint that it was trained on from.
         data: text, JSONL or tokens to measure activations on; see ``diagnostics.data``.
         model: ``package.module:factory`` of the user's own model.
+        layout: a layout file; it says which parameter numbered optimizer state belongs to.
         activations: run the model at all.
         sequences: at most so many.
         length: tokens in each, at most.
@@ -103,7 +105,7 @@ def inspect_checkpoint(
         SpecError: ``data`` is not usable.
     """
     path = Path(path)
-    checkpoint = _open(path, model)
+    checkpoint = _open(path, model, layout)
     notes = list(checkpoint.notes)
     weights = measure_weights(checkpoint)
     sizes: dict[str, Any] = {
@@ -116,7 +118,7 @@ def inspect_checkpoint(
     tokens, random = "", False
     if against is not None:
         against = Path(against)
-        other = _open(against, model)
+        other = _open(against, model, layout)
         symmetry = _symmetry(path, checkpoint, other)
         if activations:
             try:
@@ -152,7 +154,7 @@ def _carried(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, float]:
     return carried_factors(manifest.model_layout(), growth, treatment_of(make_spec(manifest.spec)))
 
 
-def _open(path: Path, model: str | None) -> Checkpoint:
+def _open(path: Path, model: str | None, layout: Path | None) -> Checkpoint:
     """Open a checkpoint, with its state under parameter names where these can be found."""
     from dataclasses import replace
 
@@ -160,20 +162,21 @@ def _open(path: Path, model: str | None) -> Checkpoint:
     if not any(state.param.isdigit() for state in checkpoint.states):
         return checkpoint
     try:
-        return _named(checkpoint, model)
+        return _named(checkpoint, model, layout)
     except SparklingError as error:
         note = f"optimizer state is listed by number, because its parameters' names are not known: {error}"
         return replace(checkpoint, notes=(*checkpoint.notes, note))
 
 
-def _named(checkpoint: Checkpoint, model: str | None) -> Checkpoint:
+def _named(checkpoint: Checkpoint, model: str | None, layout: Path | None) -> Checkpoint:
     """State under its parameters' names; where the model's class says them, no layout is needed."""
     from sparkling_cli.checkpoint.optimizer import name_parameters
     from sparkling_cli.inference.locate import find_layout, model_parameters, named_states
 
-    if checkpoint.config is not None and (model is not None or "model_type" in checkpoint.config):
+    known = model is not None or "model_type" in (checkpoint.config or {})
+    if known and checkpoint.config is not None:
         return name_parameters(checkpoint, *model_parameters(checkpoint.config, model))
-    return named_states(checkpoint, find_layout(checkpoint, model=model), model=model)
+    return named_states(checkpoint, find_layout(checkpoint, layout_path=layout, model=model), model=model)
 
 
 def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> SymmetryReport | None:

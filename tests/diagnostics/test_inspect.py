@@ -138,6 +138,25 @@ def test_weights_are_measured_when_no_model_can_be_built(dense_checkpoint: Path,
     assert len(report.weights.stats) > 10
 
 
+def test_a_plain_dictionary(tmp_path: Path) -> None:
+    """One file of weights and AdamW state of nobody's class: measured, state by number, with reasons."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
+    report = inspect_checkpoint(tmp_path / "ckpt.pt")
+    found = {(stat.label, stat.slot): stat for stat in report.weights.stats}
+    weight = model[0].weight.detach().double()
+    assert found["0.weight", ""].rms == pytest.approx(float(weight.square().mean().sqrt()))
+    moment = optimizer.state[model[1].weight]["exp_avg"].double()
+    assert found["2", "exp_avg"].rms == pytest.approx(float(moment.square().mean().sqrt()))
+    assert any("by number" in note for note in report.notes)
+    assert any("no model can be built" in note for note in report.notes)
+    strict(json.dumps(report.to_dict()))
+
+
 def test_nan_is_named(dense_checkpoint: Path, tmp_path: Path) -> None:
     """A NaN in a weight is a warning of the command, and JSON stays strict."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
