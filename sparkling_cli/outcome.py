@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError
 from sparkling_cli.execute.commit import sidecar_root
-from sparkling_cli.manifest import MANIFEST, make_manifest
+from sparkling_cli.manifest import MANIFEST, make_manifest, read_manifest
 from sparkling_cli.plan.build import treatment_of
 from sparkling_cli.plan.carried import carried_factors
 from sparkling_cli.report.assemble import assemble
@@ -39,11 +39,14 @@ def plan_schedule(plan: Plan, spec: ExpansionSpec) -> tuple[Rewarmup | None, str
             well enough; or fresh bias correction is asked for and impossible.
     """
     source = plan.source
-    path = sidecar_root(source.root, source.root.is_file()) / REWARMUP
+    sidecars = sidecar_root(source.root, source.root.is_file())
+    path = sidecars / REWARMUP
     previous = read_rewarmup(path) if path.is_file() else None
+    manifest = sidecars / MANIFEST
+    number = 1 + len(read_manifest(manifest).stages) if manifest.is_file() else 1
     described = any(value is not None for value in spec.baseline.model_dump().values())
     try:
-        return plan_rewarmup(source, spec, previous), ""
+        return plan_rewarmup(source, spec, previous, number=number), ""
     except SpecError as error:
         if described or spec.rewarmup.bias_correction == "fresh":
             raise

@@ -212,7 +212,7 @@ def _add(
         if key not in sums or sums[key].dot.shape != parts[0].shape:
             if key in sums:  # the axis occurs with another multiplicity (q and k heads, say)
                 key = _Key(numbers, f"{axis} of {name}", key.stack)
-            sums[key] = _Sums(*parts)
+            sums[key] = _Sums(parts[0], parts[1], parts[2], parts[3])
         else:
             known = sums[key]
             for total, part in zip((known.dot, known.new, known.source, known.apart), parts, strict=True):

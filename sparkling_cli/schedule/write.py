@@ -19,13 +19,20 @@ if TYPE_CHECKING:
 LONG_MEMORY = 0.99
 
 
-def plan_rewarmup(checkpoint: Checkpoint, spec: ExpansionSpec, previous: Rewarmup | None = None) -> Rewarmup:
+def plan_rewarmup(
+    checkpoint: Checkpoint,
+    spec: ExpansionSpec,
+    previous: Rewarmup | None = None,
+    *,
+    number: int | None = None,
+) -> Rewarmup:
     """The re-warmup of an expansion.
 
     Args:
         checkpoint: the source.
         spec: its ``rewarmup`` and ``baseline``.
         previous: the source's own ``rewarmup.json``, if it was expanded before.
+        number: of this expansion in the manifest; an earlier one may have had no schedule.
 
     Raises:
         SpecError: the baseline cannot be known (the message says what to pass), or fresh bias
@@ -46,6 +53,7 @@ def plan_rewarmup(checkpoint: Checkpoint, spec: ExpansionSpec, previous: Rewarmu
         steps=spec.rewarmup.steps,
         bias_correction=spec.rewarmup.bias_correction,
         betas=betas,
+        number=number,
     )
 
 
