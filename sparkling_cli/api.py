@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.errors import SpecError
+from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.spec.model import ExpansionSpec
 
 if TYPE_CHECKING:
@@ -60,11 +60,17 @@ def open_source(
     """
     from sparkling_cli.checkpoint.detect import open_checkpoint
     from sparkling_cli.inference.locate import find_layout, named_states
+    from sparkling_cli.plan.naming import weights_of
 
     checkpoint = open_checkpoint(source)
     previous = previous_manifest(source)
     found = find_layout(checkpoint, layout_path=layout, model=model, previous=previous)
-    return named_states(checkpoint, found, model=model), found, previous
+    try:
+        return named_states(checkpoint, found, model=model), found, previous
+    except CheckpointError:
+        # If the weights do not fit either, that is the cause, and the clearer message.
+        weights_of(checkpoint, found, "disk")
+        raise
 
 
 def previous_manifest(source: Path) -> Manifest | None:

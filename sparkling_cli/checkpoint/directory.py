@@ -59,7 +59,12 @@ def inside(root: Path, relative: str, named_by: str) -> Path:
         raise CheckpointError(f"{named_by} names {relative!r}, which is no path inside the checkpoint")
     path = root / relative
     if path.is_symlink() or any(parent.is_symlink() for parent in _parents(path, root)):
-        target = path.resolve()
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{relative}: a link that leads nowhere", hint="remove it, or replace it by the file"
+            ) from error
         allowed = [root.resolve()]
         if root.resolve().parent.name == "snapshots":
             allowed.append(root.resolve().parent.parent / "blobs")

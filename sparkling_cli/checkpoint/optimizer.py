@@ -65,8 +65,15 @@ class _Problem:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, parameters: Sequence[Parameter]) -> _Problem:
-        groups = tuple(tuple(map(str, group.get("params", ()))) for group in checkpoint.param_groups)
         where = checkpoint.root.name
+        for place, group in enumerate(checkpoint.param_groups):
+            params = group.get("params", ())
+            if not isinstance(params, (list, tuple)) or not all(isinstance(p, (int, str)) for p in params):
+                raise CheckpointError(
+                    f"{where}: params of optimizer group {place} must be a list of numbers, "
+                    f"found {params!r:.80}"
+                )
+        groups = tuple(tuple(map(str, group.get("params", ()))) for group in checkpoint.param_groups)
         numbers = [number for group in groups for number in group]
         known = set(numbers)
         if len(known) != len(numbers):

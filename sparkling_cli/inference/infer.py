@@ -60,16 +60,17 @@ def _inferred(config: Mapping[str, Any], model: str | None, model_factory: Any) 
     from sparkling_cli.inference.court import judge
     from sparkling_cli.inference.realize import realize
     from sparkling_cli.inference.shrink import shrink
-    from sparkling_cli.inference.skeleton import load_factory, text_config
+    from sparkling_cli.inference.skeleton import load_factory, model_errors, text_config
 
     factory = load_factory(model) if model is not None else model_factory
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
     try:
-        real = text_config(config, factory=factory)
-        tiny = shrink(config, factory=factory)
-        judged = judge(tiny, factory=factory)
-        name = (real.get("architectures") or [model or "model"])[0]
-        return realize(judged, config, real, name=name, factory=factory)
+        with model_errors(config, model):
+            real = text_config(config, factory=factory)
+            tiny = shrink(config, factory=factory)
+            judged = judge(tiny, factory=factory)
+            name = (real.get("architectures") or [model or "model"])[0]
+            return realize(judged, config, real, name=name, factory=factory)
     finally:
         torch.set_num_threads(threads)

@@ -52,8 +52,12 @@ def find_layout(
             "layout file of the package fits its tensors",
             hint="pass --layout FILE (docs: layout language) or --model package.module:factory",
         )
+    from sparkling_cli.inference.agreement import check_counts, check_tensors
     from sparkling_cli.inference.infer import infer
 
+    if model is None:
+        check_counts(checkpoint)
+        check_tensors(checkpoint, model_parameters(checkpoint.config, None)[0])
     return infer(checkpoint.config, model=model)
 
 
@@ -90,6 +94,10 @@ def named_states(checkpoint: Checkpoint, layout: ModelLayout, *, model: str | No
         followers = {name for group in layout.tied for name in group[1:]}
         parameters = [(n, checkpoint.weight(n).shape) for n in checkpoint.weights if n not in followers]
         return name_parameters(checkpoint, parameters, {n for n, shape in parameters if len(shape) > 1})
+    if model is None:
+        from sparkling_cli.inference.agreement import check_counts
+
+        check_counts(checkpoint)
     parameters, decayed = model_parameters(config, model)
     return name_parameters(checkpoint, parameters, decayed)
 
@@ -110,9 +118,11 @@ def model_parameters(config: Mapping[str, Any], model: str | None) -> Parameters
 def _ask_model(config: Mapping[str, Any], model: str | None) -> dict[str, Any]:
     from transformers import Trainer
 
-    from sparkling_cli.inference.skeleton import build_model, load_factory
+    from sparkling_cli.inference.skeleton import build_model, load_factory, model_errors
 
-    built = build_model(config, factory=None if model is None else load_factory(model))
+    factory = None if model is None else load_factory(model)
+    with model_errors(config, model):
+        built = build_model(config, factory=factory)
     decayed = Trainer.get_decay_parameter_names(None, built)  # uses no state of the trainer
     return {
         "parameters": [[name, list(p.shape)] for name, p in built.named_parameters()],

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.errors import LayoutError
+from sparkling_cli.errors import LayoutError, MissingDependencyError, SparklingError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,13 +96,39 @@ def config_object(config: Mapping[str, Any]) -> Any:
             hint="upgrade transformers, give a layout file (--layout), or your own model "
             "(--model package.module:factory)",
         )
-    with quiet():
+    with quiet(), model_errors(config):
         built = CONFIG_MAPPING[model_type].from_dict(clean_config(config))
     # A sub-config may hold attributes that only from_dict of the parent fixes up.
     built._attn_implementation = "eager"
     with contextlib.suppress(Exception):
         built._experts_implementation = "eager"
     return built
+
+
+@contextlib.contextmanager
+def model_errors(config: Mapping[str, Any], model: str | None = None) -> Iterator[None]:
+    """What a model's own code raises on a config becomes an error of ours; it can raise anything.
+
+    Raises:
+        LayoutError: names the config's class and what the code said.
+        MissingDependencyError: the code needs a package that is not installed.
+    """
+    try:
+        yield
+    except SparklingError:
+        raise
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"this model's code needs a package that cannot be imported: {error}",
+            hint="install it, or give a layout file (--layout)",
+        ) from error
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        whose = model or f"the class of model_type {config.get('model_type')!r}"
+        raise LayoutError(
+            f"{whose} cannot be built from this config: {said:.400}",
+            hint="correct the config, or give a layout file (--layout)",
+        ) from error
 
 
 def text_config(config: Mapping[str, Any], *, factory: ModelFactory | None = None) -> ConfigDict:
