@@ -166,10 +166,11 @@ def _chunks(tables: Tables) -> Iterator[tuple[slice, slice]]:
 
 
 def _stretches(table: DimTable, longest: int) -> Iterator[slice]:
-    """Ranges of old, or of new entries, in which each source index is the one before plus one."""
+    """Ranges of one kind in which each source index is the one before plus one."""
     import numpy as np
 
-    breaks = np.flatnonzero((np.diff(table.source) != 1) | (np.diff(table.new.view(np.int8)) != 0)) + 1
+    kind = 2 * table.fill.astype(np.int16) + table.new
+    breaks = np.flatnonzero((np.diff(table.source) != 1) | (np.diff(kind) != 0)) + 1
     edges = [0, *breaks.tolist(), len(table.source)]
     for start, stop in pairwise(edges):
         for at in range(start, stop, longest):
@@ -187,60 +188,103 @@ def _unequal(
     spans: list[Span],
 ) -> str | None:
     """The first entry of a box that is not what it must be, in words."""
+    row, column = tables.row, tables.column
+    width = len(column.source)
+    item = ITEM_BYTES[subject.dtype]
+    found = seen.view(_bits(item)).reshape(rows.stop - rows.start, columns.stop - columns.start)
+    whole = columns.stop - columns.start == width
+    parts = _column_parts(tables) if whole else (columns,)
+    old: Array | None = None
+    left = 0
+    for part in parts:
+        how = Fill(max(int(row.fill[rows.start]), int(column.fill[part.start])))
+        here = found[:, part.start - columns.start : part.stop - columns.start]
+        if how is Fill.ZERO and not (_keeps(row, rows) and _keeps(column, part)):
+            if here.any():
+                return _told(subject, here != 0, rows, part, width, how)
+            continue
+        if old is None:
+            old, left = _source_rows(subject, tables, rows, columns, whole, source, spans)
+        first = int(column.source[part.start]) - left
+        box = old[:, first : first + part.stop - part.start]
+        wrong = _wrong(subject, tables, rows, part, here, box, how, spread)
+        if wrong is not None:
+            return _told(subject, wrong, rows, part, width, how)
+    return None
+
+
+def _keeps(table: DimTable, places: slice) -> bool:
+    """The range holds old entries."""
+    return not bool(table.new[places.start])
+
+
+@lru_cache(maxsize=64)
+def _column_parts(tables: Tables) -> tuple[slice, ...]:
+    return tuple(_stretches(tables.column, _ENTRIES))
+
+
+def _told(subject: Subject, wrong: Array, rows: slice, part: slice, width: int, how: Fill) -> str:
     import numpy as np
 
-    row, column = tables.row, tables.column
-    fills = np.maximum(row.fill[rows][:, None], column.fill[columns][None, :])
-    item = ITEM_BYTES[subject.dtype]
-    wanted = np.zeros(fills.shape, dtype=_bits(item))
-    computed = np.zeros(fills.shape, dtype=bool)
-    if not (fills == Fill.ZERO).all():
-        old = _source_box(subject, tables, rows, columns, source, spans)
-        factor = _factors(subject, tables, rows, columns)
-        computed = np.broadcast_to((factor != 1) | (subject.offset != 0.0), fills.shape)
-        computed = (computed & (fills == Fill.COPY)) | (fills == Fill.RANDOM)
-        wanted = old
-        if computed.any():
-            values = _values(subject, old, factor, fills, spread, rows, columns, len(column.source))
-            wanted = np.where(computed, values, old)
-        wanted = np.where(fills == Fill.ZERO, np.zeros((), wanted.dtype), wanted)
-    found = seen.view(_bits(item)).reshape(fills.shape)
-    wrong = found != wanted
-    if not wrong.any() or not (wrong & ~_both_nan(found, wanted, computed, subject.dtype)).any():
-        return None
-    wrong &= ~_both_nan(found, wanted, computed, subject.dtype)
     y, x = (int(n) for n in np.argwhere(wrong)[0])
-    place = np.unravel_index((rows.start + y) * len(column.source) + columns.start + x, subject.shape)
-    kind = {Fill.COPY: "old or copied", Fill.RANDOM: "random", Fill.ZERO: "zero"}[Fill(int(fills[y, x]))]
+    place = np.unravel_index((rows.start + y) * width + part.start + x, subject.shape)
+    kind = {Fill.COPY: "old or copied", Fill.RANDOM: "random", Fill.ZERO: "zero"}[how]
     return f"entry {tuple(int(p) for p in place)} ({kind}) is not what the source and the manifest give"
 
 
-def _source_box(
-    subject: Subject, tables: Tables, rows: slice, columns: slice, source: Handles, spans: list[Span]
-) -> Array:
-    """Source entries of a box, as integers; CRCs are noted where the box keeps old entries."""
-    import numpy as np
-
+def _source_rows(
+    subject: Subject,
+    tables: Tables,
+    rows: slice,
+    columns: slice,
+    whole: bool,
+    source: Handles,
+    spans: list[Span],
+) -> tuple[Array, int]:
+    """Source rows of a box as integers, and their first column; CRCs are noted of rows that are kept."""
     assert subject.source is not None
     row, column = tables.row, tables.column
     item = ITEM_BYTES[subject.dtype]
     top, count = int(row.source[rows.start]), rows.stop - rows.start
-    whole = columns.stop - columns.start == len(column.source)
     left = 0 if whole else int(column.source[columns.start])
     width = column.size if whole else columns.stop - columns.start
     noted: list[Span] = []
     data = _read(source, subject.source, (top * column.size + left) * item, count * width * item, noted)
-    if not row.new[rows].any() and (whole or not column.new[columns].any()):
+    if _keeps(row, rows) and (whole or _keeps(column, columns)):
         spans.extend(noted)
-    box = data.view(_bits(item)).reshape(count, width)
-    picks = column.source[columns] - left
-    if not whole or np.array_equal(picks, np.arange(width)):
-        return box
-    return np.take(box, picks, axis=1)
+    return data.view(_bits(item)).reshape(count, width), left
+
+
+def _wrong(
+    subject: Subject,
+    tables: Tables,
+    rows: slice,
+    part: slice,
+    found: Array,
+    old: Array,
+    how: Fill,
+    spread: float,
+) -> Array | None:
+    """Which entries of a box of one kind are not what they must be; None if all are."""
+    import numpy as np
+
+    factor = _factors(subject, tables, rows, part)
+    copied = how is Fill.COPY and subject.offset == 0.0
+    if copied and (factor == 1).all():
+        wrong: Array = found != old
+        return wrong if wrong.any() else None
+    wanted = _values(subject, old, factor, how, spread, rows, part, len(tables.column.source))
+    if copied and (factor == 1).any():
+        wanted = np.where(factor == 1, old, wanted)
+    wrong = found != wanted
+    if not wrong.any():
+        return None
+    wrong &= ~_both_nan(found, wanted, subject.dtype)
+    return wrong if wrong.any() else None
 
 
 def _factors(subject: Subject, tables: Tables, rows: slice, columns: slice) -> Array:
-    """Products of all factors, one after the other in the order of the dims."""
+    """Products of all factors, one after the other in the order of the dims; one number if it is one."""
     import numpy as np
 
     wide = np.dtype(_wide(subject.dtype)).type
@@ -249,37 +293,43 @@ def _factors(subject: Subject, tables: Tables, rows: slice, columns: slice) -> A
         factor = factor * scale[rows][:, None]
     for scale in tables.column.scales:
         factor = factor * scale[columns][None, :]
-    return factor
+    return factor[:1, :1] if (factor == factor[0, 0]).all() else factor
 
 
 def _values(
     subject: Subject,
     old: Array,
     factor: Array,
-    fills: Array,
+    how: Fill,
     spread: float,
     rows: slice,
-    columns: slice,
+    part: slice,
     width: int,
 ) -> Array:
     """Computed entries, rounded to the tensor's dtype, as integers."""
     import numpy as np
-    import torch
 
     if subject.dtype not in FLOATING:
         raise ValueError(f"{subject.key}: {subject.dtype} entries cannot have been computed")
+    if how is Fill.COPY and subject.dtype in ("float32", "float64"):
+        values: Array = old.view(subject.dtype) * factor
+        return (values + values.dtype.type(subject.offset) if subject.offset else values).view(old.dtype)
+    import torch
+
     kind = getattr(torch, subject.dtype)
     wide = torch.float64 if subject.dtype == "float64" else torch.float32
-    stored = torch.from_numpy(old.view(_signed(old.dtype.itemsize))).view(kind)
-    values = stored.to(wide) * torch.from_numpy(np.ascontiguousarray(factor))
-    if subject.offset:
-        values = values + subject.offset
-    if (fills == Fill.RANDOM).any():
-        first = rows.start * width + columns.start
-        drawn = fill.normal(subject.seed, subject.stream, first, first + fills.size)
-        noise = drawn.reshape(fills.shape).to(wide) * (spread * torch.from_numpy(factor))
-        values = torch.where(torch.from_numpy(fills == Fill.RANDOM), noise, values)
-    bits: Array = values.to(kind).contiguous().view(_torch_signed(old.dtype.itemsize)).numpy()
+    factors = torch.from_numpy(np.ascontiguousarray(factor))
+    if how is Fill.RANDOM:
+        first = rows.start * width + (part.start if rows.stop - rows.start == 1 else 0)
+        count = part.stop - part.start if rows.stop - rows.start == 1 else (rows.stop - rows.start) * width
+        drawn = fill.normal(subject.seed, subject.stream, first, first + count)
+        drawn = drawn[None, :] if rows.stop - rows.start == 1 else drawn.reshape(-1, width)[:, part]
+        result = drawn.to(wide) * (spread * factors)
+    else:
+        stored = torch.from_numpy(np.ascontiguousarray(old).view(_signed(old.dtype.itemsize))).view(kind)
+        result = stored.to(wide) * factors
+        result = result + subject.offset if subject.offset else result
+    bits: Array = result.to(kind).contiguous().view(_torch_signed(old.dtype.itemsize)).numpy()
     return bits.view(old.dtype)
 
 
@@ -302,13 +352,11 @@ def _spread(subject: Subject, source: Handles, item: int) -> float:
     return moments.deviation(blocks())
 
 
-def _both_nan(found: Array, wanted: Array, computed: Array, dtype: str) -> Array:
+def _both_nan(found: Array, wanted: Array, dtype: str) -> Array:
     """Computed entries that are NaN on both sides: the payload of a computed NaN is nobody's promise."""
     import numpy as np
     import torch
 
-    if dtype not in FLOATING or not computed.any():
-        return np.zeros(found.shape, dtype=bool)
     kind = getattr(torch, dtype)
 
     def nan(bits: Array) -> Array:
@@ -316,7 +364,7 @@ def _both_nan(found: Array, wanted: Array, computed: Array, dtype: str) -> Array
         mask: Array = torch.isnan(values.view(kind)).numpy()
         return mask
 
-    return nan(found) & nan(wanted) & computed
+    return nan(found) & nan(wanted)
 
 
 def _bits(item: int) -> str:

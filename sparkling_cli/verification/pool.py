@@ -28,8 +28,6 @@ def spread(
     Raises:
         Exception: anything else that a task raised.
     """
-    import torch
-
     results: list[Any] = [None] * len(tasks)
     unexpected: list[BaseException] = []
     lock = threading.Lock()
@@ -61,8 +59,6 @@ def spread(
                 if one is not None:
                     one.close()
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     threads = [threading.Thread(target=thread, daemon=True) for _ in range(min(os.cpu_count() or 1, 4))]
     try:
         for one in threads:
@@ -74,7 +70,6 @@ def spread(
         stop.set()
         for one in threads:
             one.join()
-        torch.set_num_threads(before)
     if unexpected:
         raise unexpected[0]
     return results

@@ -19,7 +19,14 @@ from sparkling_cli.execute.stream import DIGESTS
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import MANIFEST, Manifest, TensorEntry, read_manifest
 from sparkling_cli.verification.compare import Found, Subject, examine
-from sparkling_cli.verification.files import FileCheck, check_small_files, file_size, gaps, list_files, read_span
+from sparkling_cli.verification.files import (
+    FileCheck,
+    check_small_files,
+    file_size,
+    gaps,
+    list_files,
+    read_span,
+)
 from sparkling_cli.verification.pool import spread
 from sparkling_cli.verification.report import VerifyReport
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DimTable:
     """One storage dim, target index by target index.
 
@@ -86,7 +86,7 @@ def _expand(dim: ViewDim, what: str, dtype: Any) -> Array:
     return values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tables:
     """A whole tensor: rows (every dim but the last, flattened) and columns."""
 
