@@ -80,7 +80,7 @@ def run_page(page: Path, folder: Path) -> int:
         for command in todo:
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", command.replace("PYTHONPATH=.", f"PYTHONPATH=.:{ROOT}")],
-                cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False,
+                cwd=folder, env=environment, capture_output=True, text=True, timeout=1500, check=False,
             )  # fmt: skip
             assert done.returncode == 0, (
                 f"{page.name}: {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

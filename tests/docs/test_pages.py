@@ -26,6 +26,7 @@ def name_of(page: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
 def test_the_page_works_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
     """All its blocks, in order, in an empty folder with the bundled checkpoints."""
