@@ -15,6 +15,7 @@ _LOOKED_FOR = (
     "a transformers model or Trainer directory (model.safetensors, pytorch_model.bin, or their index)",
     "a torch.distributed.checkpoint directory (.metadata)",
     "a LitGPT directory (lit_model.pth and model_config.yaml)",
+    "DeepSpeed's Universal Checkpoint (zero/<parameter>/fp32.pt)",
     "a torch file with a model's state dict (nanoGPT, Lightning, plain PyTorch)",
 )
 
@@ -22,11 +23,12 @@ _LOOKED_FOR = (
 def formats() -> tuple[Format, ...]:
     """Every known format; those that are told by something special come first."""
     from sparkling_cli.checkpoint.dcp import DcpFormat
+    from sparkling_cli.checkpoint.deepspeed import UniversalCheckpoint
     from sparkling_cli.checkpoint.litgpt import LitGptDirectory
     from sparkling_cli.checkpoint.singlefile import SingleFile
     from sparkling_cli.checkpoint.trainer import TrainerDirectory
 
-    return (SingleFile(), DcpFormat(), LitGptDirectory(), TrainerDirectory())
+    return (SingleFile(), DcpFormat(), LitGptDirectory(), UniversalCheckpoint(), TrainerDirectory())
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
