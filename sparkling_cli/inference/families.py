@@ -102,7 +102,7 @@ def hypotheses(found: Coordinates, model: nn.Module) -> Hypotheses:
                     unexplained.setdefault(name, {})[axis] = why
             terms.append(variable)
         way: Variable = ("way", *key)
-        options[way] = ways(model, name, shape, moves[name], tied=name in tied)
+        options[way] = ways(model, name, shape, _stacked(moves[name], roles), tied=name in tied)
         families.append(Family(tuple(names), shape, moves[name], way, tuple(terms)))
     return Hypotheses(tuple(families), options, unexplained)
 
@@ -150,9 +150,12 @@ def _tied_heads(model: nn.Module) -> frozenset[str]:
 
 
 def ways(
-    model: nn.Module, name: str, shape: tuple[int, ...], moves: tuple[Mapping[str, int], ...], *, tied: bool
+    model: nn.Module, name: str, shape: tuple[int, ...], stacked: bool, *, tied: bool
 ) -> tuple[str, ...]:
-    """Direction templates for a tensor, the likeliest first; ``{i}`` stands for dim i."""
+    """Direction templates for a tensor, the likeliest first; ``{i}`` stands for dim i.
+
+    ``stacked``: the leading dim counts experts.
+    """
     import torch
 
     if not shape:
@@ -172,13 +175,17 @@ def ways(
             return ("{0} -> {1}",)
     if isinstance(owner, torch.nn.Conv1d) and leaf == "weight":
         return ("scale {0} {1} {2}",) if shape[1] == 1 else ("{0} <- {1} {2}",)
-    return _raw_ways(leaf, shape, moves)
+    return _raw_ways(leaf, shape, stacked)
 
 
-def _raw_ways(leaf: str, shape: tuple[int, ...], moves: tuple[Mapping[str, int], ...]) -> tuple[str, ...]:
+def _stacked(moves: tuple[Mapping[str, int], ...], roles: Mapping[str, str | None]) -> bool:
+    """Whether the leading dim counts experts, routed or shared."""
+    return bool(moves and moves[0]) and all(roles[a] in ("experts", "shared_experts") for a in moves[0])
+
+
+def _raw_ways(leaf: str, shape: tuple[int, ...], stacked: bool) -> tuple[str, ...]:
     """Every direction of a raw parameter; a leading dim of experts may be a stack."""
     found: dict[str, None] = {}
-    stacked = set(moves[0]) == {"experts"}
     starts = [1, 0] if stacked and len(shape) > 2 else [0, 1] if stacked else [0]
     for start in starts:
         stack = " ".join(f"{{{i}}}" for i in range(start))

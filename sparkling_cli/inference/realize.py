@@ -16,7 +16,18 @@ from sparkling_cli.inference.labels import render
 from sparkling_cli.inference.roles import get_path
 from sparkling_cli.inference.shrink import shapes
 from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory, text_prefix
-from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, Product, Role, Sum, TensorLayout, size_of
+from sparkling_cli.layout.expr import (
+    Axis,
+    Dim,
+    Expr,
+    Fixed,
+    Product,
+    Role,
+    Sum,
+    TensorLayout,
+    axis_names,
+    size_of,
+)
 from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import compress, skeleton
 from sparkling_cli.layout.solve import Equation, solve_sizes
@@ -35,8 +46,8 @@ class _Pattern:
     key: str
     layout: TensorLayout
     indices: tuple[tuple[int, ...], ...]
-    shared: bool
-    """other tensors of the same skeleton have another layout"""
+    restricted: int | None
+    """the index that tells it from other tensors of the same skeleton and another layout"""
 
 
 def realize(
@@ -138,7 +149,7 @@ def _patterns(
                 f"{name!r} has shape {shape}, which fits nothing in a tiny model of this class: {known}",
                 hint="give a layout file (--layout FILE)",
             )
-        if len(different) > 1:
+        if len(different) > 1 and not _equivalent(list(different.values()), judged):
             raise LayoutError(
                 f"{name!r} of shape {shape} may have any of the layouts {', '.join(different)}",
                 hint="give a layout file (--layout FILE)",
@@ -146,10 +157,35 @@ def _patterns(
         layout = next(iter(different.values()))
         grouped.setdefault(key, {}).setdefault(layout.text, (layout, []))[1].append(indices)
     return [
-        _Pattern(key, layout, tuple(indices), len(texts) > 1)
+        _Pattern(key, layout, tuple(indices), _telling_index(key, [i for _, i in texts.values()]))
         for key, texts in grouped.items()
         for layout, indices in texts.values()
     ]
+
+
+def _equivalent(layouts: Sequence[TensorLayout], judged: Judgement) -> bool:
+    """Whether layouts differ only in what never grows."""
+    proved = {n for n, v in judged.verdicts.items() if v.proved}
+
+    def growing(layout: TensorLayout) -> list[str | None]:
+        return [str(d.expr) if set(axis_names(d.expr)) & proved else None for d in layout.dims]
+
+    return all(growing(lay) == growing(layouts[0]) for lay in layouts)
+
+
+def _telling_index(key: str, groups: Sequence[Sequence[tuple[int, ...]]]) -> int | None:
+    """The first index in a name whose values differ between all groups; None for a single group.
+
+    Raises:
+        LayoutError: no single index tells them apart.
+    """
+    if len(groups) < 2:
+        return None
+    for position in range(key.count("*")):
+        values = [{indices[position] for indices in group} for group in groups]
+        if sum(map(len, values)) == len(set().union(*values)):
+            return position
+    raise LayoutError(f"tensors {key!r} have several layouts that no number in their names tells apart")
 
 
 def _fitted(layout: TensorLayout, shape: Sequence[int], sizes: Mapping[str, int]) -> TensorLayout | None:
@@ -200,8 +236,8 @@ def _fill(key: str, placeholders: Sequence[str], pattern: _Pattern) -> str:
     result = key
     for place in placeholders:
         only = ""
-        if pattern.shared and place == "layers":
-            only = "=" + compress(i[0] for i in pattern.indices)
+        if pattern.restricted is not None and place == _placeholder(pattern.restricted):
+            only = "=" + compress(i[pattern.restricted] for i in pattern.indices)
         result = result.replace("*", "{" + place + only + "}", 1)
     return result
 

@@ -151,7 +151,8 @@ def _choices(
     total = math.prod(len(classes[v]) for v in variables)
     if total <= limit:
         indices = sorted(
-            itertools.product(*(range(len(classes[v])) for v in variables)), key=lambda c: (sum(c), c)
+            itertools.product(*(range(len(classes[v])) for v in variables)),
+            key=lambda c: (_mixed(variables, c), sum(c), c),
         )
         return [
             {**base, **{v: classes[v][i][0] for v, i in zip(variables, combo, strict=True)}}
@@ -160,6 +161,15 @@ def _choices(
     if sum(len(classes[v]) for v in variables) > limit:
         return []
     return [_descend(bench, hyp, base, variables, classes, axes, comps)]
+
+
+def _mixed(variables: Sequence[Variable], combo: Sequence[int]) -> int:
+    """How many raw parameters point another way than the first: one model is written in one way.
+
+    Two wrong directions can cancel on a path without a nonlinearity, so mixtures are tried last.
+    """
+    ways = [i for v, i in zip(variables, combo, strict=True) if v[0] == "way"]
+    return sum(i != ways[0] for i in ways)
 
 
 def _descend(

@@ -28,6 +28,8 @@ _MAX_ENTRIES = 20_000_000
 #: Layer counts that may fail before a variant is given up; some patterns need a third or fourth layer.
 _PATIENCE = 2
 _DENSE_PREFIX = re.compile(r"first_k_dense|num_dense_layers|_layer_start_index$")
+#: Sizes that some default configs leave open although the class needs them.
+_FILLABLE = re.compile(r"_heads$|_head_dim$|_budget$|_ratio$|^clip_qkv$")
 _INDEXED = re.compile(r"\.(\d+)\.")
 
 
@@ -264,6 +266,8 @@ def _candidate(real: ConfigDict, variant: Variant, count: int, kept: list[int]) 
                 set_path(tiny, path, new)
         elif value is None and _fills(path, variant):
             set_path(tiny, path, variant.sizes[str(role_of(key))])
+        elif value is None and variant.filled and _FILLABLE.search(key):
+            set_path(tiny, path, 8 if key.endswith(("dim", "qkv")) else 1 if "kv" in key else 2)
         elif value is None and key == "layer_types" and variant.filled:
             set_path(tiny, path, ["full_attention"] * count)
         elif value is None and role_of(key) == "top_k" and variant.filled:
@@ -271,7 +275,7 @@ def _candidate(real: ConfigDict, variant: Variant, count: int, kept: list[int]) 
     if variant.related:
         _relate(real, tiny)
     if variant.filled:
-        for inner in (v for k, v in tiny.items() if isinstance(v, dict) and k.endswith("config")):
+        for inner in (v for v in tiny.values() if isinstance(v, dict) and "model_type" in v):
             inner.setdefault("rope_theta", 10000.0)
     _renumber(tiny, indices)
     _plain_rope(tiny)
@@ -358,7 +362,10 @@ def _integer(
     if role is None or role not in variant.sizes or value <= 0:
         return None
     if role == "kv_heads":
-        return _kv_heads(real, path, value, variant)
+        if _equal_heads(real, path, value):
+            role = "heads"  # one count for both, in every layer that says so
+        else:
+            return 1 if value == 1 else variant.sizes["kv_heads" if variant.grouped else "heads"]
     if role == "hidden" and variant.coupled:
         return variant.sizes["heads"] * variant.sizes["head_dim"]
     if role == "head_dim":
@@ -377,22 +384,20 @@ def _integer(
 def _latent_head_dim(real: Mapping[str, Any], path: Path, value: int, variant: Variant) -> int | None:
     """A head size that repeats the rotary part, or both parts, of a latent attention's heads."""
     rope = get_path(real, (*path[:-1], "qk_rope_head_dim"))
-    nope = get_path(real, (*path[:-1], "qk_nope_head_dim"))
     if not isinstance(rope, int):
         return None
-    if isinstance(nope, int) and value == rope + nope:
-        return variant.sizes["qk_rope"] + variant.sizes["qk_nope"]
+    parts = [v for p, v in walk(real) if p[-1] == "qk_nope_head_dim" and isinstance(v, int)]
+    for nth, nope in enumerate(dict.fromkeys(parts)):
+        if value == rope + nope:
+            return variant.sizes["qk_rope"] + variant.sizes["qk_nope"] * (1 + nth)
     return variant.sizes["qk_rope"] if value == rope else None
 
 
-def _kv_heads(real: Mapping[str, Any], path: Path, value: int, variant: Variant) -> int:
-    prefix = path[-1].replace("key_value_heads", "attention_heads").replace("kv_heads", "heads")
-    heads = get_path(real, (*path[:-1], prefix)) or get_path(real, (*path[:-1], "num_attention_heads"))
-    if value == 1:
-        return 1
-    if heads == value or not variant.grouped:
-        return variant.sizes["heads"]
-    return variant.sizes["kv_heads"]
+def _equal_heads(real: Mapping[str, Any], path: Path, value: int) -> bool:
+    """Whether a kv-head count equals the count of query heads beside it."""
+    beside = path[-1].replace("key_value_heads", "attention_heads").replace("kv_heads", "heads")
+    heads = None if beside == path[-1] else get_path(real, (*path[:-1], beside))
+    return bool((heads or get_path(real, (*path[:-1], "num_attention_heads"))) == value)
 
 
 def _plain_rope(tiny: ConfigDict) -> None:
