@@ -107,13 +107,19 @@ def _verdict(data: ReportData) -> str:
         mark = tag("span", sign, class_=f"sign {finding.level}", role="img", aria_label=word)
         items.append(f"<li>{mark}{sections.breakable(finding.text)}</li>")
     items += [
-        f"<li>{tag('span', 'i', class_='sign note', role='img', aria_label='note')}{escape(note)}</li>"
+        f"<li>{tag('span', 'i', class_='sign note', role='img', aria_label='note')}{escape(_sentence(note))}</li>"
         for note in data.notes
     ]
     return (
         f'<div class="verdict {data.verdict.level}"><h2>{escape(data.verdict.headline)}</h2>'
         f'<ul class="findings">{"".join(items)}</ul></div>'
     )
+
+
+def _sentence(note: str) -> str:
+    """A note with a capital, unless it begins with the name of something."""
+    first = note.split(" ", 1)[0]
+    return note[:1].upper() + note[1:] if first.isalpha() and first.islower() else note
 
 
 def _footer(data: ReportData) -> str:

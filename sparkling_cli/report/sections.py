@@ -117,9 +117,11 @@ def _value(value: float | None) -> str:
 
 def widened(data: ReportData) -> str:
     """The axes and the tensors that they run through."""
+    # matrices first: a norm's drawing says little
+    drawn = sorted(data.tensors, key=lambda change: change.role == "elementwise")[:BLOCKS_AT_MOST]
     blocks = "".join(
-        f'<div class="block-cell">{tensor_block(change)}<code>{escape(_short(change.name))}</code></div>'
-        for change in data.tensors[:BLOCKS_AT_MOST]
+        f'<div class="block-cell">{tensor_block(change)}<code>{breakable(_short(change.name))}</code></div>'
+        for change in drawn
     )
     rows = [
         (
