@@ -125,7 +125,7 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
                 else:
                     tensors[name] = keys[(*home, name)]
             elif isinstance(value, (int, float)):
-                scalars[name] = float(value)
+                scalars[name] = _number(value, f"{file.path.name}: {name!r} of parameter {ident!r}")
                 scalar_paths[index, name] = (*home, name)
             elif isinstance(value, (dict, list, tuple)) and any(
                 p[: len(home) + 1] == (*home, name) for p in keys
@@ -141,8 +141,20 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
     for (index, name), key in scalar_keys.items():
         state = states[index]
         states[index] = ParamState(state.param, state.tensors, {**state.scalars, name: values[key]})
-    groups = tuple(group for group in plain(optimizer["param_groups"]) if isinstance(group, dict))
-    return OptimizerTree(tuple(states), tuple(homes), groups, scalar_keys, scalar_paths)
+    groups = plain(optimizer["param_groups"])
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
+        raise CheckpointError(
+            f"{file.path.name}: the optimizer's param_groups must be a list of dictionaries, "
+            f"found {groups!r:.80}"
+        )
+    return OptimizerTree(tuple(states), tuple(homes), tuple(groups), scalar_keys, scalar_paths)
+
+
+def _number(value: float, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise CheckpointError(f"{where} is an absurdly large number") from None
 
 
 def numbers_of(file: TorchFile, keys: Iterable[str]) -> dict[str, float]:

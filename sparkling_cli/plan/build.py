@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import isfinite
 
 from sparkling_cli.checkpoint.model import FLOATING, Checkpoint, StoredTensor
 from sparkling_cli.checkpoint.states import StateKind, state_kind
@@ -38,6 +39,8 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
             raise CheckpointError(f"optimizer state of {state.param!r}, which is no parameter of the model")
         for slot, key in state.tensors.items():
             rows.append(_state_row(state.param, slot, key, checkpoint.tensors[key], views))
+    if not spec.allow_nonfinite:
+        _check_scalars(checkpoint)
     scalars = {
         f"{state.param}.{name}": 0.0
         for state in checkpoint.states
@@ -56,6 +59,17 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
         notes=notes_for(checkpoint, layout, spec, growth, renamed),
         warnings=warnings_for(spec),
     )
+
+
+def _check_scalars(checkpoint: Checkpoint) -> None:
+    """Step counters and other numbers of the optimizer's state are finite."""
+    for state in checkpoint.states:
+        for name, value in state.scalars.items():
+            if not isfinite(value):
+                raise CheckpointError(
+                    f"{checkpoint.root.name}: {name!r} in the state of {state.param!r} is {value}",
+                    hint="take an earlier checkpoint; --allow-nonfinite widens it all the same",
+                )
 
 
 def treatment_of(spec: ExpansionSpec) -> Treatment:

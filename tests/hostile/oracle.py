@@ -85,14 +85,9 @@ def fused_experts(weights: State) -> State:
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equal in dtype, shape and every entry; NaN is NaN."""
-    return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and torch.equal(
-            one.contiguous().view(torch.uint8) if one.ndim else one,
-            other.contiguous().view(torch.uint8) if other.ndim else other,
-        )
-    )
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
 def check_widened(source: Path, output: Path, *, ffn: int, fused: bool) -> None:

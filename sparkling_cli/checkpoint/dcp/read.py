@@ -8,8 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from sparkling_cli.checkpoint.dcp.check import check_metadata
 from sparkling_cli.checkpoint.dcp.items import Place, read_item, scalar_of, tensor_key, value_of
-from sparkling_cli.checkpoint.dcp.metadata import read_metadata
+from sparkling_cli.checkpoint.dcp.metadata import METADATA, read_metadata
 from sparkling_cli.checkpoint.dcp.names import Roles, find_roles
 from sparkling_cli.checkpoint.model import Extent, ParamState, StoredTensor
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
@@ -80,6 +81,8 @@ def read_parts(root: Path, folders: tuple[str, ...]) -> tuple[tuple[Part, ...], 
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     parts = tuple(Part(folder, read_metadata(root / folder)) for folder in folders)
+    for part in parts:
+        check_metadata(part.metadata, root / part.folder / METADATA)
     entries: dict[str, Entry] = {}
     paths: dict[str, tuple[str, ...]] = {}
     tensors = set()
@@ -182,7 +185,7 @@ def read_states(
 
 
 def _number(root: Path, entry: Entry) -> float | None:
-    ((index, _),) = chunks_of(entry)
+    index = next(index for index, sizes in chunks_of(entry) if 0 not in sizes)
     return scalar_of(read_item(root, entry.part.place(index)), entry.fqn)
 
 

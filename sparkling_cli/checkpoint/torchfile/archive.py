@@ -164,10 +164,11 @@ def _end_of_directory(window: Window) -> tuple[int, int, int]:
         )
     end = at
     if at >= _LOCATOR.size:
-        locator, _, end64, _ = _LOCATOR.unpack(window.read(at - _LOCATOR.size, _LOCATOR.size))
+        locator, disk, end64, disks = _LOCATOR.unpack(window.read(at - _LOCATOR.size, _LOCATOR.size))
         if locator == 0x07064B50:
             fields = _END64.unpack(window.read(end64, _END64.size))
-            if fields[0] != 0x06064B50 or end64 + _END64.size != at - _LOCATOR.size:
+            whole = end64 + _END64.size == at - _LOCATOR.size and (disk, disks) == (0, 1)
+            if fields[0] != 0x06064B50 or not whole or fields[4:6] != (0, 0) or fields[6] != fields[7]:
                 raise CheckpointError(f"{window.where}: its zip64 end of archive is damaged")
             count, size, start, end = fields[7], fields[8], fields[9], end64
     if start + size != end:
