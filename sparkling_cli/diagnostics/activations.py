@@ -130,8 +130,8 @@ def _tokens_for(probe: Probe, data: Path | None, sequences: int, length: int, se
 
 
 def _batches(ids: torch.Tensor, each: int, memory: int) -> tuple[torch.Tensor, ...]:
-    """As many sequences at a time as fit into a quarter of the budget."""
+    """As many sequences at a time as fit into an eighth of the budget; their logits are held twice."""
     import torch
 
-    batches: tuple[torch.Tensor, ...] = torch.split(ids, max(1, memory // 4 // each))
+    batches: tuple[torch.Tensor, ...] = torch.split(ids, max(1, memory // 8 // each))
     return batches

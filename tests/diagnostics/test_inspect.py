@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import torch
 from diagnostics_support import opened
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
 
+from sparkling_cli.cli import console as cli_console
+from sparkling_cli.cli.app import app
 from sparkling_cli.diagnostics.inspect import inspect_checkpoint
 from sparkling_cli.diagnostics.measurement import LayerStat, Measurement, StreamStat, compare
 from sparkling_cli.report import tables
@@ -23,16 +26,16 @@ from sparkling_cli.report import tables
 CODES = "\x1b["
 
 
-def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``sparkling`` without a terminal."""
-    return subprocess.run(
-        [sys.executable, "-m", "sparkling_cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).resolve().parents[2],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **environment},
-    )
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs ``sparkling`` in this process, without a terminal, 100 columns wide."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def invoke(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(cli_console.output, "as_json", False)
+        return CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+
+    return invoke
 
 
 def strict(text: str) -> Any:
@@ -157,7 +160,7 @@ def test_a_plain_dictionary(tmp_path: Path) -> None:
     strict(json.dumps(report.to_dict()))
 
 
-def test_nan_is_named(dense_checkpoint: Path, tmp_path: Path) -> None:
+def test_nan_is_named(dense_checkpoint: Path, tmp_path: Path, command: Callable[..., Result]) -> None:
     """A NaN in a weight is a warning of the command, and JSON stays strict."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(dense_checkpoint / name, tmp_path)
@@ -165,17 +168,17 @@ def test_nan_is_named(dense_checkpoint: Path, tmp_path: Path) -> None:
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     done = command("inspect", tmp_path, "--json", "--length", "16", "--sequences", "1")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     data = strict(done.stdout)
     assert data["weights"]["nonfinite"] == ["model.layers.1.mlp.up_proj.weight"]
     done = command("inspect", tmp_path, "--no-activations")
     assert "layers.1.mlp.up_proj.weight weights: 1 NaN, 0 Inf" in done.stderr
 
 
-def test_command_for_people(dense_checkpoint: Path) -> None:
+def test_command_for_people(dense_checkpoint: Path, command: Callable[..., Result]) -> None:
     """Tables without escape codes where there is no terminal; no line wider than the screen."""
     done = command("inspect", dense_checkpoint, "--against", dense_checkpoint, "--length", "16")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "RMS of weights and optimizer state per role" in done.stdout
     assert "Signal kept" in done.stdout
     assert CODES not in done.stdout + done.stderr
@@ -184,7 +187,13 @@ def test_command_for_people(dense_checkpoint: Path) -> None:
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
     """A path that is not there is a checkpoint error with its exit code, not a traceback."""
-    done = command("inspect", tmp_path / "nowhere")
+    done = subprocess.run(
+        [sys.executable, "-m", "sparkling_cli", "inspect", str(tmp_path / "nowhere")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parents[2],
+    )
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
     assert "nowhere" in done.stderr
