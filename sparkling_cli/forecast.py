@@ -123,7 +123,12 @@ def subject_of(source: Path, *, layout: Path | None = None, model: str | None = 
     checkpoint, found, _ = open_source(source, layout=layout, model=model)
     weights, states, entries = _stored_bytes(checkpoint)
     return Subject(
-        checkpoint.root.name, found, checkpoint.config or {}, weights / entries, states / entries, "as in this checkpoint"
+        checkpoint.root.name,
+        found,
+        checkpoint.config or {},
+        weights / entries,
+        states / entries,
+        "as in this checkpoint",
     )
 
 

@@ -106,10 +106,8 @@ def _verdict(data: ReportData) -> str:
         sign, word = SIGNS[finding.level]
         mark = tag("span", sign, class_=f"sign {finding.level}", role="img", aria_label=word)
         items.append(f"<li>{mark}{sections.breakable(finding.text)}</li>")
-    items += [
-        f"<li>{tag('span', 'i', class_='sign note', role='img', aria_label='note')}{escape(_sentence(note))}</li>"
-        for note in data.notes
-    ]
+    mark = tag("span", "i", class_="sign note", role="img", aria_label="note")
+    items += [f"<li>{mark}{escape(_sentence(note))}</li>" for note in data.notes]
     return (
         f'<div class="verdict {data.verdict.level}"><h2>{escape(data.verdict.headline)}</h2>'
         f'<ul class="findings">{"".join(items)}</ul></div>'
