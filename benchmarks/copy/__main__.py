@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--special-size", type=float, default=2.0, help="of random and experts, GB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, required=True, help="an empty place on the disk to measure")
-    parser.add_argument("--results", type=Path, help="JSON file; cases already in it are kept")
+    parser.add_argument("--results", type=Path, help="JSON file for all figures")
     parser.add_argument("--write", type=Path, help="the page to write, e.g. docs/performance.md")
     options = parser.parse_args()
     cases = [Case("few large tensors", "dense", size) for size in options.sizes if "dense" in options.kinds]
@@ -169,8 +169,8 @@ def main() -> None:
         results["cases"] = measured
         if options.results:
             options.results.write_text(json.dumps(results, indent=1))
-    if options.write:
-        options.write.write_text(write_report(results, statistics.median))
+        if options.write:
+            options.write.write_text(write_report(results, statistics.median))
 
 
 if __name__ == "__main__":

@@ -132,8 +132,7 @@ class Kernel:
     def piece(self, index: int) -> Piece:
         """The piece of that number; pieces are in the source's order."""
         if self.split < 0:
-            program = self._program(())
-            return Piece(0, self.source_entries, (Image(0, self.target_entries, 0, 1, program),))
+            return self._only
         outer, chunk = divmod(index, self._chunks)
         dim = self.dims[self.split]
         first, last = chunk * self.rows, min((chunk + 1) * self.rows, dim.source)
@@ -150,6 +149,12 @@ class Kernel:
                 images.append(Image(start, stop, low - first, high - first, program))
         base = outer * dim.source
         return Piece((base + first) * source_inner, (base + last) * source_inner, tuple(images))
+
+    @cached_property
+    def _only(self) -> Piece:
+        """The one piece of a small tensor."""
+        image = Image(0, self.target_entries, 0, 1, self._program(()))
+        return Piece(0, self.source_entries, (image,))
 
     def _outer_images(self, outer: int) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Flat target index and run numbers of every image of one source index of the walked dims."""

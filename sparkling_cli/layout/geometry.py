@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from math import sqrt
 
 from sparkling_cli.layout.expr import (
@@ -61,7 +62,7 @@ class ViewDim:
     runs: tuple[Run, ...]
     dim: int
 
-    @property
+    @cached_property
     def identity(self) -> bool:
         """Nothing happens along this dim."""
         return self.runs == (Run(0, 0, self.source),) and self.source == self.target

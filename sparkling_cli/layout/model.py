@@ -79,10 +79,19 @@ class PatternTable:
         self._by_key: dict[str, list[TensorPattern]] = {}
         for pattern in self.patterns:
             self._by_key.setdefault(pattern.template.key, []).append(pattern)
+        self._known: dict[str, list[TensorPattern]] = {}
+
+    def _standing_for(self, name: str) -> list[TensorPattern]:
+        """All patterns that stand for ``name``; every name is looked at once."""
+        found = self._known.get(name)
+        if found is None:
+            found = [p for p in self._by_key.get(skeleton(name), ()) if p.template.matches(name)]
+            self._known[name] = found
+        return found
 
     def has(self, name: str) -> bool:
         """Whether any pattern stands for ``name``."""
-        return any(p.template.matches(name) for p in self._by_key.get(skeleton(name), ()))
+        return bool(self._standing_for(name))
 
     def find(self, name: str) -> TensorPattern:
         """The pattern that stands for ``name``.
@@ -90,7 +99,7 @@ class PatternTable:
         Raises:
             LayoutError: none does, or more than one.
         """
-        found = [p for p in self._by_key.get(skeleton(name), ()) if p.template.matches(name)]
+        found = self._standing_for(name)
         if len(found) == 1:
             return found[0]
         if found:
