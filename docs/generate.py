@@ -18,8 +18,8 @@ NOTICE = "<!-- made by docs/generate.py; do not edit -->\n\n"
 
 #: Public objects, by the module that users import them from.
 API = {
-    "sparkling_cli.api": ("expand", "make_plan", "verify", "inspect", "open_source", "layout_of",
-                          "default_destination", "ExpansionResult"),
+    "sparkling_cli": ("expand", "make_plan", "verify", "inspect", "layout_of", "ExpansionResult"),
+    "sparkling_cli.api": ("open_source", "default_destination"),
     "sparkling_cli.prepared": ("Prepared",),
     "sparkling_cli.diagnostics.inspect": ("inspect_checkpoint", "InspectReport"),
     "sparkling_cli.spec.model": ("ExpansionSpec", "AxisSpec", "RewarmupSpec", "BaselineSpec"),
