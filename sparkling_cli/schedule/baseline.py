@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from sparkling_cli.checkpoint.model import Checkpoint
     from sparkling_cli.spec.model import BaselineSpec
 
+#: no run has as many steps; a damaged file may say so
+_STEPS = 10**12
 #: transformers' names -> ours, for the names that need nothing more
 _SAME: Mapping[str, str] = {
     "cosine": "cosine",
@@ -142,6 +144,11 @@ def _unknown(checkpoint: Checkpoint, missing: list[str]) -> SpecError:
 
 
 def _check(curve: Curve, step: int) -> None:
+    if max(abs(n) for n in (step, curve.total_steps, curve.warmup_steps, curve.decay_steps)) >= _STEPS:
+        raise SpecError(
+            f"the schedule's numbers of steps are beyond {_STEPS:,}; the trainer's files may be damaged",
+            hint=f"pass {_PASS['total_steps']} with the true length of the run",
+        )
     if curve.warmup_steps > curve.total_steps:
         raise SpecError(f"warmup_steps {curve.warmup_steps} exceed total_steps {curve.total_steps}")
     if curve.minimum > curve.peak:

@@ -92,7 +92,24 @@ def _mutated(value: Any, rng: random.Random) -> Any:
         changed_list[at] = _mutated(value[at], rng)
         return changed_list
     return rng.choice(
-        [None, True, -1, 0, 1, 7, 2**40, 10**400, 1.5, float("nan"), "", "x", "../../etc/passwd", [], {}, [[]]]
+        [
+            None,
+            True,
+            -1,
+            0,
+            1,
+            7,
+            2**40,
+            10**400,
+            1.5,
+            float("nan"),
+            "",
+            "x",
+            "../../etc/passwd",
+            [],
+            {},
+            [[]],
+        ]
     )
 
 
@@ -102,7 +119,9 @@ def outcome(source: Path, target: Path) -> str:
         with limit(SECONDS):
             api.expand(source, target, axes=[{"axis": "ffn", "factor": 1.5}], report="none")
     except SparklingError as error:
-        left = [path.name for path in target.parent.iterdir() if path.name.lstrip(".").startswith(target.name)]
+        left = [
+            path.name for path in target.parent.iterdir() if path.name.lstrip(".").startswith(target.name)
+        ]
         if left:
             return f"left behind: {left}"
         return "refused" if str(error).strip() else "an error without words"
@@ -164,3 +183,13 @@ def test_damaged_trainer_checkpoint(dense_checkpoint: Path, tmp_path: Path, coun
     tally = fuzz(dense_checkpoint, tmp_path, count, count, FILES)
     assert tally.get("refused", 0) > count // 4
     assert tally.get("accepted", 0) > 0
+
+
+def test_a_run_longer_than_any_number(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """Found by the fuzzer: a step count too large for a float is refused in words."""
+    source = tmp_path / dense_checkpoint.name
+    shutil.copytree(dense_checkpoint, source)
+    state = json.loads((source / "trainer_state.json").read_bytes())
+    state["max_steps"] = 10**400
+    (source / "trainer_state.json").write_text(json.dumps(state))
+    assert outcome(source, tmp_path / "out") in ("refused", "accepted")
