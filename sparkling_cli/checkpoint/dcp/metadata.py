@@ -38,6 +38,10 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         }
     ),
     _FILESYSTEM: frozenset({"_StorageInfo"}),
+    # Megatron keeps the plans that it saved by.
+    "torch.distributed.checkpoint.planner": frozenset(
+        {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"}
+    ),
     "torch": frozenset({"Size"}),
     "torch.serialization": frozenset({"_get_layout"}),
     "collections": frozenset({"OrderedDict"}),

@@ -19,7 +19,11 @@ Path = tuple[str, ...]
 _MODEL = frozenset({"model", "module", "state_dict", "model_state_dict", "net"})
 _OPTIMIZER = frozenset({"optimizer", "optim", "optimizers", "optimizer_state_dict", "opt"})
 _STATE = re.compile(r"(?:\d+\.)?state\.(?P<param>.+)\.(?P<slot>[^.]+)")
+#: Megatron turns it round
+_STATE_FIRST = re.compile(r"state\.(?P<slot>exp_avg|exp_avg_sq|fp32_param|momentum_buffer)\.(?P<param>.+)")
 _GROUP = re.compile(r"(?:\d+\.)?param_groups\.(?P<group>.+)\.(?P<field>[^.]+)")
+#: where Megatron's distributed optimizer keeps what it does not save by parameter
+_FLAT = ("optimizer.distributed.", "chained_0.optimizer.distributed.")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def find_roles(paths: Mapping[str, Path], tensors: frozenset[str], where: str) -
     left: dict[str, Path] = {}
     for name, path in nested.items():
         rest = _optimizer_rest(path, optimizers)
-        state = rest and _STATE.fullmatch(rest)
+        state = rest and (_STATE_FIRST.fullmatch(rest) or _STATE.fullmatch(rest))
         group = rest and _GROUP.fullmatch(rest)
         if state and name in tensors:
             states.setdefault(state["param"], {})[state["slot"]] = name
@@ -65,6 +69,11 @@ def find_roles(paths: Mapping[str, Path], tensors: frozenset[str], where: str) -
             groups.setdefault(group["group"], {})[group["field"]] = name
         elif rest is None:
             left[name] = path
+        if name in tensors and not state and name.startswith(_FLAT):
+            raise CheckpointError(
+                f"{where}: {name!r} is a flat part of the optimizer, which holds no parameters by name",
+                hint="save with Megatron's --dist-ckpt-optim-fully-reshardable",
+            )
     bare = bare_names(states) if states else {}
     states = {bare[param]: slots for param, slots in states.items()}
     weights = _weights({n: p for n, p in left.items() if n in tensors}, frozenset(states))

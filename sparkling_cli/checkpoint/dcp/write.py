@@ -135,6 +135,7 @@ def replace_metadata(
 ) -> bytes:
     """The new ``.metadata``: as the old one, with new sizes, boxes and places."""
     metadata = copy.copy(part.metadata)
+    vars(metadata).pop("all_local_plans", None)  # Megatron's cache of how it saved, by the old sizes
     metadata.state_dict_metadata = dict(metadata.state_dict_metadata)
     for fqn, grown in chunks.items():
         old = part.described(fqn)
