@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import TinyCheckpoint
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
 from fixtures.tiny import ARCHITECTURES
 from sparkling_cli import api
+from tests.conftest import TinyCheckpoint
 
 #: relative to the largest logit, float32
 TOLERANCE = 1e-5

@@ -10,25 +10,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sparkling_cli.cli.documents import Data, Document
+from sparkling_cli.cli.schemas_inspect import Inspect
 from sparkling_cli.report.model import ReportData
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Document(_Data):
-    schema_version: Literal[1]
-
-
-class Change(_Data):
+class Change(Data):
     """A count before and after."""
 
     before: int
     after: int
 
 
-class Bytes(_Data):
+class Bytes(Data):
     """Sizes in bytes."""
 
     before: Annotated[int, Field(description="tensor data of the source, optimizer state included")]
@@ -36,7 +30,7 @@ class Bytes(_Data):
     free: Annotated[int, Field(description="on the disk that the output would lie on")]
 
 
-class TensorKind(_Data):
+class TensorKind(Data):
     """Tensors that differ only in their indices."""
 
     name: Annotated[str, Field(description="with * for indices")]
@@ -50,7 +44,7 @@ class TensorKind(_Data):
     zero: Annotated[bool, Field(description="the whole tensor becomes zero")]
 
 
-class ExpandPlan(_Document):
+class ExpandPlan(Document):
     """``sparkling expand --dry-run --json``."""
 
     schema_: Annotated[Literal["sparkling/expand"], Field(alias="schema")]
@@ -80,7 +74,7 @@ class ExpandResult(ReportData):
     dry_run: Literal[False]
 
 
-class Verify(_Document):
+class Verify(Document):
     """``sparkling verify --json``, when everything holds; otherwise an error document."""
 
     schema_: Annotated[Literal["sparkling/verify"], Field(alias="schema")]
@@ -93,7 +87,7 @@ class Verify(_Document):
     source: str
 
 
-class Phase(_Data):
+class Phase(Data):
     """One part of a run, between two expansions."""
 
     start_tokens: int
@@ -106,7 +100,7 @@ class Phase(_Data):
     checkpoint_bytes: int
 
 
-class Flops(_Data):
+class Flops(Data):
     """Training compute of three runs over the same tokens."""
 
     small: int
@@ -114,7 +108,7 @@ class Flops(_Data):
     progressive: int
 
 
-class ComputePlan(_Document):
+class ComputePlan(Document):
     """``sparkling plan --json``."""
 
     schema_: Annotated[Literal["sparkling/plan"], Field(alias="schema")]
@@ -128,7 +122,7 @@ class ComputePlan(_Document):
     convention: str
 
 
-class Curve(_Data):
+class Curve(Data):
     """A learning-rate curve (Eq. 25-26 for cosine)."""
 
     type: Literal["cosine", "linear", "constant", "wsd"]
@@ -141,7 +135,7 @@ class Curve(_Data):
     decay: Literal["cosine", "linear", "1-sqrt"]
 
 
-class RewarmupStage(_Data):
+class RewarmupStage(Data):
     """One expansion's re-warmup (Eq. 27-28)."""
 
     stage: int
@@ -155,7 +149,7 @@ class RewarmupStage(_Data):
     betas: list[float] | None
 
 
-class CurvePoint(_Data):
+class CurvePoint(Data):
     """Learning rates at one step; ``new`` and ``ratio`` per expansion, null before it."""
 
     step: int
@@ -164,7 +158,7 @@ class CurvePoint(_Data):
     ratio: list[float | None]
 
 
-class Schedule(_Document):
+class Schedule(Document):
     """``sparkling schedule --json``."""
 
     schema_: Annotated[Literal["sparkling/schedule"], Field(alias="schema")]
@@ -175,7 +169,7 @@ class Schedule(_Document):
     curve: list[CurvePoint]
 
 
-class RewarmupSteps(_Data):
+class RewarmupSteps(Data):
     """Step by step from ``first`` on; per stage eta_new and eta_new / eta_old."""
 
     first: int
@@ -183,7 +177,7 @@ class RewarmupSteps(_Data):
     stages: dict[str, dict[Literal["eta_new", "ratio"], list[float]]]
 
 
-class RewarmupFile(_Data):
+class RewarmupFile(Data):
     """``sparkling/rewarmup.json``."""
 
     format_version: Literal[1]
@@ -196,159 +190,14 @@ class RewarmupFile(_Data):
     curve: RewarmupSteps
 
 
-class TensorStat(_Data):
-    """RMS of all tensors of one role, layer and kind of state."""
-
-    role: str
-    layer: int | None
-    slot: str
-    tensors: int
-    entries: int
-    rms: float | None
-    largest: float | None
-    zeros: int
-    nan: int
-    inf: int
-
-
-class Weights(_Data):
-    """Weights and optimizer state."""
-
-    tensors: list[TensorStat]
-    nonfinite: list[str]
-
-
-class LayerStat(_Data):
-    """One linear layer in the forward passes (Eq. 1, 3)."""
-
-    name: str
-    x_rms: float | None
-    y_rms: float | None
-    calls: int
-    r: float | None
-
-
-class StreamStat(_Data):
-    """The residual stream at one place."""
-
-    name: str
-    rms: float | None
-
-
-class Measurement(_Data):
-    """One model's forward passes."""
-
-    layers: list[LayerStat]
-    stream: list[StreamStat]
-    logits_rms: float | None
-    loss: float | None
-    unused: list[str]
-
-
-class ValueChange(_Data):
-    """One number before and after; ``deviation`` is \\|after / before - 1\\|."""
-
-    name: str
-    before: float | None
-    after: float | None
-    deviation: float | None
-
-
-class LayerChange(ValueChange):
-    """r = RMS(y)/RMS(x) of a linear layer before and after."""
-
-    x_before: float | None
-    x_after: float | None
-    y_before: float | None
-    y_after: float | None
-
-
-class LogitsChange(_Data):
-    """How far the logits moved."""
-
-    largest: float | None
-    relative: float | None
-    rms: float | None
-
-
-class LossChange(_Data):
-    """Nats per token."""
-
-    before: float | None
-    after: float | None
-
-
-class ActivationChange(_Data):
-    """Two models on the same tokens."""
-
-    tokens: str
-    random_tokens: bool
-    count: int
-    tolerance: float
-    verdict: str
-    offenders: list[str]
-    layers: list[LayerChange]
-    residual: list[ValueChange]
-    logits: ValueChange
-    logits_change: LogitsChange | None
-    loss: LossChange
-    only_before: list[str]
-    only_after: list[str]
-
-
-class SymmetryLayer(_Data):
-    """How far new channels have moved from their sources, in one layer."""
-
-    layer: int | None
-    axis: str
-    channels: int
-    cosine: float | None
-    distance: float | None
-    locked: float | None
-
-
-class Symmetry(_Data):
-    """The same over all layers."""
-
-    cosine: float | None
-    distance: float | None
-    locked: float | None
-    layers: list[SymmetryLayer]
-
-
-class Inspect(_Document):
-    """``sparkling inspect --json``."""
-
-    schema_: Annotated[Literal["sparkling/inspect"], Field(alias="schema")]
-    checkpoint: str
-    against: str | None
-    format: str
-    parameters: int
-    weights_bytes: int
-    state_bytes: int
-    dtypes: list[str]
-    weight_tensors: int
-    state_tensors: int
-    step: int | None
-    optimizer: str | None
-    model_type: str | None
-    notes: list[str]
-    weights: Weights
-    activations: Measurement | None
-    tokens: str | None
-    random_tokens: bool
-    change: ActivationChange | None
-    symmetry: Symmetry | None
-
-
-class Layout(_Document):
+class Layout(Document):
     """``sparkling layout --json``; the layout is that of the TOML file."""
 
     schema_: Annotated[Literal["sparkling/layout"], Field(alias="schema")]
     layout: dict[str, Any]
 
 
-class Architectures(_Document):
+class Architectures(Document):
     """``sparkling architectures --json``."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -356,7 +205,7 @@ class Architectures(_Document):
     schema_: Annotated[Literal["sparkling/architectures"], Field(alias="schema")]
 
 
-class Error(_Document):
+class Error(Document):
     """What any command prints with ``--json`` when it fails; the exit code is the same number."""
 
     schema_: Annotated[Literal["sparkling/error"], Field(alias="schema")]

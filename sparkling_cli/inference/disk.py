@@ -136,7 +136,7 @@ def _fused(
         start, source = starts[place]
         return _traced(name, source, (part - start).long(), state[source], layouts[source], sizes)
 
-    places = sources.unique().tolist()
+    places = torch.unique(sources).tolist()
     if len(places) == 1:
         return piece(places[0], ids)
     moving = [d for d in range(ids.ndim) if _varies(sources, d)]
