@@ -41,11 +41,11 @@ COPIED = {"optimizer": "copy"}
 
 TREATMENTS: Mapping[str, Treatment] = {
     "sparkling": Treatment("SPARKLING: copy-copy, RMS scaling, asymmetric reset, re-warmup of new entries"),
-    "naive": Treatment("naive copy: RMS scaling (here function-preserving), copied state", COPIED, "none"),
-    "drop": Treatment("the same, state dropped", {"optimizer": "drop"}, "none"),
-    "asymmetric": Treatment("the same, asymmetric reset, no re-warmup", {}, "none"),
+    "naive": Treatment("naive copy: function-preserving copies, copied state", COPIED, "none"),
+    "drop": Treatment("function-preserving copies, state dropped", {"optimizer": "drop"}, "none"),
+    "asymmetric": Treatment("copy-copy, RMS scaling, asymmetric reset, no re-warmup", {}, "none"),
     "no-rms": Treatment("SPARKLING without RMS scaling", {"scaling": "none"}),
-    "rewarm-all": Treatment("asymmetric reset, everything re-warmed", {}, "all"),
+    "rewarm-all": Treatment("copy-copy, RMS scaling, asymmetric reset, everything re-warmed", {}, "all"),
     "zero-copy": Treatment("SPARKLING with zero-copy", {"init": "zero-copy"}),
     "random-copy": Treatment("SPARKLING with random-copy", {"init": "random-copy"}),
     "naive-no-rms": Treatment("naive copy without RMS scaling", {**COPIED, "scaling": "none"}, "none"),

@@ -1,0 +1,138 @@
+"""Tables and plots of the runs that have finished, whatever their number."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train.treatments import TREATMENTS
+
+NAMES: Mapping[str, str] = {
+    "small": "small model, not expanded",
+    "wide": "wide model, from scratch",
+    **{name: treatment.says for name, treatment in TREATMENTS.items()},
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Finished runs of one setting: name -> seed -> what the run logged."""
+
+    setting: str
+    runs: Mapping[str, Mapping[int, Mapping[str, Any]]]
+
+    def final(self, name: str) -> dict[int, float]:
+        """Final held-out loss by seed."""
+        return {seed: float(last(log["heldout"])) for seed, log in self.runs.get(name, {}).items()}
+
+    def paired(self, name: str, other: str) -> list[float]:
+        """Differences of final losses in the seeds that both have."""
+        a, b = self.final(name), self.final(other)
+        return [a[seed] - b[seed] for seed in sorted(a) if seed in b]
+
+
+def last(curve: Mapping[str, float]) -> float:
+    """The value at the largest step."""
+    return curve[max(curve, key=int)]
+
+
+def load(folder: Path) -> list[Results]:
+    """Every setting under the results of one size."""
+    found = []
+    for setting in sorted(folder.glob("*-*")):
+        axes = sorted({p.name for p in setting.glob("seed*/*") if p.is_dir() and p.name != "small"})
+        for axis in axes:
+            runs: dict[str, dict[int, Any]] = {}
+            for seed in sorted(setting.glob("seed*")):
+                number = int(seed.name.removeprefix("seed"))
+                for path in [seed / "small.json", *sorted((seed / axis).glob("*.json"))]:
+                    if path.exists():
+                        runs.setdefault(path.stem, {})[number] = json.loads(path.read_text())
+            found.append(Results(f"{setting.name}-{axis}", runs))
+    return found
+
+
+def mean_error(values: Sequence[float]) -> str:
+    """Mean and standard error; no error from one value."""
+    if not values:
+        return "—"
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.4f}"
+    return f"{mean:.4f} ± {statistics.stdev(values) / sqrt(len(values)):.4f}"
+
+
+def table(results: Results) -> str:
+    """One Markdown table: final loss, difference from SPARKLING in the same seeds, copies still locked."""
+    lines = [
+        "| run | seeds | held-out loss | above SPARKLING | gap closed | copies locked |",
+        "|---|---|---|---|---|---|",
+    ]
+    order = [name for name in NAMES if results.runs.get(name)]
+    for name in sorted(order, key=lambda n: statistics.fmean(results.final(n).values())):
+        logs = results.runs[name]
+        locked = [log["symmetry"]["locked"] for log in logs.values() if "symmetry" in log]
+        above = results.paired(name, "sparkling") if name != "sparkling" else []
+        lines.append(
+            f"| {NAMES[name]} | {len(logs)} | {mean_error(list(results.final(name).values()))} "
+            f"| {mean_error(above)} | {closed(results, name)} "
+            f"| {f'{statistics.fmean(locked):.0%}' if locked else '—'} |"
+        )
+    return "\n".join(lines)
+
+
+def closed(results: Results, name: str) -> str:
+    """Share of the gap from naive copy to the wide model from scratch, of mean losses over common seeds."""
+    naive, wide, this = (results.final(n) for n in ("naive", "wide", name))
+    seeds = sorted(set(naive) & set(wide) & set(this))
+    if not seeds or name in ("naive", "wide"):
+        return "—"
+    gap = statistics.fmean(naive[s] - wide[s] for s in seeds)
+    return f"{statistics.fmean(naive[s] - this[s] for s in seeds) / gap:.0%}" if gap > 0 else "—"
+
+
+def plot(results: Results, path: Path) -> None:
+    """Held-out loss by step, mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for name in NAMES:
+        logs = list(results.runs.get(name, {}).values())
+        if not logs:
+            continue
+        steps = sorted(set.intersection(*({int(s) for s in log["heldout"]} for log in logs)))
+        steps = [s for s in steps if s >= max(steps) // 3]
+        values = [statistics.fmean(log["heldout"][str(s)] for log in logs) for s in steps]
+        style = "--" if name in ("small", "wide") else "-"
+        axes.plot(steps, values, style, marker=".", label=name, linewidth=1.4)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("held-out loss, nats per byte")
+    axes.set_title(results.setting)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def report(folder: Path, markdown: Path | None) -> None:
+    """Print every setting's table, plot it, and write all into a Markdown file if asked to."""
+    parts = []
+    for results in load(folder):
+        if not results.runs:
+            continue
+        image = folder / f"{folder.name}-{results.setting}.svg"
+        plot(results, image)
+        parts.append(f"### {folder.name}: {results.setting}\n\n{table(results)}\n")
+        print(parts[-1])
+    if markdown is not None:
+        markdown.write_text("\n".join(parts))
