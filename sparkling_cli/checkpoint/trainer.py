@@ -89,6 +89,11 @@ class TrainerDirectory:
         for trace, what in _ELSEWHERE.items():
             if trace in present:
                 raise CheckpointError(f"{root.name}: its training state is {what}")
+        for name in (CONFIG, *OPTIMIZERS, "scheduler.pt", "trainer_state.json", "training_args.bin"):
+            if (root / name).is_dir():
+                raise CheckpointError(
+                    f"{name}: expected a file, found a folder", hint="restore it from a copy"
+                )
         weights = read_weights(root, present)
         config = read_json(root, CONFIG) if CONFIG in present else None
         file, optimizer = _optimizer(root, present)

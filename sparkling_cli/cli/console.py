@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli import __version__
-from sparkling_cli.errors import ExitCode, SparklingError
+from sparkling_cli.errors import ExitCode, OutputError, SparklingError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -133,6 +133,10 @@ def run(app: Callable[..., Any]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return int(ExitCode.OK)
+    except OSError as error:  # the surroundings' fault: a full disk under stdout, a folder taken away, ...
+        where = f"{error.filename}: " if error.filename else ""
+        output.as_json = False  # it may be stdout itself that cannot be written
+        return fail(OutputError(f"the system refused: {where}{error.strerror or error}"))
 
 
 def _usage_error() -> type[Exception]:

@@ -29,8 +29,8 @@ def sidecar_root(destination: Path, is_file: bool) -> Path:
 def partial_of(destination: Path) -> Path:
     """Where an output is made before it appears."""
     name = destination.name
-    if len(name.encode()) > 200:
-        name = hashlib.sha256(name.encode()).hexdigest()[:32]
+    if len(os.fsencode(name)) > 200:  # names need not be valid UTF-8
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return destination.with_name(f".{name}{_SUFFIX}")
 
 

@@ -116,12 +116,12 @@ def model_parameters(config: Mapping[str, Any], model: str | None) -> Parameters
 
 
 def _ask_model(config: Mapping[str, Any], model: str | None) -> dict[str, Any]:
-    from transformers import Trainer
-
     from sparkling_cli.inference.skeleton import build_model, load_factory, model_errors
 
     factory = None if model is None else load_factory(model)
     with model_errors(config, model):
+        from transformers import Trainer
+
         built = build_model(config, factory=factory)
     decayed = Trainer.get_decay_parameter_names(None, built)  # uses no state of the trainer
     return {

@@ -199,7 +199,8 @@ def _optimizer(plan: Plan) -> OptimizerSummary | None:
     for row in plan.rows:
         if row.slot:
             slots.setdefault(row.slot, []).append(row)
-    betas = [g["betas"][1] for g in plan.source.param_groups if isinstance(g.get("betas"), (tuple, list))]
+    pairs = [g.get("betas") for g in plan.source.param_groups]
+    betas = [pair[1] for pair in pairs if isinstance(pair, (tuple, list)) and len(pair) == 2]
     return OptimizerSummary(
         treatment=plan.spec["optimizer"],
         name=plan.source.facts.get("optimizer_class"),

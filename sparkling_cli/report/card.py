@@ -47,7 +47,7 @@ def with_card(
             existing = (source.root / README).read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot extend {source.root / README}: {error}") from None
-    text = extended(existing, section(plan, previous), source.root.name).encode()
+    text = extended(existing, section(plan, previous), source.root.name).encode(errors="replace")
     carried = tuple(path for path in source.carried if path != README)
     return replace(plan, source=replace(source, carried=carried)), (
         *files,

@@ -88,7 +88,7 @@ def render(data: ReportData) -> bytes:
             "",
         ]
     )
-    return page.encode()
+    return page.encode(errors="replace")  # file names may be no text
 
 
 def _header(title: str, data: ReportData) -> str:

@@ -217,4 +217,4 @@ class ReportData(_Facts):
     def to_json(self) -> bytes:
         """``report.json``: stable order, no NaN, a newline at the end."""
         text = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False)
-        return (text + "\n").encode()
+        return (text + "\n").encode(errors="replace")  # file names may be no text

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.errors import SpecError
+from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.schedule.baseline import baseline_of
 from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import CURVE, REWARMUP, Rewarmup, Stage, add_stage, to_data
@@ -58,14 +58,29 @@ def plan_rewarmup(
 
 
 def adam_betas(checkpoint: Checkpoint) -> tuple[float, float] | None:
-    """(b1, b2) of an Adam-family optimizer (one whose state has a second moment and a step), else None."""
+    """(b1, b2) of an Adam-family optimizer (one whose state has a second moment and a step), else None.
+
+    Raises:
+        CheckpointError: a group's betas are no two numbers in [0, 1).
+    """
     if not any("exp_avg_sq" in s.tensors and "step" in s.scalars for s in checkpoint.states):
         return None
+    found = None
     for group in checkpoint.param_groups:
         betas = group.get("betas")
-        if betas is not None and len(betas) == 2:
-            return float(betas[0]), float(betas[1])
-    return None
+        if betas is None:
+            continue
+        if not (
+            isinstance(betas, (tuple, list))
+            and len(betas) == 2
+            and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas)
+        ):
+            raise CheckpointError(
+                f"{checkpoint.root.name}: the optimizer's betas must be two numbers in [0, 1), "
+                f"found {betas!r:.80}"
+            )
+        found = found or (float(betas[0]), float(betas[1]))
+    return found
 
 
 def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
