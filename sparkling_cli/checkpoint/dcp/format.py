@@ -115,6 +115,8 @@ class DcpFormat:
                 facts.setdefault("global_step", int(states[0].scalars["step"]))
         if not states:
             notes.append("there is no optimizer state in this checkpoint: weights only")
+        if config is None and variant.kind == "Trainer with FSDP":
+            notes.append("no config.json here: copy the model's config.json beside the FSDP folders")
         _refuse_second_copies(root, roles.others, frozenset(roles.weights), entries)
         return Checkpoint(
             root=root,
