@@ -140,7 +140,11 @@ def machine() -> str:
         platform.processor(),
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {cpu}, {memory:.0f} GiB of memory, {platform.system()}"
+    load = os.getloadavg()[1]
+    return (
+        f"{os.cpu_count()} cores of {cpu}, {memory:.0f} GiB of memory, {platform.system()}, "
+        f"load average before the run {load:.1f}"
+    )
 
 
 def main() -> None:
@@ -150,8 +154,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=["dense", "random", "experts"])
     parser.add_argument("--special-size", type=float, default=2.0, help="of random and experts, GB")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-obvious", action="store_true", help="leave the slow script out")
     parser.add_argument("--folder", type=Path, required=True, help="an empty place on the disk to measure")
-    parser.add_argument("--results", type=Path, help="JSON file for all figures")
+    parser.add_argument("--results", type=Path, help="JSON file for all figures; cases are added to it")
     parser.add_argument("--write", type=Path, help="the page to write, e.g. docs/performance.md")
     options = parser.parse_args()
     cases = [Case("few large tensors", "dense", size) for size in options.sizes if "dense" in options.kinds]
@@ -159,12 +164,15 @@ def main() -> None:
         cases.append(Case("random fill", "dense", options.special_size, ("--init", "random-copy")))
     if "experts" in options.kinds:
         cases.append(Case("40,000 small tensors", "experts", options.special_size))
-    results: dict[str, object] = {"machine": machine(), "idle": asdict(idle()), "cases": []}
     measured: list[object] = []
+    if options.results and options.results.exists():
+        measured = json.loads(options.results.read_text())["cases"]
+    results: dict[str, object] = {"machine": machine(), "idle": asdict(idle()), "cases": measured}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     for case in cases:
         print(case, flush=True)
         fits = case.gigabytes * 2**30 * 3.2 < memory  # the script holds source and output
+        fits = fits and not options.no_obvious
         measured.append(measure(case, options.folder, options.rounds, obvious=fits))
         results["cases"] = measured
         if options.results:

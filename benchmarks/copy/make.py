@@ -22,14 +22,14 @@ def dense(folder: Path, gigabytes: float) -> None:
     source = next((FIXTURES / "dense-llama").glob("checkpoint-*"))
     config = json.loads((source / "config.json").read_bytes())
     # 14.5 h^2 parameters a layer, 12 bytes each
-    hidden = max(round((gigabytes * 2**30 / (12 * LAYERS * 14.5)) ** 0.5 / 128), 1) * 128
+    hidden = max(round((gigabytes * 2**30 / (12 * LAYERS * 14.5)) ** 0.5 / 256), 1) * 256
     config |= {
         "hidden_size": hidden,
         "intermediate_size": 4 * hidden,
         "num_hidden_layers": LAYERS,
         "head_dim": 64,
         "num_attention_heads": hidden // 64,
-        "num_key_value_heads": hidden // 256 or 1,
+        "num_key_value_heads": hidden // 256,
     }
     folder.mkdir(parents=True)
     for name in ("trainer_state.json", "scheduler.pt", "training_args.bin", "rng_state.pth"):

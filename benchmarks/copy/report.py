@@ -61,7 +61,8 @@ def write_report(results: dict[str, Any], middle: Callable[[list[float]], float]
             f"| {ratio('obvious', 'expand')} | {memory('expand')} | {memory('obvious')} "
             f"| {wall('verify'):.1f} s |"
         )
-    count = len(results["cases"][0]["rounds"]) if results["cases"] else 0
-    where = f"Measured on {results['machine']}; median of {count} rounds"
+    counts = sorted({len(case["rounds"]) for case in results["cases"]}) or [0]
+    rounds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    where = f"Measured on {results['machine']}; medians of {rounds} round(s)"
     where += f"; an idle `import torch` takes {idle / 2**20:,.0f} MiB.\n\n"
     return _HEAD + where + "\n".join(lines) + "\n" + _NOTES

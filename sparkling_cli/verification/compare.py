@@ -9,11 +9,12 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparkling_cli.checkpoint.model import FLOATING, ITEM_BYTES
-from sparkling_cli.execute import fill, moments
+from sparkling_cli.checkpoint.model import ITEM_BYTES
+from sparkling_cli.execute import moments
 from sparkling_cli.execute.crc import Span, crc32
 from sparkling_cli.execute.places import Handles, Placement, read
 from sparkling_cli.layout.geometry import Fill, View
+from sparkling_cli.verification.arithmetic import bits_dtype, both_nan, computed, signed_dtype, wide_dtype
 from sparkling_cli.verification.tables import DimTable, Tables, faults, tensor_tables
 
 if TYPE_CHECKING:
@@ -142,11 +143,7 @@ def _read(handles: Handles, placement: Placement, start: int, size: int, spans: 
 
 @lru_cache(maxsize=64)
 def _tables(view: View, dtype: str) -> Tables:
-    return tensor_tables(view, _wide(dtype))
-
-
-def _wide(dtype: str) -> str:
-    return "float64" if dtype == "float64" else "float32"
+    return tensor_tables(view, wide_dtype(dtype))
 
 
 def _is_random(tables: Tables) -> bool:
@@ -191,7 +188,7 @@ def _unequal(
     row, column = tables.row, tables.column
     width = len(column.source)
     item = ITEM_BYTES[subject.dtype]
-    found = seen.view(_bits(item)).reshape(rows.stop - rows.start, columns.stop - columns.start)
+    found = seen.view(bits_dtype(item)).reshape(rows.stop - rows.start, columns.stop - columns.start)
     whole = columns.stop - columns.start == width
     parts = _column_parts(tables) if whole else (columns,)
     old: Array | None = None
@@ -252,7 +249,7 @@ def _source_rows(
     data = _read(source, subject.source, (top * column.size + left) * item, count * width * item, noted)
     if _keeps(row, rows) and (whole or _keeps(column, columns)):
         spans.extend(noted)
-    return data.view(_bits(item)).reshape(count, width), left
+    return data.view(bits_dtype(item)).reshape(count, width), left
 
 
 def _wrong(
@@ -273,13 +270,13 @@ def _wrong(
     if copied and (factor == 1).all():
         wrong: Array = found != old
         return wrong if wrong.any() else None
-    wanted = _values(subject, old, factor, how, spread, rows, part, len(tables.column.source))
+    wanted = computed(subject, old, factor, how, spread, rows, part, len(tables.column.source))
     if copied and (factor == 1).any():
         wanted = np.where(factor == 1, old, wanted)
     wrong = found != wanted
     if not wrong.any():
         return None
-    wrong &= ~_both_nan(found, wanted, subject.dtype)
+    wrong &= ~both_nan(found, wanted, subject.dtype)
     return wrong if wrong.any() else None
 
 
@@ -287,50 +284,13 @@ def _factors(subject: Subject, tables: Tables, rows: slice, columns: slice) -> A
     """Products of all factors, one after the other in the order of the dims; one number if it is one."""
     import numpy as np
 
-    wide = np.dtype(_wide(subject.dtype)).type
+    wide = np.dtype(wide_dtype(subject.dtype)).type
     factor: Array = np.full((1, 1), wide(subject.scale))
     for scale in tables.row.scales:
         factor = factor * scale[rows][:, None]
     for scale in tables.column.scales:
         factor = factor * scale[columns][None, :]
     return factor[:1, :1] if (factor == factor[0, 0]).all() else factor
-
-
-def _values(
-    subject: Subject,
-    old: Array,
-    factor: Array,
-    how: Fill,
-    spread: float,
-    rows: slice,
-    part: slice,
-    width: int,
-) -> Array:
-    """Computed entries, rounded to the tensor's dtype, as integers."""
-    import numpy as np
-
-    if subject.dtype not in FLOATING:
-        raise ValueError(f"{subject.key}: {subject.dtype} entries cannot have been computed")
-    if how is Fill.COPY and subject.dtype in ("float32", "float64"):
-        values: Array = old.view(subject.dtype) * factor
-        return (values + values.dtype.type(subject.offset) if subject.offset else values).view(old.dtype)
-    import torch
-
-    kind = getattr(torch, subject.dtype)
-    wide = torch.float64 if subject.dtype == "float64" else torch.float32
-    factors = torch.from_numpy(np.ascontiguousarray(factor))
-    if how is Fill.RANDOM:
-        first = rows.start * width + (part.start if rows.stop - rows.start == 1 else 0)
-        count = part.stop - part.start if rows.stop - rows.start == 1 else (rows.stop - rows.start) * width
-        drawn = fill.normal(subject.seed, subject.stream, first, first + count)
-        drawn = drawn[None, :] if rows.stop - rows.start == 1 else drawn.reshape(-1, width)[:, part]
-        result = drawn.to(wide) * (spread * factors)
-    else:
-        stored = torch.from_numpy(np.ascontiguousarray(old).view(_signed(old.dtype.itemsize))).view(kind)
-        result = stored.to(wide) * factors
-        result = result + subject.offset if subject.offset else result
-    bits: Array = result.to(kind).contiguous().view(_torch_signed(old.dtype.itemsize)).numpy()
-    return bits.view(old.dtype)
 
 
 def _spread(subject: Subject, source: Handles, item: int) -> float:
@@ -346,36 +306,7 @@ def _spread(subject: Subject, source: Handles, item: int) -> float:
             size = min(moments.BLOCK, total - at)
             data = np.empty(size * item, dtype=np.uint8)
             read(source, subject.source, at * item, (at + size) * item, data)  # type: ignore[arg-type]
-            values = torch.from_numpy(data.view(_signed(item))).view(getattr(torch, subject.dtype))
+            values = torch.from_numpy(data.view(signed_dtype(item))).view(getattr(torch, subject.dtype))
             yield moments.block_moments(values.double().numpy())
 
     return moments.deviation(blocks())
-
-
-def _both_nan(found: Array, wanted: Array, dtype: str) -> Array:
-    """Computed entries that are NaN on both sides: the payload of a computed NaN is nobody's promise."""
-    import numpy as np
-    import torch
-
-    kind = getattr(torch, dtype)
-
-    def nan(bits: Array) -> Array:
-        values = torch.from_numpy(np.ascontiguousarray(bits).view(_signed(bits.dtype.itemsize)))
-        mask: Array = torch.isnan(values.view(kind)).numpy()
-        return mask
-
-    return nan(found) & nan(wanted)
-
-
-def _bits(item: int) -> str:
-    return {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64", 16: "complex128"}[item]
-
-
-def _signed(item: int) -> str:
-    return {1: "int8", 2: "int16", 4: "int32", 8: "int64", 16: "complex128"}[item]
-
-
-def _torch_signed(item: int) -> Any:
-    import torch
-
-    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[item]
