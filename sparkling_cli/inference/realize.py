@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.inference.axes import Coordinates
 from sparkling_cli.inference.court import WIDTHS, Judgement
-from sparkling_cli.inference.disk import DiskTensor
 from sparkling_cli.inference.labels import render
+from sparkling_cli.inference.patterns import Pattern, placeholder, split, template
+from sparkling_cli.inference.realize_disk import disk_patterns
 from sparkling_cli.inference.roles import get_path
 from sparkling_cli.inference.shrink import shapes
 from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory, text_prefix
@@ -22,32 +22,17 @@ from sparkling_cli.layout.expr import (
     Expr,
     Fixed,
     Product,
-    Role,
     Sum,
     TensorLayout,
     axis_names,
     size_of,
 )
 from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
-from sparkling_cli.layout.names import compress, skeleton
+from sparkling_cli.layout.names import skeleton
 from sparkling_cli.layout.solve import Equation, solve_sizes
 
-_DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
 #: Roles of axes that never grow; head_dim does not either, but hidden may need it written.
 _NEVER_WRITTEN = frozenset({"vocab", "positions", "experts", "shared_experts"})
-#: a name as its skeleton and its indices
-Split = tuple[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class _Pattern:
-    """Real tensors of one skeleton and one layout."""
-
-    key: str
-    layout: TensorLayout
-    indices: tuple[tuple[int, ...], ...]
-    restricted: int | None
-    """the index that tells it from other tensors of the same skeleton and another layout"""
 
 
 def realize(
@@ -75,14 +60,14 @@ def realize(
     patterns = _patterns(judged, real_shapes, sizes)
     prefix = text_prefix(config, factory=factory)
     renames = _renames(judged)
-    disk, assembly = _disk_patterns(judged, patterns)
+    disk, assembly = disk_patterns(judged, patterns)
     axes = {renames.get(n, n): info for n, info in _axis_infos(judged, sizes, renames).items()}
-    for placeholder, count in _counts(patterns).items():
-        axes.setdefault(placeholder, AxisInfo(count, reason="stored in the tensors' names"))
+    for stored, count in _counts(patterns).items():
+        axes.setdefault(stored, AxisInfo(count, reason="stored in the tensors' names"))
     layout = ModelLayout(
         name=name,
         axes=axes,
-        tensors=tuple(TensorPattern(_template(p), _renamed(p.layout, renames)) for p in patterns),
+        tensors=tuple(TensorPattern(template(p), _renamed(p.layout, renames)) for p in patterns),
         disk=None
         if disk is None
         else tuple(TensorPattern(t, _renamed(lay, renames)) for t, lay in disk.items()),
@@ -96,11 +81,6 @@ def realize(
     layout.check_axes()
     layout.check_shapes(real_shapes, on_disk=False)
     return layout
-
-
-def split(name: str) -> Split:
-    """A name's skeleton and the numbers in it."""
-    return skeleton(name), tuple(int(m.group()) for m in _DIGITS.finditer(name))
 
 
 def _real_sizes(
@@ -134,7 +114,7 @@ def _real_sizes(
 
 def _patterns(
     judged: Judgement, real_shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
-) -> list[_Pattern]:
+) -> list[Pattern]:
     by_key: dict[str, list[TensorLayout]] = {}
     for family, layout in zip(judged.families, judged.layouts, strict=True):
         by_key.setdefault(skeleton(family.names[0]), []).append(layout)
@@ -157,7 +137,7 @@ def _patterns(
         layout = next(iter(different.values()))
         grouped.setdefault(key, {}).setdefault(layout.text, (layout, []))[1].append(indices)
     return [
-        _Pattern(key, layout, tuple(indices), _telling_index(key, [i for _, i in texts.values()]))
+        Pattern(key, layout, tuple(indices), _telling_index(key, [i for _, i in texts.values()]))
         for key, texts in grouped.items()
         for layout, indices in texts.values()
     ]
@@ -223,31 +203,12 @@ def _fitted_term(expr: Expr, n: int, sizes: Mapping[str, int]) -> Expr | None:
     return Product(changed, expr.label) if isinstance(expr, Product) else Sum(changed, expr.label)
 
 
-def _placeholder(position: int) -> str:
-    return "layers" if position == 0 else f"index_{position + 1}"
-
-
-def _template(pattern: _Pattern) -> str:
-    return _fill(pattern.key, [_placeholder(i) for i in range(pattern.key.count("*"))], pattern)
-
-
-def _fill(key: str, placeholders: Sequence[str], pattern: _Pattern) -> str:
-    """A skeleton with named placeholders, the first index restricted where layers differ."""
-    result = key
-    for place in placeholders:
-        only = ""
-        if pattern.restricted is not None and place == _placeholder(pattern.restricted):
-            only = "=" + compress(i[pattern.restricted] for i in pattern.indices)
-        result = result.replace("*", "{" + place + only + "}", 1)
-    return result
-
-
-def _counts(patterns: Iterable[_Pattern]) -> dict[str, int]:
+def _counts(patterns: Iterable[Pattern]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for pattern in patterns:
         for indices in pattern.indices:
             for position, index in enumerate(indices):
-                name = _placeholder(position)
+                name = placeholder(position)
                 counts[name] = max(counts.get(name, 0), index + 1)
     return counts
 
@@ -335,122 +296,3 @@ def _compensations(judged: Judgement) -> tuple[Compensation, ...]:
         if c.tensor and on_disk.get(c.tensor, c.tensor) != c.tensor:
             found.append(replace(c, tensor=on_disk[c.tensor]))
     return tuple(found)
-
-
-def _disk_patterns(
-    judged: Judgement, patterns: Sequence[_Pattern]
-) -> tuple[dict[str, TensorLayout] | None, dict[str, tuple[str, ...]]]:
-    """Patterns on disk for the real model, and which of them make up which module tensor."""
-    if judged.disk is None:
-        return None, {}
-    by_source: dict[str, list[DiskTensor]] = {}
-    for tensor in judged.disk:
-        by_source.setdefault(tensor.source, []).append(tensor)
-    followers = {n for group in judged.tied for n in group[1:]}
-    followers |= {n for tensor in judged.disk for n in tensor.others}
-    result: dict[str, TensorLayout] = {}
-    assembly: dict[str, tuple[str, ...]] = {}
-    for pattern in patterns:
-        source = _representative(judged, pattern)
-        parts = by_source.get(source)
-        if parts is None:
-            if source in followers:
-                continue
-            raise LayoutError(f"{source!r} is nowhere on disk", hint="give a layout file (--layout FILE)")
-        templates = _disk_templates(source, parts, pattern, judged)
-        result.update(templates)
-        if list(templates) != [_template(pattern)] and _assembles(source, parts, judged):
-            assembly[_template(pattern)] = tuple(templates)
-    return result, assembly
-
-
-def _representative(judged: Judgement, pattern: _Pattern) -> str:
-    """A tiny tensor with the pattern's skeleton and meaning."""
-    for family, layout in zip(judged.families, judged.layouts, strict=True):
-        if skeleton(family.names[0]) == pattern.key and _same(layout, pattern.layout):
-            return family.names[0]
-    raise AssertionError(pattern.key)
-
-
-def _same(tiny: TensorLayout, real: TensorLayout) -> bool:
-    """Equal but for anonymous sizes."""
-    blank = re.compile(r"(?<![\w])\d+")
-    return blank.sub("#", tiny.text) == blank.sub("#", real.text)
-
-
-def _disk_templates(
-    source: str, parts: Sequence[DiskTensor], pattern: _Pattern, judged: Judgement
-) -> dict[str, TensorLayout]:
-    """Disk name template -> layout, in the order in which the parts make up the module tensor."""
-    _, own = split(source)
-    layout = next(lay for f, lay in zip(judged.families, judged.layouts, strict=True) if source in f.names)
-    grouped: dict[str, list[DiskTensor]] = {}
-    for part in sorted(parts, key=lambda p: p.start):
-        grouped.setdefault(split(part.name)[0], []).append(part)
-    result: dict[str, TensorLayout] = {}
-    for key, members in grouped.items():
-        placeholders = []
-        for place in range(key.count("*")):
-            values = [split(m.name)[1][place] for m in members]
-            placeholders.append(_place_name(place, values, own, members, layout))
-        real = _fit_like(members[0].layout, layout, pattern.layout)
-        result[_fill(key, placeholders, pattern)] = real
-    return result
-
-
-def _place_name(
-    place: int,
-    values: Sequence[int],
-    own: tuple[int, ...],
-    members: Sequence[DiskTensor],
-    layout: TensorLayout,
-) -> str:
-    for dim in members[0].fixed:
-        fixed = [m.fixed.get(dim) for m in members]
-        expr = layout.dims[dim].expr
-        if list(values) == fixed and isinstance(expr, Axis):
-            return expr.name
-    if place < len(own) and all(v == own[place] for v in values):
-        return _placeholder(place)
-    raise LayoutError(f"the numbers in {members[0].name!r} on disk could not be explained")
-
-
-def _fit_like(part: TensorLayout, tiny: TensorLayout, real: TensorLayout) -> TensorLayout:
-    """Carry replaced anonymous sizes over to a part on disk."""
-    if tiny.text == real.text or not any(isinstance(d.expr, Fixed) for d in part.dims):
-        return part
-    changed = {}
-    for before, after in zip(tiny.dims, real.dims, strict=True):
-        if isinstance(before.expr, Fixed) and isinstance(after.expr, Fixed):
-            changed[before.expr.size] = after.expr.size
-    dims = [
-        Dim(Fixed(changed.get(d.expr.size, d.expr.size), d.expr.label), d.role)
-        if isinstance(d.expr, Fixed)
-        else d
-        for d in part.dims
-    ]
-    return TensorLayout(tuple(dims), render(dims))
-
-
-def _assembles(source: str, parts: Sequence[DiskTensor], judged: Judgement) -> bool:
-    """Whether stacking in front and concatenating behind gives the module tensor."""
-    layout = next(lay for f, lay in zip(judged.families, judged.layouts, strict=True) if source in f.names)
-    sizes = judged.found.sizes
-    shape = layout.shape(sizes)
-    front = len(parts[0].fixed)
-    first = [p for p in parts if p.fixed == parts[0].fixed]
-    if any(p.others or set(p.fixed) != set(range(front)) for p in parts) or len(shape) < front:
-        return False
-    rest = shape[front:]
-    if any(len(p.layout.dims) != len(rest) for p in parts):
-        return False
-    at = 0
-    for part in sorted(first, key=lambda p: p.start):
-        own = part.layout.shape(sizes)
-        if own[1:] != rest[1:] or (part.start != at and len(first) > 1):
-            return False
-        at += own[0] if own else 0
-    roles = [d.role for d in layout.dims[front:]]
-    return (not rest or at == rest[0]) and all(
-        Role.IN not in roles or [d.role for d in p.layout.dims] == roles for p in parts
-    )
