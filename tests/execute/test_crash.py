@@ -141,7 +141,8 @@ def test_goes_on_where_it_was_killed(
     counted.clear()
     kill_half_way(plan, files, tmp_path / "dst")
     execute(plan, files, tmp_path / "dst", sidecar=no_sidecar)
-    assert 0 < sum(counted) < 0.7 * everything
+    assert everything > 0
+    assert sum(counted) < 0.7 * everything  # nothing at all, where the signal came after the last piece
     assert contents(tmp_path / "dst") == reference[0]
 
 
