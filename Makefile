@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= -n 2 --dist loadfile
 CHECKPOINT ?= $(firstword $(wildcard fixtures/dense-llama/checkpoint-*))
 
-.PHONY: demo test test-long test-all lint docs clean
+.PHONY: demo test test-long test-survey test-all lint docs clean
 
 demo: $(VENV)/.installed  ## widen a bundled checkpoint and show the report
 	rm -rf out/demo
@@ -22,7 +22,10 @@ test: $(VENV)/.installed-dev  ## lint, types and the default tests
 test-long: $(VENV)/.installed-dev  ## the long tests only
 	$(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal
 
-test-all: test test-long
+test-survey: $(VENV)/.installed-dev  ## every class of transformers, and a thousand damaged checkpoints
+	$(BIN)/python -m pytest -q -m survey -n 2 --dist worksteal
+
+test-all: test test-long test-survey
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

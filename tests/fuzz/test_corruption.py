@@ -176,7 +176,7 @@ FILES = ["model.safetensors", "optimizer.pt", "config.json", "scheduler.pt", "tr
 FILES += ["training_args.bin", "model.safetensors", "optimizer.pt"]
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.survey)])
 @pytest.mark.timeout(3600)
 def test_damaged_trainer_checkpoint(dense_checkpoint: Path, tmp_path: Path, count: int) -> None:
     """Any damage to any file of a Trainer's checkpoint."""

@@ -130,7 +130,7 @@ def damage_many(
     return tally
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.survey)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.timeout(3600)
 def test_damaged_checkpoints(tiny_checkpoint: TinyCheckpoint, tmp_path: Path, kind: str, count: int) -> None:

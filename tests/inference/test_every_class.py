@@ -13,7 +13,7 @@ from sparkling_cli.inference.infer import infer
 from sparkling_cli.inference.shrink import shrink
 from sparkling_cli.inference.skeleton import causal_lm_names, default_config
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.survey
 
 
 def small_config(model_type: str) -> dict[str, Any]:
