@@ -21,9 +21,11 @@ from sparkling_cli.training.update import (
     AdamStep,
     Factor,
     correct_adam,
+    correct_heavy_ball,
     in_closed_form,
     interpolate,
     is_adam,
+    is_heavy_ball,
     keep,
     redo_adam,
     step_counts,
@@ -136,8 +138,8 @@ class _Attached:
         """Keep new entries whose update cannot be found again after the step."""
         rates = self._rates()
         self._compare_rates()
-        for _, param in self._live():
-            if in_closed_form(self.optimizer, param.tensor):
+        for group, param in self._live():
+            if in_closed_form(self.optimizer, group, param.tensor):
                 continue
             for stage in param.entries.stages:
                 if rates[stage] != 1.0 or self._fresh(stage):
@@ -153,11 +155,7 @@ class _Attached:
         if is_adam(self.optimizer):
             self._correct_adam(rates, kept)
         else:
-            for _, param in self._live():
-                for stage in param.entries.stages:
-                    old = kept.get((id(param.tensor), stage))
-                    if old is not None:
-                        interpolate(param.tensor, old, param.entries, stage, rates[stage])
+            self._correct_others(rates, kept)
         self.step += 1
 
     def _correct_adam(self, rates: Mapping[int, float], kept: Mapping[tuple[int, int], list[Tensor]]) -> None:
@@ -177,6 +175,19 @@ class _Attached:
                     correct_adam(param.tensor, param.entries, stage, made, factor)
                 else:
                     redo_adam(param.tensor, old, param.entries, stage, made, factor)
+
+    def _correct_others(
+        self, rates: Mapping[int, float], kept: Mapping[tuple[int, int], list[Tensor]]
+    ) -> None:
+        for group, param in self._live():
+            buffer = self.optimizer.state.get(param.tensor, {}).get("momentum_buffer")
+            for stage in param.entries.stages:
+                old = kept.get((id(param.tensor), stage))
+                if old is not None:
+                    interpolate(param.tensor, old, param.entries, stage, rates[stage])
+                elif is_heavy_ball(self.optimizer, group) and param.tensor.grad is not None:
+                    more = (rates[stage] - 1) * float(group["lr"])
+                    correct_heavy_ball(param.tensor, buffer, param.entries, stage, more)
 
     def _rates(self) -> dict[int, float]:
         """eta_new / eta_old of every stage at this step; stages without a schedule stay at 1."""

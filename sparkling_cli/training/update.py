@@ -3,7 +3,7 @@
 A step moves a parameter from ``old`` to ``p``. New entries shall move ``m`` times as far, as they would
 under ``m`` times the learning rate: ``old + m (p - old)``. That is exact for every optimizer whose update
 is proportional to the rate, weight decay included. For Adam ``p - old`` follows from the state, so that
-nothing needs to be kept.
+nothing needs to be kept; for SGD with momentum it is the momentum buffer itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from sparkling_cli.training.slices import NewEntries, local_tensor
 
@@ -45,9 +45,14 @@ def is_adam(optimizer: Optimizer) -> bool:
     return type(optimizer) in (Adam, AdamW)
 
 
-def in_closed_form(optimizer: Optimizer, param: Tensor) -> bool:
+def is_heavy_ball(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether a group's update is its rate times the momentum buffer: torch's SGD, without Nesterov's."""
+    return type(optimizer) is SGD and bool(group["momentum"]) and not group["nesterov"]
+
+
+def in_closed_form(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) -> bool:
     """Whether new entries can be corrected after the step without having been kept."""
-    return is_adam(optimizer) and param.dtype in PRECISE
+    return param.dtype in PRECISE and (is_adam(optimizer) or is_heavy_ball(optimizer, group))
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,15 @@ def correct_adam(param: Tensor, entries: NewEntries, stage: int, step: AdamStep,
         if keep != 1.0:
             p.mul_(keep)
         p.addcdiv_(m, denominator, value=weight * step.size)
+
+
+def correct_heavy_ball(param: Tensor, buffer: Tensor, entries: NewEntries, stage: int, more: float) -> None:
+    """Move new entries ``more`` times further along the momentum buffer, in place.
+
+    ``p = old - lr b``, with weight decay inside ``b``; wanted is ``old - r lr b``, so ``more = (r - 1) lr``.
+    """
+    for p, b in zip(entries.of(param, stage), entries.of(buffer, stage), strict=True):
+        p.sub_(b, alpha=more)
 
 
 def redo_adam(

@@ -24,7 +24,10 @@ ELEMENTWISE: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "adam-l2": (Adam, {"weight_decay": 0.1}),
     "adam-b2-0.95": (Adam, {"betas": (0.8, 0.95)}),
     "sgd": (SGD, {}),
-    "sgd-momentum": (SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "sgd-momentum": (SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+    "sgd-dampened": (SGD, {"momentum": 0.9, "dampening": 0.5, "maximize": True, "foreach": True}),
+    "sgd-tensor-lr": (SGD, {"lr": torch.tensor(1.0, dtype=torch.float64), "momentum": 0.9, "fused": True}),
+    "sgd-nesterov": (SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     "lion": (Lion, {"weight_decay": 0.1}),
 }
 
@@ -90,7 +93,7 @@ def test_muon_is_scaled_after_orthogonalization() -> None:
     sched, ref_sched = ref.scheduler(optimizer, ref.TE), ref.scheduler(reference, ref.TE)
     rewarm(optimizer, net, ref.history())
     masks = ref.new_masks()
-    for step in range(ref.TE, ref.TE + 60):
+    for step in range(ref.TE, ref.TE + 200):
         optimizer.zero_grad()
         net(ref.data(step)).backward()
         before = {n: p.detach().clone() for n, p in mirror.items()}
@@ -227,6 +230,24 @@ def test_parameters_without_gradients_stay() -> None:
     kept = net.experts.detach().clone()
     optimizer.step()
     assert torch.equal(net.experts, kept)
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_nothing_is_kept_where_the_state_tells_the_update(
+    kind: type[Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW and SGD with momentum need no copy of any entry; what would be kept is never asked for."""
+    options = {"momentum": 0.9} if kind is SGD else {}
+    net, optimizer, sched = ref.expanded(lambda params: kind(params, lr=ref.BASE.peak, **options))
+    plain, plain_optimizer, plain_sched = ref.expanded(
+        lambda params: kind(params, lr=ref.BASE.peak, **options)
+    )
+    rewarm(optimizer, net, ref.history(tau=0))
+    monkeypatch.setattr("sparkling_cli.training.attach.keep", None)
+    for n, o, s in ((net, optimizer, sched), (plain, plain_optimizer, plain_sched)):
+        for _ in ref.steps(n, o, s, ref.TE, ref.TE + 1):
+            pass
+    assert ref.distance(ref.parameters(net), ref.parameters(plain)) > 0
 
 
 def test_compiled_models_and_wrappers_are_seen_through() -> None:
