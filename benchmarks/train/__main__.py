@@ -65,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--beta2", type=float, default=0.95)
     parser.add_argument("--steps", type=int, help="length of a run; the expansion is at its half")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--compile", action="store_true", help="torch.compile (worth it for long runs)")
     parser.add_argument("--report", type=Path, help="write the tables into this Markdown file")
     parser.add_argument("--tables-only", action="store_true")
@@ -94,7 +95,7 @@ def work(options: argparse.Namespace) -> None:
     from benchmarks.train.loop import preset
 
     torch.set_num_threads(1)
-    run = preset(options.size, options.steps, options.beta2, options.compile)
+    run = preset(options.size, options.steps, options.lr, options.beta2, options.compile)
     text = load_text(options.text)
     left = jobs(options)
     while left:
