@@ -170,7 +170,7 @@ def _unflattened(
                     raise CheckpointError(
                         f"{name} has {prod(stored.shape)} entries, its parameter has shape {shape}"
                     )
-                box = replace(stored.extents[0], start=(0,) * len(shape), shape=shape)
+                box = stored.extents[0]._replace(start=(0,) * len(shape), shape=shape)
                 stored = StoredTensor(stored.dtype, shape, (box,))
             if key in wanted:
                 tensors[key] = stored
@@ -189,7 +189,7 @@ def _output(
     given = {k: packed(file.tensors[k].dtype, values[k]) for k in file.tensors if k in values}
     laid = lay_out(file, new, edits=edits, values=remaining_values(file, new, given))
     boxes = (
-        (k, replace(e, start=(0,) * len(shapes[k]), shape=shapes[k]) if k in flat else e)
+        (k, e._replace(start=(0,) * len(shapes[k]), shape=shapes[k]) if k in flat else e)
         for k, e in laid.tensors
     )
     return replace(laid, tensors=tuple(boxes))

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 #: Bytes per entry of every dtype that a checkpoint may hold, by torch's own names.
 ITEM_BYTES: Mapping[str, int] = {
@@ -34,8 +34,7 @@ ITEM_BYTES: Mapping[str, int] = {
 FLOATING = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
-@dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):  # a tuple: there are tens of thousands, and dataclasses cost twice as much
     """A box of a tensor, stored in one piece of one file.
 
     Attributes:
@@ -53,8 +52,7 @@ class Extent:
     strides: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor on disk: its boxes tile it."""
 
     dtype: str
@@ -120,8 +118,7 @@ class Checkpoint:
         return self.tensors[self.weights[name]]
 
 
-@dataclass(frozen=True)
-class Declared:
+class Declared(NamedTuple):
     """An output tensor: what it will be.
 
     Attributes:

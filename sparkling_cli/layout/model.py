@@ -6,13 +6,13 @@ execution, verification, training) knows the architecture from here alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import PACKINGS, TensorLayout, axis_names, size_of
-from sparkling_cli.layout.names import NameTemplate, skeleton
+from sparkling_cli.layout.names import NameTemplate, skeleton, skeletons
 from sparkling_cli.layout.parse import parse_expr, parse_layout
 
 
@@ -72,7 +72,7 @@ class TensorPattern:
 
 
 class PatternTable:
-    """Finds the one pattern for a name; 40,000 names cost one dict lookup each."""
+    """Finds the one pattern for a name; 40,000 names that are asked for together cost a lookup each."""
 
     def __init__(self, patterns: Iterable[TensorPattern]) -> None:
         self.patterns = tuple(patterns)
@@ -80,6 +80,11 @@ class PatternTable:
         for pattern in self.patterns:
             self._by_key.setdefault(pattern.template.key, []).append(pattern)
         self._known: dict[str, list[TensorPattern]] = {}
+
+    @cached_property
+    def _only(self) -> dict[str, TensorPattern]:
+        """Skeleton -> the pattern that stands for all names of it."""
+        return {key: one[0] for key, one in self._by_key.items() if len(one) == 1 and one[0].template.free}
 
     def _standing_for(self, name: str) -> list[TensorPattern]:
         """All patterns that stand for ``name``; every name is looked at once."""
@@ -109,6 +114,18 @@ class PatternTable:
             f"tensor {name!r} matches no pattern of the layout",
             hint="print the layout with `sparkling layout CKPT`, add the tensor, pass it by --layout",
         )
+
+    def find_all(self, names: Sequence[str]) -> list[TensorPattern]:
+        """The patterns that stand for ``names``, in their order.
+
+        Raises:
+            LayoutError: see :meth:`find`.
+        """
+        only = self._only
+        return [
+            only[key] if key in only and "*" not in name else self.find(name)
+            for name, key in zip(names, skeletons(names), strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -164,13 +181,24 @@ class ModelLayout:
         """The name whose layout holds for a tied tensor; other names are returned as they are."""
         return self._canonical.get(name, name)
 
+    def shape_of(self, pattern: TensorPattern) -> tuple[int, ...]:
+        """The shape that a pattern says."""
+        found = self._shapes.get(pattern.layout)
+        if found is None:
+            found = self._shapes[pattern.layout] = pattern.dims.shape(self.sizes)
+        return found
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
     def check_one(self, name: str, pattern: TensorPattern, shape: tuple[int, ...]) -> None:
         """The tensor has the shape that its layout says.
 
         Raises:
             LayoutError: with the pattern, the shape and the sizes involved.
         """
-        expected = pattern.dims.shape(self.sizes)
+        expected = self.shape_of(pattern)
         if expected != tuple(shape):
             raise LayoutError(self._mismatch(name, pattern, shape, expected))
 
@@ -196,7 +224,7 @@ class ModelLayout:
 
     def check_shapes(
         self, shapes: Mapping[str, tuple[int, ...]], *, on_disk: bool, complete: bool = True
-    ) -> None:
+    ) -> list[TensorPattern]:
         """Every tensor has one pattern and the shape that it says; every pattern has a tensor.
 
         Args:
@@ -204,15 +232,18 @@ class ModelLayout:
             on_disk: whether the names are on-disk names.
             complete: whether a pattern without a tensor is an error.
 
+        Returns:
+            The pattern of every tensor.
+
         Raises:
             LayoutError: with the pattern, the shape and the sizes involved.
         """
         table = self.disk_table if on_disk else self.module_table
-        used = set()
-        for name, shape in shapes.items():
-            pattern = table.find(self.canonical(name))
-            used.add(pattern.name)
-            self.check_one(name, pattern, shape)
+        found = table.find_all([self.canonical(name) for name in shapes])
+        for (name, shape), pattern in zip(shapes.items(), found, strict=True):
+            if shape != self.shape_of(pattern):
+                self.check_one(name, pattern, shape)
+        used = {pattern.name for pattern in found}
         followers = [n for group in self.tied for n in group[1:]]
         unused = [
             p.name
@@ -224,6 +255,7 @@ class ModelLayout:
                 f"{len(unused)} pattern(s) of the layout match no tensor, the first: {unused[0]!r}",
                 hint="a shard may be missing, or the layout is for another model",
             )
+        return found
 
     def _mismatch(
         self, name: str, pattern: TensorPattern, found: tuple[int, ...], expected: tuple[int, ...]

@@ -7,7 +7,7 @@ indices, for models whose layers differ.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,12 +15,31 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.parse import fault
 
 _PLACEHOLDER = re.compile(r"\{(?P<axis>[A-Za-z_]\w*)(?:=(?P<only>[\d,\-]+))?\}")
+_FREE = re.compile(r"\{[A-Za-z_]\w*\}")
 _DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
+_NO_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 
 
 def skeleton(name: str) -> str:
     """The name with every run of digits between dots replaced by ``*``; equal for all layers."""
     return _DIGITS.sub("*", name)
+
+
+def skeletons(names: Sequence[str]) -> list[str]:
+    """The skeleton of every name; of 40,000 names that differ in numbers only, one is looked at."""
+    text = "\n".join(names).encode("utf-8", "surrogatepass").translate(_NO_DIGITS)
+    alike = text.decode("utf-8", "surrogatepass").split("\n")
+    if len(alike) != len(names):  # a name with a line break in it
+        return [skeleton(name) for name in names]
+    known: dict[str, str] = {}
+    found = []
+    for name, zeros in zip(names, alike, strict=True):
+        stars = known.get(zeros)
+        if stars is None:
+            stars = known[zeros] = skeleton(zeros)
+        # digits elsewhere than between dots (``w1``, ``fc2``) stay what they are
+        found.append(skeleton(name) if "0" in stars else stars)
+    return found
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,14 @@ class NameTemplate:
     def key(self) -> str:
         """The skeleton that every matching name has."""
         return skeleton(_PLACEHOLDER.sub("0", self.text))
+
+    @cached_property
+    def free(self) -> bool:
+        """Whether it stands for every name of its skeleton (that has no ``*`` of its own)."""
+        return "*" not in self.text and all(
+            _FREE.fullmatch(part) or not (part.isdigit() or "{" in part or "}" in part)
+            for part in self.text.split(".")
+        )
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
+from typing import NamedTuple
 
 from sparkling_cli.checkpoint.model import FLOATING, Checkpoint, StoredTensor
 from sparkling_cli.checkpoint.states import StateKind, state_kind
@@ -33,7 +34,7 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
     growth = resolve_growth(spec, layout)
     views = _Views(layout, growth, treatment_of(spec), spec)
     weights, renamed = weights_of(checkpoint, layout, spec.names)
-    rows = [_weight_row(weight, views) for weight in weights]
+    rows = _weight_rows(weights, views)
     for state in checkpoint.states:
         if not layout.module_table.has(layout.canonical(state.param)):
             raise CheckpointError(f"optimizer state of {state.param!r}, which is no parameter of the model")
@@ -97,6 +98,27 @@ class _Views:
         return {}
 
     @cached_property
+    def _recipes(self) -> dict[str, _Recipe]:
+        return {}
+
+    def recipe(self, pattern: TensorPattern, name: str) -> _Recipe:
+        """What becomes of a weight, worked out once for all weights of a pattern.
+
+        Args:
+            pattern: stands for the weight.
+            name: of the weight; only in a pattern of a compensated tensor's skeleton it makes a difference.
+        """
+        found = self._recipes.get(pattern.name)
+        if found is None:
+            view, shape = self.of(pattern, self.layout.shape_of(pattern), name, "")
+            scale, offset = self.factor(name)
+            changed = scale != 1.0 or offset != 0.0 or not all(dim.identity for dim in view)
+            found = _Recipe(self.layout.shape_of(pattern), view, shape, scale, offset, changed)
+            if pattern.template.key not in self._compensations:
+                self._recipes[pattern.name] = found
+        return found
+
+    @cached_property
     def _compensations(self) -> dict[str, list[Compensation]]:
         found: dict[str, list[Compensation]] = {}
         for item in self.layout.compensations:
@@ -121,7 +143,7 @@ class _Views:
             if slot:
                 view = state_view(view, self.spec.optimizer)
             self._made[key] = (view, target_shape(view))
-        if shape != pattern.dims.shape(self.layout.sizes):
+        if shape != self.layout.shape_of(pattern):
             self.layout.check_one(name, pattern, shape)
         return self._made[key]
 
@@ -165,28 +187,32 @@ def state_view(view: View, optimizer: str) -> View:
     )
 
 
-def _weight_row(weight: Weight, views: _Views) -> Row:
-    stored = weight.stored
-    view, shape = views.of(weight.pattern, stored.shape, weight.module, "")
-    scale, offset = views.factor(weight.module)
-    changed = scale != 1.0 or offset != 0.0 or not all(dim.identity for dim in view)
-    if changed and stored.dtype not in FLOATING:
-        raise CheckpointError(
-            f"{weight.name!r} is stored as {stored.dtype}, in which new weights cannot be computed",
-            hint="dequantize the checkpoint to bfloat16 or float32 first",
-        )
-    return Row(
-        key=weight.key,
-        name=weight.name,
-        slot="",
-        source=stored,
-        dtype=stored.dtype,
-        shape=shape,
-        view=view,
-        scale=scale,
-        offset=offset,
-        stream=weight.stream,
-    )
+class _Recipe(NamedTuple):
+    """What becomes of a weight of shape ``source``: see :class:`~sparkling_cli.plan.model.Row`."""
+
+    source: tuple[int, ...]
+    view: View
+    shape: tuple[int, ...]
+    scale: float
+    offset: float
+    changed: bool
+
+
+def _weight_rows(weights: Iterable[Weight], views: _Views) -> list[Row]:
+    """A row per weight."""
+    rows = []
+    for key, name, module, stored, pattern, stream in weights:
+        source, view, shape, scale, offset, changed = views.recipe(pattern, module)
+        if stored.shape != source:
+            views.layout.check_one(name, pattern, stored.shape)
+        dtype = stored.dtype
+        if changed and dtype not in FLOATING:
+            raise CheckpointError(
+                f"{name!r} is stored as {dtype}, in which new weights cannot be computed",
+                hint="dequantize the checkpoint to bfloat16 or float32 first",
+            )
+        rows.append(Row(key, name, "", stored, dtype, shape, view, scale, offset, False, stream))
+    return rows
 
 
 def _state_row(param: str, slot: str, key: str, stored: StoredTensor, views: _Views) -> Row:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparkling_cli.checkpoint.model import Checkpoint, StoredTensor
 from sparkling_cli.layout.geometry import Growth, View
 from sparkling_cli.layout.model import ModelLayout
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What happens to one tensor.
 
     The source is read as ``view`` (its dims split at flattened factors); entry by entry the target is

@@ -8,15 +8,15 @@ skips the conversion, and would leave what it does not find at random initializa
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from sparkling_cli.checkpoint.model import Checkpoint, Extent, StoredTensor
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.model import ModelLayout, PatternTable, TensorPattern
+from sparkling_cli.layout.model import ModelLayout, TensorPattern
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """One output weight before widening.
 
     Attributes:
@@ -47,43 +47,41 @@ def weights_of(checkpoint: Checkpoint, layout: ModelLayout, names: str) -> tuple
     Raises:
         LayoutError: a weight has no layout, a pattern no weight, or a fused tensor lacks a part.
     """
-    table, on_disk = _table_of(checkpoint, layout)
-    shapes = {name: checkpoint.weight(name).shape for name in checkpoint.weights}
-    layout.check_shapes(shapes, on_disk=on_disk)
+    on_disk = _has_disk_names(checkpoint, layout)
+    shapes = {name: checkpoint.tensors[key].shape for name, key in checkpoint.weights.items()}
+    patterns = layout.check_shapes(shapes, on_disk=on_disk)
     rename = on_disk and layout.disk is not None
     rename = rename and (names == "module" or (names == "auto" and bool(checkpoint.states)))
     rename = rename and bool(layout.assembly)  # else the format itself keeps both kinds of names
     if rename:
-        return _assembled(checkpoint, layout, table), True
+        return _assembled(checkpoint, layout, patterns), True
     weights = []
     seen: set[str] = set()
-    for name, key in checkpoint.weights.items():
+    for (name, key), pattern in zip(checkpoint.weights.items(), patterns, strict=True):
         if key in seen:  # a tied name that shares its bytes with an earlier one
             continue
         seen.add(key)
         canonical = layout.canonical(name)
-        pattern = table.find(canonical)
         weights.append(Weight(key, name, canonical, checkpoint.tensors[key], pattern, canonical))
     return tuple(weights), False
 
 
-def _table_of(checkpoint: Checkpoint, layout: ModelLayout) -> tuple[PatternTable, bool]:
-    """Patterns by disk names, or by module names if that is what the source has."""
+def _has_disk_names(checkpoint: Checkpoint, layout: ModelLayout) -> bool:
+    """Whether the source's names are those on disk, where these are others than the module's."""
     if layout.disk is None:
-        return layout.module_table, False
-    for name in checkpoint.weights:
-        try:
-            layout.disk_table.find(layout.canonical(name))
-        except LayoutError:
-            try:
-                layout.module_table.find(layout.canonical(name))
-            except LayoutError:
-                return layout.disk_table, True
-            return layout.module_table, False
-    return layout.disk_table, True
+        return False
+    names = [layout.canonical(name) for name in checkpoint.weights]
+    try:
+        layout.disk_table.find_all(names)
+    except LayoutError:
+        first = next((name for name in names if not layout.disk_table.has(name)), None)
+        return first is None or not layout.module_table.has(first)
+    return True
 
 
-def _assembled(checkpoint: Checkpoint, layout: ModelLayout, table: PatternTable) -> tuple[Weight, ...]:
+def _assembled(
+    checkpoint: Checkpoint, layout: ModelLayout, patterns: Sequence[TensorPattern]
+) -> tuple[Weight, ...]:
     """Every weight under its module name; fused ones made of their parts on disk."""
     part_of = {
         disk: (module, place) for module, parts in layout.assembly.items() for place, disk in enumerate(parts)
@@ -92,9 +90,8 @@ def _assembled(checkpoint: Checkpoint, layout: ModelLayout, table: PatternTable)
     parts: dict[str, dict[tuple[tuple[int, ...], int], StoredTensor]] = defaultdict(dict)
     owners: dict[str, TensorPattern] = {}
     order: dict[str, Weight | None] = {}
-    for name, key in checkpoint.weights.items():
+    for (name, key), pattern in zip(checkpoint.weights.items(), patterns, strict=True):
         canonical = layout.canonical(name)
-        pattern = table.find(canonical)
         stored = checkpoint.tensors[key]
         if pattern.name not in part_of:
             own = layout.module_table.find(canonical)
@@ -156,8 +153,7 @@ def _fused(name: str, parts: dict[tuple[tuple[int, ...], int], StoredTensor], te
 def _shifted(extent: Extent, extra: tuple[int, ...], offset: int) -> Extent:
     ones = (1,) * len(extra)
     strides = None if extent.strides is None else (0,) * len(extra) + extent.strides
-    return replace(
-        extent,
+    return extent._replace(
         start=(*extra, extent.start[0] + offset, *extent.start[1:]),
         shape=ones + extent.shape,
         strides=strides,

@@ -104,6 +104,17 @@ def entry(begin: int = 0, end: int = 16, shape: Any = (4,), dtype: Any = "F32") 
         (raw_file(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "no JSON"),
         (raw_file(b'{"a": 1, "a": 2}'), "has 'a' twice"),
         (raw_file(b'{"a": {"dtype": "F32", "dtype": "F16"}}'), "has 'dtype' twice"),
+        (raw_file(b'{"a": 1, "a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'), "has 'a' twice"),
+        (
+            raw_file(b'{"a": {"dtype": "F32", "shape": [0], "shape": [0], "data_offsets": [0, 0]}}'),
+            "has 'shape' twice",
+        ),
+        (raw_file(b'{"__metadata__": {"a": "b", "a": "c"}}'), "has 'a' twice"),
+        (raw_file(b'{"__metadata__": {}, "__metadata__": {}}'), "has '__metadata__' twice"),
+        (
+            raw_file(b'{"a\\"": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "a\\u0022": {}}'),
+            "twice",
+        ),
         (raw_file({"a": 5}), "must have dtype, shape and data_offsets"),
         (raw_file({"a": {**entry(), "more": 1}}), "must have dtype, shape and data_offsets"),
         (raw_file({"a": entry(dtype="F4")}), "known are U64"),

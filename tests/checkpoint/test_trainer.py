@@ -115,7 +115,7 @@ def test_widened_tensors_go_into_their_shards(tiny_checkpoint: TinyCheckpoint, t
     checkpoint = open_checkpoint(source)
     request = request_for(checkpoint, config={"intermediate_size": 118})
     wide = {59: 118}
-    declared = tuple(replace(d, shape=tuple(wide.get(n, n) for n in d.shape)) for d in request.tensors)
+    declared = tuple(d._replace(shape=tuple(wide.get(n, n) for n in d.shape)) for d in request.tensors)
     outputs = format_of("trainer").outputs(checkpoint, replace(request, tensors=declared))
     for output in outputs:
         shapes = {d.key: d for d in declared}

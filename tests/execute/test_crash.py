@@ -292,8 +292,8 @@ def single(folder: Path) -> Laid:
     """A single-file checkpoint."""
     plan, files = raw_plan(folder / "src", {"w": (torch.ones(4), (doubled(4, 0),), {})})
     row = plan.rows[0]
-    extents = tuple(replace(extent, path="") for extent in row.source.extents)
-    row = replace(row, source=replace(row.source, extents=extents))
+    extents = tuple(extent._replace(path="") for extent in row.source.extents)
+    row = row._replace(source=row.source._replace(extents=extents))
     source = replace(plan.source, root=folder / "src" / "data.bin")
     return replace(plan, source=source, rows=(row,)), (replace(files[0], path=""),)
 

@@ -121,7 +121,7 @@ def test_boxes_of_source_and_target(tmp_path: Path, dim: int, transposed: bool) 
     low, high = list(whole), list(whole)
     low[dim], high[dim] = slice(0, cut), slice(cut, tensor.shape[dim])
     stored = sharded(tensor, tmp_path / "src", [tuple(low), tuple(high)], transposed)
-    row = replace(plan.rows[0], source=stored)
+    row = plan.rows[0]._replace(source=stored)
     plan = replace(plan, rows=(row,))
     files, boxes = [], []
     for number, (start, stop) in enumerate(((0, 1), (1, row.shape[dim]))):
@@ -147,8 +147,8 @@ def test_single_file(tmp_path: Path) -> None:
     plan, files = raw_plan(tmp_path / "src", {"w": (random_tensor("float32", (4,), 0), (doubled(4, 0),), {})})
     source = replace(plan.source, root=tmp_path / "src" / "data.bin")
     row = plan.rows[0]
-    extents = tuple(replace(e, path="") for e in row.source.extents)
-    plan = replace(plan, source=source, rows=(replace(row, source=replace(row.source, extents=extents)),))
+    extents = tuple(e._replace(path="") for e in row.source.extents)
+    plan = replace(plan, source=source, rows=(row._replace(source=row.source._replace(extents=extents)),))
     single = (replace(files[0], path=""),)
     execute(plan, single, tmp_path / "out.pt", sidecar=no_sidecar)
     assert (tmp_path / "out.pt").is_file()
@@ -285,7 +285,7 @@ def test_output_with_a_hole_in_it(tmp_path: Path) -> None:
     """Output boxes that do not tile a tensor are a fault that is seen before anything is written."""
     plan, files = simple(tmp_path)
     key, extent = files[0].tensors[0]
-    broken = replace(files[0], tensors=((key, replace(extent, shape=(79, 30))),))
+    broken = replace(files[0], tensors=((key, extent._replace(shape=(79, 30))),))
     with pytest.raises(CheckpointError, match="entries"):
         execute(plan, (broken, files[1]), tmp_path / "dst", sidecar=no_sidecar)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]

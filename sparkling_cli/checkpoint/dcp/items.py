@@ -103,7 +103,7 @@ def box(item: TorchFile, name: str, key: str, start: tuple[int, ...], shape: tup
     """
     own = tensor_key(item, name)
     file = lay_out(item, {own: (item.tensors[own].dtype, shape)})
-    return replace(file, tensors=tuple((key, replace(extent, start=start)) for _, extent in file.tensors))
+    return replace(file, tensors=tuple((key, extent._replace(start=start)) for _, extent in file.tensors))
 
 
 def shifted(file: OutputFile, offset: int) -> OutputFile:
@@ -120,7 +120,7 @@ def shifted(file: OutputFile, offset: int) -> OutputFile:
 
 
 def _moved(extent: Extent, offset: int) -> Extent:
-    return replace(extent, offset=extent.offset + offset)
+    return extent._replace(offset=extent.offset + offset)
 
 
 def is_tensor(item: TorchFile) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -143,7 +143,7 @@ def stored_tensor(root: Path, entry: Entry) -> StoredTensor:
                 f"shape {stored.shape}; .metadata says {dtype} of shape {sizes}",
                 hint="the files are of different saves: copy the checkpoint again",
             )
-        extents.append(replace(stored.extents[0], start=tuple(index.offset or ())))
+        extents.append(stored.extents[0]._replace(start=tuple(index.offset or ())))
     if sum(prod(extent.shape) for extent in extents) != prod(shape):
         raise CheckpointError(
             f"{root}: the {len(extents)} boxes of {entry.fqn!r} do not tile its shape {shape}",
