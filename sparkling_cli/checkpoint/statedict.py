@@ -175,12 +175,12 @@ def scalar_changes(
 ) -> tuple[dict[str, bytes], dict[TreePath, Any]]:
     """Scalars of the request as tensor bytes and as edits of the tree.
 
-    The states of ``checkpoint`` are those of ``tree``, in their order, perhaps under other names.
+    The first states of ``checkpoint`` are those of ``tree``, in their order, perhaps under other names.
     """
     values: dict[str, bytes] = {}
     edits: dict[TreePath, Any] = {}
     numbers = {state.param: index for index, state in enumerate(checkpoint.states)}
-    assert len(numbers) == len(tree.states) or not request.scalars
+    assert len(numbers) == len(checkpoint.states) >= len(tree.states) or not request.scalars
     for full, value in request.scalars.items():
         param, _, name = full.rpartition(".")
         place = (numbers[param], name)

@@ -18,8 +18,11 @@ class StateKind(Enum):
     """factored or quantized: it cannot follow a parameter that grows"""
 
 
-#: parameter-shaped state that holds weights, not moments: schedule-free's z, fp32 masters.
-WEIGHT_LIKE = frozenset({"z", "master_param", "master_params", "fp32_param", "fp32", "param"})
+#: A second copy of the weights, which FSDP resumes from (``pytorch_model_fsdp.bin``).
+FSDP_COPY = "fsdp"
+
+#: parameter-shaped state that holds weights, not moments: schedule-free's z, fp32 masters, FSDP's copy.
+WEIGHT_LIKE = frozenset({"z", "master_param", "master_params", "fp32_param", "fp32", "param", FSDP_COPY})
 
 #: factored or quantized state, by name: transformers' and torch's Adafactor, bitsandbytes.
 NEVER_WIDENED = frozenset(

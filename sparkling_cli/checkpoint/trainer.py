@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparkling_cli.checkpoint.directory import inside, list_files, literal_file, read_json, rewritten_json
+from sparkling_cli.checkpoint.fsdpfile import check_alone, copy_output, read_copy, with_copies
 from sparkling_cli.checkpoint.model import Checkpoint, OutputFile, OutputRequest
 from sparkling_cli.checkpoint.statedict import (
     OptimizerTree,
@@ -24,6 +25,7 @@ from sparkling_cli.checkpoint.torchfile.pause import collector_paused
 from sparkling_cli.checkpoint.trainer_facts import optimizer_class, run_facts
 from sparkling_cli.checkpoint.weightfiles import (
     CANDIDATES,
+    FSDP_FULL,
     WeightFiles,
     find_weights,
     read_weights,
@@ -52,6 +54,7 @@ class Parsed:
     weights: WeightFiles
     optimizer_file: TorchFile | None
     optimizer: OptimizerTree
+    copy: TorchFile | None
 
 
 class TrainerDirectory:
@@ -63,10 +66,11 @@ class TrainerDirectory:
         """Weight files under transformers' names.
 
         Raises:
-            CheckpointError: training state or a config without weights.
+            CheckpointError: training state or a config without weights; FSDP's parts of single ranks.
         """
         if not root.is_dir():
             return None
+        check_alone(root)
         found = find_weights(root)
         if found is not None:
             return f"a model directory with {found}"
@@ -101,26 +105,29 @@ class TrainerDirectory:
         args = facts.get("training_args", {})
         if file is not None:
             facts["optimizer_class"] = optimizer_class(optimizer.states, optimizer.groups, args)
-        ours = {*weights.paths, CONFIG, *([file.relative] if file else [])}
+        copy = read_copy(root, present)
+        states = with_copies(optimizer.states, copy) if copy else optimizer.states
+        if FSDP_FULL in present:
+            facts["kind"] = "FSDP with full state dicts"
+        ours = {*weights.paths, CONFIG, *(part.relative for part in (file, copy) if part)}
         stale = [name for name in present if name not in ours and _is_other_weights(name)]
         notes += [f"{name} is not carried over: it holds the weights at their old size" for name in stale]
         notes += _optimizer_notes(file, optimizer)
-        states = (
-            {key: file.tensors[key] for s in optimizer.states for key in s.tensors.values()} if file else {}
-        )
+        stored = {key: part.tensors[key] for part in (file, copy) if part for key in part.tensors}
+        moments = {key: stored[key] for state in states for key in state.tensors.values()}
         return Checkpoint(
             root=root,
             format=self.name,
-            tensors={**weights.tensors, **states},
+            tensors={**weights.tensors, **moments},
             weights=weights.names,
-            states=optimizer.states,
+            states=states,
             param_groups=optimizer.groups,
             config=config,
             config_file=CONFIG if config is not None else "",
             carried=tuple(name for name in present if name not in ours and name not in stale),
             facts=facts,
             notes=tuple(notes),
-            private=Parsed(weights, file, optimizer),
+            private=Parsed(weights, file, optimizer, copy),
         )
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
@@ -144,10 +151,13 @@ def _outputs(checkpoint: Checkpoint, request: OutputRequest) -> list[OutputFile]
         raise CheckpointError(f"{checkpoint.root.name}: sizes change, but there is no {CONFIG}")
     file = parsed.optimizer_file
     if file is not None:
-        new = {item.key: (item.dtype, item.shape) for item in request.tensors if not item.name}
+        own = (item for item in request.tensors if not item.name and item.key in file.tensors)
+        new = {item.key: (item.dtype, item.shape) for item in own}
         values, edits = scalar_changes(file, parsed.optimizer, checkpoint, request)
         values = remaining_values(file, new, values)
         files.append(lay_out(file, new, edits=edits, values=values))
+    if parsed.copy is not None:
+        files.append(copy_output(parsed.copy, request))
     return files
 
 

@@ -28,7 +28,9 @@ from sparkling_cli.errors import CheckpointError
 #: Where transformers looks for weights, in its order.
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-CANDIDATES = (SINGLE[0], INDEX[0], SINGLE[1], INDEX[1])
+#: Where FSDP with full state dicts puts them; beside it the Trainer writes the others, accelerate does not.
+FSDP_FULL = "pytorch_model_fsdp.bin"
+CANDIDATES = (SINGLE[0], INDEX[0], SINGLE[1], INDEX[1], FSDP_FULL)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class WeightFiles:
 
 
 def find_weights(root: Path) -> str | None:
-    """The file that transformers would load weights by, or None."""
+    """The file that transformers (failing that, FSDP) would load weights by, or None."""
     return next((name for name in CANDIDATES if (root / name).is_file()), None)
 
 
@@ -124,7 +126,7 @@ def _check_left_over(entry: str, shards: Mapping[str, Any], present: Sequence[st
     stem = "model" if kind == "safetensors" else "pytorch_model"
     for name in present:
         is_weights = "/" not in name and name.startswith(stem) and name.endswith(f".{kind}")
-        if is_weights and name not in shards:
+        if is_weights and name not in shards and name != FSDP_FULL:
             raise CheckpointError(
                 f"{name}: lies beside {entry}, which does not name it; one of the two is left over",
                 hint="move the file that does not belong to this model out of the directory",

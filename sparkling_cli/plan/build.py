@@ -238,7 +238,7 @@ def _state_row(param: str, slot: str, key: str, stored: StoredTensor, views: _Vi
         scale=scale,
         offset=offset if like_weight else 0.0,
         zero=optimizer == "drop" and not like_weight,
-        stream=param,
+        stream=views.layout.canonical(param),
     )
 
 

@@ -1,13 +1,15 @@
-"""Trainer directories under FSDP with sharded state: two DCP directories beside the Trainer's own files.
+"""Trainer directories under FSDP: sharded state (two DCP directories), and full state dicts (three files).
 
-``accelerate`` does not use FSDP on a CPU, so the same calls that it makes are made here: FSDP2 by
-``fully_shard``, ``get_state_dict``, and ``dcp.save`` with its planner under its names.
+``accelerate`` does not use FSDP on a CPU, so the model is wrapped here, by ``fully_shard``. Sharded state is
+saved by the calls that accelerate makes, full state dicts by accelerate's own functions.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,15 +32,27 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
     "initializer_range": 0.2,
 }
+TIED: dict[str, Any] = {**SIZES, "tie_word_embeddings": True}
+MOE: dict[str, Any] = {
+    **SIZES,
+    "model_type": "qwen3_moe",
+    "hidden_size": 32,  # grouped matrix products want multiples of 16 bytes
+    "moe_intermediate_size": 20,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 LR = 2e-3
 
 
 def build(config: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer]:
-    """A Llama under FSDP2 and AdamW in the Trainer's two groups."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
+    """A Llama, or the class that the config names, under FSDP2 and AdamW in the Trainer's two groups."""
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**config))
+    sizes = dict(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(sizes.pop("model_type", "llama"), **sizes))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -103,3 +117,67 @@ def resume(rank: int, folder: str, result: str) -> None:
     steps = {float(s["step"]) for s in optimizer.state.values()}
     if rank == 0:
         torch.save({"losses": losses, "steps": sorted(steps)}, result)
+
+
+def _accelerate() -> tuple[Any, Any]:
+    """What accelerate's functions ask of its plugin and its accelerator, for full state dicts under FSDP2."""
+    from accelerate import PartialState
+    from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
+
+    PartialState(cpu=True)  # its functions log through it
+    config = SimpleNamespace(offload_to_cpu=True, rank0_only=True)
+    plugin = SimpleNamespace(
+        state_dict_type=StateDictType.FULL_STATE_DICT,
+        state_dict_config=config,
+        optim_state_dict_config=config,
+        fsdp_version=2,
+    )
+    rank = dist.get_rank()
+    accelerator = SimpleNamespace(
+        num_processes=dist.get_world_size(),
+        process_index=rank,
+        is_fsdp2=True,
+        is_main_process=rank == 0,
+        wait_for_everyone=dist.barrier,
+    )
+    return plugin, accelerator
+
+
+def save_full(rank: int, folder: str, config: dict[str, Any], steps: int = 3) -> None:
+    """Train and write ``checkpoint-N`` as the Trainer does with full state dicts."""
+    from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    model, optimizer = build(config)
+    train(model, optimizer, steps)
+    root = Path(folder)
+    root.mkdir(exist_ok=True)
+    plugin, accelerator = _accelerate()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if rank == 0:
+        model.save_pretrained(root, state_dict=weights)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
+        torch.save(schedule.state_dict(), root / "scheduler.pt")
+        state = {"global_step": steps, "max_steps": 20, "log_history": []}
+        (root / "trainer_state.json").write_text(json.dumps(state))
+    save_fsdp_model(plugin, accelerator, model, folder)
+    save_fsdp_optimizer(plugin, accelerator, optimizer, model, folder)
+    dist.barrier()
+
+
+def resume_full(rank: int, folder: str, config: dict[str, Any], result: str) -> None:
+    """Load by accelerate's own functions; two steps more; rank 0 writes losses, steps and moments."""
+    from accelerate.utils import load_fsdp_model, load_fsdp_optimizer
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    model, optimizer = build(config)
+    train(model, optimizer, 1)
+    plugin, accelerator = _accelerate()
+    load_fsdp_model(plugin, accelerator, model, folder)
+    load_fsdp_optimizer(plugin, accelerator, optimizer, model, folder)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+    losses = train(model, optimizer, 2)
+    if rank == 0:
+        torch.save({"losses": losses, "weights": weights, "state": moments["state"]}, result)

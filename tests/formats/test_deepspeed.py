@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sparkling_cli.checkpoint.detect import open_checkpoint
 from sparkling_cli.errors import CheckpointError
@@ -17,6 +19,14 @@ from tests.formats.widening import check_moments, widen
 
 JOINT = {"hidden": 2, "heads": 2, "ffn": 2}
 WIDE = GPTConfig(n_embd=48, n_head=6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_group() -> Iterator[None]:
+    """DeepSpeed keeps its process group for ever; modules that are tested later make their own."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _universal(root: Path, *, partitioned: bool) -> GPT:
