@@ -23,28 +23,28 @@ from sparkling_cli.checkpoint.model import (
 )
 from sparkling_cli.checkpoint.statedict import numbers_of, packed, remaining_values, weights_in
 from sparkling_cli.checkpoint.torchfile import TorchFile, TreePath, lay_out, plain, read_torch_file
-from sparkling_cli.errors import CheckpointError, UnsafePickleError
+from sparkling_cli.checkpoint.zerofile import OPTIMIZER, SharedStep, options_output, read_options
+from sparkling_cli.errors import CheckpointError
 
 ZERO = "zero/"
-OPTIMIZER = "zero/optimizer_state.pt"
-#: objects that DeepSpeed keeps beside plain data; they stay inert
-_OWN = frozenset(
-    {
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
-    }
-)
 _CONVERT = "python -m deepspeed.checkpoint.ds_to_universal --input_folder {source} --output_folder {target}"
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What the writer needs again: files by relative path, and which hold the ``step`` of which state."""
+    """What the writer needs again.
+
+    Attributes:
+        files: model states and parameters' files, by relative path.
+        models: which of them are model states.
+        steps: number of a state -> key of its own ``step``.
+        shared: the one step of ZeRO-3.
+    """
 
     files: Mapping[str, TorchFile]
     models: tuple[str, ...]
     steps: Mapping[int, str]
+    shared: SharedStep | None
 
 
 class UniversalCheckpoint:
@@ -94,9 +94,12 @@ class UniversalCheckpoint:
         states, steps = _read_states(files)
         weights = _read_weights(root, files[models[0]], states)
         partitioned = all(key.startswith(ZERO) for key in weights.values())
-        if partitioned:  # ZeRO-3: the fp32 files are the weights
+        groups, shared = read_options(root, present, partitioned=partitioned)
+        if shared is not None:  # ZeRO-3: the fp32 files are the weights
             states = tuple(
-                ParamState(s.param, {k: v for k, v in s.tensors.items() if k != "fp32"}, s.scalars)
+                ParamState(
+                    s.param, {k: v for k, v in s.tensors.items() if k != "fp32"}, {"step": shared.value}
+                )
                 for s in states
             )
         wanted = {*weights.values(), *(key for s in states for key in s.tensors.values())}
@@ -113,11 +116,11 @@ class UniversalCheckpoint:
             tensors=tensors,
             weights=weights,
             states=states,
-            param_groups=_read_groups(root, present),
-            carried=tuple(name for name in present if name not in files),
+            param_groups=groups,
+            carried=tuple(n for n in present if n not in files and not (shared and n == OPTIMIZER)),
             facts=facts,
             notes=('resume with "checkpoint": {"load_universal": true} in DeepSpeed\'s config',),
-            private=Parsed(files, models, steps),
+            private=Parsed(files, models, steps, shared),
         )
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
@@ -138,12 +141,16 @@ class UniversalCheckpoint:
         shapes = {name: declared[key].shape for name, key in checkpoint.weights.items() if key in declared}
         numbers = {state.param: index for index, state in enumerate(checkpoint.states)}
         values: dict[str, float] = {}
-        for full, value in request.scalars.items():
+        for full, value in request.scalars.items() if parsed.shared is None else ():
             values[parsed.steps[numbers[full.rpartition(".")[0]]]] = value
-        return tuple(
+        files = [
             _output(file, declared, values, _shape_edits(file, shapes) if name in parsed.models else {})
             for name, file in parsed.files.items()
-        )
+        ]
+        if parsed.shared is not None:  # which has one counter for all: they are dropped together
+            restart = next(iter(request.scalars.values()), None)
+            files.append(options_output(parsed.shared, restart))
+        return tuple(files)
 
 
 def _param_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -262,15 +269,3 @@ def _shape_edits(file: TorchFile, shapes: Mapping[str, tuple[int, ...]]) -> dict
             if name in shapes:
                 edits["param_shapes", index, name] = old.function(shapes[name])
     return edits
-
-
-def _read_groups(root: Path, present: tuple[str, ...]) -> tuple[Mapping[str, Any], ...]:
-    """The optimizer's options; the file itself is carried over, as nothing in it is read by size."""
-    if OPTIMIZER not in present:
-        return ()
-    try:
-        tree = read_torch_file(root / OPTIMIZER, OPTIMIZER, allow=_OWN).tree
-    except UnsafePickleError:
-        return ()
-    groups = tree.get("param_groups") if isinstance(tree, dict) else None
-    return tuple(plain(group) for group in groups) if isinstance(groups, list) else ()

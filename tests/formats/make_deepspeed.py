@@ -63,6 +63,11 @@ def train(engine: Any, config: GPTConfig, steps: int, first: int = 0) -> list[fl
     return losses
 
 
+def steps_of(engine: Any) -> set[float]:
+    """The step counters that the optimizer goes on from."""
+    return {float(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+
+
 def convert(folder: Path, tag: str) -> Path:
     """DeepSpeed's own conversion; gives the Universal Checkpoint's folder."""
     target = folder / f"{tag}_universal"

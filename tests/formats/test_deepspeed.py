@@ -59,7 +59,13 @@ def _universal(root: Path, *, partitioned: bool) -> GPT:
     }
     prefix = "zero_pp_rank_0_" if partitioned else ""
     torch.save(states, root / f"{prefix}mp_rank_00_model_states.pt")
-    torch.save({"param_groups": [{"lr": 1e-3}]}, root / "zero" / "optimizer_state.pt")
+    options: dict[str, Any] = {"param_groups": [{"lr": 1e-3}]}
+    if partitioned:  # the converter puts one rank's flat partitions in, and the only step counter there is
+        flat = torch.ones(sum(p.numel() for p in model.parameters()))
+        state = {"step": torch.tensor(3.0), "exp_avg": flat, "exp_avg_sq": flat.clone()}
+        options["optimizer_state_dict"] = {"state": {0: state}, "param_groups": [{"lr": 1e-3}]}
+        options["fp32_flat_groups"] = [flat.clone()]
+    torch.save(options, root / "zero" / "optimizer_state.pt")
     return model
 
 
@@ -91,6 +97,12 @@ def test_parameter_folders(tmp_path: Path, partitioned: bool) -> None:
         check_moments(old, {slot: load(target, name, slot) for slot in slots}, name)
         if not partitioned:
             assert torch.load(target / "zero" / name / "step.pt", weights_only=True) == 3
+    options = torch.load(target / "zero" / "optimizer_state.pt", weights_only=True)
+    assert options["param_groups"] == [{"lr": 1e-3}]
+    assert {state.scalars["step"] for state in source.states if state.tensors} == {3.0}
+    if partitioned:  # what is left of the flat partitions is what DeepSpeed reads
+        assert options["optimizer_state_dict"]["state"] == {0: {"step": torch.tensor(3.0)}}
+        assert "fp32_flat_groups" not in options
     (states,) = target.glob("*_model_states.pt")
     found = torch.load(states, weights_only=True)
     shapes = dict(found["param_shapes"][0])
@@ -99,6 +111,36 @@ def test_parameter_folders(tmp_path: Path, partitioned: bool) -> None:
         halves = {n: p.detach().bfloat16() for n, p in wide.state_dict().items()}
         for name, value in found["module"].items():
             torch.testing.assert_close(value, halves[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_dropped_state_restarts_the_counters(tmp_path: Path, partitioned: bool) -> None:
+    """``drop`` zeroes moments and every step counter, also the one that ZeRO-3 keeps for all parameters."""
+    root = tmp_path / "step3_universal"
+    _universal(root, partitioned=partitioned)
+    layout = _layout_file(tmp_path, head_dim=8)
+    target = widen(root, tmp_path / "wide", JOINT, layout=layout, optimizer="drop")
+    steps = list(target.glob("zero/*/step.pt"))
+    assert bool(steps) is not partitioned
+    assert all(torch.load(path, weights_only=True) == 0 for path in steps)
+    if partitioned:
+        options = torch.load(target / "zero" / "optimizer_state.pt", weights_only=True)
+        assert options["optimizer_state_dict"]["state"][0]["step"] == 0
+    for path in target.glob("zero/*/exp_avg*.pt"):
+        found = torch.load(path, weights_only=True)
+        assert not (found if partitioned else found["param"]).any()
+
+
+def test_three_without_a_step(tmp_path: Path) -> None:
+    """Under ZeRO-3 DeepSpeed resumes by one file's step: without it, nothing is written."""
+    root = tmp_path / "step3_universal"
+    _universal(root, partitioned=True)
+    torch.save({"param_groups": []}, root / "zero" / "optimizer_state.pt")
+    with pytest.raises(CheckpointError, match="with a step in it"):
+        open_checkpoint(root)
+    (root / "zero" / "optimizer_state.pt").unlink()
+    with pytest.raises(CheckpointError, match="not finished"):
+        open_checkpoint(root)
 
 
 def test_flat_partitions_are_refused(tmp_path: Path) -> None:
@@ -141,6 +183,13 @@ def test_resumes_where_it_was(tmp_path: Path, stage: int) -> None:
     path, _ = wide.load_checkpoint(str(tmp_path / "out"))
     assert path is not None
     assert wide.global_steps == 3
+    assert made.steps_of(wide) == {3.0}
     losses = made.train(wide, WIDE, 2, first=3)
     assert losses[0] == pytest.approx(expected[0], abs=0.02)
     assert losses[1] == pytest.approx(expected[1], abs=0.1)
+    dropped = widen(source, tmp_path / "dropped" / target.name, JOINT, layout=layout, optimizer="drop")
+    (tmp_path / "dropped" / "latest_universal").write_text(dropped.name)
+    fresh = made.engine_of(deepspeed, WIDE, stage, universal=True)
+    fresh.load_checkpoint(str(tmp_path / "dropped"))
+    assert made.steps_of(fresh) == {0.0}
+    assert made.train(fresh, WIDE, 1, first=3)[0] == pytest.approx(expected[0], abs=0.02)
