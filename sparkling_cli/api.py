@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparkling_cli.checkpoint.pause import collector_paused
 from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.spec.model import ExpansionSpec
 
@@ -82,6 +83,7 @@ def previous_manifest(source: Path) -> Manifest | None:
     return read_manifest(path) if path.is_file() else None
 
 
+@collector_paused()  # plans of many tensors are many objects
 def make_plan(
     source: Path | str,
     spec: ExpansionSpec,
@@ -111,6 +113,7 @@ def make_plan(
     return Prepared(plan, files, totals_of(plan, files), previous, spec, schedule)
 
 
+@collector_paused()
 def expand(
     source: Path | str,
     destination: Path | str | None = None,
@@ -208,6 +211,7 @@ def _check_opens(root: Path, plan: Plan) -> None:
         )
 
 
+@collector_paused()
 def verify(source: Path | str, destination: Path | str, *, progress: Progress | None = None) -> VerifyReport:
     """Prove an output from the two checkpoints and the manifest alone.
 

@@ -183,7 +183,7 @@ def make_manifest(
         others: the other files of the ``sparkling/`` folder.
     """
     views = _ViewTable()
-    tensors = {row.key: _tensor(row, views, written) for row in plan.rows}
+    tensors = _tensors(plan.rows, views, written)
     stages = [] if previous is None else [stage.model_dump(mode="json") for stage in previous.stages]
     stages.append(
         {
@@ -208,13 +208,19 @@ def make_manifest(
             "files": {name: _digest(written, name) for name in plan.source.carried if name in written.files},
         },
         "views": [_view(view) for view in views.views],
-        "tensors": tensors,
+    }
+    files = {
         "files": {
             **{name: _digest(written, name) for name in sorted(written.files)},
             **{name: {"bytes": len(b), "crc32": crc32(b)} for name, b in sorted(others.items())},
         },
     }
-    return (json.dumps(data, separators=(",", ":")) + "\n").encode()
+    text = f'{_text(data)[:-1]},"tensors":{tensors},{_text(files)[1:]}\n'
+    return text.encode()
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def births_after(growth: Mapping[str, Growth], before: Mapping[str, Births]) -> dict[str, Births]:
@@ -249,22 +255,35 @@ class _ViewTable:
         return self._by_id[id(view)]
 
 
-def _tensor(row: Row, views: _ViewTable, written: Written) -> dict[str, Any]:
+def _tensors(rows: tuple[Row, ...], views: _ViewTable, written: Written) -> str:
+    """All :class:`TensorEntry` as JSON text; what many have in common is put into words once."""
+    quoted = json.JSONEncoder().encode
+    common: dict[tuple[Any, ...], str] = {}
+    entries = []
+    for row in rows:
+        mark = (id(row.view), row.slot, row.dtype, row.shape, row.scale, row.offset, row.zero)
+        said = common.get(mark)
+        if said is None:
+            said = common[mark] = _text(_common(row, views))[1:-1]
+        stream = "" if row.stream == row.name else f',"stream":{quoted(row.stream)}'
+        crc = written.tensors[row.key]
+        entries.append(f'{quoted(row.key)}:{{"name":{quoted(row.name)},{said}{stream},"crc32":{crc}}}')
+    return "{" + ",".join(entries) + "}"
+
+
+def _common(row: Row, views: _ViewTable) -> dict[str, Any]:
+    """The entry of a row without its names and digest."""
     untouched = all(dim.identity for dim in row.view)
     entry: dict[str, Any] = {
-        "name": row.name,
         "slot": row.slot,
         "view": None if untouched else views.number(row.view),
         "dtype": row.dtype,
         "shape": list(row.shape),
-        "crc32": written.tensors[row.key],
     }
     if row.scale != 1.0 or row.offset != 0.0:
         entry |= {"scale": row.scale, "offset": row.offset}
     if row.zero:
         entry["zero"] = True
-    if row.stream != row.name:
-        entry["stream"] = row.stream
     return entry
 
 

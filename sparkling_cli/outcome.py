@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparkling_cli.checkpoint.pause import collector_running
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError
 from sparkling_cli.execute.commit import sidecar_root
 from sparkling_cli.manifest import MANIFEST, make_manifest, read_manifest
@@ -117,14 +118,15 @@ def _measure(
         )
     assert written.root is not None  # the output is complete, but not in place yet
     try:
-        found, _, _ = measure_change(
-            plan.source,
-            open_checkpoint(written.root),
-            data=data,
-            model=model,
-            memory=memory,
-            carried=carried_factors(plan.layout, plan.growth, treatment),
-        )
+        with collector_running():
+            found, _, _ = measure_change(
+                plan.source,
+                open_checkpoint(written.root),
+                data=data,
+                model=model,
+                memory=memory,
+                carried=carried_factors(plan.layout, plan.growth, treatment),
+            )
     except (LayoutError, MissingDependencyError) as error:
         if report == "full":
             raise

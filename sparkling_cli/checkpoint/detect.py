@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparkling_cli.checkpoint.torchfile.pause import collector_paused
+from sparkling_cli.checkpoint.pause import collector_paused
 from sparkling_cli.errors import CheckpointError
 
 if TYPE_CHECKING:

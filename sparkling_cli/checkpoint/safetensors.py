@@ -238,24 +238,41 @@ def lay_out_safetensors(
         if dtype not in _CODES:
             raise CheckpointError(f"{path}: {name or key!r} is {dtype}, which safetensors does not have")
     rows.sort(key=lambda row: (_RANK[row[2]], row[1]))
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    places = []
+    names = [row[1] for row in rows] + (["__metadata__"] if metadata is not None else [])
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{path}: two tensors are called {twice!r}")
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}
+    said = [] if metadata is None else ['"__metadata__":' + _text(dict(metadata))]
+    begins = []
     at = 0
-    for key, name, dtype, shape in rows:
-        if name in header:
-            raise CheckpointError(f"{path}: two tensors are called {name!r}")
-        size = prod(shape) * ITEM_BYTES[dtype]
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
-        places.append((key, at, shape))
+    for _, name, dtype, shape in rows:
+        kind = kinds.get((dtype, shape))
+        if kind is None:
+            fields = f'"dtype":"{_CODES[dtype]}","shape":{_text(shape)},"data_offsets":'
+            kind = kinds[dtype, shape] = fields, prod(shape) * ITEM_BYTES[dtype]
+        fields, size = kind
+        said.append(f"{_quoted(name)}:{{{fields}[{at},{at + size}]}}")
+        begins.append(at)
         at += size
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text = ("{" + ",".join(said) + "}").encode("utf-8")
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
+    places = [
+        (key, Extent(path, start + begin, (0,) * len(shape), shape))
+        for (key, _, _, shape), begin in zip(rows, begins, strict=True)
+    ]
     return OutputFile(
         path=path,
         size=start + at,
         literals=((0, len(text).to_bytes(8, "little") + text),),
-        tensors=tuple(
-            (key, Extent(path, start + begin, (0,) * len(shape), shape)) for key, begin, shape in places
-        ),
+        tensors=tuple(places),
     )
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+#: a name as JSON text, a third of the price of ``_text``
+_quoted = json.JSONEncoder(ensure_ascii=False).encode

@@ -13,6 +13,7 @@ from pathlib import Path
 from sparkling_cli.checkpoint.directory import inside, list_files, literal_file, read_json, rewritten_json
 from sparkling_cli.checkpoint.fsdpfile import check_alone, copy_output, read_copy, with_copies
 from sparkling_cli.checkpoint.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.checkpoint.pause import collector_paused
 from sparkling_cli.checkpoint.statedict import (
     OptimizerTree,
     is_optimizer,
@@ -21,7 +22,6 @@ from sparkling_cli.checkpoint.statedict import (
     scalar_changes,
 )
 from sparkling_cli.checkpoint.torchfile import TorchFile, lay_out, read_torch_file
-from sparkling_cli.checkpoint.torchfile.pause import collector_paused
 from sparkling_cli.checkpoint.trainer_facts import optimizer_class, run_facts
 from sparkling_cli.checkpoint.weightfiles import (
     CANDIDATES,

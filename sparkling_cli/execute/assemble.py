@@ -46,7 +46,7 @@ def allocate(path: Path, size: int) -> None:
         os.close(descriptor)
 
 
-def tensor_spans(jobs: Iterable[tuple[RowJob, list[Span]]], handles: Handles) -> dict[str, list[Span]]:
+def tensor_spans(jobs: Iterable[tuple[RowJob, tuple[Span, ...]]], handles: Handles) -> dict[str, list[Span]]:
     """CRCs of all tensor data, by output file and in bytes of the file.
 
     Args:
@@ -62,8 +62,12 @@ def tensor_spans(jobs: Iterable[tuple[RowJob, list[Span]]], handles: Handles) ->
             continue
         places = job.target.places
         if len(places) == 1:
-            base = places[0].offset
-            found.setdefault(places[0].path, []).extend(Span(base + s, n, crc) for s, n, crc in spans)
+            _, _, path, base = places[0]
+            into = found.get(path)
+            if into is None:
+                into = found[path] = []
+            for start, length, crc in spans:
+                into.append(Span(base + start, length, crc))
             continue
         starts = [place.start for place in places]
         for start, length, crc in spans:

@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
-from sparkling_cli.checkpoint.model import ITEM_BYTES, Extent, OutputFile
+from sparkling_cli.checkpoint.model import Extent, OutputFile
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.crc import Span
 from sparkling_cli.execute.kernel import PIECE, Kernel, compile_kernel
@@ -23,30 +23,29 @@ from sparkling_cli.plan.model import Plan, Row
 TASK = 1 << 25
 
 
-@dataclass(eq=False)  # not frozen: there are tens of thousands, and freezing makes each four times as dear
 class RowJob:
-    """One row with its kernel and places; ``kernel`` is None if the whole tensor becomes zero."""
+    """One row with its kernel and places: one of tens of thousands, hence no dataclass.
 
-    row: Row
-    kernel: Kernel | None
-    source: Placement
-    target: Placement
+    Attributes:
+        row: the row.
+        kernel: None if the whole tensor becomes zero.
+        source: where its source's bytes are.
+        target: where its bytes shall be.
+        item: bytes per entry.
+        nbytes: bytes of the target.
+        simple: small enough for one piece, and in one place on both sides.
+    """
 
-    @property
-    def item(self) -> int:
-        """Bytes per entry."""
-        return ITEM_BYTES[self.row.dtype]
+    __slots__ = ("item", "kernel", "nbytes", "row", "simple", "source", "target")
 
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the target."""
-        return prod(self.row.shape) * self.item
-
-    @property
-    def simple(self) -> bool:
-        """Small enough for one piece, and in one place on both sides."""
-        kernel = self.kernel
-        return (
+    def __init__(self, row: Row, kernel: Kernel | None, extents: tuple[Extent, ...]) -> None:
+        stored = row.source
+        self.row, self.kernel = row, kernel
+        self.source = Placement(row.dtype, stored.shape, stored.extents, row.key)
+        self.target = Placement(row.dtype, row.shape, extents, row.key)
+        self.item = self.target.item
+        self.nbytes = prod(row.shape) * self.item
+        self.simple = (
             kernel is not None
             and kernel.split < 0
             and kernel.pieces == 1
@@ -124,29 +123,26 @@ def make_job(plan: Plan, files: tuple[OutputFile, ...]) -> Job:
     Raises:
         CheckpointError: extents do not tile a tensor, or an output tensor has no row.
     """
-    where: dict[str, list[Extent]] = {}
+    where: dict[str, tuple[Extent, ...]] = {}
     for file in files:
         for key, extent in file.tensors:
             if extent.path != file.path:
-                extent = Extent(file.path, extent.offset, extent.start, extent.shape, extent.strides)
-            where.setdefault(key, []).append(extent)
+                extent = extent._replace(path=file.path)
+            where[key] = (*where[key], extent) if key in where else (extent,)
     kernels: dict[tuple[int, str, float, float], Kernel] = {}
-    rows = tuple(_row_job(row, tuple(where.get(row.key, ())), kernels) for row in plan.rows)
-    unknown = where.keys() - {row.key for row in plan.rows}
+    rows = tuple([RowJob(row, _kernel(row, kernels), where.pop(row.key, ())) for row in plan.rows])
+    unknown = where.keys()
     if unknown:
         raise CheckpointError(f"the output has tensors that the plan does not make: {sorted(unknown)[:5]}")
     return Job(plan, files, rows)
 
 
-def _row_job(
-    row: Row, extents: tuple[Extent, ...], kernels: dict[tuple[int, str, float, float], Kernel]
-) -> RowJob:
-    kernel = None
-    if not row.zero:
-        # rows share views, and to hash one costs more than all the rest
-        mark = (id(row.view), row.dtype, row.scale, row.offset)
-        kernel = kernels.get(mark)
-        if kernel is None:
-            kernel = kernels[mark] = compile_kernel(row.view, row.dtype, row.scale, row.offset, PIECE)
-    source = Placement(row.dtype, row.source.shape, row.source.extents, row.key)
-    return RowJob(row, kernel, source, Placement(row.dtype, row.shape, extents, row.key))
+def _kernel(row: Row, kernels: dict[tuple[int, str, float, float], Kernel]) -> Kernel | None:
+    if row.zero:
+        return None
+    # rows share views, and to hash one costs more than all the rest
+    mark = (id(row.view), row.dtype, row.scale, row.offset)
+    kernel = kernels.get(mark)
+    if kernel is None:
+        kernel = kernels[mark] = compile_kernel(row.view, row.dtype, row.scale, row.offset, PIECE)
+    return kernel

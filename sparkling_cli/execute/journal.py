@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from sparkling_cli import __version__
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.crc import Span, crc32
 from sparkling_cli.execute.job import Job, PartResult
-from sparkling_cli.layout.geometry import View
 from sparkling_cli.plan.model import Plan
 
 
@@ -65,21 +66,24 @@ def fingerprint(job: Job) -> str:
         digest.update(repr(items).encode())
 
     note(__version__, str(plan.source.root.resolve()), sorted(plan.spec.items(), key=str), plan.seed)
-    views: dict[int, View] = {}
-    numbers: dict[int, int] = {}
+    recipes: dict[tuple[Any, ...], int] = {}  # what many rows have in common; views are told by identity
+    lines = []
     for row in plan.rows:
-        number = numbers.setdefault(id(row.view), len(numbers))
-        views[number] = row.view
-        line = f"{row.key}\0{row.dtype}\0{number}\0{row.scale}\0{row.offset}\0{row.zero}\0{row.stream}\n"
-        digest.update(line.encode())
-    note(views)
+        mark = (row.dtype, row.shape, row.scale, row.offset, row.zero, id(row.view))
+        number = recipes.get(mark)
+        if number is None:
+            number = recipes[mark] = len(recipes)
+            note(number, mark[:-1], row.view)
+        lines.append(f"{row.key}\0{row.stream}\0{number}\n")
+    digest.update("".join(lines).encode(errors="surrogatepass"))
     paths = source_paths(plan)
     for path, state in source_state(plan.source.root, paths).items():
         note(path, state)
     for file in job.files:
         note(file.path, file.size, file.last, [offset for offset, _ in file.literals])
         digest.update(b"".join(content for _, content in file.literals))
-        note([(key, extent.offset) for key, extent in file.tensors])
+        digest.update("\0".join([key for key, _ in file.tensors]).encode(errors="surrogatepass"))
+        digest.update(array("q", [extent.offset for _, extent in file.tensors]))
     return digest.hexdigest()
 
 

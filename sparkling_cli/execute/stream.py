@@ -20,6 +20,7 @@ from sparkling_cli.execute import assemble, signals
 from sparkling_cli.execute.assemble import FileDigest, digests_text
 from sparkling_cli.execute.commit import Staging, sync
 from sparkling_cli.execute.crc import Span, crc32, whole
+from sparkling_cli.execute.flush import Flusher
 from sparkling_cli.execute.job import Job, PartResult, make_job
 from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_paths, source_state
 from sparkling_cli.execute.places import Handles
@@ -165,11 +166,9 @@ def _carry_out(
     job, team = run.job, run.team
     paths = source_paths(job.plan)
     before = source_state(job.plan.source.root, paths)
-    pool = Pool(job, run.staging.data, run.threads, run.progress, team)
-    with closing(Journal(run.staging.journal(team.rank))) as journal:
-        results = pool.run(run.resumed, journal)
+    filled = [_under(run.staging.data, file.path) for file in job.files if file.tensors and not team.rank]
 
-    def finish() -> Written:
+    def finish(results: list[PartResult], flusher: Flusher) -> Written:
         if source_state(job.plan.source.root, paths) != before:
             raise CheckpointError(
                 f"the source {job.plan.source.root} was changed while it was read",
@@ -178,34 +177,40 @@ def _carry_out(
         _refuse_nonfinite(job, results)
         written = _finish(run, results)
         _add_sidecars(run, sidecar(written))
-        _sync_all(run)
         if check is not None:
             check(run.staging.data)
+        flusher.result()
+        _sync_all(run)
         run.staging.commit()
         return written
 
-    return team.lead(finish)
+    with Flusher(filled) as flusher, closing(Journal(run.staging.journal(team.rank))) as journal:
+
+        def wrote(size: int) -> None:
+            flusher.wrote(size)
+            run.progress(size)
+
+        results = Pool(job, run.staging.data, run.threads, wrote, team).run(run.resumed, journal)
+        flusher.finish()
+        return team.lead(lambda: finish(results, flusher))
 
 
 def _finish(run: _Run, results: list[PartResult]) -> Written:
     """Seal every file and copy what is carried over."""
     job = run.job
-    sources: dict[int, list[Span]] = {}
-    targets: dict[int, list[Span]] = {}
-    for result in results:
-        sources.setdefault(result.row, []).extend(result.source)
-        targets.setdefault(result.row, []).extend(result.target)
+    sources: list[tuple[Span, ...]] = [()] * len(job.rows)
+    targets: list[tuple[Span, ...]] = [()] * len(job.rows)
+    for row, source, target, _ in results:
+        sources[row] += source
+        targets[row] += target
     tensor_crcs, source_crcs = {}, {}
-    for index, row in enumerate(job.rows):
-        tensor_crcs[row.row.key] = whole(targets.get(index, ()), 0, row.nbytes)
-        if row.kernel is not None:
-            size = row.kernel.source_entries * row.item
-            source_crcs[row.row.key] = whole(sources.get(index, ()), 0, size)
+    for one, source, target in zip(job.rows, sources, targets, strict=True):
+        tensor_crcs[one.row.key] = whole(target, 0, one.nbytes)
+        if one.kernel is not None:
+            source_crcs[one.row.key] = whole(source, 0, one.kernel.source_entries * one.item)
     handles = Handles(run.staging.data, writing=True)
     try:
-        spans = assemble.tensor_spans(
-            ((row, targets.get(index, [])) for index, row in enumerate(job.rows)), handles
-        )
+        spans = assemble.tensor_spans(zip(job.rows, targets, strict=True), handles)
         digests = {
             file.path: assemble.seal(file, spans.get(file.path, []), handles)
             for file in sorted(job.files, key=lambda file: file.last)
@@ -213,8 +218,7 @@ def _finish(run: _Run, results: list[PartResult]) -> Written:
     finally:
         handles.close()
     for path in job.plan.source.carried:
-        source = job.plan.source.root / path
-        digests[path] = assemble.copy_carried(source, run.staging.data / path)
+        digests[path] = assemble.copy_carried(job.plan.source.root / path, run.staging.data / path)
         run.progress(digests[path].size)
     return Written(tensor_crcs, source_crcs, dict(sorted(digests.items())), run.staging.data)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparkling_cli.checkpoint.model import FLOATING, Checkpoint
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.layout.names import skeleton
+from sparkling_cli.layout.names import skeletons
 
 #: Names of a language model's layer count; every layer has at least one tensor.
 _LAYERS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"})
@@ -75,17 +75,19 @@ def check_tensors(checkpoint: Checkpoint, parameters: list[tuple[str, tuple[int,
 
 def _check_layers(checkpoint: Checkpoint, model: set[str], stored: set[str]) -> None:
     """A kind of tensor that both have is there for the same layers."""
-    kinds = {skeleton(name) for name in model} & {skeleton(name) for name in stored}
+    wanted = dict(zip(model, skeletons(list(model)), strict=True))
+    found = dict(zip(stored, skeletons(list(stored)), strict=True))
+    kinds = set(wanted.values()) & set(found.values())
     where = f"{checkpoint.root.name}: {checkpoint.config_file} and the tensors disagree"
-    for name in sorted(model - stored):
-        if skeleton(name) in kinds:
-            raise CheckpointError(
-                f"{where}: the config's model has {name!r}, the checkpoint has only others of its kind",
-                hint="a shard may be missing, or the config belongs to another model",
-            )
-    for name in sorted(stored - model):
-        if skeleton(name) in kinds:
-            raise CheckpointError(
-                f"{where}: the checkpoint has {name!r}, the config's model has only others of its kind",
-                hint="the config belongs to another model, or was damaged: restore it from a copy",
-            )
+    lacking = sorted(name for name in model - stored if wanted[name] in kinds)
+    if lacking:
+        raise CheckpointError(
+            f"{where}: the config's model has {lacking[0]!r}, the checkpoint has only others of its kind",
+            hint="a shard may be missing, or the config belongs to another model",
+        )
+    extra = sorted(name for name in stored - model if found[name] in kinds)
+    if extra:
+        raise CheckpointError(
+            f"{where}: the checkpoint has {extra[0]!r}, the config's model has only others of its kind",
+            hint="the config belongs to another model, or was damaged: restore it from a copy",
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparkling_cli.checkpoint.pause import collector_running
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.inference import cache
 from sparkling_cli.layout.file import from_dict, to_dict
@@ -54,6 +55,7 @@ def infer(
     return layout
 
 
+@collector_running()
 def _inferred(config: Mapping[str, Any], model: str | None, model_factory: Any) -> ModelLayout:
     import torch
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.checkpoint.model import Checkpoint
+from sparkling_cli.checkpoint.pause import collector_running
 from sparkling_cli.errors import CheckpointError, LayoutError
 from sparkling_cli.inference import cache
 from sparkling_cli.layout.model import ModelLayout
@@ -115,6 +116,7 @@ def model_parameters(config: Mapping[str, Any], model: str | None) -> Parameters
     return [(name, tuple(shape)) for name, shape in found["parameters"]], set(found["decayed"])
 
 
+@collector_running()
 def _ask_model(config: Mapping[str, Any], model: str | None) -> dict[str, Any]:
     from sparkling_cli.inference.skeleton import build_model, load_factory, model_errors
 

@@ -115,17 +115,26 @@ class PatternTable:
             hint="print the layout with `sparkling layout CKPT`, add the tensor, pass it by --layout",
         )
 
+    def look_up(self, names: Sequence[str]) -> list[TensorPattern | None]:
+        """The patterns that stand for ``names``, in their order; None where not exactly one does."""
+        only = self._only
+        found: list[TensorPattern | None] = []
+        for name, key in zip(names, skeletons(names), strict=True):
+            pattern = only.get(key)
+            if (pattern is None and key in self._by_key) or "*" in name:
+                all_of_them = self._standing_for(name)
+                pattern = all_of_them[0] if len(all_of_them) == 1 else None
+            found.append(pattern)
+        return found
+
     def find_all(self, names: Sequence[str]) -> list[TensorPattern]:
         """The patterns that stand for ``names``, in their order.
 
         Raises:
             LayoutError: see :meth:`find`.
         """
-        only = self._only
-        return [
-            only[key] if key in only and "*" not in name else self.find(name)
-            for name, key in zip(names, skeletons(names), strict=True)
-        ]
+        found = self.look_up(names)
+        return [pattern or self.find(name) for name, pattern in zip(names, found, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -125,24 +125,17 @@ def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:
 
 def _tensors(plan: Plan) -> Sequence[TensorChange]:
     """One entry per pattern of which any axis grew."""
+    grown = [row for row in plan.rows if not row.slot and row.shape != row.source.shape]
+    names = [plan.layout.canonical(row.name) for row in grown]
     groups: dict[str, list[Row]] = {}
     layouts: dict[str, str] = {}
-    for row in plan.rows:
-        if row.slot or row.shape == row.source.shape:
-            continue
-        pattern = _pattern(plan, row)
-        groups.setdefault(pattern[0], []).append(row)
-        layouts[pattern[0]] = pattern[1]
+    tables = (plan.layout.module_table, plan.layout.disk_table)
+    for row, *found in zip(grown, *(table.look_up(names) for table in tables), strict=True):
+        pattern = found[0] or found[1]
+        assert pattern is not None, f"row {row.name!r} was planned without a pattern"
+        groups.setdefault(pattern.name, []).append(row)
+        layouts[pattern.name] = pattern.layout
     return [_tensor(name, layouts[name], rows, plan) for name, rows in groups.items()]
-
-
-def _pattern(plan: Plan, row: Row) -> tuple[str, str]:
-    name = plan.layout.canonical(row.name)
-    for table in (plan.layout.module_table, plan.layout.disk_table):
-        if table.has(name):
-            pattern = table.find(name)
-            return pattern.name, pattern.layout
-    raise AssertionError(f"row {row.name!r} was planned without a pattern")
 
 
 def _tensor(name: str, layout: str, rows: list[Row], plan: Plan) -> TensorChange:

@@ -244,7 +244,7 @@ def test_failing_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: i
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 
-@pytest.mark.parametrize("function", ["fsync", "posix_fallocate", "copy_file_range", "preadv"])
+@pytest.mark.parametrize("function", ["fsync", "fdatasync", "posix_fallocate", "copy_file_range", "preadv"])
 def test_failing_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     """Errors of the calls around the writes; copy_file_range has a slower way to fall back on."""
     plan, files = laid(tmp_path)

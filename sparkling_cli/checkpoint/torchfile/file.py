@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sparkling_cli.checkpoint.model import ITEM_BYTES, Extent, StoredTensor
+from sparkling_cli.checkpoint.pause import collector_paused
 from sparkling_cli.checkpoint.torchfile.archive import Archive, Record, Window, open_window, read_archive
 from sparkling_cli.checkpoint.torchfile.objects import Call, Ordered, Storage, TensorNode
 from sparkling_cli.checkpoint.torchfile.opcodes import check_opcodes
-from sparkling_cli.checkpoint.torchfile.pause import collector_paused
 from sparkling_cli.checkpoint.torchfile.unpickle import read_tree
 from sparkling_cli.errors import CheckpointError
 

@@ -9,10 +9,10 @@ from math import prod
 from typing import Any
 
 from sparkling_cli.checkpoint.model import ITEM_BYTES, OutputFile
+from sparkling_cli.checkpoint.pause import collector_paused
 from sparkling_cli.checkpoint.torchfile.archive import open_window
 from sparkling_cli.checkpoint.torchfile.file import TorchFile, TreePath, children, contiguous_strides
 from sparkling_cli.checkpoint.torchfile.objects import Call, Ordered, TensorNode
-from sparkling_cli.checkpoint.torchfile.pause import collector_paused
 from sparkling_cli.checkpoint.torchfile.repickle import Placement, write_tree
 from sparkling_cli.checkpoint.torchfile.writer import Part, Slot, lay_out_archive
 from sparkling_cli.errors import CheckpointError

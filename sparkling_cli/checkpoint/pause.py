@@ -17,3 +17,15 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@contextmanager
+def collector_running() -> Iterator[None]:
+    """Garbage collection inside a pause: for code that builds models, whose cycles hold tensors."""
+    was_on = gc.isenabled()
+    gc.enable()
+    try:
+        yield
+    finally:
+        if not was_on:
+            gc.disable()

@@ -1,0 +1,43 @@
+"""Files are brought to the disk while they are written."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from sparkling_cli.execute import flush
+from sparkling_cli.execute.flush import Flusher
+
+
+def test_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round every so many bytes, a last one at the end, each over all files."""
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.write_bytes(b"x")
+    synced: list[str] = []
+    first = threading.Event()
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        if len(synced) == 2:
+            first.set()
+
+    monkeypatch.setattr(os, "fdatasync", noted)
+    with Flusher(paths) as flusher:
+        flusher.wrote(flush._STEP - 1)
+        assert not first.wait(0.05)
+        flusher.wrote(1)
+        assert first.wait(10)
+        flusher.result()
+        assert synced == ["a", "b"] * 2
+
+
+def test_a_file_that_is_gone_is_reported(tmp_path: Path) -> None:
+    """An error of the thread is not lost, and ends it; leaving without asking waits for nothing."""
+    with Flusher([tmp_path / "gone"]) as flusher, pytest.raises(OSError, match="gone"):
+        flusher.result()
+    with Flusher([tmp_path / "gone"]):
+        pass
