@@ -21,7 +21,7 @@ def test_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = threading.Event()
 
     def noted(descriptor: int) -> None:
-        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         if len(synced) == 2:
             first.set()
 
