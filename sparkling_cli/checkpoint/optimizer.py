@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparkling_cli.checkpoint.model import Checkpoint, ParamState
-from sparkling_cli.checkpoint.states import fits
+from sparkling_cli.checkpoint.states import MOMENTS, fits
 from sparkling_cli.errors import CheckpointError
 
 #: (name, shape) of a parameter.
@@ -22,13 +22,19 @@ Parameter = tuple[str, tuple[int, ...]]
 Grouping = tuple[tuple[str, ...], ...]
 
 
-def name_parameters(checkpoint: Checkpoint, parameters: Sequence[Parameter], decay: Set[str]) -> Checkpoint:
+def name_parameters(
+    checkpoint: Checkpoint,
+    parameters: Sequence[Parameter],
+    decay: Set[str],
+    vocabulary: Set[str] = frozenset(),
+) -> Checkpoint:
     """The checkpoint with its optimizer state under parameter names.
 
     Args:
         checkpoint: its states may be numbered; if none is, it is returned as it is.
         parameters: name and shape, in ``named_parameters()`` order, tied ones once.
         decay: names that the trainer puts into its first group.
+        vocabulary: embeddings and output head, which users of Muon leave to AdamW; empty if not known.
 
     Raises:
         CheckpointError: group sizes or shapes fit no known grouping, or fit several in different ways.
@@ -38,7 +44,7 @@ def name_parameters(checkpoint: Checkpoint, parameters: Sequence[Parameter], dec
     problem = _Problem.of(checkpoint, parameters)
     named = _given_names(checkpoint, problem)
     if named is None:
-        named = _resolve(problem, [name for name, _ in parameters], decay)
+        named = _resolve(problem, [name for name, _ in parameters], decay, vocabulary)
     states = tuple(replace(state, param=named[state.param]) for state in checkpoint.states)
     groups = tuple(
         {**group, "params": [named[str(number)] for number in group.get("params", ())]}
@@ -117,15 +123,19 @@ def _given_names(checkpoint: Checkpoint, problem: _Problem) -> dict[str, str] | 
     return named
 
 
-def _resolve(problem: _Problem, names: Sequence[str], decay: Set[str]) -> dict[str, str]:
+def _resolve(
+    problem: _Problem, names: Sequence[str], decay: Set[str], vocabulary: Set[str]
+) -> dict[str, str]:
     """The trainer's own grouping if it fits; else the one other grouping that does, proved harder.
 
     Another grouping than the trainer's is a guess at what the user did. It is taken only if nothing is
     frozen, and if no two parameters of one shape are in different groups, so that they could be swapped.
+    Groups of any other kind and number are told apart by shapes alone.
     """
     tried: list[str] = []
     found: dict[tuple[tuple[str, str], ...], str] = {}
-    for place, (label, grouping) in enumerate(_groupings(len(problem.groups), names, decay, problem.shapes)):
+    groupings = _groupings(len(problem.groups), names, decay, vocabulary, problem.shapes)
+    for place, (label, grouping) in enumerate(groupings):
         outcome: dict[str, str] | str
         try:
             outcome = _assign(problem, grouping) if place == 0 else _assign_whole(problem, grouping)
@@ -139,6 +149,11 @@ def _resolve(problem: _Problem, names: Sequence[str], decay: Set[str]) -> dict[s
             return outcome
         else:
             found.setdefault(tuple(sorted(outcome.items())), label)
+    if not groupings:
+        alone = _by_shapes(problem, names)
+        if not isinstance(alone, str):
+            return alone
+        tried.append(f"groupings are known for one or two groups; by shapes alone: {alone}")
     if len(found) == 1:
         return dict(next(iter(found)))
     tried += [f"{label}: fits, and so does another" for label in found.values()]
@@ -146,7 +161,7 @@ def _resolve(problem: _Problem, names: Sequence[str], decay: Set[str]) -> dict[s
     raise CheckpointError(
         f"{problem.where}: the optimizer's parameters cannot be told apart beyond doubt. Its groups have "
         f"{sizes} parameters, the model has {len(names)}, {len(decay)} of them decayed.\n  "
-        + "\n  ".join(tried or ["groupings are known for one or two groups"]),
+        + "\n  ".join(tried),
         hint="was it another model or another grouping? Save the optimizer with names (param_names), or "
         "expand a copy of the directory without the optimizer's file",
     )
@@ -157,7 +172,11 @@ class _InDoubtError(Exception):
 
 
 def _groupings(
-    count: int, names: Sequence[str], decay: Set[str], shapes: Mapping[str, tuple[int, ...]]
+    count: int,
+    names: Sequence[str],
+    decay: Set[str],
+    vocabulary: Set[str],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> list[tuple[str, Grouping]]:
     """The groupings in use for that many groups, the trainer's own first."""
     if count == 1:
@@ -170,21 +189,51 @@ def _groupings(
 
     if count == 2:
         matrices = [len(shapes[name]) >= 2 for name in names]
-        hidden = [m and not _is_vocabulary(name) for m, name in zip(matrices, names, strict=True)]
-        return [
+        known = [
             split([name in decay for name in names], "decayed parameters, then the others (the Trainer's)"),
             split([name not in decay for name in names], "undecayed parameters, then the others"),
             split(matrices, "matrices, then vectors"),
             split([not m for m in matrices], "vectors, then matrices"),
-            split(hidden, "matrices but embeddings and head, then the others (Muon's)"),
-            split([not h for h in hidden], "embeddings, head and vectors, then the other matrices"),
         ]
+        if vocabulary:
+            hidden = [m and name not in vocabulary for m, name in zip(matrices, names, strict=True)]
+            known += [
+                split(hidden, "matrices but embeddings and head, then the others (Muon's)"),
+                split([not h for h in hidden], "embeddings, head and vectors, then the other matrices"),
+            ]
+        return known
     return []
 
 
-def _is_vocabulary(name: str) -> bool:
-    """Embeddings and output heads, which Muon users leave to AdamW, by the words that all models use."""
-    return any(word in name for word in ("embed", "lm_head", "wte", "wpe", "output.weight"))
+def _by_shapes(problem: _Problem, names: Sequence[str]) -> dict[str, str] | str:
+    """Groups of any kind, each in the model's order: all parameters of one shape are in one group.
+
+    Which group a parameter is in then follows from its shape, and its number from the order of those that
+    have the same shape. Nothing may be frozen that has the shape of something that is not.
+    """
+    numbers: dict[tuple[int, ...], list[str]] = {}
+    home: dict[tuple[int, ...], int] = {}
+    for index, group in enumerate(problem.groups):
+        for number in group:
+            found = [f for s, f in problem.states.get(number, {}).items() if s in MOMENTS]
+            if not found:
+                return f"parameter {number} has no state of its own shape"
+            if home.setdefault(found[0], index) != index:
+                twins = ", ".join(repr(n) for n in names if problem.shapes[n] == found[0])
+                return f"groups {home[found[0]]} and {index} both have the shape {found[0]} of {twins}"
+            numbers.setdefault(found[0], []).append(number)
+    named: dict[str, str] = {}
+    for shape, same in numbers.items():
+        alike = [name for name in names if problem.shapes[name] == shape]
+        if len(alike) != len(same):
+            return f"{len(same)} parameters have the shape {shape}, in the model {len(alike)}"
+        named.update(zip(same, alike, strict=True))
+    places = {name: place for place, name in enumerate(names)}
+    for index, group in enumerate(problem.groups):
+        if sorted(group, key=lambda number: places[named[number]]) != list(group):
+            return f"group {index} is not in the model's order"
+    wrong = next((n for n, name in named.items() if not problem.fits(n, name)), None)
+    return named if wrong is None else _mismatch(problem, wrong, named[wrong])
 
 
 def _assign(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:

@@ -16,6 +16,7 @@ from sparkling_cli.checkpoint.statedict import (
     at,
     is_optimizer,
     is_state_dict,
+    joined,
     optimizer_in,
     remaining_values,
     scalar_changes,
@@ -29,10 +30,10 @@ from sparkling_cli.checkpoint.torchfile import (
     plain,
     read_torch_file,
 )
+from sparkling_cli.checkpoint.trainer_facts import optimizer_class
 from sparkling_cli.errors import CheckpointError
 
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "weights")
-OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_states", "optim", "opt")
 CONFIG_KEYS = ("model_args", "hyper_parameters", "model_config", "config", "hparams", "args")
 STEP_KEYS = ("iter_num", "global_step", "step", "iteration", "step_count", "iter", "steps")
 
@@ -46,7 +47,7 @@ class Sections:
 
     kind: str
     model: TreePath
-    optimizer: TreePath | None
+    optimizers: tuple[TreePath, ...]
     config: TreePath | None
 
 
@@ -103,7 +104,7 @@ def find_sections(file: TorchFile) -> Sections:
         )
     models = [key for key in MODEL_KEYS if is_state_dict(tree.get(key))]
     if not models and is_state_dict(tree) and all(isinstance(v, TensorNode) for v in tree.values()):
-        return Sections("state-dict", (), None, None)
+        return Sections("state-dict", (), (), None)
     if not models:
         raise CheckpointError(
             f"{file.path.name} has no state dict under {', '.join(MODEL_KEYS)}; it has: {_listing(tree)}",
@@ -116,27 +117,17 @@ def find_sections(file: TorchFile) -> Sections:
         kind = "nanogpt"
     elif "pytorch-lightning_version" in tree:
         kind = "lightning"
-    return Sections(kind, (models[0],), _optimizer_path(file), _config_path(tree))
+    return Sections(kind, (models[0],), _optimizer_paths(tree), _config_path(tree))
 
 
-def _optimizer_path(file: TorchFile) -> TreePath | None:
-    found: list[TreePath] = []
-    for key in OPTIMIZER_KEYS:
-        value = file.tree.get(key)
-        if is_optimizer(value):
-            found.append((key,))
-        elif isinstance(value, list):
-            found += [(key, i) for i, each in enumerate(value) if is_optimizer(each)]
-        elif isinstance(value, dict) and value:
-            found += [(key, name) for name, each in value.items() if is_optimizer(each)]
-    if len(found) > 1:
-        where = ", ".join(".".join(map(str, path)) for path in found)
-        raise CheckpointError(
-            f"{file.path.name} has {len(found)} optimizers ({where}); which parameters each of them numbers "
-            "does not stand in it",
-            hint="save it with names: torch.distributed.checkpoint.state_dict.get_state_dict",
-        )
-    return found[0] if found else None
+def _optimizer_paths(tree: Any, path: TreePath = ()) -> tuple[TreePath, ...]:
+    """Every optimizer's state dict, under whatever key: one that is overlooked would stay narrow."""
+    if is_optimizer(tree):
+        return (path,)
+    if not isinstance(tree, (dict, list, tuple)) or len(path) > 3:
+        return ()
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return tuple(found for key, item in items for found in _optimizer_paths(item, (*path, key)))
 
 
 def _config_path(tree: Mapping[str, Any]) -> TreePath | None:
@@ -174,12 +165,13 @@ def read_sections(
     weights = weights_in(file, sections.model)
     if sections.kind == "lightning":
         weights = without_attribute(weights)
-    optimizer = OptimizerTree() if sections.optimizer is None else optimizer_in(file, sections.optimizer)
+    trees = [optimizer_in(file, path) for path in sections.optimizers]
+    optimizer = joined(trees, file.path.name) if trees else OptimizerTree()
     if config is None and sections.config is not None:
         config = plain(at(file.tree, sections.config))
         config_file = f"{file.path.name}: {'.'.join(map(str, sections.config))}"
     notes = []
-    if sections.optimizer is None:
+    if not trees:
         notes.append("there is no optimizer state in this file: weights only")
     elif not optimizer.states:
         notes.append("the optimizer has not made a step yet: there is no state to widen")
@@ -275,9 +267,8 @@ def facts_of(tree: Any, sections: Sections, optimizer: OptimizerTree) -> dict[st
             break
     if "global_step" not in facts and optimizer.states and "step" in optimizer.states[0].scalars:
         facts["global_step"] = int(optimizer.states[0].scalars["step"])
-    names = {name for state in optimizer.states for name in state.tensors}
-    if {"exp_avg", "exp_avg_sq"} <= names:
-        facts["optimizer_class"] = "AdamW"
+    if optimizer.states:
+        facts["optimizer_class"] = optimizer_class(optimizer.states, optimizer.groups, {})
     if optimizer.groups:
         facts["learning_rate"] = optimizer.groups[0].get("lr")
     config = tree.get("config") if sections.kind == "nanogpt" else None

@@ -6,8 +6,8 @@ Shared by every format that keeps ``{"model": ..., "optimizer": ...}`` in one fi
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -28,14 +28,12 @@ class OptimizerTree:
 
     Attributes:
         states: one per parameter, in the file's order.
-        homes: path of every state's dictionary, in the same order.
         groups: param groups as plain data.
         scalar_keys: ``(number in states, name)`` -> key of a one-entry tensor.
         scalar_paths: the same -> path of a plain number.
     """
 
     states: tuple[ParamState, ...] = ()
-    homes: tuple[TreePath, ...] = ()
     groups: tuple[Mapping[str, Any], ...] = ()
     scalar_keys: Mapping[tuple[int, str], str] = field(default_factory=dict)
     scalar_paths: Mapping[tuple[int, str], TreePath] = field(default_factory=dict)
@@ -108,7 +106,7 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
     holders = optimizer["state"]
     named = bool(holders) and all(isinstance(i, str) and not i.isdigit() for i in holders)
     names = bare_names(holders) if named else {i: str(i) for i in holders}
-    states, homes = [], []
+    states = []
     scalar_keys: dict[tuple[int, str], str] = {}
     scalar_paths: dict[tuple[int, str], TreePath] = {}
     for index, (ident, state) in enumerate(holders.items()):
@@ -136,7 +134,6 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
                     hint="save the weights alone and restart the optimizer",
                 )
         states.append(ParamState(names[ident], tensors, scalars))
-        homes.append(home)
     values = numbers_of(file, scalar_keys.values())
     for (index, name), key in scalar_keys.items():
         state = states[index]
@@ -147,7 +144,49 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
             f"{file.path.name}: the optimizer's param_groups must be a list of dictionaries, "
             f"found {groups!r:.80}"
         )
-    return OptimizerTree(tuple(states), tuple(homes), tuple(groups), scalar_keys, scalar_paths)
+    return OptimizerTree(tuple(states), tuple(groups), scalar_keys, scalar_paths)
+
+
+def joined(trees: Sequence[OptimizerTree], where: str) -> OptimizerTree:
+    """Several optimizers of one model as one: each one's numbers follow those of the one before.
+
+    Args:
+        trees: in the file's order.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: some know parameters by number and some by name, or two have the same parameter.
+    """
+    if len(trees) == 1:
+        return trees[0]
+    known = [state.param.isdigit() for tree in trees for state in tree.states]
+    if any(known) and not all(known):
+        raise CheckpointError(f"{where}: one optimizer knows its parameters by number, another by name")
+    states: list[ParamState] = []
+    groups: list[Mapping[str, Any]] = []
+    scalar_keys: dict[tuple[int, str], str] = {}
+    scalar_paths: dict[tuple[int, str], TreePath] = {}
+    base = 0
+    for tree in trees:
+        shift = base if all(known) else None
+        scalar_keys.update({(len(states) + i, name): key for (i, name), key in tree.scalar_keys.items()})
+        scalar_paths.update({(len(states) + i, name): path for (i, name), path in tree.scalar_paths.items()})
+        states += [replace(state, param=_shifted(state.param, shift)) for state in tree.states]
+        for group in tree.groups:
+            params = group.get("params", ())
+            if isinstance(params, (list, tuple)):
+                group = {**group, "params": [_shifted(str(param), shift) for param in params]}
+                base += len(params)
+            groups.append(group)
+    names = [state.param for state in states]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{where}: two optimizers have state of parameter {twice!r}")
+    return OptimizerTree(tuple(states), tuple(groups), scalar_keys, scalar_paths)
+
+
+def _shifted(param: str, shift: int | None) -> str:
+    return str(int(param) + shift) if shift is not None and param.isdigit() else param
 
 
 def _number(value: float, where: str) -> float:

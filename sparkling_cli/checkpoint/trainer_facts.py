@@ -123,6 +123,8 @@ def optimizer_class(
         return "AdamW" if decoupled else "Adam"
     if names == {"momentum_buffer"} and "dampening" in options:
         return "SGD"
+    if names == {"momentum_buffer", "exp_avg", "exp_avg_sq"} and "dampening" not in options:
+        return "Muon with AdamW"
     if names == {"exp_avg"}:
         return "Lion"
     if names == {"z", "exp_avg_sq"}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from sparkling_cli.diagnostics.activations import measure, measure_change
 from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
 from sparkling_cli.diagnostics.measurement import ActivationReport, Measurement, plain
 from sparkling_cli.diagnostics.weights import WeightReport, measure_weights
-from sparkling_cli.errors import LayoutError, MissingDependencyError, SparklingError
+from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError, SparklingError
 from sparkling_cli.execute.commit import sidecar_root
 from sparkling_cli.layout.geometry import Growth
 from sparkling_cli.manifest import MANIFEST, read_manifest
@@ -169,13 +170,14 @@ def _open(path: Path, model: str | None, layout: Path | None) -> Checkpoint:
 
 
 def _named(checkpoint: Checkpoint, model: str | None, layout: Path | None) -> Checkpoint:
-    """State under its parameters' names; where the model's class says them, no layout is needed."""
+    """State under its parameters' names; mostly the model's class says them, and no layout is needed."""
     from sparkling_cli.checkpoint.optimizer import name_parameters
     from sparkling_cli.inference.locate import find_layout, model_parameters, named_states
 
     known = model is not None or "model_type" in (checkpoint.config or {})
     if known and checkpoint.config is not None:
-        return name_parameters(checkpoint, *model_parameters(checkpoint.config, model))
+        with suppress(CheckpointError):  # Muon's groups: only the layout tells embeddings and head apart
+            return name_parameters(checkpoint, *model_parameters(checkpoint.config, model))
     return named_states(checkpoint, find_layout(checkpoint, layout_path=layout, model=model), model=model)
 
 

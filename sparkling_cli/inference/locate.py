@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from sparkling_cli.checkpoint.model import Checkpoint
 from sparkling_cli.checkpoint.pause import collector_running
 from sparkling_cli.errors import CheckpointError, LayoutError
 from sparkling_cli.inference import cache
+from sparkling_cli.layout.expr import Role, axis_names
 from sparkling_cli.layout.model import ModelLayout
 
 if TYPE_CHECKING:
@@ -94,13 +95,37 @@ def named_states(checkpoint: Checkpoint, layout: ModelLayout, *, model: str | No
     if model is None and "model_type" not in config:
         followers = {name for group in layout.tied for name in group[1:]}
         parameters = [(n, checkpoint.weight(n).shape) for n in checkpoint.weights if n not in followers]
-        return name_parameters(checkpoint, parameters, {n for n, shape in parameters if len(shape) > 1})
+        decayed = {n for n, shape in parameters if len(shape) > 1}
+        return name_parameters(checkpoint, parameters, decayed, vocabulary_of(layout, parameters))
     if model is None:
         from sparkling_cli.inference.agreement import check_counts
 
         check_counts(checkpoint)
-    parameters, decayed = model_parameters(config, model)
-    return name_parameters(checkpoint, parameters, decayed)
+    parameters, decay = model_parameters(config, model)
+    return name_parameters(checkpoint, parameters, decay, vocabulary_of(layout, parameters))
+
+
+def vocabulary_of(layout: ModelLayout, parameters: Iterable[tuple[str, tuple[int, ...]]]) -> frozenset[str]:
+    """Embeddings and output heads: matrices on the vocabulary, or on an axis that no tensor produces.
+
+    Such an axis (positions) is looked up in, not computed.
+    """
+    produced, consumed = (
+        {
+            axis
+            for pattern in layout.tensors
+            for dim in pattern.dims.dims
+            if dim.role is role
+            for axis in axis_names(dim.expr)
+        }
+        for role in (Role.OUT, Role.IN)
+    )
+    looked_up = {"vocab"} | (consumed - produced)
+    return frozenset(
+        name
+        for name, shape in parameters
+        if len(shape) > 1 and layout.module_table.find(layout.canonical(name)).dims.axes() & looked_up
+    )
 
 
 def model_parameters(config: Mapping[str, Any], model: str | None) -> Parameters:

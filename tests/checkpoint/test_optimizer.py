@@ -13,6 +13,8 @@ from sparkling_cli.checkpoint.detect import open_checkpoint
 from sparkling_cli.checkpoint.model import Checkpoint, Extent, ParamState, StoredTensor
 from sparkling_cli.checkpoint.optimizer import name_parameters
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.inference.locate import vocabulary_of
+from sparkling_cli.layout.file import read_layout
 
 TinyCheckpoint = Callable[..., Path]
 
@@ -99,9 +101,11 @@ MODEL = [
 DECAY = {"embed", "up", "down", "head"}
 
 
-def names_of(checkpoint: Checkpoint, parameters: Any = MODEL, decay: Any = DECAY) -> list[str]:
+def names_of(
+    checkpoint: Checkpoint, parameters: Any = MODEL, decay: Any = DECAY, vocabulary: Any = frozenset()
+) -> list[str]:
     """Names after resolution."""
-    return [state.param for state in name_parameters(checkpoint, parameters, decay).states]
+    return [state.param for state in name_parameters(checkpoint, parameters, decay, vocabulary).states]
 
 
 def shapes_of(*names: str) -> dict[int, tuple[int, ...]]:
@@ -122,10 +126,8 @@ def test_groupings_in_use(sizes: tuple[int, ...], order: tuple[str, ...]) -> Non
     """The Trainer's grouping, one group, vectors first, and Muon's hidden matrices first."""
     numbers = iter(range(6))
     groups = [[next(numbers) for _ in range(size)] for size in sizes]
-    parameters = [("lm_head" if n == "head" else n, s) for n, s in MODEL]
-    decay = {"lm_head" if n == "head" else n for n in DECAY}
-    expected = ["lm_head" if n == "head" else n for n in order]
-    assert names_of(numbered(groups, shapes_of(*order)), parameters, decay) == expected
+    found = names_of(numbered(groups, shapes_of(*order)), vocabulary={"embed", "head"})
+    assert found == list(order)
 
 
 def test_frozen_parameters_are_skipped() -> None:
@@ -186,10 +188,51 @@ def test_other_groupings_need_distinct_shapes() -> None:
     parameters = [("embed.weight", (4, 4)), ("a", (4, 4)), ("norm", (3,))]
     checkpoint = numbered([[0], [1, 2]], {0: (4, 4), 1: (4, 4), 2: (3,)})
     with pytest.raises(CheckpointError, match="have one shape and would be in different groups"):
-        names_of(checkpoint, parameters, {"embed.weight", "a"})
+        names_of(checkpoint, parameters, {"embed.weight", "a"}, {"embed.weight"})
     told_apart = [("embed.weight", (9, 4)), *parameters[1:]]
     checkpoint = numbered([[0], [1, 2]], {0: (4, 4), 1: (9, 4), 2: (3,)})
-    assert names_of(checkpoint, told_apart, {"embed.weight", "a"}) == ["a", "embed.weight", "norm"]
+    found = names_of(checkpoint, told_apart, {"embed.weight", "a"}, {"embed.weight"})
+    assert found == ["a", "embed.weight", "norm"]
+
+
+def test_any_groups_by_shapes_alone() -> None:
+    """Groups of any number and order, if every shape is in one of them; else the twins are named."""
+    tied = MODEL[:-1]  # embed has no twin
+    checkpoint = numbered([[0], [1, 2], [3, 4]], shapes_of("embed", "norm", "bias", "up", "down"))
+    assert names_of(checkpoint, tied, DECAY - {"head"}) == ["embed", "norm", "bias", "up", "down"]
+    checkpoint = numbered(
+        [[0], [1], [2, 3], [4, 5]], shapes_of("head", "embed", "norm", "bias", "up", "down")
+    )
+    with pytest.raises(CheckpointError, match=r"both have the shape \(9, 4\) of 'embed', 'head'"):
+        names_of(checkpoint)
+    checkpoint = numbered([[0], [1, 2], [3, 4]], shapes_of("embed", "bias", "norm", "up", "down"))
+    with pytest.raises(CheckpointError, match="group 1 is not in the model's order"):
+        names_of(checkpoint, tied, DECAY - {"head"})
+
+
+def test_the_layout_says_what_an_embedding_is(tmp_path: Path) -> None:
+    """Tables that are looked up in are told by their axes, whatever their names are."""
+    (tmp_path / "layout.toml").write_text(
+        """format = 1
+name = "odd names"
+[axes]
+hidden = { size = 4 }
+ffn = { size = 8 }
+vocab = { size = 9, widenable = false }
+places = { size = 7, widenable = false }
+[tensors]
+"one.weight" = "vocab -> hidden"
+"two.weight" = "places -> hidden"
+"three.weight" = "ffn <- hidden"
+"four.weight" = "hidden -> ffn"
+"five.weight" = "hidden <- ffn"
+"six.weight" = "vocab <- hidden"
+"seven.weight" = "scale hidden"
+"""
+    )
+    layout = read_layout(tmp_path / "layout.toml")
+    shapes = {p.name: layout.shape_of(p) for p in layout.tensors}
+    assert vocabulary_of(layout, shapes.items()) == {"one.weight", "two.weight", "six.weight"}
 
 
 def test_named_states_are_left_alone() -> None:

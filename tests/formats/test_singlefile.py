@@ -157,9 +157,12 @@ def _layout_file(folder: Path, **sizes: int) -> Path:
         (
             {
                 "model": {"a": torch.ones(2)},
-                "optimizer": [{"state": {}, "param_groups": []}, {"state": {}, "param_groups": []}],
+                "optimizer": [
+                    {"state": {"a": {"exp_avg": torch.ones(2)}}, "param_groups": []},
+                    {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []},
+                ],
             },
-            "2 optimizers",
+            "by number, another by name",
         ),
     ],
 )
@@ -168,6 +171,117 @@ def test_almost_a_checkpoint(tmp_path: Path, content: Any, message: str) -> None
     torch.save(content, tmp_path / "odd.pt")
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "odd.pt")
+
+
+def _two_optimizers(path: Path, keys: Any) -> GPT:
+    """As in speed runs: Muon for the hidden matrices, AdamW with two groups for all else, side by side."""
+    config = GPTConfig(bias=True)
+    model = make_nanogpt(path, config)
+    checkpoint = torch.load(path, weights_only=True)
+    named = list(model.named_parameters())
+    hidden = [p for n, p in named if p.dim() == 2 and ".h." in n]
+    tables = [p for n, p in named if p.dim() == 2 and ".h." not in n]
+    vectors = [p for n, p in named if p.dim() < 2]
+    adam = torch.optim.AdamW([{"params": tables, "lr": 3e-3}, {"params": vectors}], lr=1e-3)
+    muon = torch.optim.Muon(hidden, lr=1e-2)
+    for step in range(3):
+        loss_of(model, batch(config, step)).backward()
+        for optimizer in (adam, muon):
+            optimizer.step()
+            optimizer.zero_grad()
+    del checkpoint["optimizer"]
+    checkpoint["model"] = model.state_dict()
+    checkpoint.update(keys(adam.state_dict(), muon.state_dict()))
+    torch.save(checkpoint, path)
+    return model
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        lambda adam, muon: {"optimizers": [adam, muon]},
+        lambda adam, muon: {"optimizers": {"adam": adam, "muon": muon}},
+        lambda adam, muon: {"adam_state": adam, "muon_state": muon},
+    ],
+)
+def test_two_optimizers(tmp_path: Path, keys: Any) -> None:
+    """Every number finds its parameter in the right optimizer; both resume with every moment."""
+    source = tmp_path / "ckpt.pt"
+    model = _two_optimizers(source, keys)
+    opened = open_checkpoint(source)
+    assert opened.facts["optimizer_class"] == "Muon with AdamW"
+    target = widen(source, tmp_path / "wide.pt", JOINT)
+    checkpoint = torch.load(target, weights_only=True)
+    wide = GPT(GPTConfig(**checkpoint["model_args"]))
+    wide.load_state_dict(checkpoint["model"])
+    ids = batch(model.config, 9)
+    torch.testing.assert_close(wide(ids), model(ids), rtol=1e-5, atol=1e-5)
+    narrow = torch.load(source, weights_only=True)
+    named = list(wide.named_parameters())
+    hidden = [p for n, p in named if p.dim() == 2 and ".h." in n]
+    tables = [p for n, p in named if p.dim() == 2 and ".h." not in n]
+    vectors = [p for n, p in named if p.dim() < 2]
+    optimizers = (
+        torch.optim.AdamW([{"params": tables}, {"params": vectors}]),
+        torch.optim.Muon(hidden),
+    )
+    found = [[_holders(c, k) for k in ("exp_avg", "momentum_buffer")] for c in (narrow, checkpoint)]
+    for optimizer, old, new in zip(optimizers, *found, strict=True):
+        optimizer.load_state_dict(new)
+        for number, state in new["state"].items():
+            slots = [s for s in state if s != "step"]
+            check_moments({s: old["state"][number][s] for s in slots}, state, str(number))
+        loss_of(wide, ids).backward()
+        assert all(v.shape in (p.shape, ()) for p, s in optimizer.state.items() for v in s.values())
+        optimizer.step()
+
+
+def _holders(tree: Any, slot: str) -> Any:
+    """The optimizer's state dict that has this slot, wherever it is."""
+    for value in tree.values() if isinstance(tree, dict) else tree:
+        if not isinstance(value, (dict, list)):
+            continue
+        if isinstance(value, dict) and "param_groups" in value:
+            if slot in next(iter(value["state"].values())):
+                return value
+        else:
+            found = _holders(value, slot)
+            if found is not None:
+                return found
+    return None
+
+
+def test_two_optimizers_in_doubt(tmp_path: Path) -> None:
+    """An embedding and a head of one shape in groups of their own: nobody knows which is which."""
+    layout = tmp_path / "layout.toml"
+    layout.write_text(
+        """format = 1
+name = "small"
+[axes]
+hidden = { size = 4 }
+ffn = { size = 8 }
+vocab = { size = 9, widenable = false }
+[tensors]
+"in.weight" = "vocab -> hidden"
+"up.weight" = "ffn <- hidden"
+"down.weight" = "hidden <- ffn"
+"out.weight" = "vocab <- hidden"
+"""
+    )
+    shapes = {"in.weight": (9, 4), "up.weight": (8, 4), "down.weight": (4, 8), "out.weight": (9, 4)}
+    params = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    for parameter in params.values():
+        parameter.grad = torch.ones_like(parameter)
+    adam = torch.optim.AdamW([{"params": [params["out.weight"]]}, {"params": [params["in.weight"]]}])
+    muon = torch.optim.Muon([params["up.weight"], params["down.weight"]])
+    adam.step()
+    muon.step()
+    weights = {name: parameter.detach() for name, parameter in params.items()}
+    state = {"model": weights, "optimizers": [adam.state_dict(), muon.state_dict()]}
+    torch.save(state, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match=r"'in\.weight', 'out\.weight'") as caught:
+        widen(tmp_path / "ckpt.pt", tmp_path / "wide.pt", {"ffn": 2}, layout=layout)
+    assert "param_names" in (caught.value.hint or "")
 
 
 class _Trap:
