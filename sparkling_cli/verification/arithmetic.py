@@ -73,6 +73,15 @@ def both_nan(found: Array, wanted: Array, dtype: str) -> Array:
     return nan(found) & nan(wanted)
 
 
+def as_doubles(data: Array, dtype: str) -> Array:
+    """Bytes of floating entries as float64 numbers."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    values: Array = torch.from_numpy(data.view(signed_dtype(kind.itemsize))).view(kind).double().numpy()
+    return values
+
+
 def bits_dtype(item: int) -> str:
     """A numpy dtype of that size that is compared bit by bit."""
     return {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64", 16: "complex128"}[item]

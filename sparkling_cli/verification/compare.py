@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
@@ -13,8 +12,8 @@ from sparkling_cli.checkpoint.model import ITEM_BYTES
 from sparkling_cli.execute import moments
 from sparkling_cli.execute.crc import Span, crc32
 from sparkling_cli.execute.places import Handles, Placement, read
-from sparkling_cli.layout.geometry import Fill, View
-from sparkling_cli.verification.arithmetic import bits_dtype, both_nan, computed, signed_dtype, wide_dtype
+from sparkling_cli.layout.geometry import Fill, Run, View, ViewDim
+from sparkling_cli.verification.arithmetic import as_doubles, bits_dtype, both_nan, computed, wide_dtype
 from sparkling_cli.verification.tables import DimTable, Tables, faults, tensor_tables
 
 if TYPE_CHECKING:
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 _ENTRIES = 1 << 17
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """A tensor to be proved.
 
     Attributes:
@@ -58,6 +56,11 @@ class Subject:
     target: Placement
     source: Placement | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the target."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
 
 class Found(NamedTuple):
     """Of one tensor: CRCs of the target's bytes and of the source's, and what is wrong, if anything."""
@@ -78,13 +81,12 @@ def examine(subject: Subject, output: Handles, source: Handles | None) -> Found:
         return _alone(subject, output, item)
     if subject.view is None and subject.scale == 1.0 and subject.offset == 0.0:
         return _copied(subject, output, source, item)
-    tables = _tables(subject.view or (), subject.dtype)
+    tables = tables_of(subject)
     fault = faults(tables, reset=subject.reset)
-    if prod(subject.shape) != len(tables.row.source) * len(tables.column.source):
-        return Found([], [], "the manifest's shape and view disagree")
-    if prod(subject.source.shape) != tables.row.size * tables.column.size:
-        return Found([], [], "the source has another size than the manifest's view")
-    spread = _spread(subject, source, item) if _is_random(tables) else 0.0
+    misfit = misfit_of(subject, tables)
+    if misfit is not None:
+        return Found([], [], misfit)
+    spread = _spread(subject, source, item) if is_random(tables) else 0.0
     found = Found([], [], fault)
     for rows, columns in _chunks(tables):
         at = (rows.start * len(tables.column.source) + columns.start) * item
@@ -141,12 +143,30 @@ def _read(handles: Handles, placement: Placement, start: int, size: int, spans: 
     return data
 
 
+def tables_of(subject: Subject) -> Tables:
+    """What every entry must be, index by index."""
+    view = subject.view
+    if view is None:  # scaled as a whole
+        view = tuple(ViewDim(n, n, (Run(0, 0, n),), dim) for dim, n in enumerate(subject.shape))
+    return _tables(view, subject.dtype)
+
+
 @lru_cache(maxsize=64)
 def _tables(view: View, dtype: str) -> Tables:
     return tensor_tables(view, wide_dtype(dtype))
 
 
-def _is_random(tables: Tables) -> bool:
+def misfit_of(subject: Subject, tables: Tables) -> str | None:
+    """Why output or source cannot have the sizes that the manifest says, if so."""
+    if prod(subject.shape) != len(tables.row.source) * len(tables.column.source):
+        return "the manifest's shape and view disagree"
+    if subject.source is not None and prod(subject.source.shape) != tables.row.size * tables.column.size:
+        return "the source has another size than the manifest's view"
+    return None
+
+
+def is_random(tables: Tables) -> bool:
+    """Some entries are random."""
     return any((table.fill == Fill.RANDOM).any() for table in (tables.row, tables.column))
 
 
@@ -155,14 +175,14 @@ def _chunks(tables: Tables) -> Iterator[tuple[slice, slice]]:
     width = len(tables.column.source)
     if width > _ENTRIES:
         for row in range(len(tables.row.source)):
-            for columns in _stretches(tables.column, _ENTRIES):
+            for columns in stretches(tables.column, _ENTRIES):
                 yield slice(row, row + 1), columns
         return
-    for rows in _stretches(tables.row, max(_ENTRIES // max(width, 1), 1)):
+    for rows in stretches(tables.row, max(_ENTRIES // max(width, 1), 1)):
         yield rows, slice(0, width)
 
 
-def _stretches(table: DimTable, longest: int) -> Iterator[slice]:
+def stretches(table: DimTable, longest: int) -> Iterator[slice]:
     """Ranges of one kind in which each source index is the one before plus one."""
     import numpy as np
 
@@ -196,31 +216,33 @@ def _unequal(
     for part in parts:
         how = Fill(max(int(row.fill[rows.start]), int(column.fill[part.start])))
         here = found[:, part.start - columns.start : part.stop - columns.start]
-        if how is Fill.ZERO and not (_keeps(row, rows) and _keeps(column, part)):
+        if how is Fill.ZERO and not (keeps(row, rows) and keeps(column, part)):
             if here.any():
-                return _told(subject, here != 0, rows, part, width, how)
+                return told(subject, here != 0, rows, part, width, how)
             continue
         if old is None:
             old, left = _source_rows(subject, tables, rows, columns, whole, source, spans)
         first = int(column.source[part.start]) - left
         box = old[:, first : first + part.stop - part.start]
-        wrong = _wrong(subject, tables, rows, part, here, box, how, spread)
+        factor = factors_of(subject, tables, rows, part)
+        wrong = wrong_entries(subject, factor, (rows, part, width), here, box, how, spread)
         if wrong is not None:
-            return _told(subject, wrong, rows, part, width, how)
+            return told(subject, wrong, rows, part, width, how)
     return None
 
 
-def _keeps(table: DimTable, places: slice) -> bool:
+def keeps(table: DimTable, places: slice) -> bool:
     """The range holds old entries."""
     return not bool(table.new[places.start])
 
 
 @lru_cache(maxsize=64)
 def _column_parts(tables: Tables) -> tuple[slice, ...]:
-    return tuple(_stretches(tables.column, _ENTRIES))
+    return tuple(stretches(tables.column, _ENTRIES))
 
 
-def _told(subject: Subject, wrong: Array, rows: slice, part: slice, width: int, how: Fill) -> str:
+def told(subject: Subject, wrong: Array, rows: slice, part: slice, width: int, how: Fill) -> str:
+    """The first wrong entry of a box, in words."""
     import numpy as np
 
     y, x = (int(n) for n in np.argwhere(wrong)[0])
@@ -247,30 +269,39 @@ def _source_rows(
     width = column.size if whole else columns.stop - columns.start
     noted: list[Span] = []
     data = _read(source, subject.source, (top * column.size + left) * item, count * width * item, noted)
-    if _keeps(row, rows) and (whole or _keeps(column, columns)):
+    if keeps(row, rows) and (whole or keeps(column, columns)):
         spans.extend(noted)
     return data.view(bits_dtype(item)).reshape(count, width), left
 
 
-def _wrong(
+def wrong_entries(
     subject: Subject,
-    tables: Tables,
-    rows: slice,
-    part: slice,
+    factor: Array,
+    place: tuple[slice, slice, int],
     found: Array,
     old: Array,
     how: Fill,
     spread: float,
 ) -> Array | None:
-    """Which entries of a box of one kind are not what they must be; None if all are."""
+    """Which entries of a box of one kind are not what they must be; None if all are.
+
+    Args:
+        subject: the tensor.
+        factor: on the box's entries, or one for all.
+        place: the box's rows and columns, and the number of columns of the whole tensor.
+        found: the box's entries.
+        old: the entries that they come from.
+        how: new ones are filled.
+        spread: standard deviation of the source.
+    """
     import numpy as np
 
-    factor = _factors(subject, tables, rows, part)
+    rows, part, width = place
     copied = how is Fill.COPY and subject.offset == 0.0
     if copied and (factor == 1).all():
         wrong: Array = found != old
         return wrong if wrong.any() else None
-    wanted = computed(subject, old, factor, how, spread, rows, part, len(tables.column.source))
+    wanted = computed(subject, old, factor, how, spread, rows, part, width)
     if copied and (factor == 1).any():
         wanted = np.where(factor == 1, old, wanted)
     wrong = found != wanted
@@ -280,7 +311,7 @@ def _wrong(
     return wrong if wrong.any() else None
 
 
-def _factors(subject: Subject, tables: Tables, rows: slice, columns: slice) -> Array:
+def factors_of(subject: Subject, tables: Tables, rows: slice, columns: slice) -> Array:
     """Products of all factors, one after the other in the order of the dims; one number if it is one."""
     import numpy as np
 
@@ -296,7 +327,6 @@ def _factors(subject: Subject, tables: Tables, rows: slice, columns: slice) -> A
 def _spread(subject: Subject, source: Handles, item: int) -> float:
     """Standard deviation of the whole source."""
     import numpy as np
-    import torch
 
     assert subject.source is not None
     total = prod(subject.source.shape)
@@ -306,7 +336,6 @@ def _spread(subject: Subject, source: Handles, item: int) -> float:
             size = min(moments.BLOCK, total - at)
             data = np.empty(size * item, dtype=np.uint8)
             read(source, subject.source, at * item, (at + size) * item, data)  # type: ignore[arg-type]
-            values = torch.from_numpy(data.view(signed_dtype(item))).view(getattr(torch, subject.dtype))
-            yield moments.block_moments(values.double().numpy())
+            yield moments.block_moments(as_doubles(data, subject.dtype))
 
     return moments.deviation(blocks())

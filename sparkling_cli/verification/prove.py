@@ -16,9 +16,11 @@ from sparkling_cli.execute.commit import sidecar_root
 from sparkling_cli.execute.crc import Span, crc32, whole
 from sparkling_cli.execute.places import Handles, Placement
 from sparkling_cli.execute.stream import DIGESTS
+from sparkling_cli.layout.geometry import View
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import MANIFEST, Manifest, TensorEntry, read_manifest
-from sparkling_cli.verification.compare import Found, Subject, examine
+from sparkling_cli.verification.bundle import Recipes, bundles, examine_bundle
+from sparkling_cli.verification.compare import Found, Subject
 from sparkling_cli.verification.files import (
     FileCheck,
     check_small_files,
@@ -155,6 +157,7 @@ class _Work:
         self.output, self.manifest, self.files, self.source = output, manifest, files, source
         self.faults: list[str] = []
         self.subjects: list[Subject] = []
+        self._views: dict[int | None, View | None] = {}
         stored = self._stored()
         for key, entry in manifest.tensors.items():
             try:
@@ -194,7 +197,9 @@ class _Work:
             if source.dtype != entry.dtype:
                 raise CheckpointError(f"its source is {source.dtype}, it is {entry.dtype}")
             placed = Placement(source.dtype, source.shape, source.extents, key)
-        view = self.manifest.view(entry)
+        if entry.view not in self._views:
+            self._views[entry.view] = self.manifest.view(entry)
+        view = self._views[entry.view]
         asymmetric = self.manifest.spec.get("optimizer") == "asymmetric"
         moment = asymmetric and entry.slot != "" and view is not None and entry.slot not in WEIGHT_LIKE
         return Subject(
@@ -215,8 +220,10 @@ class _Work:
     def run(self, advance: Callable[[int], None]) -> list[str]:
         """Read everything; what does not hold, in the output's order."""
         covered, parts = self._parts()
+        recipes = Recipes()
         tasks: list[tuple[str, Any, int]] = [
-            ("tensor", subject, prod(subject.shape) * ITEM_BYTES[subject.dtype]) for subject in self.subjects
+            ("tensors", bundle, sum(subject.nbytes for subject in bundle))
+            for bundle in bundles(self.subjects)
         ]
         tasks += [("gap", (path, span), span.length) for path, spans in parts.items() for span in spans]
         if self.source is not None:
@@ -225,8 +232,8 @@ class _Work:
         def work(handles: tuple[Handles, Handles | None], task: tuple[str, Any, int]) -> Any:
             kind, what, _ = task
             output, source = handles
-            if kind == "tensor":
-                return examine(what, output, source)
+            if kind == "tensors":
+                return examine_bundle(what, output, source, recipes)
             if kind == "gap":
                 return read_span(output, what[0], what[1].start, what[1].length)
             assert source is not None
@@ -240,8 +247,9 @@ class _Work:
         for task, result in zip(tasks, found, strict=True):
             if isinstance(result, SparklingError):
                 self.faults.append(result.message)
-            elif task[0] == "tensor":
-                self._judge(task[1], result, spans, covered)
+            elif task[0] == "tensors":
+                for subject, seen in zip(task[1], result, strict=True):
+                    self._judge(subject, seen, spans, covered)
             elif task[0] == "gap":
                 spans[task[1][0]].append(result)
             elif (result.length, result.crc) != self._source_file(task[1]):
@@ -269,7 +277,7 @@ class _Work:
         return covered, parts
 
     def _judge(self, subject: Subject, found: Found, spans: dict[str, list[Span]], covered: set[str]) -> None:
-        size = prod(subject.shape) * ITEM_BYTES[subject.dtype]
+        size = subject.nbytes
         if found.fault is not None:
             self.faults.append(f"tensor {subject.key!r}: {found.fault}")
         try:
