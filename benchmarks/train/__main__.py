@@ -30,14 +30,14 @@ class Job:
     seed: int
     name: str
 
-    def folder(self, out: Path, size: str) -> Path:
+    def folder(self, results: Path) -> Path:
         """Where its results go; the small model serves all axes."""
-        seed = out / size / f"{self.kind}-{self.optimizer}" / f"seed{self.seed}"
+        seed = results / f"{self.kind}-{self.optimizer}" / f"seed{self.seed}"
         return seed if self.name == "small" else seed / self.axes
 
-    def done(self, out: Path, size: str) -> bool:
+    def done(self, results: Path) -> bool:
         """Whether its results are there."""
-        return (self.folder(out, size) / f"{self.name}.json").exists()
+        return (self.folder(results) / f"{self.name}.json").exists()
 
 
 def parse() -> argparse.Namespace:
@@ -87,15 +87,21 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     return wanted
 
 
+def settings(options: argparse.Namespace) -> Run:
+    """The constants of all runs."""
+    from benchmarks.train.loop import preset
+
+    return preset(options.size, options.steps, options.lr, options.beta2, options.compile)
+
+
 def work(options: argparse.Namespace) -> None:
     """Do what is not done yet; a lock file keeps two processes off one run."""
     import torch
 
     from benchmarks.train.data import load_text
-    from benchmarks.train.loop import preset
 
     torch.set_num_threads(1)
-    run = preset(options.size, options.steps, options.lr, options.beta2, options.compile)
+    run = settings(options)
     text = load_text(options.text)
     left = jobs(options)
     while left:
@@ -114,9 +120,10 @@ def attempt(job: Job, options: argparse.Namespace, run: Run, text: Text) -> str:
     from benchmarks.train.base import middle, scratch
     from benchmarks.train.treatments import go_on
 
-    folder = job.folder(options.out, options.size)
-    base = Job(job.kind, job.optimizer, job.axes, job.seed, "small").folder(options.out, options.size)
-    if job.done(options.out, options.size):
+    results = options.out / run.label
+    folder = job.folder(results)
+    base = Job(job.kind, job.optimizer, job.axes, job.seed, "small").folder(results)
+    if job.done(results):
         return "done"
     if job.name not in ("small", "wide") and not (middle(base) / "trainer_state.json").exists():
         return "wait"
@@ -154,7 +161,7 @@ def main() -> None:
             sys.exit(f"a worker failed: {codes}")
     from benchmarks.train.table import report
 
-    report(options.out / options.size, options.report)
+    report(options.out / settings(options).label, options.report)
 
 
 if __name__ == "__main__":

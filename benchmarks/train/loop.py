@@ -44,6 +44,11 @@ class Run:
         """The step of the expansion."""
         return self.steps // 2
 
+    @property
+    def label(self) -> str:
+        """What sets these runs apart from others of the same model; names the folder of their results."""
+        return f"{self.size}-{self.steps}steps-lr{self.lr:g}-b{self.beta2:g}"
+
 
 def preset(size: str, steps: int | None, lr: float | None, beta2: float, compile_: bool) -> Run:
     """The constants of a size: ``pilot`` for results, the others for a look within minutes.
