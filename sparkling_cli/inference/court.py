@@ -129,6 +129,10 @@ def _try(
     outcome = prove(bench, hyp, options, axes, comps, limit=limit)
     joint = tuple(axes[1:])
     if outcome.proved:
+        chosen = layouts_of(hyp.families, {v: o[0] for v, o in outcome.options.items()})
+        idle = bench.idle(chosen, axes, outcome.compensations)
+        if idle is not None:
+            return AxisVerdict(False, f"no width: text does not reach the new entries of {idle}", joint), None
         reason = f"logits of a tiny random model kept at 2x and 3x (relative error {outcome.error:.1e})"
         return AxisVerdict(True, reason, joint), outcome
     best = "no hypothesis ran" if math.isinf(outcome.error) else f"best relative error {outcome.error:.1e}"

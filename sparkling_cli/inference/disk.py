@@ -209,16 +209,16 @@ def _traced(
         if len(along) < tensor.shape[m]:
             start = along[0]
         dims[moving[0]] = Dim(expr, layout.dims[m].role)
-    ordered = _with_ones(ids, dims, coordinates, layout)
+    ordered = _with_ones(ids, dims, layout, sizes)
     text = render(ordered)
     return DiskTensor(name, source, parse_layout(text), fixed, start)
 
 
 def _with_ones(
-    ids: torch.Tensor, dims: dict[int, Dim], coordinates: Sequence[torch.Tensor], layout: TensorLayout
+    ids: torch.Tensor, dims: dict[int, Dim], layout: TensorLayout, sizes: Mapping[str, int]
 ) -> list[Dim]:
     """Dims of size one have no coordinate of their own: take the module's, or a plain 1."""
-    spare = [d for d in layout.dims if size_or_none(d.expr) == 1]
+    spare = [d for d in layout.dims if size_of(d.expr, sizes) == 1]
     role = next((d.role for d in dims.values()), Role.SCALE)
     filled = []
     for d in range(ids.ndim):

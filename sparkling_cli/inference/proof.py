@@ -11,7 +11,7 @@ from sparkling_cli.inference.axes import Coordinates
 from sparkling_cli.inference.shrink import run, tokens
 from sparkling_cli.inference.skeleton import ModelFactory, build_model
 from sparkling_cli.layout.expr import TensorLayout
-from sparkling_cli.layout.geometry import Growth, Treatment, view_of
+from sparkling_cli.layout.geometry import Fill, Growth, Treatment, view_of
 from sparkling_cli.layout.model import Compensation
 
 if TYPE_CHECKING:
@@ -126,9 +126,37 @@ class Bench:
 
     def silent(self) -> frozenset[str]:
         """Names of parameters that the logits do not depend on: nothing can be proved about them."""
+        return frozenset(name for name, used in self._used(self.model).items() if not bool(used.any()))
+
+    def idle(
+        self,
+        layouts: Mapping[str, TensorLayout],
+        axes: Sequence[str],
+        compensations: Sequence[Compensation] = (),
+    ) -> str | None:
+        """A parameter whose new entries the logits do not depend on although they do on its old ones.
+
+        Doubling the rows of a table that is looked up by position keeps the logits too: it is no width.
+        """
         import torch
 
-        model = self.model
+        factors = dict.fromkeys(axes, 2)
+        wide = self.wide(factors)
+        self._load(wide, layouts, factors, compensations)
+        used = self._used(wide)
+        zero = Treatment(Fill.ZERO, Fill.ZERO, scaling="none")
+        growth = {a: Growth(self.found.sizes[a], 2 * self.found.sizes[a]) for a in axes}
+        for name, there in used.items():
+            view = view_of(layouts[name], self.found.sizes, growth, zero)
+            old = widen_tensor(torch.ones_like(self.state[name]), view) != 0
+            if not bool(old.all()) and bool(there[old].any()) and not bool(there[~old].any()):
+                return name
+        return None
+
+    def _used(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """For every parameter, the entries that the logits depend on."""
+        import torch
+
         for parameter in model.parameters():
             parameter.grad = None
             parameter.requires_grad_(parameter.is_floating_point())
@@ -137,12 +165,13 @@ class Bench:
         logits = logits[0] if isinstance(logits, tuple) else logits
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
         (logits * weights).sum().backward()
-        quiet = {
-            name for name, p in model.named_parameters() if p.grad is None or not bool((p.grad != 0).any())
+        used = {
+            name: torch.zeros_like(p, dtype=torch.bool) if p.grad is None else p.grad != 0
+            for name, p in model.named_parameters()
         }
         for parameter in model.parameters():
             parameter.grad = None
-        return frozenset(quiet)
+        return used
 
 
 def widened(

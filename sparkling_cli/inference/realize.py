@@ -13,9 +13,11 @@ from sparkling_cli.inference.court import WIDTHS, Judgement
 from sparkling_cli.inference.labels import render
 from sparkling_cli.inference.patterns import Pattern, placeholder, split, template
 from sparkling_cli.inference.realize_disk import disk_patterns
-from sparkling_cli.inference.roles import get_path
+from sparkling_cli.inference.roles import Path, get_path, walk
 from sparkling_cli.inference.shrink import shapes
 from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory, text_prefix
+from sparkling_cli.inference.tiny_config import chosen_layers, layer_count, real_path
+from sparkling_cli.inference.witness import Witness
 from sparkling_cli.layout.expr import (
     Axis,
     Dim,
@@ -24,7 +26,6 @@ from sparkling_cli.layout.expr import (
     Product,
     Sum,
     TensorLayout,
-    axis_names,
     size_of,
 )
 from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
@@ -57,7 +58,8 @@ def realize(
     """
     real_shapes = shapes(real, factory)
     sizes = _real_sizes(judged, real, real_shapes)
-    patterns = _patterns(judged, real_shapes, sizes)
+    witness = Witness(judged.found, real, real_shapes, sizes, _proved(judged), factory)
+    patterns = _patterns(judged, real_shapes, sizes, witness)
     prefix = text_prefix(config, factory=factory)
     renames = _renames(judged)
     disk, assembly = disk_patterns(judged, patterns)
@@ -71,7 +73,7 @@ def realize(
         disk=None
         if disk is None
         else tuple(TensorPattern(t, _renamed(lay, renames)) for t, lay in disk.items()),
-        config=_config_terms(judged.found, prefix, renames, axes),
+        config=_config_terms(judged.found, real, prefix, renames, axes),
         compensations=_compensations(judged),
         tied=_tied(judged),
         assembly=assembly,
@@ -80,7 +82,22 @@ def realize(
     )
     layout.check_axes()
     layout.check_shapes(real_shapes, on_disk=False)
-    return layout
+    return _as_built(layout, witness, len(prefix))
+
+
+def _as_built(layout: ModelLayout, witness: Witness, depth: int) -> ModelLayout:
+    """The layout without axes whose widened config would build another model than the widened tensors."""
+    axes = dict(layout.axes)
+    for name, info in layout.axes.items():
+        if info.widenable:
+            contradiction = witness.contradiction(layout, (name, *info.joint), depth)
+            if contradiction is not None:
+                axes[name] = replace(info, widenable=False, reason=contradiction)
+    for name, info in layout.axes.items():
+        refused = [other for other in info.joint if not axes[other].widenable]
+        if info.widenable and refused:
+            axes[name] = replace(info, widenable=False, reason=axes[refused[0]].reason)
+    return replace(layout, axes=axes)
 
 
 def _real_sizes(
@@ -89,8 +106,9 @@ def _real_sizes(
     """Axis sizes from the real config; those that it leaves to be derived, from the shapes."""
     found = judged.found
     known: dict[str, int] = {}
+    layers = chosen_layers(real, layer_count(found.config))
     for path, names in found.terms.items():
-        value = get_path(real, path)
+        value = get_path(real, real_path(path, layers))
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]
         if not isinstance(value, int) or isinstance(value, bool):
@@ -112,8 +130,15 @@ def _real_sizes(
     return solve_sizes(equations, known) if set(found.axes) - set(known) else known
 
 
+def _proved(judged: Judgement) -> tuple[str, ...]:
+    return tuple(name for name, verdict in judged.verdicts.items() if verdict.proved)
+
+
 def _patterns(
-    judged: Judgement, real_shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
+    judged: Judgement,
+    real_shapes: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, int],
+    witness: Witness,
 ) -> list[Pattern]:
     by_key: dict[str, list[TensorLayout]] = {}
     for family, layout in zip(judged.families, judged.layouts, strict=True):
@@ -122,35 +147,19 @@ def _patterns(
     for name, shape in real_shapes.items():
         key, indices = split(name)
         fits = [f for f in (_fitted(lay, shape, sizes) for lay in by_key.get(key, ())) if f is not None]
-        different = {f.text: f for f in fits}
-        if not different:
+        if not fits:
             known = "; ".join(lay.text for lay in by_key.get(key, ())) or "no tensor of that name"
             raise LayoutError(
                 f"{name!r} has shape {shape}, which fits nothing in a tiny model of this class: {known}",
                 hint="give a layout file (--layout FILE)",
             )
-        if len(different) > 1 and not _equivalent(list(different.values()), judged):
-            raise LayoutError(
-                f"{name!r} of shape {shape} may have any of the layouts {', '.join(different)}",
-                hint="give a layout file (--layout FILE)",
-            )
-        layout = next(iter(different.values()))
+        layout = witness.choose(name, list({f.text: f for f in fits}.values()))
         grouped.setdefault(key, {}).setdefault(layout.text, (layout, []))[1].append(indices)
     return [
         Pattern(key, layout, tuple(indices), _telling_index(key, [i for _, i in texts.values()]))
         for key, texts in grouped.items()
         for layout, indices in texts.values()
     ]
-
-
-def _equivalent(layouts: Sequence[TensorLayout], judged: Judgement) -> bool:
-    """Whether layouts differ only in what never grows."""
-    proved = {n for n, v in judged.verdicts.items() if v.proved}
-
-    def growing(layout: TensorLayout) -> list[str | None]:
-        return [str(d.expr) if set(axis_names(d.expr)) & proved else None for d in layout.dims]
-
-    return all(growing(lay) == growing(layouts[0]) for lay in layouts)
 
 
 def _telling_index(key: str, groups: Sequence[Sequence[tuple[int, ...]]]) -> int | None:
@@ -182,6 +191,7 @@ def _fitted(layout: TensorLayout, shape: Sequence[int], sizes: Mapping[str, int]
 
 
 def _fitted_term(expr: Expr, n: int, sizes: Mapping[str, int]) -> Expr | None:
+    """The term with its one anonymous number, however deep, chosen so that it has ``n`` entries."""
     try:
         if size_of(expr, sizes) == n:
             return expr
@@ -192,15 +202,24 @@ def _fitted_term(expr: Expr, n: int, sizes: Mapping[str, int]) -> Expr | None:
     if not isinstance(expr, (Product, Sum)):
         return None
     inner = expr.factors if isinstance(expr, Product) else expr.parts
-    free = [i for i, e in enumerate(inner) if isinstance(e, Fixed)]
+    free = [i for i, e in enumerate(inner) if _has_number(e)]
     if len(free) != 1:
         return None
     rest = [size_of(e, sizes) for i, e in enumerate(inner) if i != free[0]]
     value, odd = divmod(n, prod(rest)) if isinstance(expr, Product) else (n - sum(rest), 0)
     if odd or value < 1:
         return None
-    changed = tuple(Fixed(value, e.label) if i == free[0] else e for i, e in enumerate(inner))
-    return Product(changed, expr.label) if isinstance(expr, Product) else Sum(changed, expr.label)
+    fitted = _fitted_term(inner[free[0]], value, sizes)
+    if fitted is None:
+        return None
+    changed = tuple(fitted if i == free[0] else e for i, e in enumerate(inner))
+    return replace(expr, factors=changed) if isinstance(expr, Product) else replace(expr, parts=changed)
+
+
+def _has_number(expr: Expr) -> bool:
+    if isinstance(expr, (Product, Sum)):
+        return any(_has_number(e) for e in (expr.factors if isinstance(expr, Product) else expr.parts))
+    return isinstance(expr, Fixed)
 
 
 def _counts(patterns: Iterable[Pattern]) -> dict[str, int]:
@@ -261,7 +280,11 @@ def _axis_infos(
 
 
 def _config_terms(
-    found: Coordinates, prefix: tuple[str, ...], renames: Mapping[str, str], known: Iterable[str]
+    found: Coordinates,
+    real: ConfigDict,
+    prefix: tuple[str, ...],
+    renames: Mapping[str, str],
+    known: Iterable[str],
 ) -> dict[str, str]:
     """The config keys of every axis that the layout has and that a widening may have to write."""
     terms = {}
@@ -269,10 +292,25 @@ def _config_terms(
     for path, names in found.terms.items():
         named = [renames.get(n, n) for n in names]
         fixed = all(found.axes[n].role in _NEVER_WRITTEN for n in names if not n.isdigit())
-        by_layer = any(key.isdigit() for key in path)
-        if not fixed and not by_layer and declared.issuperset(n for n in named if not n.isdigit()):
-            terms[".".join((*prefix, *path))] = named[0] if len(named) == 1 else f"({' '.join(named)})"
+        if fixed or not declared.issuperset(n for n in named if not n.isdigit()):
+            continue
+        for place in _real_places(path, real, found):
+            terms[".".join((*prefix, *place))] = named[0] if len(named) == 1 else f"({' '.join(named)})"
     return terms
+
+
+def _real_places(path: Path, real: ConfigDict, found: Coordinates) -> list[Path]:
+    """The paths in the real config that a tiny one's stands for: of every layer that says the same."""
+    if not any(key.isdigit() for key in path):
+        return [path]
+    first = real_path(path, chosen_layers(real, layer_count(found.config)))
+    return [
+        p
+        for p, value in walk(real)
+        if len(p) == len(path)
+        and all(a == b or (a.isdigit() and b.isdigit()) for a, b in zip(p, path, strict=True))
+        and value == get_path(real, first)
+    ]
 
 
 def _tied(judged: Judgement) -> tuple[tuple[str, ...], ...]:

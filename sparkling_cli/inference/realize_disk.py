@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.inference.court import Judgement
 from sparkling_cli.inference.disk import DiskTensor
 from sparkling_cli.inference.labels import render
 from sparkling_cli.inference.patterns import Pattern, fill, placeholder, split, template
-from sparkling_cli.layout.expr import Axis, Dim, Fixed, Role, TensorLayout
-from sparkling_cli.layout.names import skeleton
+from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, Product, Role, Sum, TensorLayout
+from sparkling_cli.layout.names import NameTemplate, skeleton
 
 
 def disk_patterns(
@@ -34,10 +35,11 @@ def disk_patterns(
             if source in followers:
                 continue
             raise LayoutError(f"{source!r} is nowhere on disk", hint="give a layout file (--layout FILE)")
-        templates = _disk_templates(source, parts, pattern, judged)
+        own, templates = template(pattern), _disk_templates(source, parts, pattern, judged)
         result.update(templates)
-        if list(templates) != [template(pattern)] and _assembles(source, parts, judged):
-            assembly[template(pattern)] = tuple(templates)
+        counted = all(set(NameTemplate(t).axes) >= set(NameTemplate(own).axes) for t in templates)
+        if list(templates) != [own] and counted and _assembles(source, parts, judged):
+            assembly[own] = tuple(templates)
     return result, assembly
 
 
@@ -69,7 +71,7 @@ def _disk_templates(
         placeholders = []
         for place in range(key.count("*")):
             values = [split(m.name)[1][place] for m in members]
-            placeholders.append(_place_name(place, values, own, members, layout))
+            placeholders.append(_place_name(place, values, own, members, layout, pattern))
         real = _fit_like(members[0].layout, layout, pattern.layout)
         result[fill(key, placeholders, pattern)] = real
     return result
@@ -81,32 +83,52 @@ def _place_name(
     own: tuple[int, ...],
     members: Sequence[DiskTensor],
     layout: TensorLayout,
+    pattern: Pattern,
 ) -> str:
+    """What a number in a name on disk counts: experts, layers, or something of its own."""
     for dim in members[0].fixed:
         fixed = [m.fixed.get(dim) for m in members]
         expr = layout.dims[dim].expr
         if list(values) == fixed and isinstance(expr, Axis):
             return expr.name
+        if list(values) == fixed and place >= len(own):  # routed and other experts in one stack
+            return placeholder(place)
     if place < len(own) and all(v == own[place] for v in values):
         return placeholder(place)
+    if len(members) == 1 and pattern.restricted is None:
+        return f"number_{place + 1}"  # no index of the module, so no assembly either
     raise LayoutError(f"the numbers in {members[0].name!r} on disk could not be explained")
 
 
 def _fit_like(part: TensorLayout, tiny: TensorLayout, real: TensorLayout) -> TensorLayout:
     """Carry replaced anonymous sizes over to a part on disk."""
-    if tiny.text == real.text or not any(isinstance(d.expr, Fixed) for d in part.dims):
-        return part
-    changed = {}
-    for before, after in zip(tiny.dims, real.dims, strict=True):
-        if isinstance(before.expr, Fixed) and isinstance(after.expr, Fixed):
-            changed[before.expr.size] = after.expr.size
-    dims = [
-        Dim(Fixed(changed.get(d.expr.size, d.expr.size), d.expr.label), d.role)
-        if isinstance(d.expr, Fixed)
-        else d
-        for d in part.dims
-    ]
+    if part.text == tiny.text:
+        return real
+    changed = {
+        before: after
+        for one, two in zip(tiny.dims, real.dims, strict=True)
+        for before, after in zip(_numbers(one.expr), _numbers(two.expr), strict=True)
+    }
+    dims = [Dim(_with_numbers(d.expr, changed), d.role) for d in part.dims]
     return TensorLayout(tuple(dims), render(dims))
+
+
+def _numbers(expr: Expr) -> list[int]:
+    """Anonymous sizes in a term, from left to right."""
+    if isinstance(expr, (Product, Sum)):
+        inner = expr.factors if isinstance(expr, Product) else expr.parts
+        return [n for e in inner for n in _numbers(e)]
+    return [expr.size] if isinstance(expr, Fixed) else []
+
+
+def _with_numbers(expr: Expr, changed: Mapping[int, int]) -> Expr:
+    if isinstance(expr, Fixed):
+        return replace(expr, size=changed.get(expr.size, expr.size))
+    if isinstance(expr, Product):
+        return replace(expr, factors=tuple(_with_numbers(e, changed) for e in expr.factors))
+    if isinstance(expr, Sum):
+        return replace(expr, parts=tuple(_with_numbers(e, changed) for e in expr.parts))
+    return expr
 
 
 def _assembles(source: str, parts: Sequence[DiskTensor], judged: Judgement) -> bool:

@@ -114,9 +114,8 @@ def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def _with_layers(real: ConfigDict, variant: Variant) -> Iterator[ConfigDict]:
     """Candidates with ever more layers, until every kind of layer fits."""
-    lists = kept_layers(real)
-    for count in range(max(2, len(lists)), _MAX_LAYERS + 1):
-        yield candidate(real, variant, count, lists)
+    for count in range(max(2, len(kept_layers(real))), _MAX_LAYERS + 1):
+        yield candidate(real, variant, count)
 
 
 def _explicit(tiny: ConfigDict, variant: Variant, factory: ModelFactory | None) -> ConfigDict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,12 +98,26 @@ def kept_layers(real: Mapping[str, Any]) -> list[int]:
     return sorted(seen.values())
 
 
-def candidate(real: ConfigDict, variant: Variant, count: int, kept: list[int]) -> ConfigDict:
-    """A config with ``count`` layers, the ``kept`` ones first of all, and the variant's sizes."""
+def chosen_layers(real: Mapping[str, Any], count: int) -> list[int]:
+    """The real layer that each of ``count`` layers of a tiny model stands for."""
+    total, kept = layer_count(real), kept_layers(real)
+    indices = sorted((kept + [i for i in range(total) if i not in kept])[:count])
+    return indices + [total - 1] * (count - len(indices))
+
+
+def real_path(path: Path, layers: Sequence[int]) -> Path:
+    """A tiny config's path in the real one: keys of tables by layer number are renumbered."""
+    return tuple(
+        str(layers[int(key)]).zfill(len(key)) if key.isdigit() and int(key) < len(layers) else key
+        for key in path
+    )
+
+
+def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
+    """A config with ``count`` layers that show every kind, and the variant's sizes."""
     tiny = copy.deepcopy(real)
     total = layer_count(real)
-    indices = sorted((kept + [i for i in range(total) if i not in kept])[:count])
-    indices += [total - 1] * (count - len(indices))
+    indices = chosen_layers(real, count)
     used: dict[tuple[str, Any], int] = {}
     nth: dict[str, int] = {}
     for path, value in walk(real):
