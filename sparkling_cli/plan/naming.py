@@ -52,8 +52,14 @@ def weights_of(checkpoint: Checkpoint, layout: ModelLayout, names: str) -> tuple
     patterns = layout.check_shapes(shapes, on_disk=on_disk)
     rename = on_disk and layout.disk is not None
     rename = rename and (names == "module" or (names == "auto" and bool(checkpoint.states)))
-    rename = rename and bool(layout.assembly)  # else the format itself keeps both kinds of names
-    if rename:
+    if rename and names == "module" and not layout.assembly:
+        raise LayoutError(
+            f"the layout {layout.name!r} does not say which tensors on disk make up which of the module, so "
+            "weights cannot be written under the module's names",
+            hint="use --names disk, or give a layout file with an [assembly] table (--layout)",
+        )
+    if rename and layout.assembly:  # without one the format itself keeps both kinds of names
+        _check_assembled(layout)
         return _assembled(checkpoint, layout, patterns), True
     weights = []
     seen: set[str] = set()
@@ -77,6 +83,24 @@ def _has_disk_names(checkpoint: Checkpoint, layout: ModelLayout) -> bool:
         first = next((name for name in names if not layout.disk_table.has(name)), None)
         return first is None or not layout.module_table.has(first)
     return True
+
+
+def _check_assembled(layout: ModelLayout) -> None:
+    """Every tensor on disk is one of the module's, or a part of one.
+
+    Raises:
+        LayoutError: some tensor on disk fuses what the module keeps apart.
+    """
+    parts = {disk for group in layout.assembly.values() for disk in group}
+    known = {pattern.name for pattern in layout.tensors}
+    fused = [p.name for p in layout.disk or () if p.name not in parts and p.name not in known]
+    if fused:
+        raise LayoutError(
+            f"{fused[0]!r} on disk is made of several tensors of the module: it cannot be written under the "
+            "module's names, under which a Trainer would find it when it resumes",
+            hint="use --names disk, and build the model by from_pretrained(OUTPUT) before resuming: one that "
+            "is built from the config would keep its random initialization",
+        )
 
 
 def _assembled(
