@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.checkpoint.model import Checkpoint
 from sparkling_cli.checkpoint.pause import collector_running
+from sparkling_cli.checkpoint.read import TensorSource
 from sparkling_cli.errors import CheckpointError, LayoutError
 from sparkling_cli.inference import cache
 from sparkling_cli.layout.expr import Role, axis_names
@@ -45,7 +46,7 @@ def find_layout(
     if model is None:
         from sparkling_cli.layout.packaged import find_packaged
 
-        packaged = find_packaged(checkpoint)
+        packaged = find_packaged(checkpoint, lambda one, other: _alike(checkpoint, one, other))
         if packaged is not None:
             return packaged
     if checkpoint.config is None or (model is None and "model_type" not in checkpoint.config):
@@ -61,6 +62,18 @@ def find_layout(
         check_counts(checkpoint)
         check_tensors(checkpoint, model_parameters(checkpoint.config, None)[0])
     return infer(checkpoint.config, model=model)
+
+
+def _alike(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors are the same, byte by byte, read piece by piece."""
+    import torch
+
+    first, second = checkpoint.tensors[one], checkpoint.tensors[other]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with TensorSource(checkpoint) as source:
+        pieces = zip(source.pieces(one), source.pieces(other), strict=True)
+        return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pieces)
 
 
 def read_config(path: Path) -> dict[str, Any]:

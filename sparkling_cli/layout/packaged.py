@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,8 +65,13 @@ def packaged_data(name: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def find_packaged(checkpoint: _Source) -> ModelLayout | None:
+def find_packaged(checkpoint: _Source, alike: Callable[[str, str], bool]) -> ModelLayout | None:
     """The layout of a checkpoint, from the one packaged file that fits it; None if none does.
+
+    Args:
+        checkpoint: the source.
+        alike: whether the tensors under two keys are the same, byte by byte: formats that store tied
+            weights twice (DCP) do not say which are.
 
     Raises:
         LayoutError: the names are those of one file but the shapes contradict it, or several fit.
@@ -83,8 +88,8 @@ def find_packaged(checkpoint: _Source) -> ModelLayout | None:
         except LayoutError as error:
             faults.append(error)
     fitting = [layout for layout in fitting if _shared_is_tied(checkpoint, layout)]
-    if len(fitting) > 1 and checkpoint.format != "dcp":  # which stores tied weights twice
-        fitting = [layout for layout in fitting if not _tied_apart(checkpoint, layout)]
+    if len(fitting) > 1:
+        fitting = [layout for layout in fitting if _ties_hold(checkpoint, layout, fitting, alike)]
     if len(fitting) > 1:
         names = ", ".join(layout.name for layout in fitting)
         raise LayoutError(
@@ -105,10 +110,23 @@ def _shared_is_tied(checkpoint: _Source, layout: ModelLayout) -> bool:
     )
 
 
-def _tied_apart(checkpoint: _Source, layout: ModelLayout) -> bool:
-    """Whether a tied group's names do not share their bytes."""
-    groups = ({checkpoint.weights.get(name) for name in group} - {None} for group in layout.tied)
-    return any(len(keys) > 1 for keys in groups)
+def _ties_hold(
+    checkpoint: _Source,
+    layout: ModelLayout,
+    others: Sequence[ModelLayout],
+    alike: Callable[[str, str], bool],
+) -> bool:
+    """Whether exactly those names share their values that the layout ties, of all that any layout ties."""
+    own = {frozenset(group) for group in layout.tied}
+    for group in {frozenset(group) for other in others for group in other.tied}:
+        keys = sorted({checkpoint.weights[name] for name in group if name in checkpoint.weights})
+        shared = all(
+            checkpoint.format == "dcp" and alike(keys[0], key)  # elsewhere tied weights share their bytes
+            for key in keys[1:]
+        )
+        if len([name for name in group if name in checkpoint.weights]) > 1 and shared != (group in own):
+            return False
+    return True
 
 
 def layout_for(checkpoint: _Source, path: Path) -> ModelLayout:

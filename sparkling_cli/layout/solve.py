@@ -7,7 +7,8 @@ A family's file says what the dims mean; how large they are is the checkpoint's 
 - a name that ends in ``?`` (tensor, config key) may be missing from the checkpoint;
 - a config key that ends in ``+`` is implied when it is missing (``head_dim`` = hidden / heads): it is
   written once something grows;
-- ``requires`` lists config values that a checkpoint of this family has, where it has the key at all.
+- ``requires`` lists config values that a checkpoint of this family has, where it has the key at all; the
+  value ``"none"`` says that the key is not set.
 
 What comes out is an ordinary layout in which every tensor has been checked.
 """
@@ -201,7 +202,7 @@ def _required(data: Mapping[str, Any], config: Mapping[str, Any], where: str) ->
     """
     for key, value in data.get("requires", {}).items():
         found = lookup(config, key)
-        if found is not None and found != value:
+        if found is not None and (value == "none" or found != value):
             raise NamesDifferError(f"{where} is for {key} = {value!r}, the checkpoint has {found!r}")
     return {key: value for key, value in data.items() if key != "requires"}
 

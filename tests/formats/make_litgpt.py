@@ -23,6 +23,12 @@ NEOX: dict[str, Any] = {
     **LLAMA, "n_query_groups": 6, "rotary_percentage": 0.25, "parallel_residual": True, "bias": True,
     "norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP", "lm_head_bias": True,
 }  # fmt: skip
+MIXTRAL: dict[str, Any] = {
+    **LLAMA, "mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    **MIXTRAL, "moe_intermediate_size": 20, "n_shared_expert": 2, "norm_qk": True, "bias": True,
+}  # fmt: skip
 
 
 def build(config: Config, *, tied: bool) -> tuple[Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""Real torchtitan checkpoints: its Llama 3, its optimizer container, its checkpoint manager."""
+"""Real torchtitan checkpoints: its models, its optimizer container, its checkpoint manager."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of the model."""
+    """The numbers of the model; the last three are of the models with experts."""
 
     dim: int = 48
     hidden_dim: int = 40
@@ -23,10 +23,123 @@ class Sizes:
     head_dim: int = 8
     vocab: int = 67
     layers: int = 2
+    expert_dim: int = 24
+    shared_dim: int = 32
+    experts: int = 4
 
 
-def build(sizes: Sizes, *, fuse_qkv: bool = True) -> nn.Module:
-    """Torchtitan's ``Llama3Model``; attention by SDPA, as its flex kernel is no use on a CPU."""
+def build(sizes: Sizes, *, fuse_qkv: bool = True, family: str = "llama3") -> nn.Module:
+    """Torchtitan's model of a family, all parameters random."""
+    model = _LAYERS[family](sizes, fuse_qkv) if family in _LAYERS else _llama(sizes, fuse_qkv)
+    torch.manual_seed(3)
+    model.init_weights(buffer_device=torch.device("cpu"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape) * 0.2
+            parameter.copy_(noise + 1.0 if "norm" in name else noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias_E"):
+                buffer.copy_(torch.randn(buffer.shape) * 0.1)
+    return model
+
+
+def _decoder(model: Any, sizes: Sizes, layers: list[Any], *, tied: bool = False) -> nn.Module:
+    """A decoder of torchtitan's around such layers; attention by SDPA: flex needs a compiler."""
+    from torchtitan.models.common import Embedding, Linear, RMSNorm
+    from torchtitan.models.common.attention import ScaledDotProductAttention
+
+    init: Any = {"weight": nn.init.normal_}
+    for layer in layers:
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+    config = model.Config(
+        dim=sizes.dim,
+        vocab_size=sizes.vocab,
+        tok_embeddings=Embedding.Config(num_embeddings=sizes.vocab, embedding_dim=sizes.dim, param_init=init),
+        norm=RMSNorm.Config(normalized_shape=sizes.dim, param_init=init),
+        lm_head=Linear.Config(in_features=sizes.dim, out_features=sizes.vocab, param_init=init),
+        layers=layers,
+        enable_weight_tying=tied,
+    )
+    return config.build()
+
+
+def _qwen3(sizes: Sizes, fuse_qkv: bool, *, tied: bool = False, experts: bool = False) -> nn.Module:
+    from torchtitan.models import qwen3
+    from torchtitan.models.common import CosSinRoPE
+
+    common: dict[str, Any] = {
+        "n_layers": sizes.layers,
+        "dim": sizes.dim,
+        "n_heads": sizes.n_heads,
+        "n_kv_heads": sizes.n_kv_heads,
+        "head_dim": sizes.head_dim,
+        "fuse_qkv": fuse_qkv,
+        "attn_backend": "flex",
+        "rope": CosSinRoPE.Config(dim=sizes.head_dim, max_seq_len=64, theta=10000.0),
+    }
+    if experts:
+        layers = qwen3._build_qwen3_moe_layers(
+            **common,
+            moe_hidden_dim=sizes.expert_dim,
+            num_experts=sizes.experts,
+            top_k=2,
+            moe_comm_backend="standard",
+        )
+    else:
+        layers = qwen3._build_qwen3_layers(**common, hidden_dim=sizes.hidden_dim)
+    return _decoder(qwen3.Qwen3Model, sizes, layers, tied=tied)
+
+
+def _deepseek(sizes: Sizes, fuse_qkv: bool, *, q_lora: int = 0) -> nn.Module:
+    from torchtitan.models import deepseek_v3 as dsv3
+    from torchtitan.models.common import ComplexRoPE
+    from torchtitan.models.common.config_utils import make_ffn_config
+
+    layers = dsv3.build_mla_moe_layers(
+        n_layers=sizes.layers,
+        n_dense_layers=1,
+        dim=sizes.dim,
+        n_heads=sizes.n_heads,
+        q_lora_rank=q_lora,
+        kv_lora_rank=20,
+        qk_nope_head_dim=10,
+        qk_rope_head_dim=8,
+        v_head_dim=14,
+        mscale=1.0,
+        dense_hidden_dim=sizes.hidden_dim,
+        moe_hidden_dim=sizes.expert_dim,
+        num_experts=sizes.experts,
+        num_shared_experts=1,
+        router_top_k=2,
+        router_score_func="sigmoid",
+        attn_backend="flex",
+        moe_comm_backend="standard",
+        non_blocking_capacity_factor=None,
+        linear_init=dsv3._LINEAR_INIT,
+        norm_init=dsv3._NORM_INIT,
+        depth_init=dsv3._depth_init,
+        depth_experts_init=dsv3._depth_experts_init,
+        rope=ComplexRoPE.Config(dim=8, max_seq_len=64, theta=10000.0),
+    )
+    layers[-1].moe.shared_experts = make_ffn_config(
+        dim=sizes.dim,
+        hidden_dim=sizes.shared_dim,
+        w1_param_init=dsv3._LINEAR_INIT,
+        w2w3_param_init=dsv3._LINEAR_INIT,
+    )
+    return _decoder(dsv3.DeepSeekV3Model, sizes, layers)
+
+
+_LAYERS: dict[str, Any] = {
+    "qwen3": _qwen3,
+    "qwen3-tied": partial(_qwen3, tied=True),
+    "qwen3-moe": partial(_qwen3, experts=True),
+    "deepseek-v3": _deepseek,
+    "deepseek-v3-lora": partial(_deepseek, q_lora=18),
+}
+
+
+def _llama(sizes: Sizes, fuse_qkv: bool) -> nn.Module:
     from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
     from torchtitan.models.common.attention import ScaledDotProductAttention
     from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
@@ -65,10 +178,7 @@ def build(sizes: Sizes, *, fuse_qkv: bool = True) -> nn.Module:
         lm_head=Linear.Config(in_features=dim, out_features=vocab, param_init=linear),
         layers=[block() for _ in range(sizes.layers)],
     )
-    torch.manual_seed(3)
-    model = config.build()
-    model.init_weights()
-    return model
+    return config.build()
 
 
 def batch(sizes: Sizes, step: int = 0) -> torch.Tensor:
@@ -100,13 +210,13 @@ class TrainState:
 class Run:
     """A training run put together of torchtitan's own parts. Needs a process group."""
 
-    def __init__(self, folder: Path, sizes: Sizes, *, fuse_qkv: bool = True) -> None:
+    def __init__(self, folder: Path, sizes: Sizes, *, fuse_qkv: bool = True, family: str = "llama3") -> None:
         from torchtitan.components.checkpoint import CheckpointManager
         from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
         from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 
         self.sizes = sizes
-        self.model = build(sizes, fuse_qkv=fuse_qkv)
+        self.model = build(sizes, fuse_qkv=fuse_qkv, family=family)
         group = ParamGroupConfig(
             pattern=".*",
             optimizer_name="AdamW",
@@ -142,10 +252,15 @@ class Run:
 
 
 def make_torchtitan(
-    folder: Path, sizes: Sizes | None = None, *, steps: int = 3, fuse_qkv: bool = True
+    folder: Path,
+    sizes: Sizes | None = None,
+    *,
+    steps: int = 3,
+    fuse_qkv: bool = True,
+    family: str = "llama3",
 ) -> Run:
     """Train and save ``folder/step-N`` through torchtitan's checkpoint manager."""
-    run = Run(folder, sizes or Sizes(), fuse_qkv=fuse_qkv)
+    run = Run(folder, sizes or Sizes(), fuse_qkv=fuse_qkv, family=family)
     run.train(steps)
     run.manager.save(steps, last_step=True)
     return run

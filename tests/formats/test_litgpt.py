@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sparkling_cli.api import verify
 from sparkling_cli.checkpoint.detect import open_checkpoint
 from sparkling_cli.checkpoint.litgpt import rewritten_yaml
 from sparkling_cli.errors import CheckpointError
@@ -38,6 +39,8 @@ def test_half_a_directory(tmp_path: Path) -> None:
         ("LLAMA", False, {"q_per_kv": 2, "kv_heads": 2}),
         ("LLAMA", True, {"hidden": 2}),
         ("NEOX", False, {"hidden": 2, "ffn": 2, "kv_heads": 2}),
+        ("MIXTRAL", False, {"hidden": 2, "expert_ffn": 3}),
+        ("EXPERTS", False, {"hidden": 2, "ffn": 2, "q_per_kv": 2}),
     ],
 )
 def test_resumes_where_it_was(tmp_path: Path, family: str, tied: bool, axes: dict[str, Any]) -> None:
@@ -48,6 +51,7 @@ def test_resumes_where_it_was(tmp_path: Path, family: str, tied: bool, axes: dic
     model = made.make_litgpt(tmp_path / "step-3", getattr(made, family), tied=tied)
     target = widen(tmp_path / "step-3", tmp_path / "wide", axes)
     assert (target / "hyperparameters.yaml").read_text() == "seed: 42\n"
+    verify(tmp_path / "step-3", target)
     fabric, wide, optimizer, state = made.resume_litgpt(target, tied=tied)
     assert (state["iter_num"], state["step_count"]) == (12, 3)
     ids = made.batch(9)
