@@ -51,7 +51,8 @@ def widen_tensor(
         values = work * factor + offset if offset else work * factor
         if (fills == Fill.RANDOM).any():
             std = standard_deviation(source)
-            noise = normal(seed, stream, 0, values.numel()).reshape(values.shape).to(wide)
+            drawn = torch.from_numpy(normal(seed, stream, 0, values.numel()))
+            noise = drawn.reshape(values.shape).to(wide)
             values = torch.where(fills == Fill.RANDOM, noise * (std * factor), values)
         picked = torch.where(computed, values.to(source.dtype), picked)
     if (fills == Fill.ZERO).any():

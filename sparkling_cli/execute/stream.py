@@ -26,7 +26,6 @@ from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, s
 from sparkling_cli.execute.places import Handles
 from sparkling_cli.execute.pool import Pool
 from sparkling_cli.execute.team import Alone, Team
-from sparkling_cli.layout.geometry import Fill
 from sparkling_cli.plan.model import Plan
 
 #: digests of the small files, the manifest's among them
@@ -331,10 +330,9 @@ def _threads(threads: int | None, memory: int) -> int:
 def _one_torch_thread(plan: Plan) -> Iterator[None]:
     """Pieces are small: torch's own threads would only wait for each other.
 
-    torch is needed for 16-bit floats and random numbers only, and takes its time to import.
+    torch is needed for 16-bit floats only, and takes its time to import.
     """
-    random = any(run.fill is Fill.RANDOM for row in plan.rows for dim in row.view for run in dim.runs)
-    if not random and not any(row.dtype in ("float16", "bfloat16") for row in plan.rows):
+    if not any(row.dtype in ("float16", "bfloat16") for row in plan.rows):
         yield
         return
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-_NOISE_BLOCKS = 6
 #: entries that are added as one row
 _ROW = 1024
 #: largest gap between neighbours in a file that is read along
@@ -52,7 +52,7 @@ class Surroundings:
 
 
 class Worker:
-    """What one thread needs: open files, two buffers, a few blocks of noise."""
+    """What one thread needs: open files and two buffers."""
 
     def __init__(self, around: Surroundings, source: Handles, target: Handles) -> None:
         import numpy as np
@@ -60,7 +60,6 @@ class Worker:
         self.around, self.source, self.target = around, source, target
         self._old = np.empty(PIECE, dtype=np.uint8)
         self._new = np.empty(PIECE, dtype=np.uint8)
-        self._noise: dict[tuple[str, int], Array] = {}
 
     def close(self) -> None:
         """Close the files."""
@@ -196,28 +195,7 @@ class Worker:
         return spans[-1].crc if whole else None
 
     def _noise_of(self, stream: str) -> Noise:
-        import numpy as np
-
-        def block(index: int) -> Array:
-            found = self._noise.get((stream, index))
-            if found is None:
-                while len(self._noise) >= _NOISE_BLOCKS:
-                    del self._noise[next(iter(self._noise))]
-                found = fill.normal_block(self.around.job.plan.seed, stream, index).numpy()
-                self._noise[stream, index] = found
-            return found
-
-        def noise(start: int, stop: int) -> Array:
-            drawn = np.empty(stop - start, dtype=np.float32)
-            at = start
-            while at < stop:
-                index, low = divmod(at, fill.BLOCK)
-                high = min(stop - index * fill.BLOCK, fill.BLOCK)
-                drawn[at - start : at - start + high - low] = block(index)[low:high]
-                at += high - low
-            return drawn
-
-        return noise
+        return partial(fill.normal, self.around.job.plan.seed, stream)
 
     def moments(self, row: int, first: int, last: int) -> list[moments.Moments]:
         """Mean and spread of the source's blocks ``first <= i < last`` (``moments.BLOCK`` entries each).

@@ -31,26 +31,47 @@ def computed(
 
     if subject.dtype not in FLOATING:
         raise ValueError(f"{subject.key}: {subject.dtype} entries cannot have been computed")
-    if how is Fill.COPY and subject.dtype in ("float32", "float64"):
-        values: Array = old.view(subject.dtype) * factor
-        return (values + values.dtype.type(subject.offset) if subject.offset else values).view(old.dtype)
+    wide = np.dtype(wide_dtype(subject.dtype))
+    if how is Fill.RANDOM:
+        # wherever the spread meets the factors, in the precision of the arithmetic
+        values: Array = _drawn(subject, rows, part, width).astype(wide) * (wide.type(spread) * factor)
+        return _rounded(values, subject.dtype).view(old.dtype)
+    if subject.dtype in ("float32", "float64"):
+        values = old.view(subject.dtype) * factor
+    else:
+        values = _as_float32(old, subject.dtype) * factor
+    values = values + values.dtype.type(subject.offset) if subject.offset else values
+    return _rounded(values, subject.dtype).view(old.dtype)
+
+
+def _drawn(subject: Subject, rows: slice, part: slice, width: int) -> Array:
+    """The numbers of a box: of one row only its columns, else of whole rows."""
+    if rows.stop - rows.start == 1:
+        first = rows.start * width
+        return fill.normal(subject.seed, subject.stream, first + part.start, first + part.stop)[None, :]
+    drawn = fill.normal(subject.seed, subject.stream, rows.start * width, rows.stop * width)
+    return drawn.reshape(-1, width)[:, part]
+
+
+def _as_float32(bits: Array, dtype: str) -> Array:
+    import numpy as np
     import torch
 
-    kind = getattr(torch, subject.dtype)
-    wide = torch.float64 if subject.dtype == "float64" else torch.float32
-    factors = torch.from_numpy(np.ascontiguousarray(factor))
-    if how is Fill.RANDOM:
-        first = rows.start * width + (part.start if rows.stop - rows.start == 1 else 0)
-        count = part.stop - part.start if rows.stop - rows.start == 1 else (rows.stop - rows.start) * width
-        drawn = fill.normal(subject.seed, subject.stream, first, first + count)
-        drawn = drawn[None, :] if rows.stop - rows.start == 1 else drawn.reshape(-1, width)[:, part]
-        result = drawn.to(wide) * (spread * factors)
-    else:
-        stored = torch.from_numpy(np.ascontiguousarray(old).view(signed_dtype(old.dtype.itemsize))).view(kind)
-        result = stored.to(wide) * factors
-        result = result + subject.offset if subject.offset else result
-    bits: Array = result.to(kind).contiguous().view(_torch_signed(old.dtype.itemsize)).numpy()
-    return bits.view(old.dtype)
+    stored = torch.from_numpy(np.ascontiguousarray(bits).view(signed_dtype(bits.dtype.itemsize)))
+    values: Array = stored.view(getattr(torch, dtype)).float().numpy()
+    return values
+
+
+def _rounded(values: Array, dtype: str) -> Array:
+    """Values in the tensor's dtype: as they are, or their bits where numpy does not have it."""
+    if dtype in ("float32", "float64"):
+        return values
+    import numpy as np
+    import torch
+
+    rounded = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype))
+    bits: Array = rounded.view(_torch_signed(rounded.element_size())).numpy()
+    return bits
 
 
 def wide_dtype(dtype: str) -> str:
@@ -75,6 +96,10 @@ def both_nan(found: Array, wanted: Array, dtype: str) -> Array:
 
 def as_doubles(data: Array, dtype: str) -> Array:
     """Bytes of floating entries as float64 numbers."""
+    import numpy as np
+
+    if dtype in ("float32", "float64"):
+        return data.view(dtype).astype(np.float64)
     import torch
 
     kind = getattr(torch, dtype)

@@ -47,7 +47,7 @@ def by_pieces(tensor: torch.Tensor, view: View, piece: int, scale: float = 1.0, 
             assert (image.stop - image.start) * item <= max(piece, item)
             touched[image.start : image.stop] += 1
             made = np.full((image.stop - image.start) * item, 255, dtype=np.uint8)
-            kernel.fill(image, data, made, lambda a, b: fill.normal(3, "s", a, b).numpy(), std)
+            kernel.fill(image, data, made, lambda a, b: fill.normal(3, "s", a, b), std)
             if image.program.plain:
                 assert made.tobytes() == data[kernel.bytes_of(image)].tobytes()
             if image.program.zero:
@@ -78,7 +78,7 @@ def entry_by_entry(tensor: torch.Tensor, view: View, scale: float, offset: float
         if how is Fill.ZERO:
             continue
         if how is Fill.RANDOM:
-            drawn = fill.normal(3, "s", number, number + 1).to(torch.float64).item()
+            drawn = float(fill.normal(3, "s", number, number + 1)[0])
             value = wide(drawn) * wide(wide(std) * factor)
             out[index] = torch.tensor(float(value), dtype=torch.float64)
         elif factor == 1 and offset == 0.0:
