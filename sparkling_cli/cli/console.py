@@ -7,7 +7,6 @@ document on stdout and nothing for people; without a terminal there are no escap
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli import __version__
 from sparkling_cli.errors import ExitCode, OutputError, SparklingError
+from sparkling_cli.execute.signals import as_ctrl_c
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -113,12 +113,9 @@ def run(app: Callable[..., Any]) -> int:
     """Run the command line; every user-facing failure becomes a message and an exit code."""
     import typer
 
-    def terminate(_signum: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminate)
     try:
-        result = app(standalone_mode=False, prog_name="sparkling")
+        with as_ctrl_c():
+            result = app(standalone_mode=False, prog_name="sparkling")
         return result if isinstance(result, int) else int(ExitCode.OK)
     except SparklingError as error:
         return fail(error)

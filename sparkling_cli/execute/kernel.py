@@ -22,6 +22,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.checkpoint.model import FLOATING, ITEM_BYTES
+from sparkling_cli.execute.entries import draw_into, numpy_dtype, scale_into
 from sparkling_cli.layout.geometry import Fill, Run, View, ViewDim
 
 if TYPE_CHECKING:
@@ -224,8 +225,8 @@ class Kernel:
         """
         rows = image.last - image.first
         piece = source[self.bytes_of(image)]
-        old = piece.view(_numpy_dtype(self.dtype)).reshape(rows, *self.inner_source)
-        new = target.view(_numpy_dtype(self.dtype)).reshape(rows, *self.inner_target)
+        old = piece.view(numpy_dtype(self.dtype)).reshape(rows, *self.inner_source)
+        new = target.view(numpy_dtype(self.dtype)).reshape(rows, *self.inner_target)
         drawn = None
         if image.program.random:
             if noise is None:
@@ -238,9 +239,9 @@ class Kernel:
             elif step.moved:
                 into[...] = old[step.source]
             elif step.fill is Fill.RANDOM and drawn is not None:
-                _draw(drawn[step.target], std, step.factor, into, self.dtype)
+                draw_into(drawn[step.target], std, step.factor, into, self.dtype)
             else:
-                _scale(old[step.source], step.factor, self.offset, into, self.dtype)
+                scale_into(old[step.source], step.factor, self.offset, into, self.dtype)
 
 
 def compile_kernel(
@@ -305,56 +306,3 @@ def _factor(scale: float, runs: list[Run], dtype: str) -> float:
     for run in runs:
         factor = wide(factor * wide(run.scale))
     return float(factor)
-
-
-_NUMPY_DTYPES = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64", 16: "complex128"}
-
-
-@lru_cache(maxsize=64)
-def _numpy_dtype(dtype: str) -> Any:
-    """A numpy dtype that moves the entries; for float32 and float64 also one that computes."""
-    import numpy as np
-
-    return np.dtype(dtype if dtype in ("float32", "float64") else _NUMPY_DTYPES[ITEM_BYTES[dtype]])
-
-
-def _scale(old: Array, factor: float, offset: float, into: Array, dtype: str) -> None:
-    """``factor * old + offset`` in working precision, rounded once."""
-    import numpy as np
-
-    if dtype in ("float32", "float64"):
-        np.multiply(old, old.dtype.type(factor), out=into)
-        if offset:
-            np.add(into, old.dtype.type(offset), out=into)
-        return
-    source, target = _as_torch(old, dtype), _as_torch(into, dtype)
-    if offset:
-        target.copy_(source.float().mul_(factor).add_(offset))
-    else:
-        # torch multiplies 16-bit floats by a number in float32 and rounds once: the same result
-        import torch
-
-        torch.mul(source, factor, out=target)
-
-
-def _draw(noise: Array, std: float, factor: float, into: Array, dtype: str) -> None:
-    """Random entries of standard deviation ``std * factor``."""
-    import numpy as np
-
-    if dtype == "float64":
-        np.multiply(noise, std * factor, out=into, dtype=np.float64)
-        return
-    spread = np.float32(std) * np.float32(factor)
-    if dtype == "float32":
-        np.multiply(noise, spread, out=into)
-        return
-    import torch
-
-    _as_torch(into, dtype).copy_(torch.from_numpy(noise * spread))
-
-
-def _as_torch(array: Array, dtype: str) -> Any:
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(array.view(np.int16)).view(getattr(torch, dtype))

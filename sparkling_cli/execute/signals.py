@@ -1,15 +1,45 @@
-"""Ctrl-C and SIGTERM while an output is made: stop, clean up, say so."""
+"""Signals that end a process: they arrive as Ctrl-C does, so that everything half-made is removed."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from sparkling_cli.errors import Interrupted
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def as_ctrl_c(note: Callable[[str], None] | None = None) -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt inside; as it was afterwards.
+
+    Only the main thread may decide this; in others nothing changes. A signal that is ignored (``nohup``)
+    stays ignored.
+
+    Args:
+        note: told the signal's name when one comes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, _: FrameType | None) -> None:
+        if note is not None:
+            note(signal.Signals(number).name)
+        raise KeyboardInterrupt
+
+    heard = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Raised:
@@ -29,19 +59,11 @@ class Raised:
 
 @contextmanager
 def interrupts(destination: Path) -> Iterator[Raised]:
-    """SIGTERM and SIGHUP arrive as KeyboardInterrupt, like Ctrl-C (in the main thread only)."""
+    """Signals while an output is made: what comes is remembered for the message."""
     raised = Raised(destination)
-    if threading.current_thread() is not threading.main_thread():
-        yield raised
-        return
 
-    def handler(number: int, _: FrameType | None) -> None:
-        raised.name = signal.Signals(number).name
-        raise KeyboardInterrupt
+    def note(name: str) -> None:
+        raised.name = name
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with as_ctrl_c(note):
         yield raised
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -1,0 +1,65 @@
+"""Arithmetic on entries of any dtype: numpy where it has the dtype, torch for 16-bit floats."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.checkpoint.model import ITEM_BYTES
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+_NUMPY_DTYPES = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64", 16: "complex128"}
+
+
+@lru_cache(maxsize=64)
+def numpy_dtype(dtype: str) -> Any:
+    """A numpy dtype that moves the entries; for float32 and float64 also one that computes."""
+    import numpy as np
+
+    return np.dtype(dtype if dtype in ("float32", "float64") else _NUMPY_DTYPES[ITEM_BYTES[dtype]])
+
+
+def scale_into(old: Array, factor: float, offset: float, into: Array, dtype: str) -> None:
+    """``factor * old + offset`` in working precision, rounded once."""
+    import numpy as np
+
+    if dtype in ("float32", "float64"):
+        np.multiply(old, old.dtype.type(factor), out=into)
+        if offset:
+            np.add(into, old.dtype.type(offset), out=into)
+        return
+    source, target = _as_torch(old, dtype), _as_torch(into, dtype)
+    if offset:
+        target.copy_(source.float().mul_(factor).add_(offset))
+    else:
+        # torch multiplies 16-bit floats by a number in float32 and rounds once: the same result
+        import torch
+
+        torch.mul(source, factor, out=target)
+
+
+def draw_into(noise: Array, std: float, factor: float, into: Array, dtype: str) -> None:
+    """Random entries of standard deviation ``std * factor``."""
+    import numpy as np
+
+    if dtype == "float64":
+        np.multiply(noise, std * factor, out=into, dtype=np.float64)
+        return
+    spread = np.float32(std) * np.float32(factor)
+    if dtype == "float32":
+        np.multiply(noise, spread, out=into)
+        return
+    import torch
+
+    _as_torch(into, dtype).copy_(torch.from_numpy(noise * spread))
+
+
+def _as_torch(array: Array, dtype: str) -> Any:
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(array.view(np.int16)).view(getattr(torch, dtype))
