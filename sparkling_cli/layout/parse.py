@@ -2,13 +2,14 @@
 
 Grammar::
 
-    layout := [dims "|"] ( dims ("<-" | "->") dims | ("scale" | "bias") dims | dims )
+    layout := [dims "|"] ( dims ("<-" | "->") dims | "<-" dims | ("scale" | "bias") dims | dims )
     dims   := term+                       each term is one storage dim
     term   := [label ":"] ( name | integer | "(" inner ")" )
     inner  := term+ | term ("+" term)+
 
-``out <- in`` and ``in -> out`` are both written in storage order. Dims without an arrow or a word
-before them are ``scale``-like: elementwise.
+``out <- in`` and ``in -> out`` are both written in storage order. ``<- in`` is a map whose outputs are
+flattened together with its inputs, as in ``<- (experts hidden)``: the outputs must not grow. Dims without an
+arrow or a word before them are ``scale``-like: elementwise.
 """
 
 from __future__ import annotations
@@ -142,6 +143,9 @@ class _Parser:
         if self.head.text in ("scale", "bias") and self.tokens[self.i + 1].kind != "end":
             role = Role.SCALE if self.take().text == "scale" else Role.BIAS
             return self.dims(role)
+        if self.head.text == "<-":
+            self.take()
+            return self.dims(Role.IN)
         first = self.dims(Role.SCALE)
         if self.head.text == "|":
             self.take()

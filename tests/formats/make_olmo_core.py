@@ -20,6 +20,31 @@ NARROW: dict[str, Any] = {
     "use_head_qk_norm": True,
     "block_name": "default",
 }
+EXPERTS: dict[str, Any] = {
+    **{name: value for name, value in NARROW.items() if name not in ("ffn", "block_name")},
+    "num_experts": 4,
+    "top_k": 2,
+    "expert_hidden_size": 24,
+    "shared_expert_hidden_size": 20,
+    "capacity_factor": 4.0,  # no token is dropped
+}
+
+
+def gather_by_expert(x: Any, indices: Any, bins: Any, capacity: int, top_k: int) -> torch.Tensor:
+    """OLMo-core's ``binned_gather``, whose kernel is for GPUs only, in plain torch."""
+    rows = [
+        torch.nn.functional.pad(part, (0, 0, 0, capacity - len(part)))
+        for part in torch.tensor_split(x[indices // top_k], bins[:-1].long())
+    ]
+    return torch.stack(rows)
+
+
+def scatter_by_expert(x: Any, indices: Any, weights: Any, bins: Any, top_k: int) -> torch.Tensor:
+    """OLMo-core's ``binned_scatter``, whose kernel is for GPUs only, in plain torch."""
+    counts = torch.diff(bins, prepend=bins.new_zeros(1)).tolist()
+    parts = torch.cat([expert[:count] for expert, count in zip(x, counts, strict=True)])
+    weighted = parts * weights[indices].unsqueeze(-1)
+    return torch.zeros(len(indices) // top_k, x.shape[-1]).index_add(0, indices // top_k, weighted)
 
 
 def config_of(sizes: dict[str, Any]) -> Any:
@@ -28,6 +53,8 @@ def config_of(sizes: dict[str, Any]) -> Any:
     from olmo_core.nn.transformer import TransformerConfig
 
     options = dict(sizes)
+    if "num_experts" in sizes:
+        return TransformerConfig.llama_like_moe(**options)
     ffn = options.pop("ffn")
     return TransformerConfig.llama_like(
         **options, feed_forward=FeedForwardConfig(hidden_size=ffn, bias=False)

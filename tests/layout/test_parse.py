@@ -27,6 +27,7 @@ SIZES = {"ffn": 6, "hidden": 4, "heads": 4, "kv_heads": 2, "q_per_kv": 2, "head_
         ("experts | (gate_up ffn) <- hidden", (5, 12, 4), "stack out in"),
         ("experts | hidden -> (ffn gate_up)", (5, 4, 12), "stack in out"),
         ("hidden <- 1 4", (4, 1, 4), "out in in"),
+        ("<- (kv_heads hidden)", (8,), "in"),
         ("", (), ""),
     ],
 )
