@@ -15,6 +15,7 @@ from zlib import crc32
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sparkling_cli import __version__
+from sparkling_cli.checkpoint.directory import read_sidecar
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.stream import Written
 from sparkling_cli.layout import file as layout_file
@@ -149,20 +150,8 @@ def read_manifest(path: Path) -> Manifest:
     """
     if path.is_dir():
         path = path / MANIFEST
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"no manifest: cannot read {path}: {error.strerror or error}",
-            hint="only outputs of `sparkling expand` have one",
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the manifest {path} is damaged: {error}") from None
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT:
-        raise CheckpointError(
-            f"the manifest {path} has format_version {version!r}; this version reads {FORMAT}"
-        )
+    hint = "only outputs of `sparkling expand` have one"
+    data = read_sidecar(path, "manifest", version=FORMAT, hint=hint)
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:

@@ -111,6 +111,36 @@ def read_json(root: Path, relative: str) -> dict[str, Any]:
     return value
 
 
+def read_sidecar(path: Path, what: str, *, version: int, hint: str) -> dict[str, Any]:
+    """A JSON document of an output's ``sparkling/`` folder, of the version that this program reads.
+
+    Args:
+        path: the file.
+        what: it is, for messages ("manifest").
+        version: the ``format_version`` that is expected.
+        hint: why there may be none.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another version.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"no {what}: cannot read {path}: {error.strerror or error}", hint=hint
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the {what} {path} is damaged: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"the {what} {path} is damaged: an object is expected")
+    if data.get("format_version") != version:
+        raise CheckpointError(
+            f"the {what} {path} has format_version {data.get('format_version')!r}; "
+            f"this version reads {version}"
+        )
+    return data
+
+
 def rewritten_json(text: str, changes: Mapping[str, Any], where: str) -> str:
     """JSON text with other values under some keys.
 

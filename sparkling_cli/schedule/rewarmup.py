@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sparkling_cli.checkpoint.directory import read_sidecar
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.schedule.curves import Curve, rewarmed
 
@@ -177,15 +177,6 @@ def read_rewarmup(path: Path) -> Rewarmup:
     """
     if path.is_dir():
         path = path / REWARMUP
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"no re-warmup schedule: cannot read {path}: {error.strerror or error}",
-            hint="`sparkling expand` writes one when the source run's schedule is known",
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is damaged: an object is expected")
+    hint = "`sparkling expand` writes one when the source run's schedule is known"
+    data = read_sidecar(path, "re-warmup schedule", version=FORMAT, hint=hint)
     return from_data(data, str(path))
