@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from sparkling_cli.cli.documents import Data, Document
 from sparkling_cli.cli.schemas_inspect import Inspect
@@ -197,12 +197,36 @@ class Layout(Document):
     layout: dict[str, Any]
 
 
+class ArchitectureAxis(Data):
+    """One axis of one class."""
+
+    name: str
+    role: Annotated[str, Field(description="what kind of width it is: ffn, hidden, heads, ...")]
+    proved: bool
+    reason: Annotated[str, Field(description="how it was proved, or why it is refused")]
+    joint: Annotated[list[str], Field(description="axes that grow by the same factor along with it")]
+
+
+class Architecture(Data):
+    """One model type of the installed transformers."""
+
+    model_type: str
+    class_name: str
+    axes: list[ArchitectureAxis]
+    failure: Annotated[str, Field(description="why no tiny model could be run; empty where one was")]
+    experts: Annotated[bool, Field(description="whether the class has routed experts")]
+    notes: list[str]
+
+
 class Architectures(Document):
     """``sparkling architectures --json``."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-
     schema_: Annotated[Literal["sparkling/architectures"], Field(alias="schema")]
+    versions: Annotated[list[str], Field(description="of this program and the libraries it was made with")]
+    proved_classes: Annotated[
+        dict[str, int], Field(description="distinct classes with a proved axis: ffn, hidden, heads")
+    ]
+    architectures: list[Architecture]
 
 
 class Error(Document):

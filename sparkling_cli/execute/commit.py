@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from sparkling_cli.errors import OutputError
@@ -34,23 +35,33 @@ def partial_of(destination: Path) -> Path:
     return destination.with_name(f".{name}{_SUFFIX}")
 
 
+def standing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
 def check_destination(source: Path, destination: Path) -> Path:
     """The destination with its parent resolved, if an output may appear there.
 
+    Folders above it that do not exist are made later, with the output.
+
     Raises:
-        OutputError: it exists, lies inside the source (or the source inside it), has no parent folder or
+        OutputError: it exists, lies inside the source (or the source inside it), or in what is no folder or
             one that cannot be written.
     """
     if destination.name in ("", ".", ".."):
         raise OutputError(f"{destination} is no name for an output", hint="give a new name")
     parent = destination.parent
     try:
-        real = parent.resolve(strict=True) / destination.name
+        real = parent.resolve() / destination.name
         origin = source.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise OutputError(f"{parent} is no folder that an output can be put into: {error}") from error
-    if not real.parent.is_dir():
-        raise OutputError(f"{parent} is not a folder")
+    for base in (standing(parent), standing(real.parent)):  # the first may be a link that leads nowhere
+        if not base.is_dir():
+            raise OutputError(f"{base} is not a folder")
     if real == origin or origin in real.parents:
         raise OutputError(
             f"the output {destination} lies inside the source {source}", hint="choose a place beside it"
@@ -59,8 +70,8 @@ def check_destination(source: Path, destination: Path) -> Path:
         raise OutputError(
             f"{destination} exists", hint="choose another name, or remove it; nothing is overwritten"
         )
-    if not os.access(real.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} cannot be written to", hint="check its permissions")
+    if not os.access(base, os.W_OK | os.X_OK):
+        raise OutputError(f"{base} cannot be written to", hint="check its permissions")
     return real
 
 
@@ -80,6 +91,7 @@ class Staging:
         self.is_file = is_file
         self.partial = partial_of(self.destination)
         self._lock: int | None = None
+        self._made: list[Path] = []
 
     @property
     def data(self) -> Path:
@@ -106,6 +118,7 @@ class Staging:
             OutputError: another process works on it, or it is not ours.
         """
         try:
+            self._make_parents()
             self._acquire()
             self._undo_half_commit()
             plan = self.partial / "plan"
@@ -125,6 +138,17 @@ class Staging:
         self._clear()
         (self.partial / "data").mkdir()
         _write_new(self.partial / "plan", fingerprint.encode())
+
+    def _make_parents(self) -> None:
+        """The folders above the output; those that are new go again if the output does not come."""
+        missing = []
+        folder = self.destination.parent
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made.append(folder)
 
     def _acquire(self) -> None:
         while True:
@@ -192,16 +216,19 @@ class Staging:
             if self.sidecars.is_dir():
                 self.sidecars.rename(folder)
         self.data.rename(self.destination)
-        sync(self.destination.parent)
+        for folder in (self.destination.parent, *(made.parent for made in reversed(self._made))):
+            sync(folder)
         self.discard()
 
     def discard(self) -> None:
-        """Remove the folder, whatever is in it."""
-        if self._lock is None:
-            return
-        shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._lock)
-        self._lock = None
+        """Remove the folder, whatever is in it, and empty folders that were made for it."""
+        if self._lock is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+        while self._made:
+            with suppress(OSError):  # something is in it: the output, or what others put there
+                self._made.pop().rmdir()
 
     def leave(self) -> None:
         """Give the lock up and leave the folder for the next run."""

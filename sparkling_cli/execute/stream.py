@@ -18,7 +18,7 @@ from sparkling_cli.checkpoint.model import OutputFile
 from sparkling_cli.errors import CheckpointError, OutputError, SparklingError
 from sparkling_cli.execute import assemble, signals
 from sparkling_cli.execute.assemble import FileDigest, digests_text
-from sparkling_cli.execute.commit import Staging, sync
+from sparkling_cli.execute.commit import Staging, standing, sync
 from sparkling_cli.execute.crc import Span, crc32, whole
 from sparkling_cli.execute.flush import Flusher
 from sparkling_cli.execute.job import Job, PartResult, make_job
@@ -292,8 +292,7 @@ def _needed(run: _Run) -> int:
 
 
 def _disk_error(error: OSError, run: _Run) -> SparklingError:
-    parent = run.staging.destination.parent
-    state = os.statvfs(parent)
+    state = os.statvfs(standing(run.staging.destination.parent))
     free = state.f_bavail * state.f_frsize
     where = error.filename or run.staging.partial
     return OutputError(

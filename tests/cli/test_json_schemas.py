@@ -116,8 +116,13 @@ def test_errors(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_architectures() -> None:
-    """One class is enough."""
-    validate(run("architectures", "llama"), "architectures")
+    """One class is enough; an unknown field anywhere in it is an error."""
+    document = run("architectures", "llama")
+    validate(document, "architectures")
+    row = document["architectures"][0]
+    for changed in ({**row, "unknown": 1}, {**row, "axes": [{**row["axes"][0], "proved": "yes"}]}):
+        with pytest.raises(jsonschema.ValidationError):
+            validate({**document, "architectures": [changed]}, "architectures")
 
 
 def test_the_schema_refuses_what_is_not_of_it(dense_checkpoint: Path, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def digest(folder: Path) -> dict[str, bytes]:
 
 
 def test_refused_places(tmp_path: Path) -> None:
-    """An existing output, one inside the source, a missing parent, a dangling link, an odd name."""
+    """An existing output, one inside the source, a file as its parent, a dangling link, an odd name."""
     plan, files = simple(tmp_path)
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
@@ -181,13 +181,29 @@ def test_refused_places(tmp_path: Path) -> None:
         (tmp_path / "src", "inside the source"),
         (tmp_path / "src" / "out", "inside the source"),
         (tmp_path / "srclink" / "out", "inside the source"),
-        (tmp_path / "no" / "out", "no folder"),
+        (tmp_path / "link" / "out", "no folder|not a folder"),
         (tmp_path / "src" / "data.bin" / "out", "no folder|not a folder|inside"),
         (tmp_path / "there" / "..", "no name"),
     ):
         with pytest.raises(OutputError, match=word):
             execute(plan, files, place, sidecar=no_sidecar)
     assert digest(tmp_path) == before
+
+
+def test_missing_parents_are_made(tmp_path: Path) -> None:
+    """The folders above the output come with it, and go again where it does not come."""
+    plan, files = simple(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+
+    def failing(_: object) -> dict[str, bytes]:
+        assert (tmp_path / "new" / "deep").is_dir()
+        raise OutputError("no small files")
+
+    with pytest.raises(OutputError, match="no small files"):
+        execute(plan, files, tmp_path / "new" / "deep" / "out", sidecar=failing)
+    assert sorted(tmp_path.rglob("*")) == before
+    execute(plan, files, tmp_path / "new" / "deep" / "out", sidecar=no_sidecar)
+    assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["out"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -226,11 +226,12 @@ def test_places_that_no_output_can_have(source: Path, tmp_path: Path, refused: C
         source.parent,
         source / ".." / source.name / "out",
         source / "config.json" / "out",
-        tmp_path / "missing" / "out",
+        source / "config.json" / "missing" / "out",
     ):
         refused(source, str(place), *FFN, code=ExitCode.OUTPUT)
     (tmp_path / "dangling").symlink_to("nowhere")
-    refused(source, str(tmp_path / "dangling"), *FFN, code=ExitCode.OUTPUT)
+    for place in (tmp_path / "dangling", tmp_path / "dangling" / "out"):
+        refused(source, str(place), *FFN, code=ExitCode.OUTPUT)
 
 
 def test_things_that_are_no_checkpoint(tmp_path: Path, refused: Callable[..., str]) -> None:
