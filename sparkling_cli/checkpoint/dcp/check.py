@@ -30,6 +30,9 @@ def check_metadata(metadata: Metadata, path: Path) -> None:
     for fqn, steps in planned.items() if isinstance(planned, dict) else ():
         if not isinstance(steps, (list, tuple)):
             raise _damaged(path, f"the path of {fqn!r} is no tuple: {steps!r:.60}")
+        # torch makes the name out of the path, and looks what it loads up by it
+        if ".".join(map(str, steps)) != fqn or fqn not in metadata.state_dict_metadata:
+            raise _damaged(path, f"{fqn!r} is described nowhere, or is not its own path: {steps!r:.120}")
     wanted = set()
     for fqn, meta in metadata.state_dict_metadata.items():
         if not isinstance(fqn, str):

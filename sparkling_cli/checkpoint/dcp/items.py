@@ -10,13 +10,19 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from sparkling_cli.checkpoint.model import Checksum, Extent, OutputFile
 from sparkling_cli.checkpoint.torchfile import TensorNode, TorchFile, lay_out, plain, read_torch_file
+from sparkling_cli.checkpoint.torchfile.archive import open_window, read_archive
 from sparkling_cli.errors import CheckpointError
 
 #: how one number of a dtype is packed
 _STRUCT = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
+
+
+#: the end of an archive's directory lies in so many last bytes
+_END_OF_ARCHIVE = 22 + 65535
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,30 @@ def read_bytes(root: Path, place: Place, name: str) -> bytes:
         raise CheckpointError(f"cannot read {root / place.file} ({name!r}): {error.strerror}") from None
     if len(data) != place.length:
         raise CheckpointError(f"{root / place.file} ends inside {name!r}", hint="copy the checkpoint again")
+    return data
+
+
+def carried_bytes(root: Path, place: Place, name: str) -> bytes:
+    """All bytes of an item that is carried over, which must be whole.
+
+    torch saves every object as an archive with a checksum of each record; an item that looks like one and
+    does not agree with its own checksums was damaged, and nobody could load the output. An item that never
+    was an archive is a planner's own matter.
+
+    Raises:
+        CheckpointError: the file is missing or too short, or the item is damaged.
+    """
+    data = read_bytes(root, place, name)
+    if not data.startswith(b"PK\x03\x04") and b"PK\x05\x06" not in data[-_END_OF_ARCHIVE:]:
+        return data
+    where = f"{place.file}: item {name!r}"
+    with open_window(root / place.file, where, place.offset, place.length) as window:
+        records = read_archive(window).records
+    for _, start, size, crc in records if any(record.crc for record in records) else ():
+        if crc32(data[start : start + size]) != crc:
+            raise CheckpointError(
+                f"{where} is damaged: its CRC-32 is another", hint="copy the checkpoint again"
+            )
     return data
 
 

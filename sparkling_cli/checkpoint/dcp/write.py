@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparkling_cli.checkpoint.dcp.items import box, number, read_bytes, read_item, shifted
+from sparkling_cli.checkpoint.dcp.items import box, carried_bytes, number, read_item, shifted
 from sparkling_cli.checkpoint.dcp.metadata import METADATA, dump_metadata
 from sparkling_cli.checkpoint.dcp.read import Parsed, Part
 from sparkling_cli.checkpoint.model import Checksum, Declared, Extent, OutputFile
@@ -116,7 +116,7 @@ def part_outputs(
         elif name in numbers:
             content = number(read_item(root, place), index.fqn, numbers[name])
         else:
-            content = read_bytes(root, place, index.fqn)
+            content = carried_bytes(root, place, index.fqn)
         file = files.setdefault(place.file, _Growing(place.file))
         offset, length = file.add(content)
         info = _StorageInfo(storage[index].relative_path, offset, length)
