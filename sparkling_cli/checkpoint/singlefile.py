@@ -273,8 +273,26 @@ def facts_of(tree: Any, sections: Sections, optimizer: OptimizerTree) -> dict[st
         facts["learning_rate"] = optimizer.groups[0].get("lr")
     config = tree.get("config") if sections.kind == "nanogpt" else None
     if isinstance(config, dict):
-        facts["trainer_config"] = plain(config)
+        facts.update(_nanogpt_schedule(plain(config)))
     return facts
+
+
+def _nanogpt_schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What nanoGPT's ``get_lr`` makes of its options, as far as they are there."""
+    names = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "max_iters")
+    numbers = {name: config[name] for name in names if type(config.get(name)) in (int, float)}
+    if config.get("decay_lr") is False:
+        schedule = {"type": "constant", "peak": numbers.get("learning_rate")}
+        return {"schedule": schedule, "max_steps": numbers.get("max_iters")}
+    if config.get("decay_lr") is not True or not set(names[:4]) <= set(numbers):
+        return {}
+    schedule = {
+        "type": "cosine",
+        "peak": numbers["learning_rate"],
+        "minimum": numbers["min_lr"],
+        "warmup_steps": int(numbers["warmup_iters"]),
+    }
+    return {"schedule": schedule, "max_steps": int(numbers["lr_decay_iters"])}
 
 
 def _listing(tree: Mapping[Any, Any]) -> str:

@@ -47,17 +47,18 @@ def commands(block: Block) -> list[str]:
     return [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
 
 
-def run_page(page: Path, folder: Path) -> int:
-    """Run a page from its first block to its last in a folder that looks like a clone; how many ran."""
+TOOLS = {"sparkling": "-m sparkling_cli", "python": "", "torchrun": "-m torch.distributed.run"}
+
+
+def like_a_clone(folder: Path) -> dict[str, str]:
+    """Give a folder the bundled files and the commands of an installation; the environment for them."""
     for name in ("fixtures", "docs"):
         (folder / name).symlink_to(ROOT / name)
     tools = folder / ".tools"
     tools.mkdir()
-    for name, words in (("sparkling", "-m sparkling_cli"), ("python", "")):
-        script = tools / name
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
-        script.chmod(0o755)
-    environment = {
+    for name, words in TOOLS.items():
+        script(tools / name, f'exec "{sys.executable}" {words} "$@"')
+    return {
         **os.environ,
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -65,6 +66,17 @@ def run_page(page: Path, folder: Path) -> int:
         "HF_HUB_OFFLINE": "1",
         "COLUMNS": "100",
     }
+
+
+def script(path: Path, body: str) -> None:
+    """An executable shell script."""
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def run_page(page: Path, folder: Path) -> int:
+    """Run a page from its first block to its last in a folder that looks like a clone; how many ran."""
+    environment = like_a_clone(folder)
     count = 0
     for block in blocks(page):
         if block.reason or block.language not in ("console", "bash", "python"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.blocks import ROOT, blocks, commands, run_page
+from tests.docs.runs import RUNS
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 #: Pages that are made by commands of their own, with their own checks.
@@ -29,7 +30,9 @@ def name_of(page: Path) -> str:
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
 def test_the_page_works_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
-    """All its blocks, in order, in an empty folder with the bundled checkpoints."""
+    """All its blocks, in order, in a folder with the bundled checkpoints, or with the run it starts from."""
+    if name_of(page) in RUNS:
+        RUNS[name_of(page)](tmp_path)
     assert run_page(page, tmp_path) > 0
 
 

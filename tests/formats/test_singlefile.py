@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from sparkling_cli.checkpoint.detect import open_checkpoint
 from sparkling_cli.errors import CheckpointError, SpecError, UnsafePickleError
+from sparkling_cli.schedule.rewarmup import read_rewarmup
 from tests.formats.make_nanogpt import (
     GPT,
     GPTConfig,
@@ -51,6 +53,27 @@ def test_nanogpt_resumes_where_it_was(tmp_path: Path, prefix: str, bias: bool) -
         check_moments({name: old_optimizer.state[old][name] for name in ("exp_avg", "exp_avg_sq")}, state)
     loss_of(wide, ids).backward()
     optimizer.step()
+
+
+def _get_lr(it: int, config: dict[str, Any]) -> float:
+    """NanoGPT's own function (train.py), past its warmup."""
+    if it > config["lr_decay_iters"]:
+        return float(config["min_lr"])
+    ratio = (it - config["warmup_iters"]) / (config["lr_decay_iters"] - config["warmup_iters"])
+    share = 0.5 * (1.0 + math.cos(math.pi * ratio))
+    return float(config["min_lr"] + share * (config["learning_rate"] - config["min_lr"]))
+
+
+def test_the_schedule_is_nanogpts(tmp_path: Path) -> None:
+    """The old entries' curve is read from the options in the file; the new entries start on it."""
+    make_nanogpt(tmp_path / "ckpt.pt")
+    config = torch.load(tmp_path / "ckpt.pt", weights_only=True)["config"]
+    widen(tmp_path / "ckpt.pt", tmp_path / "wide.pt", JOINT)
+    rewarmup = read_rewarmup(tmp_path / "wide.pt.sparkling")
+    for step in range(4, 40):
+        assert rewarmup.baseline(step) == pytest.approx(_get_lr(step, config), rel=1e-12)
+    assert rewarmup.expansion_step == 4
+    assert rewarmup.stages[0].curve(0) == pytest.approx(_get_lr(4, config), rel=1e-12)
 
 
 def test_tied_matrix_stays_one_storage(tmp_path: Path) -> None:

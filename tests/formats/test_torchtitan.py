@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from sparkling_cli.api import verify
+from sparkling_cli.training import rewarm
 from tests.formats.widening import check_moments, corner, widen
 
 pytest.importorskip("torchtitan", reason="pip install torchtitan==0.3.0 triton")
@@ -100,6 +101,28 @@ def _check(tmp_path: Path, family: str, axes: dict[str, float], wide: Sizes, fus
             if family == "llama3" or ".attention." not in name:
                 assert torch.equal(corner(new.state[after][slot], before.shape), value), name
     resumed.train(1)
+
+
+def test_new_entries_have_their_own_rate(tmp_path: Path) -> None:
+    """``rewarm`` takes torchtitan's optimizers as they are: after one step only new entries differ."""
+    make_torchtitan(tmp_path / "run")
+    target = tmp_path / "wide" / "step-3"
+    target.parent.mkdir()
+    baseline = {"type": "cosine", "peak": 2e-3, "total_steps": 40, "warmup_steps": 2}
+    widen(tmp_path / "run" / "step-3", target, {"ffn": 2}, baseline=baseline, rewarmup={"steps": 0})
+    plain, rewarmed = (Run(tmp_path / "wide", Sizes(hidden_dim=80)) for _ in range(2))
+    for run in (plain, rewarmed):
+        assert run.manager.load(3)
+    rewarm(list(rewarmed.optimizers), rewarmed.model, target, step=3)
+    for run in (plain, rewarmed):
+        run.train(1)
+    for (name, one), other in zip(plain.model.named_parameters(), rewarmed.model.parameters(), strict=True):
+        differs = (one != other).nonzero()
+        if ".feed_forward.w" in name:
+            dim = 1 if "w2" in name else 0
+            assert len(differs) and int(differs[:, dim].min()) >= 40, name
+        else:
+            assert not len(differs), name
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "qwen3-tied"])

@@ -1,0 +1,77 @@
+"""The training runs that some pages start from: what their readers have, made by the real frameworks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.docs.blocks import ROOT
+
+_NANOGPT = """
+from pathlib import Path
+from tests.formats.make_nanogpt import make_nanogpt
+make_nanogpt(Path("out/ckpt.pt"), prefix="_orig_mod.")
+"""
+
+#: nanoGPT's ``model.py`` as far as its ``train.py`` uses it.
+_MODEL = """
+from torch.nn import functional
+
+from tests.formats.make_nanogpt import GPT as Faithful
+from tests.formats.make_nanogpt import GPTConfig
+
+
+class GPT(Faithful):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return self.optimizer(learning_rate)
+
+    def forward(self, idx, targets=None):
+        logits = super().forward(idx)
+        return logits, functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+_TORCHTITAN = """
+import os
+import torch.distributed as dist
+os.environ["LOCAL_RANK"] = "0"
+dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store", rank=0, world_size=1)
+from pathlib import Path
+from tests.formats.make_torchtitan import Run, Sizes
+run = Run(Path("outputs/checkpoint"), Sizes())
+run.train(3)
+run.state.step = 5000
+run.manager.save(5000, last_step=True)
+dist.destroy_process_group()
+"""
+
+
+def _python(code: str, folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def nanogpt(folder: Path) -> None:
+    """``out/ckpt.pt`` and ``model.py``."""
+    (folder / "out").mkdir()
+    _python(_NANOGPT, folder)
+    (folder / "model.py").write_text(_MODEL)
+
+
+def torchtitan(folder: Path) -> None:
+    """``outputs/checkpoint/step-5000``."""
+    pytest.importorskip("torchtitan", reason="pip install torchtitan==0.3.0 triton")
+    _python(_TORCHTITAN, folder)
+
+
+RUNS: Mapping[str, Callable[[Path], None]] = {
+    "how-to/nanogpt.md": nanogpt,
+    "how-to/torchtitan.md": torchtitan,
+}

@@ -1,0 +1,144 @@
+"""The README's own commands, and the Slurm job of the examples."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.docs.blocks import ROOT, like_a_clone, script
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHECKPOINT = "fixtures/dense-llama/checkpoint-600"
+
+
+def run(command: str | list[str], folder: Path, environment: dict[str, str], **options: Any) -> str:
+    """What a command that must succeed prints: results, then what is meant for people."""
+    words = shlex.split(command) if isinstance(command, str) else command
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, check=False, **options
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout + done.stderr
+
+
+def lines() -> list[str]:
+    """Every command in the README's blocks, without its remark."""
+    found = re.findall(r"```console\n(.*?)```", README, flags=re.S)
+    return [line.partition("  #")[0].strip() for block in found for line in block.splitlines() if line]
+
+
+def test_the_commands_are_these() -> None:
+    """What is tested below is what stands there."""
+    assert lines() == [
+        "make demo",
+        "make test",
+        "sparkling expand ckpt/ --axis ffn --factor 2",
+        "pip install 'sparkling-cli[hf]'",
+    ]
+    extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    assert re.search(r"^hf = ", extras, flags=re.M)
+    assert "`pip install '.[hf]'`" in README
+
+
+@pytest.mark.slow
+def test_make(tmp_path: Path) -> None:
+    """``make demo`` widens and verifies; ``make test`` would run lint, types and the tests."""
+    environment = like_a_clone(tmp_path)
+    tools = tmp_path / ".venv" / "bin"
+    tools.parent.mkdir()
+    (tmp_path / ".tools").rename(tools)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for mark in (".installed", ".installed-dev"):
+        (tmp_path / ".venv" / mark).touch()
+    said = run("make demo", tmp_path, environment)
+    assert "written  out/demo" in said and "bit by bit" in said
+    planned = run("make -n test", tmp_path, environment)
+    assert [word for word in ("ruff check", "mypy", "pytest -q") if word in planned] == [
+        "ruff check", "mypy", "pytest -q",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sparkling(tmp_path: Path) -> None:
+    """The one of the first screen, and every row of the table."""
+    environment = like_a_clone(tmp_path)
+    shutil.copytree(ROOT / CHECKPOINT, tmp_path / "ckpt")
+    run("sparkling expand ckpt/ --axis ffn --factor 2", tmp_path, environment)
+    (made,) = [path.name for path in tmp_path.glob("ckpt-*")]
+    rows = re.findall(r"^\| `(sparkling [^`]+)` \|", README, flags=re.M)
+    assert [row.split()[1] for row in rows] == [
+        "expand", "inspect", "verify", "plan", "schedule", "layout", "architectures",
+    ]  # fmt: skip
+    more = {"expand": " --axis ffn --factor 3 --report none", "architectures": " llama"}
+    names = {"CKPT": "ckpt", "SRC": "ckpt", "DST": made, "OTHER": made}
+    for row in rows:
+        command = re.sub(r"[\[\]]", "", row)
+        if row.split()[1] == "expand":
+            command = command.replace("DST", "other")
+        if row.split()[1] == "schedule":
+            command = command.replace("CKPT", made)
+        command = re.sub(r"\b[A-Z]{3,5}\b", lambda word: names[word[0]], command)
+        assert run(command + more.get(row.split()[1], ""), tmp_path, environment).strip(), command
+
+
+def _job(folder: Path, body: str) -> tuple[subprocess.Popen[str], Path]:
+    """The Slurm job with a pipeline of our own in it, and a ``scontrol`` that writes down what it is told."""
+    examples = folder / "docs" / "examples"
+    examples.mkdir(parents=True)
+    shutil.copy(ROOT / "docs" / "examples" / "pipeline.sbatch", examples)
+    script(examples / "pipeline.sh", body)
+    script(folder / "scontrol", f'echo "$@" >> "{folder}/told"')
+    environment = {
+        **os.environ,
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(folder),
+        "SLURM_JOB_ID": "42",
+    }
+    job = subprocess.Popen(["bash", str(examples / "pipeline.sbatch")], env=environment, text=True)
+    return job, folder / "told"
+
+
+def test_the_job_ends_with_its_pipeline(tmp_path: Path) -> None:
+    """It runs the pipeline with its folder, leaves as it leaves, and asks for nothing more."""
+    job, told = _job(tmp_path, f'echo "$@" > "{tmp_path}/given"; exit 3')
+    assert job.wait(timeout=60) == 3
+    assert (tmp_path / "given").read_text() == "runs/pipeline\n"
+    assert not told.exists()
+
+
+def test_the_job_requeues_itself(tmp_path: Path) -> None:
+    """Told to end, it ends the pipeline and goes back into the queue."""
+    body = f'trap \'echo ended > "{tmp_path}/ended"; exit 1\' TERM; touch "{tmp_path}/up"; sleep 60 & wait'
+    job, told = _job(tmp_path, body)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "up").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=60) == 0
+    assert told.read_text() == "requeue 42\n"
+    assert (tmp_path / "ended").exists()
+
+
+@pytest.mark.slow
+def test_the_job_of_several_processes(tmp_path: Path) -> None:
+    """The line for large checkpoints, on two processes, under an ``srun`` that starts what it is given."""
+    text = (ROOT / "docs" / "examples" / "pipeline.sbatch").read_text()
+    (line,) = re.findall(r"^#\s+(srun .*)$", text, flags=re.M)
+    environment = like_a_clone(tmp_path)
+    script(tmp_path / ".tools" / "srun", 'exec "$@"')
+    values = {"half": CHECKPOINT, "wide": "wide", "spec": "docs/examples/expansion.yaml"}
+    assert "--nproc-per-node 8" in line
+    command = line.replace("--nproc-per-node 8", "--nproc-per-node 2")
+    run(["bash", "-euc", command], tmp_path, {**environment, **values}, timeout=500)
+    run(f"sparkling verify {CHECKPOINT} wide", tmp_path, environment)
