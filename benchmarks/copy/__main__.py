@@ -2,7 +2,11 @@
 
 Every figure is a subprocess's wall time, processor time and peak resident memory, as the kernel counts
 them. Measurements of one round follow each other, so that a busy machine slows all of them; ratios are
-taken within a round, and the median over rounds is shown.
+taken within a round, and the median over rounds is shown. All of it takes about a quarter of an hour, 55 GB
+of disk and 12 GB of free memory (what does not fit is left out, and the page says so).
+
+The public rival is used where it can be imported, or from a folder made by
+``pip install --no-deps --target FOLDER mergekit immutables peft accelerate`` (``--rival FOLDER``).
 """
 
 from __future__ import annotations
@@ -12,12 +16,12 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.copy.report import write_report
@@ -36,24 +40,67 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a name, the kind of checkpoint, its size, options of ``expand``."""
+    """What is measured.
+
+    Attributes:
+        name: in the table.
+        kind: of checkpoint (``make``).
+        gigabytes: of the source.
+        rounds: how often.
+        options: of ``expand``.
+    """
 
     name: str
     kind: str
     gigabytes: float
+    rounds: int
     options: tuple[str, ...] = ()
 
 
-def cost(command: list[str]) -> Cost:
+@dataclass(frozen=True)
+class Setting:
+    """How it is measured: where, against whom besides ``cp``, with which environment."""
+
+    folder: Path
+    obvious: bool
+    rival: str | None
+    environment: Mapping[str, str]
+
+
+#: every case of the page, the most telling ones oftener
+CASES = (
+    Case("few large tensors", "dense", 0.5, 3),
+    Case("few large tensors", "dense", 1.0, 3),
+    Case("few large tensors", "dense", 4.0, 2),
+    Case("few large tensors", "dense", 8.0, 1),
+    Case("random fill", "dense", 2.0, 3, ("--init", "random-copy")),
+    Case("random fill", "dense", 4.0, 1, ("--init", "random-copy")),
+    Case("40,000 small tensors", "experts", 2.0, 3),
+    Case("weights without optimizer", "weights", 2.0, 3),
+)
+
+
+def environment(rival: Path | None, bytecode: str) -> dict[str, str]:
+    """The environment of every command: compiled modules are kept, as in an installed package."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    paths = [str(ROOT), *([str(rival.resolve())] if rival else [])]
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPYCACHEPREFIX": bytecode,
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
+def cost(command: list[str], environment: Mapping[str, str]) -> Cost:
     """Run a command and wait for it.
 
     Raises:
         RuntimeError: it failed; with the end of what it said.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
     start = time.perf_counter()
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, cwd=ROOT
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(environment), cwd=ROOT
     )
     assert process.stderr is not None
     said = process.stderr.read()
@@ -69,33 +116,64 @@ def bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def measure(case: Case, folder: Path, rounds: int, *, obvious: bool) -> dict[str, object]:
+def measure(case: Case, setting: Setting) -> dict[str, object]:
     """All figures of one case; everything it makes is removed."""
-    source = folder / "source"
+    folder, source, out = setting.folder, setting.folder / "source", setting.folder / "out"
     shutil.rmtree(folder, ignore_errors=True)
+
+    def run(*command: str | Path) -> Cost:
+        return cost([str(word) for word in command], setting.environment)
+
+    def timed(*command: str | Path) -> Cost:
+        touch(folder / "scratch", 2 * bytes_of(source))
+        return run(*command)
+
+    def removing(*command: str | Path) -> Cost:
+        """Of a command that makes ``copy``."""
+        found = timed(*command)
+        shutil.rmtree(folder / "copy")
+        os.sync()
+        return found
+
+    python = sys.executable
     # in a process of its own: a child's peak memory begins with its parent's
-    cost([sys.executable, "-m", "benchmarks.copy.make", case.kind, str(source), str(case.gigabytes)])
-    expand = [sys.executable, "-m", "sparkling_cli", "expand", str(source), str(folder / "out")]
-    expand += ["--axis", "ffn", "--factor", "2", "--report", "none", *case.options]
+    run(python, "-m", "benchmarks.copy.make", case.kind, source, str(case.gigabytes))
+    expand: list[str | Path] = [
+        python,
+        "-m",
+        "sparkling_cli",
+        "expand",
+        source,
+        out,
+        "--axis",
+        "ffn",
+        "--factor",
+        "2",
+    ]
+    expand += ["--report", "none", *case.options]
+    # the script holds source and output
+    obvious = setting.obvious and case.gigabytes * 2**30 * 3.2 < available() and not case.options
     found: list[dict[str, Cost]] = []
     size, tensors = 0, 0
-    cost([*expand, "--dry-run"])  # fills the cache of inferred layouts
+    run(*expand, "--dry-run")  # fills the cache of inferred layouts
     os.sync()
-    for _ in range(rounds):
-        one = {"plan": cost([*expand, "--dry-run"]), "expand": cost(expand)}
-        size, tensors = bytes_of(folder / "out"), _tensors(folder / "out")
+    for _ in range(case.rounds):
+        one = {"plan": run(*expand, "--dry-run"), "expand": timed(*expand)}
+        size, tensors = bytes_of(out), _tensors(out)
         os.sync()
-        one["cp"] = _removing(folder / "copy", lambda to: cost(["cp", "-r", str(folder / "out"), to]))
-        one["cp and sync"] = _removing(folder / "copy", lambda to: cost(_copy_and_sync(folder / "out", to)))
-        one["verify"] = cost(
-            [sys.executable, "-m", "sparkling_cli", "verify", str(source), str(folder / "out")]
-        )
-        shutil.rmtree(folder / "out")
+        one["cp"] = removing("cp", "-r", out, folder / "copy")
+        synced = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'
+        one["cp and sync"] = removing("sh", "-c", synced, "sh", out, folder / "copy")
+        one["verify"] = run(python, "-m", "sparkling_cli", "verify", source, out)
+        if setting.rival and case.kind == "weights":
+            recipe = folder / "rival.yaml"
+            recipe.write_text(f"merge_method: passthrough\nmodels:\n  - model: {out}\ndtype: float32\n")
+            script = ("-m", "mergekit.scripts.run_yaml", recipe, folder / "copy", "--no-copy-tokenizer")
+            one["rival"] = removing(python, *script)
+        shutil.rmtree(out)
         os.sync()
         if obvious:
-            script = [sys.executable, "-m", "benchmarks.copy.obvious", str(source)]
-            one["obvious"] = _removing(folder / "copy", lambda to: cost([*script, to]))  # noqa: B023
-            os.sync()
+            one["obvious"] = removing(python, "-m", "benchmarks.copy.obvious", source, folder / "copy")
         found.append(one)
         print({name: round(c.wall, 2) for name, c in one.items()}, flush=True)
     result = {
@@ -109,24 +187,39 @@ def measure(case: Case, folder: Path, rounds: int, *, obvious: bool) -> dict[str
     return result
 
 
-def _removing(path: Path, run: Callable[[str], Cost]) -> Cost:
-    found = run(str(path))
-    shutil.rmtree(path)
-    os.sync()
-    return found
-
-
-def _copy_and_sync(source: Path, target: str) -> list[str]:
-    return ["sh", "-c", 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +', "sh", str(source), target]
-
-
 def _tensors(output: Path) -> int:
     return len(json.loads((output / "sparkling/manifest.json").read_bytes())["tensors"])
 
 
-def idle() -> Cost:
+def touch(path: Path, size: int) -> None:
+    """Have the system take so much memory, and give it back.
+
+    A virtual machine's memory may have to be fetched from its host first, which takes longer than all that
+    is measured, and would be paid by whoever comes first.
+    """
+    size = min(size, int(0.8 * available()))
+    subprocess.run(["sh", "-c", 'head -c "$1" /dev/zero > "$2"', "sh", str(size), str(path)], check=True)
+    path.unlink()
+
+
+def idle(environment: Mapping[str, str]) -> Cost:
     """A Python that only imports torch."""
-    return min((cost([sys.executable, "-c", "import torch"]) for _ in range(3)), key=lambda c: c.wall)
+    command = [sys.executable, "-c", "import torch"]
+    return min((cost(command, environment) for _ in range(3)), key=lambda c: c.wall)
+
+
+def available() -> int:
+    """Bytes of memory that can be had; the page cache gives way."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def rival_version(environment: Mapping[str, str]) -> str | None:
+    """The public rival's version, if it can be imported."""
+    command = [sys.executable, "-c", "import mergekit.scripts.run_yaml, importlib.metadata as m; "]
+    command[-1] += "print(m.version('mergekit'))"
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(environment), check=False)
+    return done.stdout.split()[-1] if done.returncode == 0 else None
 
 
 def machine() -> str:
@@ -150,35 +243,42 @@ def machine() -> str:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.copy", description=__doc__)
-    parser.add_argument("--sizes", type=float, nargs="*", default=[0.5, 2.0, 4.0])
-    parser.add_argument("--kinds", nargs="*", default=["dense", "random", "experts"])
-    parser.add_argument("--special-size", type=float, default=2.0, help="of random and experts, GB")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", type=float, nargs="*", help="only sources of so many GB")
+    parser.add_argument("--kinds", nargs="*", help="only these: dense, experts, weights")
+    parser.add_argument("--rounds", type=int, help="of every case")
     parser.add_argument("--no-obvious", action="store_true", help="leave the slow script out")
+    parser.add_argument("--rival", type=Path, help="folder that mergekit is installed in")
     parser.add_argument("--folder", type=Path, required=True, help="an empty place on the disk to measure")
-    parser.add_argument("--results", type=Path, help="JSON file for all figures; cases are added to it")
+    parser.add_argument("--results", type=Path, help="JSON file for all figures")
     parser.add_argument("--write", type=Path, help="the page to write, e.g. docs/performance.md")
     options = parser.parse_args()
-    cases = [Case("few large tensors", "dense", size) for size in options.sizes if "dense" in options.kinds]
-    if "random" in options.kinds:
-        cases.append(Case("random fill", "dense", options.special_size, ("--init", "random-copy")))
-    if "experts" in options.kinds:
-        cases.append(Case("40,000 small tensors", "experts", options.special_size))
-    measured: list[object] = []
-    if options.results and options.results.exists():
-        measured = json.loads(options.results.read_text())["cases"]
-    results: dict[str, object] = {"machine": machine(), "idle": asdict(idle()), "cases": measured}
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    for case in cases:
-        print(case, flush=True)
-        fits = case.gigabytes * 2**30 * 3.2 < memory  # the script holds source and output
-        fits = fits and not options.no_obvious
-        measured.append(measure(case, options.folder, options.rounds, obvious=fits))
-        results["cases"] = measured
-        if options.results:
-            options.results.write_text(json.dumps(results, indent=1))
-        if options.write:
-            options.write.write_text(write_report(results, statistics.median))
+    folder = options.folder.resolve()
+    if folder.exists() and any(folder.iterdir()):
+        parser.error(f"{folder} is not empty; what is measured there is removed afterwards")
+    cases = [
+        replace(case, rounds=options.rounds or case.rounds)
+        for case in CASES
+        if (not options.sizes or case.gigabytes in options.sizes)
+        and (not options.kinds or case.kind in options.kinds)
+    ]
+    with tempfile.TemporaryDirectory() as bytecode:
+        around = environment(options.rival, bytecode)
+        rival = rival_version(around)
+        setting = Setting(folder, not options.no_obvious, rival, around)
+        measured: list[object] = []
+        results: dict[str, object] = {
+            "machine": machine(),
+            "idle": asdict(idle(around)),
+            "rival": rival,
+            "cases": measured,
+        }
+        for case in cases:
+            print(case, flush=True)
+            measured.append(measure(case, setting))
+            if options.results:
+                options.results.write_text(json.dumps(results, indent=1))
+            if options.write:
+                options.write.write_text(write_report(results))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,12 @@ _BLOCK = 1 << 22
 LAYERS = 6
 
 
-def dense(folder: Path, gigabytes: float) -> None:
+def weights(folder: Path, gigabytes: float) -> None:
+    """The same Llama without optimizer state, of the same size."""
+    dense(folder, 3 * gigabytes, optimizer=False)
+
+
+def dense(folder: Path, gigabytes: float, *, optimizer: bool = True) -> None:
     """A Llama with AdamW state: few large tensors, float32, two moments."""
     source = next((FIXTURES / "dense-llama").glob("checkpoint-*"))
     config = json.loads((source / "config.json").read_bytes())
@@ -32,12 +37,14 @@ def dense(folder: Path, gigabytes: float) -> None:
         "num_key_value_heads": hidden // 256,
     }
     folder.mkdir(parents=True)
-    for name in ("trainer_state.json", "scheduler.pt", "training_args.bin", "rng_state.pth"):
+    run = ("trainer_state.json", "scheduler.pt", "training_args.bin", "rng_state.pth")
+    for name in run if optimizer else ():
         shutil.copy(source / name, folder / name)
     (folder / "config.json").write_text(json.dumps(config))
     shapes = _llama_shapes(config)
     _write_safetensors(folder / "model.safetensors", shapes)
-    _write_optimizer(folder / "optimizer.pt", source / "optimizer.pt", shapes)
+    if optimizer:
+        _write_optimizer(folder / "optimizer.pt", source / "optimizer.pt", shapes)
 
 
 def experts(folder: Path, gigabytes: float, tensors: int = 40_000) -> None:
@@ -136,4 +143,6 @@ def _write_optimizer(path: Path, like: Path, shapes: dict[str, tuple[int, ...]])
 
 
 if __name__ == "__main__":
-    {"dense": dense, "experts": experts}[sys.argv[1]](Path(sys.argv[2]), float(sys.argv[3]))
+    {"dense": dense, "weights": weights, "experts": experts}[sys.argv[1]](
+        Path(sys.argv[2]), float(sys.argv[3])
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 _HEAD = """# Performance
@@ -21,48 +21,138 @@ How to read it:
 
 - `expand` is the whole command: Python, imports, the plan, all bytes, checksums of every tensor and file,
   `fsync`, opening the output once more, the rename. `of it, the plan` is what `--dry-run` takes: start,
-  imports and plan, without a byte of tensor data.
+  imports and plan, without a byte of tensor data. The layout of the model was inferred before and comes
+  from the cache; the first time it takes some seconds more.
 - `cp` leaves its bytes in the page cache; `cp + sync` waits for the disk, as `expand` does.
 - The obvious script loads all, joins with `torch.cat`, and saves with `save_file` and `torch.save`. It does
   not sync, and holds source and output in memory; where they would not fit it was not run.
-- Sources were in the page cache for everybody.
-- Memory is the peak resident size of the process, less that of a Python that only imports torch.
+- Sources were in the page cache for everybody, as far as they fit. Before every command that writes, as many
+  bytes were written and removed, so that a virtual machine's memory is there and nobody waits for it.
+- Memory is the peak resident size of the process, less that of a Python that only imports torch (a float32
+  checkpoint is widened without importing torch, hence negative figures).
+- Ratios are taken within a round, whose measurements follow each other; medians over the rounds are shown.
+
+## A public rival
+
+No public tool was found that widens a checkpoint with its optimizer state, or that widens the weights of
+any architecture:
+
+| candidate | what it is |
+|---|---|
+| `mergekit` (PyPI) | merges models of one shape, stacks layers; growing the width is [asked for][m] |
+| `gromo` (PyPI) | grows layers of a PyTorch model while it trains; reads no checkpoint directory |
+| `mup` (PyPI) | parametrization across widths; copies no weights |
+| `nvidia-modelopt` (PyPI) | prunes widths, does not grow them |
+| Net2Net, bert2BERT, LiGO, LEMON | papers; under these names PyPI has no tool for it |
+| `transformers` | `resize_token_embeddings` grows the vocabulary only |
+
+[m]: https://github.com/arcee-ai/mergekit/issues/320
+
+What can be compared is the way that bytes go. `mergekit` reads and writes weights tensor by tensor; its
+`passthrough` copies them as they are. On a checkpoint without optimizer it was asked to copy what `expand`
+had written, so it writes the same bytes and computes nothing.
 """
 
 
-def write_report(results: dict[str, Any], middle: Callable[[list[float]], float]) -> str:
+def write_report(results: dict[str, Any]) -> str:
     """Markdown from the figures of a run."""
-    idle = results["idle"]["rss"]
+    idle, cases = results["idle"]["rss"], results["cases"]
     head = [
-        "checkpoint", "source", "output", "tensors", "`expand`", "of it, the plan", "vs `cp`",
+        "checkpoint", "source", "output", "tensors", "rounds", "`expand`", "of it, the plan", "vs `cp`",
         "vs `cp` + sync", "obvious script vs `expand`", "memory over idle", "obvious script's", "`verify`",
     ]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for case in results["cases"]:
-        rounds = case["rounds"]
+    lines = [
+        f"Measured on {results['machine']}; an idle `import torch` takes {idle / 2**20:,.0f} MiB.\n",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *(_line(case, idle) for case in cases),
+        "",
+        *_goals(cases, idle),
+    ]
+    return _HEAD + "\n".join(lines) + "\n" + _NOTES + _rival(results)
 
-        def wall(name: str, rounds: list[Any] = rounds) -> float:
-            return middle([one[name]["wall"] for one in rounds])
 
-        def ratio(a: str, b: str, rounds: list[Any] = rounds) -> str:
-            if any(a not in one or b not in one for one in rounds):
-                return "not run"
-            return f"{middle([one[a]['wall'] / one[b]['wall'] for one in rounds]):.2f}x"
+def _line(case: dict[str, Any], idle: int) -> str:
+    rounds = case["rounds"]
+    return (
+        f"| {case['case']['name']} | {case['source bytes'] / 1e9:.2f} GB "
+        f"| {case['output bytes'] / 1e9:.2f} GB | {case['tensors']:,} | {len(rounds)} "
+        f"| {wall(rounds, 'expand'):.1f} s | {wall(rounds, 'plan'):.1f} s "
+        f"| {_times(ratio(rounds, 'expand', 'cp'))} | {_times(ratio(rounds, 'expand', 'cp and sync'))} "
+        f"| {_times(ratio(rounds, 'obvious', 'expand'))} | {_mebibytes(rounds, 'expand', idle)} "
+        f"| {_mebibytes(rounds, 'obvious', idle)} | {wall(rounds, 'verify'):.1f} s |"
+    )
 
-        def memory(name: str, rounds: list[Any] = rounds) -> str:
-            if any(name not in one for one in rounds):
-                return "not run"
-            return f"{(max(one[name]['rss'] for one in rounds) - idle) / 2**20:,.0f} MiB"
 
-        lines.append(
-            f"| {case['case']['name']} | {case['source bytes'] / 1e9:.2f} GB "
-            f"| {case['output bytes'] / 1e9:.2f} GB | {case['tensors']:,} | {wall('expand'):.1f} s "
-            f"| {wall('plan'):.1f} s | {ratio('expand', 'cp')} | {ratio('expand', 'cp and sync')} "
-            f"| {ratio('obvious', 'expand')} | {memory('expand')} | {memory('obvious')} "
-            f"| {wall('verify'):.1f} s |"
-        )
-    counts = sorted({len(case["rounds"]) for case in results["cases"]}) or [0]
-    rounds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    where = f"Measured on {results['machine']}; medians of {rounds} round(s)"
-    where += f"; an idle `import torch` takes {idle / 2**20:,.0f} MiB.\n\n"
-    return _HEAD + where + "\n".join(lines) + "\n" + _NOTES
+def _goals(cases: list[dict[str, Any]], idle: int) -> list[str]:
+    """What was aimed at, and whether the figures reach it."""
+
+    def of(name: str, size: float) -> list[Any] | None:
+        found = (c["rounds"] for c in cases if (c["case"]["name"], c["case"]["gigabytes"]) == (name, size))
+        return next(found, None)
+
+    large, small = of("few large tensors", 8.0), of("few large tensors", 1.0)
+    four = of("few large tensors", 4.0)
+    goals: list[tuple[str, str, bool | None]] = []
+
+    def at_most(what: str, value: float | None, limit: float) -> None:
+        goals.append((f"{what} at most {limit:g}x", _times(value), None if value is None else value <= limit))
+
+    at_most("4 GB, few large tensors: of `cp`", ratio(four, "expand", "cp"), 1.25)
+    gain = ratio(four, "obvious", "expand")
+    goals.append(
+        ("4 GB: the obvious script takes at least 2x", _times(gain), None if not gain else gain >= 2)
+    )
+    for size in (2.0, 4.0):
+        found = of("random fill", size)
+        at_most(f"{size:g} GB, random fill: of `cp`", ratio(found, "expand", "cp"), 2)
+    found = of("40,000 small tensors", 2.0)
+    at_most("40,000 small tensors: of `cp`", ratio(found, "expand", "cp"), 1.5)
+    at_most("40,000 small tensors: of `cp` + sync", ratio(found, "expand", "cp and sync"), 1.5)
+    if four:
+        more = max(one["expand"]["rss"] for one in four) - idle
+        goals.append(("4 GB: at most 1 GiB over idle", _mebibytes(four, "expand", idle), more <= 2**30))
+    if large and small:
+        peaks = [max(one["expand"]["rss"] for one in rounds) for rounds in (small, large)]
+        said = " and ".join(f"{peak / 2**20:,.0f} MiB" for peak in peaks)
+        same = abs(peaks[1] - peaks[0]) < 64 * 2**20
+        goals.append(("the same peak memory for 1 GB and 8 GB (within 64 MiB)", said, same))
+    lines = ["| aim | measured | reached |", "|---|---|---|"]
+    words = {None: "not measured", True: "yes", False: "**no**"}
+    return [*lines, *(f"| {aim} | {value} | {words[held]} |" for aim, value, held in goals)]
+
+
+def _rival(results: dict[str, Any]) -> str:
+    rounds: list[Any] | None
+    rounds = next((c["rounds"] for c in results["cases"] if c["case"]["kind"] == "weights"), None)
+    times = ratio(rounds, "rival", "expand")
+    if rounds is None or times is None:
+        return "\nIt was not installed when this page was made.\n"
+    ours, theirs = (_mebibytes(rounds, name, results["idle"]["rss"]) for name in ("expand", "rival"))
+    return (
+        f"\n`mergekit` {results['rival']} took {wall(rounds, 'rival'):.1f} s where `expand` took "
+        f"{wall(rounds, 'expand'):.1f} s ({times:.2f}x), without syncing or checksums, and "
+        f"{theirs} over an idle torch against {ours}.\n"
+    )
+
+
+def wall(rounds: list[Any], name: str) -> float:
+    """Median seconds of one command."""
+    return float(median(one[name]["wall"] for one in rounds))
+
+
+def ratio(rounds: list[Any] | None, one: str, other: str) -> float | None:
+    """Median of one command's time over another's; None where it was not run."""
+    if rounds is None or any(name not in costs for costs in rounds for name in (one, other)):
+        return None
+    return float(median(costs[one]["wall"] / costs[other]["wall"] for costs in rounds))
+
+
+def _times(value: float | None) -> str:
+    return "not run" if value is None else f"{value:.2f}x"
+
+
+def _mebibytes(rounds: list[Any], name: str, idle: int) -> str:
+    if any(name not in one for one in rounds):
+        return "not run"
+    return f"{(max(one[name]['rss'] for one in rounds) - idle) / 2**20:,.0f} MiB"
