@@ -178,7 +178,10 @@ def _named(checkpoint: Checkpoint, model: str | None, layout: Path | None) -> Ch
     if known and checkpoint.config is not None:
         with suppress(CheckpointError):  # Muon's groups: only the layout tells embeddings and head apart
             return name_parameters(checkpoint, *model_parameters(checkpoint.config, model))
-    return named_states(checkpoint, find_layout(checkpoint, layout_path=layout, model=model), model=model)
+    made = _manifest_of(checkpoint)
+    previous = read_manifest(made) if made.is_file() else None
+    found = find_layout(checkpoint, layout_path=layout, model=model, previous=previous)
+    return named_states(checkpoint, found, model=model)
 
 
 def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> SymmetryReport | None:

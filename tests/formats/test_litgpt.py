@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from sparkling_cli.api import verify
 from sparkling_cli.checkpoint.detect import open_checkpoint
 from sparkling_cli.checkpoint.litgpt import rewritten_yaml
 from sparkling_cli.errors import CheckpointError
@@ -51,7 +50,6 @@ def test_resumes_where_it_was(tmp_path: Path, family: str, tied: bool, axes: dic
     model = made.make_litgpt(tmp_path / "step-3", getattr(made, family), tied=tied)
     target = widen(tmp_path / "step-3", tmp_path / "wide", axes)
     assert (target / "hyperparameters.yaml").read_text() == "seed: 42\n"
-    verify(tmp_path / "step-3", target)
     fabric, wide, optimizer, state = made.resume_litgpt(target, tied=tied)
     assert (state["iter_num"], state["step_count"]) == (12, 3)
     ids = made.batch(9)

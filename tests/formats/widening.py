@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 
-from sparkling_cli.api import expand
+from sparkling_cli.api import expand, inspect, verify
 from sparkling_cli.checkpoint.detect import open_checkpoint
 from sparkling_cli.checkpoint.read import TensorSource
 
 
 def widen(source: Path, target: Path, axes: Mapping[str, float], **options: Any) -> Path:
-    """Expand by factors per axis; gives the output."""
+    """Expand by factors per axis; gives the output, which ``verify`` and ``inspect`` can read."""
     target.parent.mkdir(exist_ok=True)
     asked = [{"axis": axis, "factor": factor} for axis, factor in axes.items()]
     expand(source, target, axes=asked, report="none", **options)
+    verify(source, target)
+    found = inspect(target, activations=False)
+    assert found.facts["format"] == open_checkpoint(source).format
+    assert not found.weights.nonfinite
+    assert not [note for note in found.notes if "by number" in note]
     return target
 
 

@@ -1,0 +1,175 @@
+"""Every format within its budget: a checkpoint ten times as large, and the peak of a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.formats.make_dcp import on_ranks
+
+pytestmark = pytest.mark.slow
+
+MIB = 1 << 20
+BUDGET = 64 * MIB
+#: What is imported beside torch itself: the program, and torch.distributed.checkpoint for its format.
+IMPORTS = 32 * MIB
+LAYERS = 6
+LAYOUT = """format = 1
+name = "large"
+[axes.hidden]
+[axes.ffn]
+[axes.vocab]
+widenable = false
+[axes.layers]
+widenable = false
+[config]
+[tensors]
+"table.weight" = "vocab -> hidden"
+"h.{layers}.up.weight" = "ffn <- hidden"
+"h.{layers}.down.weight" = "hidden <- ffn"
+"""
+_PEAK = """
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+"""
+#: VmHWM is this program's own; the maximum that getrusage gives begins with the parent's.
+_EXPAND = (
+    _PEAK
+    + """
+import sys
+from pathlib import Path
+from sparkling_cli.api import expand, verify
+layout, memory = Path(sys.argv[1]), int(sys.argv[2])
+axes = [{"axis": "ffn", "factor": 1.25}]
+for source, target in zip(map(Path, sys.argv[3::2]), map(Path, sys.argv[4::2])):
+    expand(source, target, axes=axes, layout=layout, memory=memory, report="none")
+    print(peak())
+    verify(source, target)
+    print(peak())
+"""
+)
+
+
+def weights(scale: int) -> dict[str, torch.Tensor]:
+    """Float32, a third of the checkpoint."""
+    hidden, ffn, vocab = 32 * scale, 128 * scale, 190 * scale
+    shapes = {"table.weight": (vocab, hidden)}
+    for layer in range(LAYERS):
+        shapes[f"h.{layer}.up.weight"] = (ffn, hidden)
+        shapes[f"h.{layer}.down.weight"] = (hidden, ffn)
+    return {name: torch.full(shape, 0.5) for name, shape in shapes.items()}
+
+
+def moments(model: dict[str, torch.Tensor], *, named: bool) -> dict[str, Any]:
+    """AdamW's state dict, by number or by name."""
+    keys: list[Any] = list(model) if named else list(range(len(model)))
+    state = {
+        key: {"step": torch.tensor(3.0), "exp_avg": value * 1e-3, "exp_avg_sq": value * 1e-6}
+        for key, value in zip(keys, model.values(), strict=True)
+    }
+    group = {"lr": 1e-3, "betas": (0.9, 0.95), "params": keys, "param_names": list(model)}
+    return {"state": state, "param_groups": [group]}
+
+
+def single_file(root: Path, scale: int) -> None:
+    """``{"model": ..., "optimizer": ...}``."""
+    model = weights(scale)
+    torch.save({"model": model, "optimizer": moments(model, named=False)}, root)
+
+
+def litgpt(root: Path, scale: int) -> None:
+    """``lit_model.pth`` and ``model_config.yaml``."""
+    root.mkdir()
+    single_file(root / "lit_model.pth", scale)
+    (root / "model_config.yaml").write_text("name: large\n")
+
+
+def trainer(root: Path, scale: int) -> None:
+    """``model.safetensors`` and ``optimizer.pt``."""
+    from safetensors.torch import save_file
+
+    root.mkdir()
+    model = weights(scale)
+    save_file(model, root / "model.safetensors")
+    torch.save(moments(model, named=False), root / "optimizer.pt")
+
+
+def fsdp(root: Path, scale: int) -> None:
+    """The same with FSDP's second copy of the weights, and names."""
+    from safetensors.torch import save_file
+
+    root.mkdir()
+    model = weights(scale)
+    save_file(model, root / "model.safetensors")
+    torch.save(model, root / "pytorch_model_fsdp.bin")
+    torch.save(moments(model, named=True), root / "optimizer.bin")
+
+
+def dcp(root: Path, scale: int) -> None:
+    """``.metadata`` and ``*.distcp``."""
+    on_ranks(1, _save_dcp, str(root), scale)
+
+
+def _save_dcp(rank: int, root: str, scale: int) -> None:
+    import torch.distributed.checkpoint as distributed
+
+    model = weights(scale)
+    distributed.save({"model": model, "optimizer": moments(model, named=True)}, checkpoint_id=root)
+
+
+def universal(root: Path, scale: int) -> None:
+    """DeepSpeed's folders of parameters, and model states in half precision."""
+    model = weights(scale)
+    for name, state in moments(model, named=True)["state"].items():
+        folder = root / "zero" / name
+        folder.mkdir(parents=True)
+        for slot in ("exp_avg", "exp_avg_sq"):
+            torch.save({"cat_dim": 0, "param": state[slot]}, folder / f"{slot}.pt")
+        torch.save({"cat_dim": 0, "param": model[name]}, folder / "fp32.pt")
+        torch.save(state["step"], folder / "step.pt")
+    states = {
+        "module": OrderedDict((name, value.bfloat16()) for name, value in model.items()),
+        "param_shapes": [OrderedDict((name, value.shape) for name, value in model.items())],
+        "global_steps": 3,
+    }
+    torch.save(states, root / "mp_rank_00_model_states.pt")
+
+
+def child(code: str, *arguments: object) -> list[int]:
+    """The numbers that a fresh Python prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.parametrize("make", [single_file, litgpt, trainer, fsdp, dcp, universal])
+def test_peak(tmp_path: Path, make: Callable[[Path, int], None]) -> None:
+    """``expand`` and ``verify`` of a large checkpoint rise by no more than the budget over a small one's.
+
+    The first run in the process imports what the format needs; the second one's rise is its own.
+    """
+    (tmp_path / "layout.toml").write_text(LAYOUT)
+    end = ".pt" if make is single_file else ""
+    paths = []
+    for name, scale in (("small", 1), ("large", 32)):
+        source = tmp_path / f"{name}{end}"
+        make(source, scale)
+        paths += [source, tmp_path / f"wide-{name}{end}"]
+    files = [source] if source.is_file() else source.rglob("*")
+    assert sum(path.stat().st_size for path in files if path.is_file()) >= 10 * BUDGET
+    _, before, expanded, verified = child(_EXPAND, tmp_path / "layout.toml", BUDGET, *paths)
+    assert expanded - before <= BUDGET
+    assert verified - before <= BUDGET
+    (idle,) = child(_PEAK + "import torch\nprint(peak())")
+    assert max(expanded, verified) - idle <= BUDGET + IMPORTS
+    print(f"{make.__name__}: {(expanded - before) / MIB:.0f}, {(verified - before) / MIB:.0f} MiB")
