@@ -19,7 +19,7 @@ from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory
 Shapes = dict[str, tuple[int, ...]]
 
 #: Roles whose keys size nothing that could be an axis.
-_IGNORED = frozenset({"token", "layers", "top_k", "window", "groups"})
+_IGNORED = frozenset({"token", "layers", "shared_layers", "top_k", "window", "groups"})
 #: Roles of axes that are never widened, with the reason.
 FROZEN: Mapping[str, str] = {
     "vocab": "the vocabulary is not a width",
@@ -100,6 +100,7 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Coo
             weights[path] = 0 if isinstance(shapes, str) else _moved_dims(base, shapes)
             if shapes == base:
                 idle.add(path)
+    _drop_unread(sizing, idle)
     axes, terms = _grouped(_text_first(sizing, weights), idle)
     found = Coordinates(config, axes, terms, base)
     for name in list(axes):
@@ -110,6 +111,15 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Coo
             found.moved[name] = shapes
             _rebase(found, name)
     return _coupled(found, factory)
+
+
+def _drop_unread(sizing: dict[Path, int], idle: set[Path]) -> None:
+    """Forget counts of key/value heads that move nothing and are not those of queries: none reads them."""
+    for path in [p for p in idle if role_of(p[-1]) == "kv_heads"]:
+        beside = [p for p in sizing if p[:-1] == path[:-1] and role_of(p[-1]) == "heads"]
+        if all(sizing[p] != sizing[path] for p in beside):
+            del sizing[path]
+            idle.discard(path)
 
 
 def _rebase(found: Coordinates, name: str) -> None:

@@ -44,9 +44,7 @@ def find_layout(
     if model is None and previous is not None:
         return previous.model_layout()
     if model is None:
-        from sparkling_cli.layout.packaged import find_packaged
-
-        packaged = find_packaged(checkpoint, lambda one, other: _alike(checkpoint, one, other))
+        packaged = _packaged(checkpoint)
         if packaged is not None:
             return packaged
     if checkpoint.config is None or (model is None and "model_type" not in checkpoint.config):
@@ -74,6 +72,18 @@ def _alike(checkpoint: Checkpoint, one: str, other: str) -> bool:
     with TensorSource(checkpoint) as source:
         pieces = zip(source.pieces(one), source.pieces(other), strict=True)
         return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pieces)
+
+
+def _packaged(checkpoint: Checkpoint) -> ModelLayout | None:
+    """The packaged layout that fits; names alone (those of GPT-2, say) do not overrule a config's class."""
+    from sparkling_cli.layout.packaged import find_packaged
+
+    try:
+        return find_packaged(checkpoint, lambda one, other: _alike(checkpoint, one, other))
+    except LayoutError:
+        if "model_type" not in (checkpoint.config or {}):
+            raise
+        return None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
@@ -13,6 +12,7 @@ from sparkling_cli.inference.court import WIDTHS, Judgement
 from sparkling_cli.inference.labels import render
 from sparkling_cli.inference.patterns import Pattern, placeholder, split, template
 from sparkling_cli.inference.realize_disk import disk_patterns
+from sparkling_cli.inference.realize_sizes import fitted, real_sizes
 from sparkling_cli.inference.roles import Path, get_path, walk
 from sparkling_cli.inference.shrink import shapes
 from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory, text_prefix
@@ -22,15 +22,12 @@ from sparkling_cli.layout.expr import (
     Axis,
     Dim,
     Expr,
-    Fixed,
     Product,
     Sum,
     TensorLayout,
-    size_of,
 )
 from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import skeleton
-from sparkling_cli.layout.solve import Equation, solve_sizes
 
 #: Roles of axes that never grow; head_dim does not either, but hidden may need it written.
 _NEVER_WRITTEN = frozenset({"vocab", "positions", "experts", "shared_experts"})
@@ -57,7 +54,7 @@ def realize(
         LayoutError: the real model has tensors that the tiny one has no match for.
     """
     real_shapes = shapes(real, factory)
-    sizes = _real_sizes(judged, real, real_shapes)
+    sizes = real_sizes(judged, real, real_shapes)
     witness = Witness(judged.found, real, real_shapes, sizes, _proved(judged), factory)
     patterns = _patterns(judged, real_shapes, sizes, witness)
     prefix = text_prefix(config, factory=factory)
@@ -100,36 +97,6 @@ def _as_built(layout: ModelLayout, witness: Witness, depth: int) -> ModelLayout:
     return replace(layout, axes=axes)
 
 
-def _real_sizes(
-    judged: Judgement, real: ConfigDict, real_shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, int]:
-    """Axis sizes from the real config; those that it leaves to be derived, from the shapes."""
-    found = judged.found
-    known: dict[str, int] = {}
-    layers = chosen_layers(real, layer_count(found.config))
-    for path, names in found.terms.items():
-        value = get_path(real, real_path(path, layers))
-        if isinstance(value, list) and value and all(v == value[0] for v in value):
-            value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool):
-            continue
-        rest = [n for n in names if n not in known and not n.isdigit()]
-        if len(rest) == 1:
-            known[rest[0]] = value // prod(
-                int(n) if n.isdigit() else known[n] for n in names if n not in rest
-            )
-    equations = []
-    by_key: dict[str, list[TensorLayout]] = {}
-    for family, layout in zip(judged.families, judged.layouts, strict=True):
-        by_key.setdefault(skeleton(family.names[0]), []).append(layout)
-    for name, shape in real_shapes.items():
-        layouts = by_key.get(skeleton(name), [])
-        if len(layouts) == 1 and len(layouts[0].dims) == len(shape):
-            for dim, n in zip(layouts[0].dims, shape, strict=True):
-                equations.append(Equation(dim.expr, n, name))
-    return solve_sizes(equations, known) if set(found.axes) - set(known) else known
-
-
 def _proved(judged: Judgement) -> tuple[str, ...]:
     return tuple(name for name, verdict in judged.verdicts.items() if verdict.proved)
 
@@ -146,7 +113,7 @@ def _patterns(
     grouped: dict[str, dict[str, tuple[TensorLayout, list[tuple[int, ...]]]]] = {}
     for name, shape in real_shapes.items():
         key, indices = split(name)
-        fits = [f for f in (_fitted(lay, shape, sizes) for lay in by_key.get(key, ())) if f is not None]
+        fits = [f for f in (fitted(lay, shape, sizes) for lay in by_key.get(key, ())) if f is not None]
         if not fits:
             known = "; ".join(lay.text for lay in by_key.get(key, ())) or "no tensor of that name"
             raise LayoutError(
@@ -175,51 +142,6 @@ def _telling_index(key: str, groups: Sequence[Sequence[tuple[int, ...]]]) -> int
         if sum(map(len, values)) == len(set().union(*values)):
             return position
     raise LayoutError(f"tensors {key!r} have several layouts that no number in their names tells apart")
-
-
-def _fitted(layout: TensorLayout, shape: Sequence[int], sizes: Mapping[str, int]) -> TensorLayout | None:
-    """The layout with anonymous sizes replaced by the real ones; None if it does not fit."""
-    if len(layout.dims) != len(shape):
-        return None
-    dims = []
-    for dim, n in zip(layout.dims, shape, strict=True):
-        expr = _fitted_term(dim.expr, n, sizes)
-        if expr is None:
-            return None
-        dims.append(Dim(expr, dim.role))
-    return TensorLayout(tuple(dims), render(dims))
-
-
-def _fitted_term(expr: Expr, n: int, sizes: Mapping[str, int]) -> Expr | None:
-    """The term with its one anonymous number, however deep, chosen so that it has ``n`` entries."""
-    try:
-        if size_of(expr, sizes) == n:
-            return expr
-    except LayoutError:
-        return None
-    if isinstance(expr, Fixed):
-        return Fixed(n, expr.label)
-    if not isinstance(expr, (Product, Sum)):
-        return None
-    inner = expr.factors if isinstance(expr, Product) else expr.parts
-    free = [i for i, e in enumerate(inner) if _has_number(e)]
-    if len(free) != 1:
-        return None
-    rest = [size_of(e, sizes) for i, e in enumerate(inner) if i != free[0]]
-    value, odd = divmod(n, prod(rest)) if isinstance(expr, Product) else (n - sum(rest), 0)
-    if odd or value < 1:
-        return None
-    fitted = _fitted_term(inner[free[0]], value, sizes)
-    if fitted is None:
-        return None
-    changed = tuple(fitted if i == free[0] else e for i, e in enumerate(inner))
-    return replace(expr, factors=changed) if isinstance(expr, Product) else replace(expr, parts=changed)
-
-
-def _has_number(expr: Expr) -> bool:
-    if isinstance(expr, (Product, Sum)):
-        return any(_has_number(e) for e in (expr.factors if isinstance(expr, Product) else expr.parts))
-    return isinstance(expr, Fixed)
 
 
 def _counts(patterns: Iterable[Pattern]) -> dict[str, int]:

@@ -18,7 +18,8 @@ _LABELS = frozenset({"id2label", "label2id", "task_specific_params"})
 #: First match wins. The order goes from the special to the general.
 _HINTS: tuple[tuple[str, str], ...] = (
     ("layers", r"^(num|n)_(hidden_|decoder_|encoder_)?(layers?|blocks)$|^(de|en)coder_layers$"),
-    ("vocab", r"vocab_size"),
+    ("shared_layers", r"^num_kv_shared_layers$"),
+    ("vocab", r"vocab_size|_vocab$"),
     ("token", r"_(token_id|index|token_index|idx)$|_id$"),
     ("positions", r"position_embeddings$|^n_positions$|^n_ctx$|max_.*(length|positions|seq_len)$"),
     ("groups", r"^n_group$|topk_group|expert_group"),

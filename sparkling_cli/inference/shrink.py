@@ -20,6 +20,7 @@ from sparkling_cli.inference.tiny_config import (
     Variant,
     candidate,
     kept_layers,
+    layer_count,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def shrink(config: Mapping[str, Any], *, factory: ModelFactory | None = None) ->
     for variant in VARIANTS:
         failed = 0
         for tiny in _with_layers(real, variant):
+            if failed > _PATIENCE and layer_count(tiny) < _MAX_LAYERS:
+                continue  # the last try has as many layers as a tiny model may have
             try:
                 skeleton = build_model(tiny, factory=factory)
                 if not kinds <= layer_kinds(skeleton):
@@ -63,8 +66,6 @@ def shrink(config: Mapping[str, Any], *, factory: ModelFactory | None = None) ->
             except Exception as error:  # any model code may raise anything
                 reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
                 failed += 1
-                if failed > _PATIENCE:
-                    break
                 continue
             return tiny
     said = "; ".join(dict.fromkeys(reasons)) or "not every kind of layer fits into few layers"

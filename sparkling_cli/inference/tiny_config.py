@@ -92,6 +92,9 @@ def kept_layers(real: Mapping[str, Any]) -> list[int]:
                 said[i].append(repr(value[i]))
         elif table is not None and table < total:
             said[table].append(f"{path[-1]}={value}")
+        elif role_of(path[-1]) == "shared_layers" and isinstance(value, int) and 0 < value < total:
+            for i in range(total):  # the last ones take keys and values from earlier ones
+                said[i].append(str(i >= total - value))
     seen: dict[str, int] = {}
     for i in range(total if any(said) else 0):
         seen.setdefault(repr(said[i]), i)
@@ -126,6 +129,8 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
             set_path(tiny, path, [new for new, old in enumerate(indices) if old in value])
         elif isinstance(value, list) and total > 1 and len(value) == total:
             set_path(tiny, path, [_element(key, value[i], variant) for i in indices])
+        elif role_of(key) == "shared_layers" and isinstance(value, int):
+            set_path(tiny, path, sum(i >= total - value for i in indices))
         elif _DENSE_PREFIX.search(key) and isinstance(value, int) and value > 0:
             set_path(tiny, path, 1)
         elif isinstance(value, int) and not isinstance(value, bool):
@@ -244,9 +249,17 @@ def _integer(
         return min(value, variant.sizes[role])
     if (role, value) not in used:
         base = variant.sizes[role]
-        used[role, value] = base * (1 + nth.get(role, 0))
+        used[role, value] = _another(role, base, nth.get(role, 0))
         nth[role] = nth.get(role, 0) + 1
     return used[role, value]
+
+
+def _another(role: str, base: int, nth: int) -> int:
+    """A further size of a role; of streams no multiple, as classes leave out a projection between equals."""
+    if role != "hidden" or nth == 0:
+        return base * (1 + nth)
+    unit = base // 3 if base % 3 == 0 else base // 2
+    return unit * (5, 7, 11, 13)[min(nth, 4) - 1]
 
 
 def _latent_head_dim(real: Mapping[str, Any], path: Path, value: int, variant: Variant) -> int | None:
