@@ -61,6 +61,7 @@ def _inferred(config: Mapping[str, Any], model: str | None, model_factory: Any) 
 
     from sparkling_cli.inference.court import judge
     from sparkling_cli.inference.realize import realize
+    from sparkling_cli.inference.renamed import usual_names
     from sparkling_cli.inference.shrink import shrink
     from sparkling_cli.inference.skeleton import load_factory, model_errors, text_config
 
@@ -69,10 +70,14 @@ def _inferred(config: Mapping[str, Any], model: str | None, model_factory: Any) 
     torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
     try:
         with model_errors(config, model):
+            renamed = None if factory is None else usual_names(config, factory)
+            if renamed is not None:
+                config, factory = renamed.config, renamed.factory
             real = text_config(config, factory=factory)
             tiny = shrink(config, factory=factory)
             judged = judge(tiny, factory=factory)
             name = (real.get("architectures") or [model or "model"])[0]
-            return realize(judged, config, real, name=name, factory=factory)
+            layout = realize(judged, config, real, name=name, factory=factory)
+            return layout if renamed is None else renamed.restore(layout)
     finally:
         torch.set_num_threads(threads)

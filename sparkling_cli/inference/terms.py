@@ -81,8 +81,10 @@ def _products(whole: Sequence[str], count: int, roles: Mapping[str, str | None])
         if len(whole) > 1:
             found.append(_text(list(reversed(whole))))
         return found
-    orders = [[*whole[:i], str(count), *whole[i:]] for i in range(len(whole) + 1)]
-    return [_text(order) for order in orders]
+    # Names that hint at nothing do not say either which factor lies outside.
+    unknown = len(whole) > 1 and any(roles.get(axis) is None for axis in whole)
+    wholes = [list(whole), list(reversed(whole))] if unknown else [list(whole)]
+    return [_text([*w[:i], str(count), *w[i:]]) for w in wholes for i in range(len(w) + 1)]
 
 
 def _sums(whole: Sequence[str], quotient: int, steps: Mapping[str, float], sizes: Sizes) -> list[str]:

@@ -59,3 +59,26 @@ class OwnGPT(nn.Module):
 def build(config: dict[str, Any]) -> nn.Module:
     """The factory that ``--model own_gpt:build`` names."""
     return OwnGPT(config)
+
+
+#: Names that say nothing to a program, and the usual ones.
+UNUSUAL = {
+    "symbols": "vocab_size",
+    "breadth": "d_model",
+    "inner": "d_ff",
+    "lookers": "n_heads",
+    "each": "head_dim",
+    "depth": "n_layers",
+    "reach": "max_position_embeddings",
+}
+
+
+def build_unusual(config: dict[str, Any]) -> nn.Module:
+    """The same model from a config with names of its own."""
+    return OwnGPT({UNUSUAL[key]: value for key, value in config.items()})
+
+
+def build_divided(config: dict[str, Any]) -> nn.Module:
+    """The same again, the width divided among the heads."""
+    usual = {UNUSUAL[key]: value for key, value in config.items()}
+    return OwnGPT({**usual, "head_dim": usual["d_model"] // usual["n_heads"]})

@@ -66,3 +66,45 @@ def test_a_model_without_logits_is_refused() -> None:
 
     with pytest.raises(LayoutError, match="logits"):
         infer(CONFIG, model_factory=Silent)
+
+
+UNUSUAL = {own: CONFIG[usual] for own, usual in own_gpt.UNUSUAL.items()}
+
+
+@pytest.mark.parametrize(
+    ("factory", "factors"),
+    [
+        (own_gpt.build_unusual, {"hidden": 2, "ffn": 3, "lookers": 2}),
+        (own_gpt.build_divided, {"hidden": 3, "heads": 3, "ffn": 2}),
+    ],
+)
+def test_names_of_its_own_in_the_config_are_measured(factory: Any, factors: dict[str, int]) -> None:
+    """What each number sizes is found by doubling it; the widened config has the user's own keys."""
+    config = {k: v for k, v in UNUSUAL.items() if k != "each" or factory is own_gpt.build_unusual}
+    layout = infer(config, model_factory=factory)
+    assert all(layout.axes[axis].widenable for axis in factors)
+    assert not layout.axes.get("each", layout.axes["vocab"]).widenable
+    small = shake(factory(config))
+    state = widen_state(layout, small.state_dict(), factors, on_disk=False)
+    changed = widened_config(layout, config, factors)
+    assert changed.keys() == config.keys()
+    wide = factory(changed).eval()
+    wide.load_state_dict(state)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        before, after = small(ids), wide(ids)
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+    assert factory is own_gpt.build_divided or layout.aliases["heads"] == "lookers"
+
+
+def test_a_config_without_a_vocabulary_is_refused_with_what_was_tried() -> None:
+    """Each number is named with what it moves, and a layout file is proposed."""
+
+    def fixed(config: dict[str, Any]) -> torch.nn.Module:
+        return own_gpt.build_unusual({**config, "symbols": 50, "reach": 32})
+
+    config = {k: v for k, v in UNUSUAL.items() if k not in ("symbols", "reach")}
+    with pytest.raises(LayoutError, match="its vocab") as caught:
+        infer(config, model_factory=fixed)
+    assert "breadth moves" in str(caught.value) and "depth adds" in str(caught.value)
+    assert "--layout" in str(caught.value)
