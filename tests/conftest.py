@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Subprocesses inherit it: proofs are made once a session, and none comes from the user's own cache.
-_CACHE = tempfile.TemporaryDirectory(prefix="sparkling-tests-")
-os.environ["SPARKLING_CACHE_DIR"] = _CACHE.name
+# Subprocesses and workers inherit it: proofs are made once a session, and none comes from the user's cache.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="sparkling-tests-")
+    os.environ["SPARKLING_CACHE_DIR"] = _CACHE.name
 # Before transformers is imported: no test asks the network, or prints what it does not need.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

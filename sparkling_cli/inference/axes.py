@@ -19,7 +19,7 @@ from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory
 Shapes = dict[str, tuple[int, ...]]
 
 #: Roles whose keys size nothing that could be an axis.
-_IGNORED = frozenset({"token", "layers", "shared_layers", "top_k", "window", "groups"})
+_IGNORED = frozenset({"token", "layers", "shared_layers", "multiple", "top_k", "window", "groups"})
 #: Roles of axes that are never widened, with the reason.
 FROZEN: Mapping[str, str] = {
     "vocab": "the vocabulary is not a width",

@@ -19,6 +19,7 @@ _LABELS = frozenset({"id2label", "label2id", "task_specific_params"})
 _HINTS: tuple[tuple[str, str], ...] = (
     ("layers", r"^(num|n)_(hidden_|decoder_|encoder_)?(layers?|blocks)$|^(de|en)coder_layers$"),
     ("shared_layers", r"^num_kv_shared_layers$"),
+    ("multiple", r"multiple_of$"),
     ("vocab", r"vocab_size|_vocab$"),
     ("token", r"_(token_id|index|token_index|idx)$|_id$"),
     ("positions", r"position_embeddings$|^n_positions$|^n_ctx$|max_.*(length|positions|seq_len)$"),
@@ -55,6 +56,7 @@ OTHER_MODALITY = re.compile(r"vision|audio|image|img|speech|codec|depth")
 #: Tiny sizes: pairwise unambiguous, also their doubles and the usual products.
 TINY_SIZES: Mapping[str, int] = {
     "layers": 2,
+    "multiple": 1,
     "vocab": 97,
     "positions": 64,
     "top_k": 2,

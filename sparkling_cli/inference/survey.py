@@ -17,6 +17,8 @@ from sparkling_cli.inference import cache
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from sparkling_cli.inference.court import Judgement
+
 #: Up to so many rows the terminal's table shows every reason.
 _FEW = 12
 
@@ -122,8 +124,38 @@ def _judged_row(model_type: str, class_name: str) -> ClassRow:
         AxisRow(name, axes[name].role or "", v.proved, v.reason, v.joint)
         for name, v in judged.verdicts.items()
     ]
+    rows += _absent(judged)
     experts = any(a.role == "experts" for a in axes.values())
     return ClassRow(model_type, class_name, tuple(rows), experts=experts, notes=judged.notes)
+
+
+def _absent(judged: Judgement) -> list[AxisRow]:
+    """A refused row, with the reason, for every column in which the class has no axis at all."""
+    roles = {axis.role for axis in judged.found.axes.values()}
+    rows = []
+    for name, members in COLUMNS:
+        if roles & members:
+            continue
+        reason = f"no key of its config sizes {'an inner width' if name == 'ffn' else name}"
+        times = _times_hidden(judged) if name == "ffn" else None
+        if times is not None:
+            reason = f"its inner width is {times} x hidden in code, it has no key: it grows with hidden only"
+        rows.append(AxisRow(name, name, False, reason))
+    return rows
+
+
+def _times_hidden(judged: Judgement) -> int | None:
+    """The number n of an inner width that is ``(n hidden)``: made by one matrix, used up by another."""
+    from sparkling_cli.layout.expr import Axis, Fixed, Product, Role
+
+    found: dict[int, set[Role]] = {}
+    for layout in judged.layouts:
+        for dim in layout.dims if len(layout.dims) == 2 else ():
+            factors = dim.expr.factors if isinstance(dim.expr, Product) else ()
+            numbers = [f.size for f in factors if isinstance(f, Fixed)]
+            if len(factors) == 2 and len(numbers) == 1 and Axis("hidden") in factors:
+                found.setdefault(numbers[0], set()).add(dim.role)
+    return next((n for n, ways in found.items() if {Role.OUT, Role.IN} <= ways), None)
 
 
 def counts(rows: Iterable[ClassRow]) -> dict[str, int]:
@@ -170,7 +202,8 @@ def to_markdown(rows: Sequence[ClassRow]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Made by `sparkling architectures --markdown` with {', '.join(cache.versions()[1:3])}. "
+        f"Made by `sparkling architectures --markdown > docs/architectures.md` with "
+        f"{', '.join(cache.versions()[1:3])}; a test fails when it is stale. "
         f"{len(rows)} model types, {len(classes)} classes. Each was judged on a tiny random instance of its "
         "default config: an axis is *proved* if widening it 2x and 3x keeps the logits, and refused with the "
         "reason otherwise. A checkpoint's own config is judged again when it is widened.",

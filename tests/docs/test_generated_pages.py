@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,23 @@ def test_no_generated_page_is_left_over() -> None:
     made = set(generator().pages())
     there = {f"schemas/{path.name}" for path in (ROOT / "docs" / "reference" / "schemas").iterdir()}
     assert there <= made
+
+
+@pytest.mark.survey
+@pytest.mark.timeout(3600)
+def test_the_list_of_architectures_is_what_the_library_offers() -> None:
+    """Every class judged again; only the build of torch (``+cpu``) may differ."""
+    from sparkling_cli.inference import survey
+
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    made = survey.to_markdown(survey.survey())
+    hint = "run `sparkling architectures --markdown > docs/architectures.md`"
+    assert without_build(page).splitlines() == without_build(made).splitlines(), hint
+
+
+def without_build(page: str) -> str:
+    """The page without what says for which device torch was built."""
+    return re.sub(r"(torch [\d.]+)\+\w+", r"\1", page)
 
 
 @pytest.mark.slow

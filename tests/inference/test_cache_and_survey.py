@@ -59,6 +59,14 @@ def test_the_survey_lists_proved_axes_and_reasons() -> None:
     assert survey.survey(["gpt2"]) == rows
 
 
+def test_an_axis_that_a_class_does_not_have_has_a_reason() -> None:
+    """GPT-1's inner width is four times hidden in code; no key of its config sizes it."""
+    row = survey.survey(["openai-gpt"])[0]
+    ffn = next(axis for axis in row.axes if axis.name == "ffn")
+    assert not ffn.proved and "4 x hidden in code" in ffn.reason
+    assert "- **openai-gpt** `ffn`: its inner width is 4 x hidden" in survey.to_markdown([row])
+
+
 def test_a_type_that_the_library_lacks_is_refused() -> None:
     """The error proposes the nearest name."""
     with pytest.raises(SpecError, match="lama3") as caught:

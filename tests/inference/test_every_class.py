@@ -18,7 +18,6 @@ pytestmark = pytest.mark.survey
 #: Types whose tensors have layouts that the language cannot say.
 UNEXPLAINED = {
     "inkling2_text": "numbers in .* on disk",  # counted from another layer than the module's
-    "lfm2": "fits nothing in a tiny model",  # ffn rounded up to a multiple that the tiny model reaches
 }
 
 
