@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 from sparkling_cli.checkpoint.dcp.names import find_roles
 from sparkling_cli.errors import CheckpointError
 from tests.formats.make_dcp import on_ranks
-from tests.formats.widening import widen
+from tests.formats.widening import check_moments, tensors_of, widen
 
 
 def test_flat_optimizer_is_refused() -> None:
@@ -30,6 +31,20 @@ def test_state_before_parameter() -> None:
     roles = find_roles({name: (name,) for name in names}, frozenset(names), "x")
     assert roles.states == {"decoder.w": {"exp_avg": names[1]}}
     assert roles.weights == {"decoder.w": "decoder.w"}
+
+
+class _OnCpu(TorchFunctionMode):
+    """Megatron-core's optimizers ask for CUDA by name; on a CPU they compute the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = "cpu"
+        if name == "cuda":
+            return args[0]
+        found = func(*args, **kwargs)
+        return found.replace("torch.", "torch.cuda.") if name == "type" and isinstance(found, str) else found
 
 
 def _model(hidden: int, ffn: int, gated: bool) -> Any:
@@ -89,3 +104,78 @@ def test_weights(tmp_path: Path, gated: bool) -> None:
     assert (Path(target) / "common.pt").read_bytes() == (Path(source) / "common.pt").read_bytes()
     on_ranks(1, _save_and_load, source, target, gated, result)
     assert torch.load(result) == "compared"
+
+
+def _resume(rank: int, source: str, target: str, sharded: bool, result: str) -> None:
+    """Train and save with the optimizer, or, if the widened directory is there, load it and train on."""
+    from megatron.core import dist_checkpointing, tensor_parallel
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    for kind in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "IntTensor"):
+        setattr(torch.cuda, kind, getattr(torch, kind))
+    # torch's Adam counts per parameter; FusedAdam, which Megatron has on a GPU, counts in its groups.
+    set_state = DistributedOptimizer._set_main_param_and_optimizer_states
+    DistributedOptimizer._set_main_param_and_optimizer_states = lambda self, param, tensors: set_state(
+        self, param, {"step": torch.tensor(3.0), **tensors}
+    )
+    _OnCpu().__enter__()
+    wide = Path(target).exists()
+    model = _model(96, 80, True) if wide else _model(48, 40, True)
+    options = DistributedDataParallelConfig(use_distributed_optimizer=sharded)
+    wrapped = DistributedDataParallel(model.config, options, model)
+    config = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=sharded)
+    optimizer = get_megatron_optimizer(config, [wrapped])
+    places = torch.arange(16).expand(2, 16)
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1)
+
+    def step(number: int) -> float:
+        ids = torch.randint(67, (2, 16), generator=torch.Generator().manual_seed(number))
+        wrapped.zero_grad_buffer()
+        logits = wrapped(ids, places, mask).float()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        wrapped.finish_grad_sync()
+        optimizer.step()
+        return float(loss.detach())
+
+    metadata = {"metadata": {"distrib_optim_sharding_type": "fully_reshardable"}} if sharded else {}
+    if wide:
+        step(0)
+        state: dict[str, Any] = {"model": model.sharded_state_dict()}
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True, **metadata)
+        state = dist_checkpointing.load(state, target)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.save([step(3), step(4)], result)
+        return
+    for number in range(3):
+        step(number)
+    Path(source).mkdir()
+    weights = model.sharded_state_dict()
+    moments = optimizer.sharded_state_dict(weights, **metadata)
+    dist_checkpointing.save({"model": weights, "optimizer": moments}, source)
+    torch.save([step(3), step(4)], result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_optimizer(tmp_path: Path, sharded: bool) -> None:
+    """Moments by parameter, also of the distributed optimizer saved fully reshardable: training goes on."""
+    pytest.importorskip("megatron.core", reason="pip install megatron-core==0.16.1")
+    source, target = tmp_path / "iter", tmp_path / "wide"
+    on_ranks(1, _resume, str(source), str(target), sharded, str(tmp_path / "old.pt"))
+    widen(source, target, {"hidden": 2, "ffn": 2})
+    old, new = tensors_of(source), tensors_of(target)
+    moments = [key for key in old if ".exp_avg" in key]
+    assert len(moments) == 18
+    for key in moments:
+        check_moments({key: old[key]}, new, key)
+    on_ranks(1, _resume, str(source), str(target), sharded, str(tmp_path / "new.pt"))
+    before, after = torch.load(tmp_path / "old.pt"), torch.load(tmp_path / "new.pt")
+    assert after[0] == pytest.approx(before[0], abs=1e-5)
+    assert after[1] == pytest.approx(before[1], abs=0.05)

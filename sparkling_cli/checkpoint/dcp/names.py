@@ -19,8 +19,11 @@ Path = tuple[str, ...]
 _MODEL = frozenset({"model", "module", "state_dict", "model_state_dict", "net"})
 _OPTIMIZER = frozenset({"optimizer", "optim", "optimizers", "optimizer_state_dict", "opt"})
 _STATE = re.compile(r"(?:\d+\.)?state\.(?P<param>.+)\.(?P<slot>[^.]+)")
-#: Megatron turns it round
-_STATE_FIRST = re.compile(r"state\.(?P<slot>exp_avg|exp_avg_sq|fp32_param|momentum_buffer)\.(?P<param>.+)")
+#: Megatron turns it round; ``param`` is the fp32 master weight
+_STATE_FIRST = re.compile(
+    r"state\.(?P<slot>exp_avg|exp_avg_sq|fp32_param|momentum_buffer|param)\.(?P<param>.+)"
+)
+_TURNED = ("state.exp_avg.", "state.momentum_buffer.")
 _GROUP = re.compile(r"(?:\d+\.)?param_groups\.(?P<group>.+)\.(?P<field>[^.]+)")
 #: where Megatron's distributed optimizer keeps what it does not save by parameter
 _FLAT = ("optimizer.distributed.", "chained_0.optimizer.distributed.")
@@ -59,9 +62,11 @@ def find_roles(paths: Mapping[str, Path], tensors: frozenset[str], where: str) -
     states: dict[str, dict[str, str]] = {}
     groups: dict[str, dict[str, str]] = {}
     left: dict[str, Path] = {}
+    rests = {name: _optimizer_rest(path, optimizers) for name, path in nested.items()}
+    turned = any(rest and rest.startswith(_TURNED) for rest in rests.values())
     for name, path in nested.items():
-        rest = _optimizer_rest(path, optimizers)
-        state = rest and (_STATE_FIRST.fullmatch(rest) or _STATE.fullmatch(rest))
+        rest = rests[name]
+        state = rest and ((turned and _STATE_FIRST.fullmatch(rest)) or _STATE.fullmatch(rest))
         group = rest and _GROUP.fullmatch(rest)
         if state and name in tensors:
             states.setdefault(state["param"], {})[state["slot"]] = name
