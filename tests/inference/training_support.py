@@ -135,6 +135,8 @@ def origin(small: torch.Tensor, wide: torch.Tensor) -> Origin:
     if len(old) == len(new) == 1:
         return Origin(torch.zeros(1, dtype=torch.long), torch.ones(1), float(new[0] - old[0]))
     rounding = 1e-6 if bool((new == new.float().double()).all()) else 1e-12
+    if small.shape == wide.shape and float((wide - small).abs().max() / small.abs().max()) <= rounding:
+        return Origin(torch.arange(len(old)), torch.ones(new.shape), 0.0)
     c, b = float(new[0] / old[0]), 0.0
     if abs(float(new[1]) - c * float(old[1])) > rounding * abs(c * float(old[1])):
         c = float((new[1] - new[0]) / (old[1] - old[0]))
