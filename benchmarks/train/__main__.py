@@ -7,6 +7,7 @@ at any time, and run with other options to add to what is there.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import subprocess
 import sys
@@ -128,20 +129,19 @@ def attempt(job: Job, options: argparse.Namespace, run: Run, text: Text) -> str:
     if job.name not in ("small", "wide") and not (middle(base) / "trainer_state.json").exists():
         return "wait"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / f"{job.name}.lock"
-    try:
-        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return "done"
-    began = time.perf_counter()
-    try:
+    with (folder / f"{job.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+        except BlockingIOError:
+            return "done"
+        if job.done(results):
+            return "done"
+        began = time.perf_counter()
         axes = () if job.name == "small" else tuple(job.axes.split("+"))
         if job.name in ("small", "wide"):
             scratch(folder, run, text, job.kind, job.optimizer, axes, job.seed)
         else:
             go_on(base, folder, run, text, job.optimizer, axes, job.name, job.seed)
-    finally:
-        lock.unlink()
     print(f"{time.strftime('%H:%M:%S')} {job}: {time.perf_counter() - began:.0f} s", flush=True)
     return "done"
 
