@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparkling_cli.checkpoint.model import Checkpoint
     from sparkling_cli.spec.model import ExpansionSpec
 
-#: at this b2 and above, inherited bias correction makes new entries' first updates several times too long
+#: at this b2 and above, inherited bias correction makes new entries' first updates several times as long
 LONG_MEMORY = 0.99
 
 
@@ -103,7 +103,9 @@ def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
         worst = max(1 / fresh_factor(*stage.betas, k) for k in range(1, 200))
         found.append(
             f"b2 = {stage.betas[1]:g}: the step counter is shared with the old entries, so the new entries' "
-            f"first updates are up to {worst:.1f} times too long; --bias-correction fresh takes that out"
+            f"first updates are up to {worst:.1f} times as long as a fresh Adam's. That parts copies from "
+            "their sources sooner, and ended lower where it was measured; should the loss spike, "
+            "--bias-correction fresh takes it out"
         )
     return tuple(found)
 
