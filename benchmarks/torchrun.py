@@ -1,0 +1,106 @@
+"""What a second process brings: ``torchrun`` with one and with two processes, in one run.
+
+``python -m benchmarks.torchrun --folder EMPTY [--gigabytes 2] [--rounds 3] [--json FILE]``
+
+Every process works with one thread, so that two processes have twice the processors of one, as two hosts
+have. ``copy`` is bound by the disk, ``random`` (all new entries drawn) by arithmetic. The time to start
+Python and the process group, which no number of processes shortens, is measured by ``--dry-run`` and taken
+off in the second ratio. Outputs of one and two processes are compared byte by byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.copy.make import dense
+
+INITS = {"copy": "copy-copy", "random": "random-random"}
+
+
+def command(processes: int, source: Path, destination: Path, init: str) -> list[str]:
+    """One expansion; the report would be made by the first process alone and is left out."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    expand = [
+        "-m",
+        "sparkling_cli",
+        "expand",
+        str(source),
+        str(destination),
+        "--axis",
+        "ffn",
+        "--factor",
+        "2",
+    ]
+    return [*torchrun, str(processes), *expand, "--init", init, "--report", "none", "--threads", "1"]
+
+
+def seconds(words: list[str]) -> float:
+    """Wall time of a command that must succeed."""
+    began = time.perf_counter()
+    subprocess.run(words, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return time.perf_counter() - began
+
+
+def data_files(folder: Path) -> dict[str, Path]:
+    """Every file with tensors, by its path inside the output."""
+    found = (p for p in folder.rglob("*") if p.suffix in (".safetensors", ".pt"))
+    return {str(p.relative_to(folder)): p for p in found}
+
+
+def one_round(source: Path, folder: Path, init: str) -> dict[str, float]:
+    """Seconds of both, and of what both do before the first byte."""
+    found = {}
+    for processes in (1, 2):
+        words = command(processes, source, folder / str(processes), init)
+        found[f"start {processes}"] = seconds([*words, "--dry-run"])
+        os.sync()
+        found[str(processes)] = seconds(words)
+        os.sync()
+    ours, theirs = data_files(folder / "1"), data_files(folder / "2")
+    if ours.keys() != theirs.keys() or not all(
+        filecmp.cmp(ours[name], theirs[name], shallow=False) for name in ours
+    ):
+        sys.exit("one and two processes made different files")
+    for processes in (1, 2):
+        shutil.rmtree(folder / str(processes))
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="an empty folder on the disk to measure")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the source")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    source = options.folder / "source"
+    dense(source, options.gigabytes)
+    results = {}
+    for name, init in INITS.items():
+        seconds([*command(1, source, options.folder / "none", init), "--dry-run"])  # fills the layout cache
+        rounds = [one_round(source, options.folder, init) for _ in range(options.rounds)]
+        whole = statistics.median(r["1"] / r["2"] for r in rounds)
+        work = statistics.median((r["1"] - r["start 1"]) / (r["2"] - r["start 2"]) for r in rounds)
+        results[name] = {"rounds": rounds, "ratio": whole, "ratio without start": work}
+        one, two = (statistics.median(r[n] for r in rounds) for n in ("1", "2"))
+        print(
+            f"{name:8} one process {one:.1f} s, two {two:.1f} s: {whole:.2f}x, without start {work:.2f}x",
+            flush=True,
+        )
+    shutil.rmtree(source)
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
