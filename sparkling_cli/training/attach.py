@@ -132,12 +132,14 @@ class _Attached:
     kept: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     reference: dict[int, float] = field(default_factory=dict)
     warned: bool = False
+    looked: bool = False
 
     @torch.no_grad()
     def before(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         """Keep new entries whose update cannot be found again after the step."""
         rates = self._rates()
         self._compare_rates()
+        self._look_for_state()
         for group, param in self._live():
             if in_closed_form(self.optimizer, group, param.tensor):
                 continue
@@ -224,6 +226,25 @@ class _Attached:
         """Whether a fused optimizer found Inf under GradScaler and did nothing."""
         found = getattr(self.optimizer, "found_inf", None)
         return isinstance(found, Tensor) and bool(found.item())
+
+    def _look_for_state(self) -> None:
+        """Warn at the first step of an optimizer that starts from nothing: copies then stay copies."""
+        if self.looked:
+            return
+        self.looked = True
+        keeps = any(group.get("momentum", True) for group in self.optimizer.param_groups)
+        if (
+            keeps
+            and self.params
+            and not any(self.optimizer.state.get(p.tensor) for p in self.params.values())
+        ):
+            warnings.warn(
+                f"{type(self.optimizer).__name__} has no state at step {self.step}: old and new entries "
+                "start alike, and copies will not part from their sources. Load the optimizer state of the "
+                "expanded checkpoint before the first step (weights without state: expand with --init "
+                "zero-copy or random-copy)",
+                stacklevel=4,
+            )
 
     def _compare_rates(self) -> None:
         """Warn once when the groups' rates leave the baseline that the ratios were computed from."""

@@ -313,6 +313,24 @@ def test_a_scheduler_that_leaves_the_baseline_is_reported() -> None:
         optimizer.step()
 
 
+def test_an_optimizer_without_state_is_reported() -> None:
+    """One warning at the first step where copies would stay copies; none for SGD, which has no state."""
+    net = ref.model()
+    fresh = adamw(net.parameters())
+    rewarm(fresh, net, ref.history())
+    net(ref.data(0)).backward()
+    with pytest.warns(UserWarning, match="has no state at step 30"):
+        fresh.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh.step()
+        plain = SGD(ref.model().parameters(), lr=ref.BASE.peak)
+        for p in plain.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        rewarm(plain, zip(ref.parameters(net), plain.param_groups[0]["params"], strict=True), ref.history())
+        plain.step()
+
+
 def test_wrong_models_and_optimizers_are_refused() -> None:
     """Another shape, another name, another optimizer, an earlier step: each with what to do."""
     net, optimizer, _ = ref.expanded(adamw)
