@@ -18,7 +18,7 @@ from tests.formats.make_nanogpt import make_nanogpt
 make_nanogpt(Path("out/ckpt.pt"), prefix="_orig_mod.")
 """
 
-#: nanoGPT's ``model.py`` as far as its ``train.py`` uses it.
+#: nanoGPT's ``model.py`` as far as its ``train.py`` uses it; its loss takes ``view``s, so contiguous targets.
 _MODEL = """
 from torch.nn import functional
 
@@ -32,7 +32,10 @@ class GPT(Faithful):
 
     def forward(self, idx, targets=None):
         logits = super().forward(idx)
-        return logits, functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = functional.cross_entropy(
+            logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1
+        )
+        return logits, loss
 """
 
 _TORCHTITAN = """
