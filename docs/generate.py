@@ -60,7 +60,7 @@ def cli_page() -> str:
     ]
     for name, command in group.commands.items():
         text = inspect.cleandoc((command.help or "").replace("\b", ""))
-        text, _, examples = text.partition("Examples:")
+        text, _, examples = re.sub(r"^Example:", "Examples:", text, flags=re.M).partition("Examples:")
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option"]
         usage = " ".join(_metavar(a) for a in arguments)
@@ -89,7 +89,9 @@ def cli_page() -> str:
 
 
 def _metavar(argument: Any) -> str:
-    return str(argument.metavar or argument.name.upper())
+    name = str(argument.metavar or argument.name.upper())
+    several = "..." if argument.nargs == -1 else ""
+    return (name if argument.required else f"[{name}]") + several
 
 
 def _flags(option: Any) -> str:

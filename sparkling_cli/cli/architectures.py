@@ -11,7 +11,7 @@ from sparkling_cli.cli.console import output
 
 
 def architectures(
-    only: Annotated[list[str], typer.Argument(help="Model types; default: all.", metavar="[TYPE]...")] = [],
+    only: Annotated[list[str], typer.Argument(help="Model types; default: all.", metavar="TYPE")] = [],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/architectures.md.")] = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,

@@ -16,7 +16,7 @@ def expand(
     destination: Annotated[
         Path | None,
         typer.Argument(
-            help="Output; must not exist. Default: CKPT-<axis><factor>x beside CKPT.", metavar="[DST]"
+            help="Output; must not exist. Default: CKPT-<axis><factor>x beside CKPT.", metavar="DST"
         ),
     ] = None,
     axis: opt.AxisOption = [],

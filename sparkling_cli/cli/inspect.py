@@ -59,7 +59,6 @@ def inspect(
         sparkling inspect checkpoint-1000/
         sparkling inspect checkpoint-1000-ffn2x/ --against checkpoint-1000/ --data heldout.txt
         sparkling inspect checkpoint-1200/ --against checkpoint-1000-ffn2x/
-
         sparkling inspect checkpoint-1000/ --no-activations --json
     """
     from sparkling_cli.diagnostics.inspect import inspect_checkpoint

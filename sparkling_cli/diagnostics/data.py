@@ -236,7 +236,7 @@ class _tokenizer:  # noqa: N801  (used like a function)
         except ImportError:
             raise MissingDependencyError(
                 "text is tokenized by transformers, which is not installed",
-                hint="pip install 'sparkling-cli[hf]', or pass token ids (.npy, .bin)",
+                hint="pip install '.[hf]' in the clone, or pass token ids (.npy, .bin)",
             ) from None
         from transformers.utils import logging
 

@@ -175,7 +175,7 @@ def _conversions(
     except ImportError as error:
         raise MissingDependencyError(
             f"names on disk differ from the model's, and transformers' conversion rules are needed: {error}",
-            hint="pip install -U 'sparkling-cli[hf]'",
+            hint="pip install -U '.[hf]' in the clone",
         ) from error
     rules = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]

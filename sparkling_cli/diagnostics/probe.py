@@ -224,7 +224,7 @@ def build_lazy(checkpoint: Checkpoint, model: str | None) -> nn.Module:
         if model is None:
             raise MissingDependencyError(
                 "activations are measured on the model that transformers builds, and it is not installed",
-                hint="pip install 'sparkling-cli[hf]'",
+                hint="pip install '.[hf]' in the clone",
             ) from None
     from sparkling_cli.diagnostics.lazy import parameters_on_meta
     from sparkling_cli.inference import skeleton

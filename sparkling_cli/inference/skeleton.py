@@ -122,7 +122,7 @@ def model_errors(config: Mapping[str, Any], model: str | None = None) -> Iterato
             raise MissingDependencyError(
                 f"the model's own code is needed, to find its layout and the order in which an optimizer "
                 f"numbers its parameters, and {error.name} is not installed",
-                hint="pip install 'sparkling-cli[hf]'; for weights alone a layout file (--layout) is enough",
+                hint="pip install '.[hf]' in the clone; for weights alone a layout file (--layout) is enough",
             ) from error
         raise MissingDependencyError(
             f"this model's code needs a package that cannot be imported: {error}",

@@ -7,6 +7,7 @@ Equal facts give equal bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 KINDS = (".png", ".svg", ".pdf")
 OLD: dict[str, Any] = {"color": "#46617f", "linestyle": "--", "marker": "o", "markerfacecolor": "white"}
 NEW: dict[str, Any] = {"color": "#b4450f", "linestyle": "-", "marker": "s"}
+#: Lines of earlier expansions, the oldest first.
+EARLIER = (":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 MARKS_UP_TO = 40
 
 
@@ -36,14 +39,15 @@ def plot_schedule(rate: LearningRate, path: Path) -> None:
     figure, (left, right) = _figure(path, 1, 2, (9.0, 3.4))
     plain = {"marker": None}
     left.plot(rate.steps, rate.old, label="old entries", **{**OLD, **plain})
-    for number, curve in enumerate(rate.earlier, start=1):
-        _line(
-            left, rate.steps, curve, {**NEW, **plain, "linestyle": ":", "label": f"new at expansion {number}"}
-        )
-    _line(left, rate.steps, rate.new, {**NEW, **plain, "label": "new entries"})
+    for curve, linestyle in zip(rate.earlier, cycle(EARLIER), strict=False):
+        label = f"new at step {_start(rate, curve):,}"
+        _line(left, rate.steps, curve, {**NEW, **plain, "linestyle": linestyle, "label": label})
+    label = f"new at step {rate.expansion_step:,}" if rate.earlier else "new entries"
+    _line(left, rate.steps, rate.new, {**NEW, **plain, "label": label})
     left.axvline(rate.expansion_step, color="0.4", linewidth=0.8, linestyle=":")
     left.set(xlabel="step", ylabel="learning rate", ylim=(0, None), title=f"{rate.baseline}, re-warmed")
-    left.legend(frameon=False)
+    # beside the curves: inside the panel some schedule would always pass below it
+    figure.legend(loc="outside lower left", ncols=4, frameon=False)
     ratios = [
         new / old if new is not None and old > 0 else None
         for old, new in zip(rate.old, rate.new, strict=True)
@@ -71,6 +75,7 @@ def plot_activations(measured: Activations, path: Path) -> None:
         x = [p.layer for p in measured.residual]
         _pair(panel, x, [p.before for p in measured.residual], [p.after for p in measured.residual])
         panel.set(title="residual stream", ylabel="RMS")
+        _whole_blocks(panel)
         panel.legend(frameon=False, fontsize=8)
     for role in roles:
         _role(flat.pop(0), role, [e for e in measured.layers if e.role == role and e.layer is not None])
@@ -107,6 +112,7 @@ def plot_measurement(measured: Measurement, path: Path) -> None:
         _line(panel, [block for block, _ in points], [value for _, value in points], {**NEW, **marks})
         label = "RMS" if kind == "residual stream" else "RMS(y)/RMS(x)"
         panel.set(title=kind, ylabel=label, xlabel="block")
+        _whole_blocks(panel)
     _save(figure, path)
 
 
@@ -124,6 +130,19 @@ def _role(panel: Axes, role: str, entries: Sequence[LayerActivation]) -> None:
                 fontsize=7,
             )
     panel.set(title=role, ylabel="RMS(y)/RMS(x)", xlabel="block")
+    _whole_blocks(panel)
+
+
+def _whole_blocks(panel: Axes) -> None:
+    """Ticks at whole numbers: there is no block 0.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _start(rate: LearningRate, curve: Sequence[float | None]) -> int:
+    """The first step of a curve: that of its expansion."""
+    return next((step for step, value in zip(rate.steps, curve, strict=True) if value is not None), 0)
 
 
 def _pair(
@@ -145,7 +164,7 @@ def _figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> t
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingDependencyError(
-            "plots need matplotlib", hint="pip install 'sparkling-cli[plot]'"
+            "plots need matplotlib", hint="pip install '.[plot]' in the clone, or pip install matplotlib"
         ) from None
     with rc_context({"font.size": 9}):
         figure = Figure(figsize=size, layout="constrained")

@@ -243,7 +243,7 @@ def test_no_model_and_no_transformers(saved: Any, tmp_path: Path, monkeypatch: p
     with pytest.raises(LayoutError, match="no model can be built"):
         measure(opened(tmp_path))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingDependencyError, match=r"sparkling-cli\[hf\]") as caught:
+    with pytest.raises(MissingDependencyError, match=r"pip install '\.\[hf\]'") as caught:
         measure(opened(saved("llama")))
     assert "pip install" in str(caught.value)
 

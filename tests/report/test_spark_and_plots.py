@@ -72,6 +72,42 @@ def test_plot_draws_the_numbers_that_it_is_given(tmp_path: Path, monkeypatch: py
     assert drawn == [(s, v) for s, v in zip(rate.steps, rate.new, strict=True) if v is not None]
 
 
+def test_curves_of_several_expansions_have_names_and_a_legend_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by the step of its expansion; the legend covers no panel, so no line."""
+    pytest.importorskip("matplotlib")
+    from sparkling_cli.report import plots
+
+    kept = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+    rate = learning_rate()
+    first = rate.steps[1]
+    earlier = tuple(None if step < first else 1e-3 for step in rate.steps)
+    plot_schedule(rate.model_copy(update={"earlier": (earlier,)}), tmp_path / "x.png")
+    figure = kept[0]
+    names = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert names[:3] == ["old entries", f"new at step {first:,}", f"new at step {rate.expansion_step:,}"]
+    figure.savefig(tmp_path / "x.png")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == names[:3]
+    assert not any(legend.get_window_extent().overlaps(panel.get_window_extent()) for panel in figure.axes)
+
+
+def test_blocks_have_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ticks of the panels over blocks, few blocks too."""
+    pytest.importorskip("matplotlib")
+    from sparkling_cli.report import plots
+
+    kept = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+    plot_activations(activations(3, off=0.24), tmp_path / "x.png")
+    shown = [panel for panel in kept[0].axes if panel.get_visible()]
+    assert shown
+    for panel in shown:
+        assert all(float(tick).is_integer() for tick in panel.get_xticks()), panel.get_title()
+
+
 def test_an_unknown_kind_of_picture_is_refused(tmp_path: Path) -> None:
     """The message names the kinds that can be written."""
     with pytest.raises(OutputError) as caught:
