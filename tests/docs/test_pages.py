@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.blocks import ROOT, blocks, commands, run_page
-from tests.docs.runs import RUNS
+from tests.docs.runs import AFTER, RUNS
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 #: Pages that are made by commands of their own, with their own checks.
@@ -34,6 +34,40 @@ def test_the_page_works_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
     if name_of(page) in RUNS:
         RUNS[name_of(page)](tmp_path)
     assert run_page(page, tmp_path) > 0
+    if name_of(page) in AFTER:
+        AFTER[name_of(page)](tmp_path)
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_python_is_saved_and_run(page: Path) -> None:
+    """Every piece of Python has a file's name, and a command below it runs it or a file that imports it."""
+    found = list(blocks(page))
+    for at, block in enumerate(found):
+        if block.language != "python" or block.reason is not None:
+            continue
+        assert block.title, f"{page.name}: a block of Python without a file's name"
+        later = "\n".join(b.body for b in found[at + 1 :])
+        stem = Path(block.title).stem
+        assert re.search(rf"^\$ python {stem}\.py|^from {stem} import", later, flags=re.M), block.title
+
+
+def outputs(page: Path) -> set[str]:
+    """What a page's commands and scripts write: outputs of ``expand``, and the Python files saved."""
+    found = [block for block in blocks(page) if block.reason is None]
+    words = [c.split() for b in found if b.language == "console" for c in commands(b) if "--dry-run" not in c]
+    made = {
+        w[i + 2] for w in words for i, x in enumerate(w) if x == "expand" and not w[i + 2].startswith("-")
+    }
+    return made | {block.title for block in found if block.title}
+
+
+def test_pages_keep_out_of_each_others_way() -> None:
+    """Read one after the other in one clone, no page writes what another wrote, nor inside it."""
+    written = [(page.name, Path(name)) for page in WRITTEN for name in outputs(page)]
+    assert len(written) > 12
+    for page, one in written:
+        for other_page, other in written:
+            assert page == other_page or (one != other and one not in other.parents), f"{page}: {one}"
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=name_of)
