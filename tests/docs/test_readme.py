@@ -33,7 +33,7 @@ def run(command: str | list[str], folder: Path, environment: dict[str, str], **o
 def lines() -> list[str]:
     """Every command in the README's blocks, without its remark."""
     found = re.findall(r"```console\n(.*?)```", README, flags=re.S)
-    return [line.partition("  #")[0].strip() for block in found for line in block.splitlines() if line]
+    return [line.partition(" #")[0].strip() for block in found for line in block.splitlines() if line]
 
 
 def test_the_commands_are_these() -> None:
@@ -41,11 +41,14 @@ def test_the_commands_are_these() -> None:
     assert lines() == [
         "make demo",
         "make test",
+        ". .venv/bin/activate",
         "sparkling expand ckpt/ --axis ffn --factor 2",
         "pip install '.[hf]'",
+        "pip install '.[hf,plot]'",
     ]
     extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     assert re.search(r"^hf = ", extras, flags=re.M)
+    assert re.search(r"^plot = ", extras, flags=re.M)
 
 
 @pytest.mark.slow
