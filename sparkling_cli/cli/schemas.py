@@ -85,6 +85,7 @@ class Verify(Document):
     derived: Annotated[int, Field(description="tensors worked out from the source and equal bit by bit")]
     moments: Annotated[int, Field(description="optimizer tensors with new entries exactly zero")]
     source: str
+    extras: Annotated[tuple[str, ...], Field(description="harmless files that were not written with it")]
 
 
 class Phase(Data):

@@ -28,8 +28,12 @@ def verify(
     """
     from dataclasses import asdict
 
+    from rich.text import Text
+
     from sparkling_cli import api
 
     report = api.verify(source, destination, progress=output.progress)
     output.data("verify", {"ok": True, **asdict(report)})
-    output.note(report.summary(), style="green")
+    for path in report.extras:
+        output.note(f"note: {path} was not written with the output; nothing loads it as a part of it")
+    output.show(Text(report.summary(), style="green"))

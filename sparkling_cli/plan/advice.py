@@ -9,6 +9,9 @@ from sparkling_cli.layout.geometry import Growth
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.spec.model import ExpansionSpec
 
+#: the format of ``transformers`` directories, as ``checkpoint.trainer`` names it
+TRAINER = "trainer"
+
 
 def notes_for(
     checkpoint: Checkpoint,
@@ -19,8 +22,8 @@ def notes_for(
 ) -> tuple[str, ...]:
     """Facts about this expansion."""
     notes = [*checkpoint.notes]
-    if not checkpoint.states:
-        notes.append("no optimizer state in the source: the output has weights only")
+    if not checkpoint.states and not any("no optimizer state" in note for note in notes):
+        notes.append("there is no optimizer state in the source: the output has weights only")
     if renamed:
         notes.append(
             "weights are written under the module's names: resuming a Trainer run skips the name "
@@ -39,11 +42,31 @@ def notes_for(
     return tuple(notes)
 
 
-def warnings_for(spec: ExpansionSpec) -> tuple[str, ...]:
+def warnings_for(checkpoint: Checkpoint, spec: ExpansionSpec) -> tuple[str, ...]:
     """What calls for a decision."""
-    warnings = []
-    if spec.optimizer in ("copy", "drop") and spec.init == "copy-copy":
-        warnings.append(
-            f"optimizer treatment {spec.optimizer!r} is symmetric: copied weights stay copies for ever"
+    state = spec.optimizer if checkpoint.states else None
+    warning = symmetry_warning(state, spec.init, checkpoint.format)
+    return () if warning is None else (warning,)
+
+
+def symmetry_warning(optimizer: str | None, init: str, form: str) -> str | None:
+    """The one sentence on copies that no optimizer state tells from their sources; None where they part.
+
+    Args:
+        optimizer: what becomes of the state; None where there is none.
+        init: of new entries.
+        form: the checkpoint's format.
+    """
+    if init != "copy-copy" or optimizer in ("asymmetric", "asymmetric-scaled"):
+        return None
+    if optimizer is None:
+        there = "copy optimizer.pt into the checkpoint" if form == TRAINER else "widen with the state"
+        return (
+            "there is no optimizer state: under a fresh optimizer copies and their sources get equal updates "
+            f"and stay equal for ever; {there}, or choose --init zero-copy or random-copy"
         )
-    return tuple(warnings)
+    word = "copied" if optimizer == "copy" else "dropped"
+    return (
+        f"the optimizer state is {word}: copies and their sources get equal updates and stay equal for ever; "
+        "use --optimizer asymmetric unless this is an experiment"
+    )

@@ -58,7 +58,7 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
         scalars=scalars,
         seed=spec.seed,
         notes=notes_for(checkpoint, layout, spec, growth, renamed),
-        warnings=warnings_for(spec),
+        warnings=warnings_for(checkpoint, spec),
     )
 
 

@@ -72,6 +72,7 @@ def assemble(
             optimizer,
             plan.warnings,
             keeps_function=keeps_function(plan),
+            form=plan.source.format,
         ),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sparkling_cli.plan.advice import symmetry_warning
 from sparkling_cli.report.model import (
     DEVIATION_LIMIT,
     Activations,
@@ -29,6 +30,7 @@ def verdict(
     warnings: Sequence[str],
     *,
     keeps_function: bool,
+    form: str = "",
 ) -> Verdict:
     """The verdict on an expansion.
 
@@ -41,13 +43,15 @@ def verdict(
         optimizer: what became of its state; None without state.
         warnings: of the plan.
         keeps_function: whether this widening is exactly function-preserving (whole factors, copies).
+        form: the checkpoint's format.
     """
     findings = [
         *_signal(activations, activations_missing, keeps_function),
-        *_symmetry(optimizer, copies=spec.get("init") == "copy-copy"),
+        *_symmetry(optimizer, str(spec.get("init")), form),
         *_schedule(learning_rate, learning_rate_missing),
-        *(Finding(level="attention", text=text) for text in warnings),
     ]
+    said = {finding.text for finding in findings}
+    findings += [Finding(level="attention", text=text) for text in warnings if sentence(text) not in said]
     attention = [finding for finding in findings if finding.level == "attention"]
     if not attention:
         noted = [finding for finding in findings if finding.level == "note"]
@@ -107,27 +111,16 @@ def _loss(activations: Activations, keeps_function: bool) -> Iterator[Finding]:
         )
 
 
-def _symmetry(optimizer: OptimizerSummary | None, *, copies: bool) -> Iterator[Finding]:
-    if not copies:
+def _symmetry(optimizer: OptimizerSummary | None, init: str, form: str) -> Iterator[Finding]:
+    if init != "copy-copy":
         yield Finding(
             level="good",
             text="New entries start different from their sources, so nothing is locked to a copy.",
         )
         return
-    if optimizer is None:
-        yield Finding(
-            level="note",
-            text="There is no optimizer state: under a fresh optimizer copies and their sources get equal "
-            "updates and stay equal. Widen with the state, or choose another initialization.",
-        )
-        return
-    if optimizer.treatment in ("copy", "drop"):
-        word = "copied" if optimizer.treatment == "copy" else "dropped"
-        yield Finding(
-            level="attention",
-            text=f"The optimizer state was {word}: copies and their sources get equal updates and stay "
-            "equal for ever. Use the asymmetric treatment unless this is an experiment.",
-        )
+    warning = symmetry_warning(None if optimizer is None else optimizer.treatment, init, form)
+    if warning is not None:
+        yield Finding(level="attention", text=sentence(warning))
         return
     yield Finding(
         level="good",
@@ -152,6 +145,11 @@ def _farthest(worst: LayerActivation) -> str:
     if worst.moved < 5e-5:
         return "none moved by more than rounding"
     return f"the farthest, {worst.name}, moved by {worst.deviation:+.2%}"
+
+
+def sentence(text: str) -> str:
+    """A warning as a sentence."""
+    return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
 def percent(deviation: float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.crc import Span, combine, crc32
@@ -14,6 +14,8 @@ from sparkling_cli.manifest import Manifest
 _PIECE = 1 << 19
 #: a range of a file that one task reads
 _TASK = 1 << 25
+#: kinds of files that people and loggers leave beside a checkpoint, and that nothing loads
+_REMARKS = frozenset({".txt", ".md", ".log", ".out", ".csv", ".png", ".svg", ".pdf", ".html"})
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,15 @@ class FileCheck:
 
 @dataclass
 class FileList:
-    """Files to be read, and what is already wrong."""
+    """Files to be read, what is already wrong, and files that were not written with the output.
+
+    ``unwritten`` could be taken for a part of the checkpoint, ``extras`` could not.
+    """
 
     checks: dict[str, FileCheck] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    unwritten: list[str] = field(default_factory=list)
+    extras: list[str] = field(default_factory=list)
 
 
 def check_small_files(sidecars: Path, digests: str, manifest: str) -> list[str]:
@@ -91,8 +98,23 @@ def list_files(output: Path, sidecars: Path, manifest: Manifest, skip: Collectio
             found.faults.append(f"{path or output.name} has {size:,} bytes, {entry.bytes:,} were written")
         else:
             found.checks[path] = FileCheck(entry.bytes, entry.crc32, path.startswith("sparkling/"))
-    found.faults += [f"{path} was not written with the output" for path in sorted(there) if path not in skip]
+    ours = {PurePosixPath(path).parts[0] for path in manifest.files if "/" in path} | {"sparkling"}
+    for path in sorted(there):
+        if path not in skip:
+            harmless = _harmless(there[path], PurePosixPath(path), ours)
+            (found.extras if harmless else found.unwritten).append(path)
     return found
+
+
+def _harmless(file: Path, path: PurePosixPath, ours: Collection[str]) -> bool:
+    """Whether no loader of checkpoints takes the file for a part of this one.
+
+    What lies in a folder of its own, such as a later run's output, is not ours; beside our files only
+    kinds that hold remarks and pictures are certain.
+    """
+    if file.is_symlink():
+        return False
+    return path.parts[0] not in ours if len(path.parts) > 1 else path.suffix.lower() in _REMARKS
 
 
 def _files_under(root: Path) -> dict[str, Path]:

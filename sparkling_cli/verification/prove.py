@@ -29,11 +29,11 @@ from sparkling_cli.verification.files import (
     list_files,
     read_span,
 )
+from sparkling_cli.verification.origin import listed, other_source
 from sparkling_cli.verification.pool import spread
 from sparkling_cli.verification.report import VerifyReport
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-_SHOWN = 8
 
 
 def verify(source: Path | None, output: Path, *, progress: Progress | None = None) -> VerifyReport:
@@ -49,7 +49,8 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
         progress: makes a progress sink (see ``api.Progress``).
 
     Raises:
-        VerificationError: something does not hold; the message lists what, first things first.
+        VerificationError: something does not hold, or the source is another one; the message lists what,
+            first things first.
         CheckpointError: there is no output or no manifest, or the source cannot be opened.
     """
     if not output.exists():
@@ -68,12 +69,14 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
     except CheckpointError as error:
         raise VerificationError(error.message) from error
     files = list_files(output, sidecars, manifest, skip={MANIFEST, DIGESTS})
-    _stop_at(files.faults, output)
-    origin = None if source is None else _open_source(source, manifest)
+    _stop_at(files.faults + [_unwritten(path) for path in files.unwritten], output, movable=not files.faults)
+    origin = None if source is None else _open_source(source, output, manifest)
     work = _Work(output, manifest, files.checks, source, origin)
     shown = progress("verifying", work.total) if progress else nullcontext(lambda _n: None)
     with shown as advance:
         faults = work.run(advance)
+    if source is not None and work.source_faults and not work.output_faults:
+        raise other_source(source, output, manifest, work.source_faults)
     _stop_at(faults, output)
     return VerifyReport(
         files=len(files.checks) + 2,
@@ -82,21 +85,24 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
         derived=0 if origin is None else len(manifest.tensors),
         moments=0 if origin is None else sum(subject.reset for subject in work.subjects),
         source="" if source is None else source.name,
+        extras=tuple(files.extras),
     )
 
 
-def _stop_at(faults: list[str], output: Path) -> None:
+def _unwritten(path: str) -> str:
+    return f"{path} was not written with the output"
+
+
+def _stop_at(faults: list[str], output: Path, *, movable: bool = False) -> None:
     if not faults:
         return
-    shown = "\n  ".join(faults[:_SHOWN])
-    more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-    raise VerificationError(
-        f"{output} is not what was written:\n  {shown}{more}",
-        hint="do not train on it: remove it and expand again",
-    )
+    hint = "do not train on it: remove it and expand again"
+    if movable:
+        hint = "it could be loaded as a part of the checkpoint: move it out of the output, and verify again"
+    raise VerificationError(f"{output} is not what was written:\n  {listed(faults)}", hint=hint)
 
 
-def _open_source(source: Path, manifest: Manifest) -> Mapping[str, StoredTensor]:
+def _open_source(source: Path, output: Path, manifest: Manifest) -> Mapping[str, StoredTensor]:
     """Where every output tensor's source is, by output key.
 
     Raises:
@@ -107,23 +113,34 @@ def _open_source(source: Path, manifest: Manifest) -> Mapping[str, StoredTensor]
 
     checkpoint = open_checkpoint(source)
     if checkpoint.format != manifest.source.format:
-        raise VerificationError(
-            f"{source} is of format {checkpoint.format}, the output was made from {manifest.source.format}",
-            hint="give the checkpoint that was widened",
-        )
+        fault = f"it is of format {checkpoint.format}, the output was made from {manifest.source.format}"
+        raise other_source(source, output, manifest, [fault])
     found = dict(checkpoint.tensors)
     if any(key not in found for key in manifest.tensors):
-        found.update(_renamed(checkpoint, manifest, source))
+        found.update(_renamed(checkpoint, manifest, source, output))
     missing = [key for key in manifest.tensors if key not in found]
     if missing:
-        raise VerificationError(
-            f"{source} lacks {len(missing)} tensor(s) of the output, the first: {missing[0]!r}",
-            hint="give the checkpoint that was widened",
-        )
+        fault = f"it lacks {len(missing)} tensor(s) of the output, the first: {missing[0]!r}"
+        raise other_source(source, output, manifest, [fault])
+    entries: dict[int, int] = {}  # of a source, by view
+    sizes = [k for k, entry in manifest.tensors.items() if not _fits(found[k], entry, manifest, entries)]
+    if sizes:
+        fault = f"{len(sizes)} of its tensors have other sizes than what was widened, the first: {sizes[0]!r}"
+        raise other_source(source, output, manifest, [fault])
     return found
 
 
-def _renamed(checkpoint: Checkpoint, manifest: Manifest, source: Path) -> dict[str, StoredTensor]:
+def _fits(stored: StoredTensor, entry: TensorEntry, manifest: Manifest, entries: dict[int, int]) -> bool:
+    if entry.view is None:
+        return stored.dtype == entry.dtype and prod(stored.shape) == prod(entry.shape)
+    if entry.view not in entries:
+        entries[entry.view] = prod(dim.source for dim in manifest.view(entry) or ())
+    return stored.dtype == entry.dtype and prod(stored.shape) == entries[entry.view]
+
+
+def _renamed(
+    checkpoint: Checkpoint, manifest: Manifest, source: Path, output: Path
+) -> dict[str, StoredTensor]:
     """Sources of weights that stand under module names in the output."""
     from sparkling_cli.plan.naming import weights_of
 
@@ -131,7 +148,8 @@ def _renamed(checkpoint: Checkpoint, manifest: Manifest, source: Path) -> dict[s
     try:
         weights, _ = weights_of(checkpoint, layout, "module")
     except SparklingError as error:
-        raise VerificationError(f"{source} does not fit the output's layout: {error.message}") from error
+        fault = f"it does not fit the output's layout: {error.message}"
+        raise other_source(source, output, manifest, [fault]) from error
     return {weight.key: weight.stored for weight in weights}
 
 
@@ -156,6 +174,8 @@ class _Work:
     ) -> None:
         self.output, self.manifest, self.files, self.source = output, manifest, files, source
         self.faults: list[str] = []
+        self.source_faults: list[str] = []
+        self.output_faults: list[str] = []
         self.subjects: list[Subject] = []
         self._views: dict[int | None, View | None] = {}
         stored = self._stored()
@@ -163,7 +183,7 @@ class _Work:
             try:
                 self.subjects.append(self._subject(key, entry, stored[key], origin))
             except (CheckpointError, KeyError) as error:
-                self.faults.append(f"tensor {key!r}: {error}")
+                self.output_faults.append(f"tensor {key!r}: {error}")
         self.total = sum(check.size for check in files.values())
 
     def _stored(self) -> Mapping[str, StoredTensor]:
@@ -173,11 +193,13 @@ class _Work:
         try:
             found = open_checkpoint(self.output).tensors
         except SparklingError as error:
-            self.faults.append(f"it does not open: {error.message}")
+            self.output_faults.append(f"it does not open: {error.message}")
             return {}
         extra = [key for key in found if key not in self.manifest.tensors]
         if extra:
-            self.faults.append(f"{len(extra)} tensor(s) that were not written, the first: {extra[0]!r}")
+            self.output_faults.append(
+                f"{len(extra)} tensor(s) that were not written, the first: {extra[0]!r}"
+            )
         return found
 
     def _subject(
@@ -253,9 +275,9 @@ class _Work:
             elif task[0] == "gap":
                 spans[task[1][0]].append(result)
             elif (result.length, result.crc) != self._source_file(task[1]):
-                self.faults.append(f"{task[1]} in the source is not the file that was carried over")
-        self.faults += [fault for path in self.files if (fault := self._file(path, spans[path]))]
-        return self.faults
+                self.source_faults.append(f"{task[1]} in the source is not the file that was carried over")
+        self.output_faults += [fault for path in self.files if (fault := self._file(path, spans[path]))]
+        return self.output_faults + self.faults + self.source_faults
 
     def _parts(self) -> tuple[set[str], dict[str, list[Span]]]:
         """Files whose tensors are read as tensors, and all ranges that are read as mere bytes."""
@@ -282,7 +304,7 @@ class _Work:
             self.faults.append(f"tensor {subject.key!r}: {found.fault}")
         try:
             if whole(found.target, 0, size) != self.manifest.tensors[subject.key].crc32:
-                self.faults.append(f"tensor {subject.key!r} has not the CRC-32 that was written")
+                self.output_faults.append(f"tensor {subject.key!r} has not the CRC-32 that was written")
             if subject.source is not None and not subject.zero:
                 self._judge_source(subject, found)
         except ValueError as error:
@@ -301,7 +323,7 @@ class _Work:
         size = prod(subject.source.shape) * ITEM_BYTES[subject.dtype]
         written = self.manifest.source.tensors.get(subject.key)
         if written is not None and whole(found.source, 0, size) != written:
-            self.faults.append(f"the source of tensor {subject.key!r} is not what was widened")
+            self.source_faults.append(f"the source of tensor {subject.key!r} is not what was widened")
 
     def _source_file(self, path: str) -> tuple[int, int]:
         entry = self.manifest.source.files[path]

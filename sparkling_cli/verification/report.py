@@ -17,6 +17,7 @@ class VerifyReport:
         moments: optimizer tensors among those, whose new entries are exactly zero and whose old entries
             are the source's (under the treatment ``asymmetric``).
         source: the source's name; empty if only the output was looked at.
+        extras: files in the output that were not written with it and that nothing loads as weights.
     """
 
     files: int
@@ -25,6 +26,7 @@ class VerifyReport:
     derived: int
     moments: int
     source: str
+    extras: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for people."""

@@ -179,13 +179,13 @@ def test_dropped_state_locks_copies_only(init: str) -> None:
     assert "not" in words
 
 
-def test_missing_parts_are_notes() -> None:
-    """What could not be measured is said with its reason."""
+def test_missing_parts_are_said() -> None:
+    """What could not be measured is said with its reason; missing state asks for a decision."""
     level, words = judged(
         activations=None, activations_missing="no model can be built", learning_rate=None,
         learning_rate_missing="the baseline is not known", optimizer=None,
     )  # fmt: skip
-    assert level == "note"
+    assert level == "attention"
     assert "no model can be built" in words
     assert "the baseline is not known" in words
     assert "stay equal" in words
