@@ -102,14 +102,16 @@ def make_plan(
     from sparkling_cli.plan.totals import totals_of
     from sparkling_cli.prepared import Prepared
     from sparkling_cli.report.card import with_card
-    from sparkling_cli.schedule.write import notes
+    from sparkling_cli.schedule.write import notes, remarks
 
     checkpoint, found, previous = open_source(Path(source), layout=layout, model=model)
     plan = build_plan(checkpoint, found, spec)
     plan, files = with_card(plan, lay_out(plan), previous)
     schedule = plan_schedule(plan, spec)
     if schedule[0] is not None:
-        plan = replace(plan, warnings=plan.warnings + notes(schedule[0]))
+        plan = replace(
+            plan, warnings=plan.warnings + notes(schedule[0]), notes=plan.notes + remarks(schedule[0])
+        )
     return Prepared(plan, files, totals_of(plan, files), previous, spec, schedule)
 
 
@@ -151,13 +153,18 @@ def expand(
     from sparkling_cli.execute.distributed import team_of_processes
     from sparkling_cli.execute.stream import execute
     from sparkling_cli.outcome import sidecar_files
+    from sparkling_cli.report.command import Asked
 
     if report not in ("auto", "full", "none"):
         raise SpecError(f"report: expected auto, full or none, found {report!r}")
+    if data is not None and not data.is_file():
+        raise SpecError(f"--data {data}: no such file")
     if prepared is None:
         prepared = make_plan(source, _spec(spec, options), layout=layout, model=model)
     ready = prepared
     target = Path(destination) if destination is not None else default_destination(Path(source), ready)
+    given = None if destination is None else Path(destination)
+    asked = Asked(Path(source), given, layout, model, data, report)
     reports: list[ReportData] = []
 
     def sidecar(written: Written) -> Mapping[str, bytes]:
@@ -168,9 +175,7 @@ def expand(
             ready.previous,
             target,
             schedule=ready.schedule,
-            data=data,
-            model=model,
-            report=report,
+            asked=asked,
             memory=memory,
         )
         reports.append(found)

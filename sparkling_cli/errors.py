@@ -44,6 +44,12 @@ class SparklingError(Exception):
         return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
 
 
+class UsageError(SparklingError):
+    """The command line itself is not understood: an unknown option, a missing argument, no number."""
+
+    exit_code = ExitCode.USAGE
+
+
 class SpecError(SparklingError, ValueError):
     """What was asked for is malformed or cannot be had for this model."""
 

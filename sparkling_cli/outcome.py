@@ -13,6 +13,7 @@ from sparkling_cli.manifest import MANIFEST, make_manifest, read_manifest
 from sparkling_cli.plan.build import treatment_of
 from sparkling_cli.plan.carried import carried_factors
 from sparkling_cli.report.assemble import assemble
+from sparkling_cli.report.command import Asked
 from sparkling_cli.report.convert import activations_of, learning_rate_of
 from sparkling_cli.report.model import Activations, ReportData
 from sparkling_cli.schedule.rewarmup import REWARMUP, Rewarmup, read_rewarmup
@@ -62,21 +63,26 @@ def sidecar_files(
     destination: Path,
     *,
     schedule: tuple[Rewarmup | None, str],
-    data: Path | None,
-    model: str | None,
-    report: str,
+    asked: Asked,
     memory: int,
 ) -> tuple[Mapping[str, bytes], ReportData]:
     """All small files of an output, the manifest last, and the report's facts."""
     rewarmup, missing = schedule
     measured, reason = _measure(
-        plan, written, treatment_of(spec), data=data, model=model, report=report, memory=memory
+        plan,
+        written,
+        treatment_of(spec),
+        data=asked.data,
+        model=asked.model,
+        report=asked.report,
+        memory=memory,
     )
     facts = assemble(
         plan,
         written,
         previous,
         destination.name,
+        asked,
         activations=measured,
         activations_missing=reason,
         learning_rate=None if rewarmup is None else learning_rate_of(rewarmup),

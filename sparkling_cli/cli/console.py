@@ -7,6 +7,7 @@ document on stdout and nothing for people; without a terminal there are no escap
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli import __version__
-from sparkling_cli.errors import ExitCode, OutputError, SparklingError
+from sparkling_cli.errors import ExitCode, OutputError, SparklingError, UsageError
 from sparkling_cli.execute.signals import as_ctrl_c
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 #: version of every command's JSON; raised when a field changes its meaning or goes.
 SCHEMA_VERSION = 1
+
+#: columns where the output is no terminal
+UNLIMITED = 1 << 16
 
 
 @dataclass
@@ -40,12 +44,16 @@ class Output:
         """A rich console on stdout or stderr; colour only on a terminal and without NO_COLOR."""
         from rich.console import Console
 
-        return Console(stderr=stderr, highlight=False, soft_wrap=False)
+        console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            # a log or a pipe has no width: a wrapped path or command could not be used again
+            console.width = UNLIMITED
+        return console
 
-    def show(self, renderable: RenderableType) -> None:
-        """A fact for people."""
+    def show(self, renderable: RenderableType, *, whole: bool = False) -> None:
+        """A fact for people; ``whole`` for paths and commands, which are not broken at the edge."""
         if not self.as_json and not self.quiet:
-            self.console().print(renderable)
+            self.console().print(renderable, soft_wrap=whole)
 
     def note(self, text: str, *, style: str = "dim") -> None:
         """A remark for people, on stderr."""
@@ -122,6 +130,9 @@ def run(app: Callable[..., Any]) -> int:
     except typer.Exit as stop:
         return int(stop.exit_code)
     except _usage_error() as error:
+        if "--json" in sys.argv[1:]:  # the command line was not understood, so no option was read
+            output.as_json = True
+            return fail(UsageError(error.format_message()))  # type: ignore[attr-defined]
         error.show()  # type: ignore[attr-defined]
         return int(ExitCode.USAGE)
     except (KeyboardInterrupt, typer.Abort):

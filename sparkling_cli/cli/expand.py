@@ -120,8 +120,9 @@ def expand(
         output.warn(warning)
     result = api.expand(
         source,
-        target,
+        destination,
         chosen,
+        layout=layout,
         memory=budget,
         threads=threads,
         data=data,

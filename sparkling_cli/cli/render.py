@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.plan.advice import TRAINER
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,13 +52,30 @@ def show_result(output: Output, result: ExpansionResult) -> None:
     _remarks(output, facts | {"warnings": []})
     where = shlex.quote(str(result.destination))
     source = shlex.quote(str(result.prepared.plan.source.root))
-    output.show(Text(f"written  {where}", overflow="fold"))
-    output.show(
-        Text(f"report   {sidecar_root(result.destination, result.destination.is_file())}/{REPORT_HTML}")
-    )
-    output.show(Text(f"check    sparkling verify {source} {where}"))
-    if result.report is not None and result.report.learning_rate is not None:
-        output.show(Text(f'train on with sparkling_cli.training.rewarm(optimizer, model, "{where}")'))
+    output.show(Text(f"written  {where}"), whole=True)
+    page = f"{sidecar_root(result.destination, result.destination.is_file())}/{REPORT_HTML}"
+    output.show(Text(f"report   {page}"), whole=True)
+    output.show(Text(f"check    sparkling verify {source} {where}"), whole=True)
+    if result.report is not None:
+        for words in _train_on(result, str(result.destination)):
+            output.show(Text(words), whole=True)
+
+
+def _train_on(result: ExpansionResult, where: str) -> list[str]:
+    """How the training side takes the output up: by its format, if there is a schedule."""
+    plan = result.prepared.plan
+    if result.report is None or result.report.learning_rate is None:
+        if not plan.source.states:
+            return []
+        return [
+            "no re-warmup was written: expand again with --schedule, --peak-lr and --total-steps to get one"
+        ]
+    if plan.source.format == TRAINER:
+        return [
+            "train on with Trainer(..., callbacks=[sparkling_cli.training.SparklingCallback("
+            f"{json.dumps(where)})])"
+        ]
+    return [f"train on with sparkling_cli.training.rewarm(optimizer, model, {json.dumps(where)})"]
 
 
 def _summary(facts: dict[str, Any]) -> Table:
@@ -113,7 +133,7 @@ def _remarks(output: Output, facts: dict[str, Any]) -> None:
 
 
 def _count(number: int) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return str(number)
@@ -122,5 +142,6 @@ def _count(number: int) -> str:
 def _size(count: int) -> str:
     for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= size:
-            return f"{count / size:.3g} {unit}"
+            value = count / size
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{count} B"

@@ -14,7 +14,7 @@ from sparkling_cli.errors import SpecError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sparkling_cli.schedule.rewarmup import Rewarmup
+    from sparkling_cli.schedule.rewarmup import Rewarmup, Stage
 
 #: Rows of the table without ``--steps``.
 ROWS = 14
@@ -131,6 +131,11 @@ def _facts(rewarmup: Rewarmup, chosen: list[int]) -> dict[str, Any]:
     }
 
 
+def _ratio(rewarmup: Rewarmup, stage: Stage, step: int) -> str:
+    """New over old; nothing where both are zero."""
+    return f"{rewarmup.ratio(stage, step):.3f}" if rewarmup.baseline(step) > 0 else "-"
+
+
 def _table(rewarmup: Rewarmup, chosen: list[int]) -> Table:
     from rich.table import Table
 
@@ -147,9 +152,7 @@ def _table(rewarmup: Rewarmup, chosen: list[int]) -> Table:
         cells = []
         for stage in rewarmup.stages:
             born = step >= stage.expansion_step
-            cells += (
-                [f"{stage.eta_new(step):.4e}", f"{rewarmup.ratio(stage, step):.3f}"] if born else ["", ""]
-            )
+            cells += [f"{stage.eta_new(step):.4e}", _ratio(rewarmup, stage, step)] if born else ["", ""]
         table.add_row(f"{step:,}", f"{rewarmup.baseline(step):.4e}", *cells)
     shapes = [sparkline([rewarmup.baseline(t) for t in chosen], 11)]
     for stage in rewarmup.stages:

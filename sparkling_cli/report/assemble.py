@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from math import prod
 from zlib import crc32
@@ -15,6 +14,7 @@ from sparkling_cli.layout.expr import Role
 from sparkling_cli.layout.geometry import scale_range
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.report.command import Asked, command_of
 from sparkling_cli.report.facts import active_parameters
 from sparkling_cli.report.model import (
     Activations,
@@ -36,6 +36,7 @@ def assemble(
     written: Written,
     previous: Manifest | None,
     destination: str,
+    asked: Asked,
     *,
     activations: Activations | None,
     activations_missing: str,
@@ -48,7 +49,7 @@ def assemble(
         source=plan.source.root.name,
         destination=destination,
         model=plan.layout.name,
-        command=command_of(plan, destination),
+        command=command_of(plan.spec, asked),
         spec=dict(plan.spec),
         axes=tuple(_axes(plan, previous)),
         tensors=tuple(_tensors(plan)),
@@ -81,34 +82,6 @@ def keeps_function(plan: Plan) -> bool:
     """Whether this widening leaves the model's function as it is: copies, scaled, by whole factors."""
     whole = all(grown.target % grown.source == 0 for grown in plan.growth.values())
     return plan.spec["init"] == "copy-copy" and plan.spec["scaling"] != "none" and whole
-
-
-def command_of(plan: Plan, destination: str) -> str:
-    """The command that does the same again."""
-    words = ["sparkling", "expand", plan.source.root.name, destination]
-    for axis in plan.spec["axes"]:
-        words += ["--axis", axis["axis"]]
-    for axis in plan.spec["axes"]:
-        words += ["--factor", f"{axis['factor']:g}"] if axis["to"] is None else ["--to", str(axis["to"])]
-    options = {
-        "multiple_of": (None, "--multiple-of"),
-        "init": ("copy-copy", "--init"),
-        "scaling": ("rms", "--scaling"),
-        "optimizer": ("asymmetric", "--optimizer"),
-        "seed": (0, "--seed"),
-        "names": ("auto", "--names"),
-    }
-    for field, (default, option) in options.items():
-        if plan.spec[field] != default:
-            words += [option, str(plan.spec[field])]
-    rewarmup = plan.spec["rewarmup"]
-    if rewarmup["rho"] != 1.3:
-        words += ["--rho", f"{rewarmup['rho']:g}"]
-    if rewarmup["steps"] != 250:
-        words += ["--rewarmup-steps", str(rewarmup["steps"])]
-    if rewarmup["bias_correction"] != "inherit":
-        words += ["--bias-correction", rewarmup["bias_correction"]]
-    return shlex.join(words)
 
 
 def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:

@@ -110,6 +110,18 @@ def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
     return tuple(found)
 
 
+def remarks(rewarmup: Rewarmup) -> tuple[str, ...]:
+    """What is worth knowing of a schedule, and calls for no decision."""
+    stage = rewarmup.stages[-1]
+    remaining = rewarmup.baseline.total_steps - stage.expansion_step
+    if not remaining > stage.steps > remaining / 10:
+        return ()
+    return (
+        f"re-warmup takes {stage.steps} of the {remaining} steps that remain, more than a tenth "
+        f"(--rewarmup-steps {max(1, remaining // 10)} would be a tenth)",
+    )
+
+
 def rewarmup_files(rewarmup: Rewarmup) -> dict[str, bytes]:
     """The two files, by their paths in the output."""
     data: dict[str, Any] = {**to_data(rewarmup), "notes": list(notes(rewarmup))}

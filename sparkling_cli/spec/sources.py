@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,6 +28,8 @@ def read_spec_file(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(f"there is no spec file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot read the spec file {path}: {error}") from None
     try:
@@ -65,6 +68,21 @@ def axes_from_options(
         if factors or sizes:
             raise SpecError("--factor and --to need an --axis, e.g. --axis ffn --factor 2")
         return []
+    joined = [axis for axis in axes if "," in axis]
+    if joined:
+        again = " ".join(f"--axis {name.strip()}" for name in joined[0].split(",") if name.strip())
+        raise SpecError(f"--axis {joined[0]}: one axis at a time", hint=f"repeat --axis: {again}")
+    for number, factor in enumerate(factors):
+        if not factor > 1:
+            raise SpecError(
+                f"--factor {factor:g} (axes.{number}.factor): only widening; a factor is greater than 1",
+                hint="give a factor above 1, e.g. 2",
+            )
+    if not factors and not sizes:
+        raise SpecError(
+            f"each --axis needs --factor or --to, found neither for {', '.join(axes)}",
+            hint="add --factor 2",
+        )
     if bool(factors) == bool(sizes):
         raise SpecError(
             f"each --axis needs --factor or --to, and only one kind; "
@@ -90,7 +108,7 @@ def make_spec(data: Mapping[str, Any], where: str = "spec") -> ExpansionSpec:
     try:
         return ExpansionSpec.model_validate(data)
     except ValidationError as error:
-        raise SpecError(_explain(error, where)) from None
+        raise SpecError(_explain(error, where), hint=_hint(error, where)) from None
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,6 +134,22 @@ def _explain(error: ValidationError, where: str) -> str:
         )
         lines.append(f"{where}: {path}: {message}{found}")
     return "\n".join(lines)
+
+
+def _hint(error: ValidationError, where: str) -> str | None:
+    """What was probably meant, where that can be said."""
+    for item in error.errors():
+        if item["loc"] == ("axes",) and item["type"] in ("missing", "too_short"):
+            return "name what to widen: --axis ffn --factor 2" if where == "options" else None
+        if item["type"] == "literal_error":
+            field = ExpansionSpec.model_fields.get(str(item["loc"][-1])) if len(item["loc"]) == 1 else None
+            allowed = [str(choice) for choice in get_args(field.annotation)] if field is not None else []
+            given = str(item["input"])
+            near = [choice for choice in allowed if choice.startswith(f"{given}-")]
+            near = near or difflib.get_close_matches(given, allowed, n=1)
+            if near:
+                return f"did you mean {near[0]!r}?"
+    return None
 
 
 def _fields(location: tuple[int | str, ...]) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +121,103 @@ def test_harmless_files_beside_an_output_are_notes(
         assert done.code == 8 and name in done.err and "move it out" in done.err
         assert "remove it" not in done.err
         (wide / name).unlink()
+
+
+def _command(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run(
+        [sys.executable, "-m", "sparkling_cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**environment, "PYTHONPATH": str(root)},
+    )
+
+
+def test_the_recorded_command_runs_again(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """Relative paths as given, every option; run again it gives the same bytes. A log breaks no line."""
+    deep = tmp_path / "a-folder-with-a-long-name" / "another-folder-with-a-long-name"
+    shutil.copytree(dense_checkpoint, deep / "runs" / "checkpoint-600")
+    target = "outputs-with-quite-a-long-name-of-their-own/checkpoint-600"
+    done = _command(
+        "expand", "runs/checkpoint-600", target, *FFN, "--report", "none", "--rho", 1.25, folder=deep
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"check    sparkling verify runs/checkpoint-600 {target}\n" in done.stdout
+    assert f'SparklingCallback("{target}")' in done.stdout
+    report = json.loads((deep / target / "sparkling" / "report.json").read_text())
+    assert report["command"] == (
+        f"sparkling expand runs/checkpoint-600 {target} --axis ffn --factor 2 --rho 1.25 --report none"
+    )
+    first = {p.name: p.read_bytes() for p in (deep / target).rglob("*") if p.is_file()}
+    shutil.rmtree(deep / target)
+    again = _command(*report["command"].split()[1:], folder=deep)
+    assert again.returncode == 0, again.stderr
+    assert first == {p.name: p.read_bytes() for p in (deep / target).rglob("*") if p.is_file()}
+
+
+def test_absolute_paths_leave_the_machine_out(
+    sparkling: Command, dense_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Only what tells source and output apart is recorded."""
+    target = tmp_path / "w" / dense_checkpoint.name
+    assert sparkling("expand", dense_checkpoint, target, *FFN, "--report", "none").code == 0
+    command = json.loads((target / "sparkling" / "report.json").read_text())["command"]
+    short = f"{dense_checkpoint.parent.name}/{dense_checkpoint.name} w/{dense_checkpoint.name}"
+    assert command.startswith(f"sparkling expand {short} --axis ffn")
+    assert str(tmp_path) not in command
+
+
+def test_usage_errors_are_documents_too(sparkling: Command) -> None:
+    """Wherever --json stands, and whatever is wrong."""
+    for arguments in (
+        ("expand", "--json"),
+        ("expand", "x", "--factor", "two", "--json"),
+        ("verify", "x", "y", "--nope", "--json"),
+    ):
+        done = sparkling(*arguments)
+        facts = json.loads(done.out)
+        assert done.code == facts["exit_code"] == 2
+        assert facts["schema"] == "sparkling/error" and facts["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--axis", "ffn", "--factor", "0.5"], ["--factor 0.5", "only widening", "above 1, e.g. 2"]),
+        ([], ["name what to widen: --axis ffn --factor 2"]),
+        (["--axis", "ffn", "--factor", "2", "--init", "copy"], ["did you mean 'copy-copy'"]),
+        (["--axis", "ffn"], ["add --factor 2"]),
+        (["--axis", "hidden,ffn", "--factor", "2"], ["repeat --axis: --axis hidden --axis ffn"]),
+        (["--spec", "nope.yaml"], ["there is no spec file nope.yaml"]),
+        (["--axis", "ffn", "--factor", "2", "--data", "nope.txt"], ["--data nope.txt: no such file"]),
+    ],
+)
+def test_hints_say_what_to_type(
+    sparkling: Command, dense_checkpoint: Path, tmp_path: Path, arguments: list[str], said: list[str]
+) -> None:
+    """And no Errno or follow-up that is not so."""
+    done = sparkling("expand", dense_checkpoint, tmp_path / "w", *arguments)
+    message = " ".join(done.err.split())
+    assert done.code == 3
+    for part in said:
+        assert part in message
+    assert "Errno" not in message and "Tuple" not in message
+
+
+def test_a_long_re_warmup_is_a_note(sparkling: Command, dense_checkpoint: Path, tmp_path: Path) -> None:
+    """More than a tenth of what remains (600 steps) is said; a tenth is not."""
+    for steps, said in ((61, True), (60, False)):
+        done = sparkling(
+            "expand", dense_checkpoint, tmp_path / "w", *FFN, "--rewarmup-steps", steps, "--dry-run"
+        )
+        assert done.code == 0
+        assert ("more than a tenth" in done.err) == said
+
+
+def test_nothing_over_nothing_is_no_ratio(sparkling: Command, wide: Path) -> None:
+    """The last step of a cosine to zero."""
+    rows = [line.split() for line in sparkling("schedule", wide).out.splitlines()]
+    last = next(row for row in rows if row and row[0] == "1,200")
+    assert last[-1] == "-"
