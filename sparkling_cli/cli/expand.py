@@ -81,8 +81,9 @@ def expand(
     """
     from sparkling_cli import api
     from sparkling_cli.cli.render import show_plan, show_result
+    from sparkling_cli.execute.commit import check_destination
     from sparkling_cli.report.facts import plan_facts
-    from sparkling_cli.spec.quantities import parse_bytes
+    from sparkling_cli.spec.quantities import LEAST_MEMORY, parse_bytes
 
     chosen = _spec(
         spec,
@@ -109,10 +110,11 @@ def expand(
             },
         },
     )
-    budget = parse_bytes(memory, "--memory")
+    budget = parse_bytes(memory, "--memory", least=LEAST_MEMORY)
     prepared = api.make_plan(source, chosen, layout=layout, model=model)
     target = destination or api.default_destination(source, prepared)
     if dry_run:
+        check_destination(prepared.plan.source.root, target)
         output.data("expand", {"dry_run": True, **plan_facts(prepared, target)})
         show_plan(output, prepared, target)
         return

@@ -62,7 +62,7 @@ def inspect(
         sparkling inspect checkpoint-1000/ --no-activations --json
     """
     from sparkling_cli.diagnostics.inspect import inspect_checkpoint
-    from sparkling_cli.spec.quantities import parse_bytes
+    from sparkling_cli.spec.quantities import LEAST_MEMORY, parse_bytes
 
     report = inspect_checkpoint(
         checkpoint,
@@ -73,7 +73,7 @@ def inspect(
         activations=activations,
         sequences=sequences,
         length=length,
-        memory=parse_bytes(memory, "--memory"),
+        memory=parse_bytes(memory, "--memory", least=LEAST_MEMORY),
         seed=seed,
     )
     if plot is not None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def show_plan(output: Output, prepared: Prepared, destination: Path) -> None:
     """The whole plan; with ``--verbose`` every kind of tensor, state included."""
+    from rich.text import Text
+
     from sparkling_cli.report.facts import plan_facts
 
     facts = plan_facts(prepared, destination)
@@ -26,11 +28,25 @@ def show_plan(output: Output, prepared: Prepared, destination: Path) -> None:
     output.show(_kinds(facts["kinds"], everything=output.verbose))
     for key, value in facts["config"].items():
         output.show(f"config  {key} = {value}")
+    output.show(Text(f"output  {destination}"), whole=True)
+    output.show(f"optimizer state  {facts['spec']['optimizer'] if prepared.plan.source.states else 'none'}")
+    output.show(Text(_rewarmup(prepared)))
     _remarks(output, facts)
     room = facts["bytes"]["free"] - facts["bytes"]["to_write"]
     if room < 0:
         output.warn(f"{_size(-room)} more space is needed at {destination.absolute().parent}")
     output.show("Nothing was written (--dry-run).")
+
+
+def _rewarmup(prepared: Prepared) -> str:
+    schedule, missing = prepared.schedule
+    if schedule is None:
+        return f"re-warmup  none: {missing}"
+    stage = schedule.stages[-1]
+    return (
+        f"re-warmup  of new entries in {stage.steps:,} steps from step {stage.expansion_step:,}, "
+        f"to {stage.rho:g} x {stage.eta_e:.3e} = {stage.curve.peak:.3e}"
+    )
 
 
 def show_result(output: Output, result: ExpansionResult) -> None:

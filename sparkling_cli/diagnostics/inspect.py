@@ -120,6 +120,7 @@ def inspect_checkpoint(
     if against is not None:
         against = Path(against)
         other = _open(against, model, layout)
+        notes += _unrelated(checkpoint, other)
         symmetry = _symmetry(path, checkpoint, other)
         if activations:
             try:
@@ -182,6 +183,23 @@ def _named(checkpoint: Checkpoint, model: str | None, layout: Path | None) -> Ch
     previous = read_manifest(made) if made.is_file() else None
     found = find_layout(checkpoint, layout_path=layout, model=model, previous=previous)
     return named_states(checkpoint, found, model=model)
+
+
+def _unrelated(checkpoint: Checkpoint, other: Checkpoint) -> list[str]:
+    """What stands against a comparison, or leaves a part of it out."""
+    here, there = ((c.config or {}).get("model_type") for c in (checkpoint, other))
+    if here != there:
+        return [
+            f"these are different models ({here or 'not known'}, {there or 'not known'}): "
+            "the comparison says nothing about an expansion"
+        ]
+    if _shapes(checkpoint) == _shapes(other):
+        if _manifest_of(other).is_file():
+            return []
+        return ["no expansion lies between these two: no symmetry meter"]
+    if not _manifest_of(checkpoint).is_file():
+        return ["their sizes differ, and no expansion is known between these two: they may be unrelated"]
+    return []
 
 
 def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> SymmetryReport | None:

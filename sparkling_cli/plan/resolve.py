@@ -109,7 +109,7 @@ def _target(name: str, axis: AxisSpec, size: int, spec: ExpansionSpec, multiple:
 def _check_widenable(name: str, layout: ModelLayout) -> None:
     info = layout.axes[name]
     if not info.widenable:
-        possible = sorted(n for n, i in layout.axes.items() if i.widenable)
+        possible = _offered(layout)
         raise SpecError(
             f"axes.{name}: cannot be widened in {layout.name}: {info.reason or 'not proved'}",
             hint=f"axes that can be widened here: {', '.join(possible) or 'none'}",
@@ -139,12 +139,18 @@ def _sizes(axis: str, growth: dict[str, Growth], layout: ModelLayout) -> tuple[i
 
 
 def _unknown(name: str, layout: ModelLayout) -> SpecError:
-    offered = [n for n, info in layout.axes.items() if info.widenable]
+    offered = _offered(layout)
+    close = difflib.get_close_matches(name, offered, n=1)
+    return SpecError(
+        f"axes.{name}: no such axis in {layout.name}, which has {', '.join(offered) or 'none'}",
+        hint=f"did you mean {close[0]!r}?" if close else None,
+    )
+
+
+def _offered(layout: ModelLayout) -> list[str]:
+    """Every name that an axis can be asked for by, aliases included, in alphabetical order."""
+    offered = [name for name, info in layout.axes.items() if info.widenable]
     if _grouped(layout) and layout.axes["q_per_kv"].widenable:
         offered.append("heads")
     offered += [alias for alias, axis in layout.aliases.items() if axis in offered]
-    close = difflib.get_close_matches(name, offered, n=1)
-    return SpecError(
-        f"axes.{name}: no such axis in {layout.name}, which has {', '.join(sorted(offered)) or 'none'}",
-        hint=f"did you mean {close[0]!r}?" if close else None,
-    )
+    return sorted(offered)

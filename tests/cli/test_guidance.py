@@ -221,3 +221,46 @@ def test_nothing_over_nothing_is_no_ratio(sparkling: Command, wide: Path) -> Non
     rows = [line.split() for line in sparkling("schedule", wide).out.splitlines()]
     last = next(row for row in rows if row and row[0] == "1,200")
     assert last[-1] == "-"
+
+
+def test_a_dry_run_is_the_whole_plan(
+    sparkling: Command, dense_checkpoint: Path, tmp_path: Path, wide: Path
+) -> None:
+    """Destination, optimizer treatment and re-warmup are in it, and what the real run would refuse."""
+    done = sparkling("expand", dense_checkpoint, tmp_path / "other", *FFN, "--dry-run", "--rho", 1.25)
+    assert done.code == 0
+    for part in (f"output  {tmp_path / 'other'}", "optimizer state  asymmetric", "in 250 steps", "to 1.25 x"):
+        assert part in done.out
+    assert sparkling("expand", dense_checkpoint, wide, *FFN, "--dry-run").code == 7
+    assert sparkling("expand", dense_checkpoint, dense_checkpoint / "in", *FFN, "--dry-run").code == 7
+
+
+def test_a_budget_that_nothing_fits_in(sparkling: Command, dense_checkpoint: Path, tmp_path: Path) -> None:
+    """It is refused, not silently exceeded."""
+    for memory, code in (("1", 3), ("15M", 3), ("16M", 0)):
+        done = sparkling(
+            "expand", dense_checkpoint, tmp_path / "w", *FFN, "--memory", memory, "--report", "none"
+        )
+        assert done.code == code
+    assert (tmp_path / "w").is_dir()
+
+
+def test_axes_have_one_list_of_names(sparkling: Command, dense_checkpoint: Path, tmp_path: Path) -> None:
+    """The error for a typo and the hint of a refused axis offer the same."""
+    typo = sparkling("expand", dense_checkpoint, tmp_path / "w", "--axis", "ffm", "--factor", 2).err
+    refused = sparkling("expand", dense_checkpoint, tmp_path / "w", "--axis", "head_dim", "--factor", 2).err
+    names = " ".join(refused.split()).rpartition("widened here: ")[2]
+    assert "heads" in names and names in " ".join(typo.split())
+
+
+def test_comparing_what_is_unrelated_is_said(
+    sparkling: Command, dense_checkpoint: Path, moe_checkpoint: Path, wide: Path
+) -> None:
+    """Another class, and no expansion between the two; a true pair gets no such note."""
+    look = ("--no-activations", "--against")
+    other = sparkling("inspect", dense_checkpoint, *look, moe_checkpoint)
+    assert "different models" in other.err
+    same = sparkling("inspect", dense_checkpoint, *look, dense_checkpoint)
+    assert "no expansion lies between these two" in same.err
+    pair = sparkling("inspect", wide, *look, dense_checkpoint)
+    assert pair.code == 0 and "expansion" not in pair.err and "different" not in pair.err
