@@ -27,7 +27,7 @@ FROZEN: Mapping[str, str] = {
     "experts": "the number of experts is not a width",
     "shared_experts": "the number of shared experts is not a width",
     "qk_rope": "rotary frequencies would move",
-    "head_dim": "attention is scaled by it and rotary frequencies would move",
+    "head_dim": "attention is scaled by it, and rotary frequencies, where there are any, would move",
 }
 
 
