@@ -103,8 +103,9 @@ def plot(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for name in NAMES:
+    figure, (whole, end) = pyplot.subplots(1, 2, figsize=(11, 4.6), width_ratios=(3, 2), layout="constrained")
+    colours = pyplot.get_cmap("tab20").colors
+    for i, name in enumerate(NAMES):
         logs = list(results.runs.get(name, {}).values())
         if not logs:
             continue
@@ -112,13 +113,24 @@ def plot(results: Results, path: Path) -> None:
         steps = [s for s in steps if s >= max(steps) // 3]
         values = [statistics.fmean(log["heldout"][str(s)] for log in logs) for s in steps]
         style = "--" if name in ("small", "wide") else "-"
-        axes.plot(steps, values, style, marker=".", label=name, linewidth=1.4)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("held-out loss, nats per byte")
-    axes.set_title(results.setting)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
+        marker = "os^vD"[i % 5]
+        for axes, kept in ((whole, len(steps)), (end, 2)):
+            axes.plot(
+                steps[-kept:],
+                values[-kept:],
+                style,
+                marker=marker,
+                color=colours[i],
+                label=name,
+                linewidth=1.4,
+            )
+    for axes in (whole, end):
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+    whole.set_ylabel("held-out loss, nats per byte")
+    whole.set_title(results.setting)
+    end.set_title("the end of it")
+    figure.legend(*whole.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
