@@ -73,7 +73,7 @@ def section(plan: Plan, previous: Manifest | None) -> str:
         "## How this checkpoint was made",
         "",
         "It was widened in the middle of pre-training by "
-        f"[sparkling-cli](https://pypi.org/project/sparkling-cli) {__version__}, after the method of Yu et "
+        f"sparkling-cli {__version__}, after the method of Yu et "
         "al., *SPARKLING: Balancing Signal Preservation and Symmetry Breaking for Width-Progressive "
         "Learning* (arXiv 2602.02472).",
         "",
