@@ -1,8 +1,9 @@
 """Several processes, maybe on several hosts, carry out one plan (``torchrun -m sparkling_cli expand``).
 
-Every rank makes the same plan, does its own share of the tasks, and writes its pieces into the same
+Every rank makes the same plan, takes tasks until none is left, and writes its pieces into the same
 files; rank 0 makes and seals the files and lets the output appear. The file system must be shared. All
-talking is done by torch.distributed (gloo, objects only; no tensor data goes over the network).
+talking is done by torch.distributed (gloo, objects only; no tensor data goes over the network), and tasks
+are taken one by one from a counter in its key-value store.
 """
 
 from __future__ import annotations
@@ -56,6 +57,28 @@ class Processes:
         self._group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self.first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"
+        self._counters = 0
+        self._store = self._shared_store()
+
+    def _shared_store(self) -> Any:
+        """A store on rank 0's host, on a port of its own: the process group may not be ours."""
+        from torch.distributed import TCPStore  # type: ignore[attr-defined] # documented, but not exported
+
+        host = os.environ["MASTER_ADDR"]
+
+        def make(port: int) -> Any:
+            return TCPStore(host, port, is_master=self.rank == 0, wait_for_workers=False, timeout=_TIMEOUT)
+
+        made: list[Any] = []
+
+        def begin() -> int:
+            made.append(make(0))
+            port: int = made[0].port
+            return port
+
+        port = self.lead(begin)
+        return made[0] if made else make(port)
 
     def step(self, work: Callable[[], T]) -> list[T]:
         """Everybody works; everybody's results, by rank.
@@ -76,6 +99,20 @@ class Processes:
         first: T = done[0]
         return first
 
+    def numbers(self) -> Callable[[], int]:
+        """See :class:`~sparkling_cli.execute.team.Team`."""
+        key = f"counter {self._counters}"
+        self._counters += 1
+
+        def take() -> int:
+            try:
+                given: int = self._store.add(key, 1)
+            except RuntimeError as error:
+                raise _gone(error) from error
+            return given - 1
+
+        return take
+
     def _gather(self, mine: tuple[str, Any]) -> list[Any]:
         import torch.distributed as dist
 
@@ -87,14 +124,18 @@ class Processes:
         except RuntimeError as error:
             if kept is not None:
                 raise kept from error
-            raise OutputError(
-                f"another rank is gone: {str(error).splitlines()[0]}",
-                hint="nothing was left behind; see that rank's own message, and run the command again",
-            ) from error
+            raise _gone(error) from error
         for rank, (kind, value) in enumerate(found):
             if kind == "raised":
                 raise kept if rank == self.rank and kept is not None else _unpacked(value, rank)
         return [value for _, value in found]
+
+
+def _gone(error: RuntimeError) -> OutputError:
+    return OutputError(
+        f"another rank is gone: {str(error).splitlines()[0]}",
+        hint="nothing was left behind; see that rank's own message, and run the command again",
+    )
 
 
 def _attempt(work: Callable[[], T]) -> tuple[str, Any]:

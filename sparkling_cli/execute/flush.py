@@ -1,8 +1,11 @@
-"""Bringing what is written to the disk while more is being written.
+"""Bringing what is written to the disk while more is being written, and out of the page cache.
 
 Left to itself, the page cache takes it all in and the disk idles until the last ``fsync``, which then takes
-as long as everything before it. A thread that syncs now and then keeps both busy; what it leaves is synced
-once more at the end (``stream``), so that durability does not depend on it.
+as long as everything before it. A thread that syncs now and then keeps both busy. An output that is larger
+than the memory budget is not kept in the page cache either: what is on the disk makes room for what comes,
+which spares the caches of others, and a virtual machine the memory that it would have to fetch.
+
+On every host one rank brings that host's pages to the disk: another host cannot do it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 #: bytes between two rounds
-_STEP = 1 << 28
+_STEP = 1 << 27
 
 
 class Flusher:
@@ -23,10 +26,12 @@ class Flusher:
 
     Args:
         paths: files that are being written; they exist.
+        keep: leave what was written in the page cache.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], *, keep: bool) -> None:
         self._paths = list(paths) if hasattr(os, "fdatasync") else []
+        self._keep = keep or not hasattr(os, "posix_fadvise")
         self._written = 0
         self._wanted, self._over = threading.Event(), threading.Event()
         self._error: OSError | None = None
@@ -73,15 +78,17 @@ class Flusher:
             over = self._over.is_set()
             for path in self._paths:
                 try:
-                    _sync(path)
+                    _sync(path, self._keep)
                 except OSError as error:
                     self._error = OSError(error.errno, error.strerror, str(path))
                     return
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, keep: bool) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fdatasync(descriptor)
+        if not keep:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -97,15 +97,6 @@ class Job:
             tasks.append(tuple(small))
         return tuple(tasks)
 
-    def task_bytes(self, task: tuple[Part, ...]) -> int:
-        """Target bytes of a task, near enough for sharing out."""
-        total = 0
-        for part in task:
-            job = self.rows[part.row]
-            share = (part.last - part.first) / job.kernel.pieces if job.kernel and job.kernel.pieces else 1
-            total += int(job.nbytes * share)
-        return total
-
 
 def _cut(index: int, job: RowJob) -> Iterator[Part]:
     if job.kernel is None:

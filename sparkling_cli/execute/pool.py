@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from sparkling_cli.execute.crc import Span, combine, crc32
 from sparkling_cli.execute.job import Job, PartResult
 from sparkling_cli.execute.journal import Journal
 from sparkling_cli.execute.places import Handles, Placement, read
-from sparkling_cli.execute.team import Team, shares
+from sparkling_cli.execute.team import Team
 from sparkling_cli.execute.worker import Stopped, Surroundings, Worker
 
 T = TypeVar("T")
@@ -46,7 +47,6 @@ class Pool:
             journal: where finished tasks are noted.
         """
         deviations = self._deviations()
-        mine = shares([self.job.task_bytes(task) for task in self.job.tasks], self.team.size)[self.team.rank]
 
         def work(worker: Worker, number: int) -> list[PartResult]:
             known = resumed.get(number)
@@ -60,8 +60,8 @@ class Pool:
             if results is not resumed.get(number):
                 journal.add(number, results)
 
-        done = self.team.step(lambda: self._spread(mine, work, deviations, note))
-        return [result for rank in done for results in rank for result in results]
+        done = self._shared(len(self.job.tasks), work, deviations, note)
+        return [result for results in done for result in results]
 
     def _still_true(self, worker: Worker, results: list[PartResult]) -> bool:
         """The bytes that a task wrote are there."""
@@ -81,38 +81,47 @@ class Pool:
         for row, job in enumerate(self.job.rows):
             if job.kernel is None or not job.kernel.random:
                 continue
-            blocks = -(-job.kernel.source_entries // moments.BLOCK)
-            for first in range(0, blocks, _MOMENT_BLOCKS):
-                parts.append((row, first, min(first + _MOMENT_BLOCKS, blocks)))
+            count = -(-job.kernel.source_entries // moments.BLOCK)
+            for first in range(0, count, _MOMENT_BLOCKS):
+                parts.append((row, first, min(first + _MOMENT_BLOCKS, count)))
         if not parts:
             return {}
-        mine = shares([last - first for _, first, last in parts], self.team.size)[self.team.rank]
 
-        def work(worker: Worker, number: int) -> tuple[int, list[moments.Moments]]:
-            return number, worker.moments(*parts[number])
+        def work(worker: Worker, number: int) -> list[moments.Moments]:
+            return worker.moments(*parts[number])
 
-        found = self.team.step(lambda: self._spread(mine, work, {}, None))
-        by_part = dict(item for rank in found for item in rank)
         blocks_of: dict[int, list[moments.Moments]] = {}
-        for number, (row, _, _) in enumerate(parts):
-            blocks_of.setdefault(row, []).extend(by_part[number])
+        for (row, _, _), blocks in zip(parts, self._shared(len(parts), work, {}, None), strict=True):
+            blocks_of.setdefault(row, []).extend(blocks)
         return {row: moments.deviation(blocks) for row, blocks in blocks_of.items()}
 
-    def _spread(
+    def _shared(
         self,
-        numbers: list[int],
+        count: int,
         work: Callable[[Worker, int], T],
         deviations: Mapping[int, float],
         note: Callable[[int, T], None] | None,
     ) -> list[T]:
-        """Do ``work`` for all numbers on all threads; results in the numbers' order.
+        """Do ``work`` for the numbers below ``count`` on all ranks; results in the numbers' order."""
+        take = self.team.numbers()
+        done: dict[int, T] = {}
+        for rank in self.team.step(lambda: self._spread(count, take, work, deviations, note)):
+            done.update(rank)
+        return [done[number] for number in range(count)]
+
+    def _spread(
+        self,
+        count: int,
+        take: Callable[[], int],
+        work: Callable[[Worker, int], T],
+        deviations: Mapping[int, float],
+        note: Callable[[int, T], None] | None,
+    ) -> dict[int, T]:
+        """Do ``work`` on all threads for the numbers that ``take`` gives, below ``count``; results by number.
 
         Raises:
             Exception: the first that a thread met; the others are stopped.
         """
-        todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for number in numbers:
-            todo.put(number)
         said: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         stop = threading.Event()
         counter = [0] * self.threads
@@ -143,9 +152,8 @@ class Pool:
 
             with np.errstate(all="ignore"):  # Inf and NaN are counted, not warned of
                 while not stop.is_set():
-                    try:
-                        number = todo.get_nowait()
-                    except queue.Empty:
+                    number = take()
+                    if number >= count:
                         return
                     result = work(worker, number)
                     if note is not None:
@@ -157,12 +165,11 @@ class Pool:
         for one in threads:
             one.start()
         try:
-            results = self._listen(said, counter)
+            return self._listen(said, counter)
         finally:
             stop.set()
             for one in threads:
                 one.join()
-        return [results[number] for number in numbers]
 
     def _listen(self, said: queue.SimpleQueue[tuple[str, Any]], counter: list[int]) -> dict[int, Any]:
         results: dict[int, Any] = {}
@@ -186,6 +193,13 @@ class Pool:
         if error is not None:
             raise error
         return results
+
+
+def processors() -> int:
+    """Cores that this process may run on: a container or a job's slot may have fewer than its machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _crc_of(handles: Handles, placement: Placement, span: Span, buffer: Any) -> int:

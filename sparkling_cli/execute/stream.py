@@ -15,22 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from sparkling_cli.checkpoint.model import OutputFile
-from sparkling_cli.errors import CheckpointError, OutputError, SparklingError
+from sparkling_cli.errors import CheckpointError, OutputError
 from sparkling_cli.execute import assemble, signals
 from sparkling_cli.execute.assemble import FileDigest, digests_text
-from sparkling_cli.execute.commit import Staging, standing, sync
+from sparkling_cli.execute.commit import Staging, sync
 from sparkling_cli.execute.crc import Span, crc32, whole
 from sparkling_cli.execute.flush import Flusher
 from sparkling_cli.execute.job import Job, PartResult, make_job
 from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_paths, source_state
 from sparkling_cli.execute.places import Handles
-from sparkling_cli.execute.pool import Pool
+from sparkling_cli.execute.pool import Pool, processors
+from sparkling_cli.execute.room import check_room, disk_error
 from sparkling_cli.execute.team import Alone, Team
 from sparkling_cli.plan.model import Plan
 
 #: digests of the small files, the manifest's among them
 DIGESTS = "sparkling/files.crc32"
-_RESERVE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class _Run:
     fingerprint: str
     staging: Staging
     team: Team
+    memory: int
     threads: int
     progress: Callable[[int], None]
     resumed: Mapping[int, list[PartResult]] = field(default_factory=dict)
@@ -81,7 +82,8 @@ def execute(
         plan: what to do.
         files: the output's files, laid out by the format.
         destination: a path where nothing exists.
-        memory: bytes that pieces in flight may take; decides the number of threads where it is small.
+        memory: bytes that pieces in flight may take; decides the number of threads where it is small. A
+            larger output is not kept in the page cache.
         threads: worker threads; by default one per core, at most four.
         progress: called with the bytes written since the last call.
         sidecar: called when all tensor data is written; gives the remaining small files, paths beginning
@@ -96,12 +98,12 @@ def execute(
     """
     team = team or Alone()
     with signals.interrupts(destination) as raised, _one_torch_thread(plan):
-        run = _begin(plan, files, destination, team, _threads(threads, memory), progress)
+        run = _begin(plan, files, destination, team, memory, threads, progress)
         try:
             run.resumed = team.lead(lambda: _prepare(run))
             return _carry_out(run, sidecar, check)
         except OSError as error:
-            raise _disk_error(error, run) from error
+            raise disk_error(error, run.job, run.staging) from error
         except KeyboardInterrupt as error:
             raise raised.error() from error
         finally:
@@ -113,7 +115,8 @@ def _begin(
     files: tuple[OutputFile, ...],
     destination: Path,
     team: Team,
-    threads: int,
+    memory: int,
+    threads: int | None,
     progress: Callable[[int], None] | None,
 ) -> _Run:
     """Check everything that can be checked without touching the disk's contents."""
@@ -128,7 +131,8 @@ def _begin(
         raise OutputError(
             "the ranks were given different plans", hint="start all with the same command and files"
         )
-    return _Run(job, marks[0], staged[0], team, threads, progress or (lambda _: None))
+    count = _threads(threads, memory)
+    return _Run(job, marks[0], staged[0], team, memory, count, progress or (lambda _: None))
 
 
 def _prepare(run: _Run) -> Mapping[int, list[PartResult]]:
@@ -137,7 +141,7 @@ def _prepare(run: _Run) -> Mapping[int, list[PartResult]]:
         if _complete(run):
             return read_journals(run.staging.journals())
         run.staging.restart(run.fingerprint)
-    _check_space(run)
+    check_room(run.job, run.staging)
     if not run.staging.is_file:
         run.staging.data.mkdir()
     for file in run.job.files:
@@ -165,9 +169,11 @@ def _carry_out(
     job, team = run.job, run.team
     paths = source_paths(job.plan)
     before = source_state(job.plan.source.root, paths)
-    filled = [_under(run.staging.data, file.path) for file in job.files if file.tensors and not team.rank]
+    filled = [
+        _under(run.staging.data, file.path) for file in job.files if file.tensors and team.first_on_host
+    ]
 
-    def finish(results: list[PartResult], flusher: Flusher) -> Written:
+    def finish(results: list[PartResult]) -> Written:
         if source_state(job.plan.source.root, paths) != before:
             raise CheckpointError(
                 f"the source {job.plan.source.root} was changed while it was read",
@@ -178,12 +184,14 @@ def _carry_out(
         _add_sidecars(run, sidecar(written))
         if check is not None:
             check(run.staging.data)
-        flusher.result()
-        _sync_all(run)
-        run.staging.commit()
         return written
 
-    with Flusher(filled) as flusher, closing(Journal(run.staging.journal(team.rank))) as journal:
+    def appear() -> None:
+        _sync_all(run)
+        run.staging.commit()
+
+    keep = sum(file.size for file in job.files) <= run.memory
+    with Flusher(filled, keep=keep) as flusher, closing(Journal(run.staging.journal(team.rank))) as journal:
 
         def wrote(size: int) -> None:
             flusher.wrote(size)
@@ -191,7 +199,10 @@ def _carry_out(
 
         results = Pool(job, run.staging.data, run.threads, wrote, team).run(run.resumed, journal)
         flusher.finish()
-        return team.lead(lambda: finish(results, flusher))
+        written = team.lead(lambda: finish(results))
+        team.step(flusher.result)
+        team.lead(appear)
+        return written
 
 
 def _finish(run: _Run, results: list[PartResult]) -> Written:
@@ -269,39 +280,6 @@ def _refuse_nonfinite(job: Job, results: list[PartResult]) -> None:
     )
 
 
-def _check_space(run: _Run) -> None:
-    """The disk has room for all files.
-
-    Raises:
-        OutputError: with the bytes needed and free.
-    """
-    parent = run.staging.destination.parent
-    state = os.statvfs(parent)
-    free = state.f_bavail * state.f_frsize
-    if _needed(run) > free:
-        raise OutputError(
-            f"{parent} has {free:,} bytes free, the output needs {_needed(run):,}",
-            hint="make room, or choose a place on another disk",
-        )
-
-
-def _needed(run: _Run) -> int:
-    root = run.job.plan.source.root
-    carried = sum((root / path).stat().st_size for path in run.job.plan.source.carried)
-    return sum(file.size for file in run.job.files) + carried + _RESERVE
-
-
-def _disk_error(error: OSError, run: _Run) -> SparklingError:
-    state = os.statvfs(standing(run.staging.destination.parent))
-    free = state.f_bavail * state.f_frsize
-    where = error.filename or run.staging.partial
-    return OutputError(
-        f"cannot write {where}: {error.strerror or error}; the output needs {_needed(run):,} bytes, "
-        f"{free:,} are free on its disk",
-        hint="nothing was left behind; make room or choose another disk, and run the command again",
-    )
-
-
 def _check_path(path: str) -> None:
     """A relative path that stays inside.
 
@@ -321,7 +299,7 @@ def _threads(threads: int | None, memory: int) -> int:
     if threads is not None and threads < 1:
         raise OutputError(f"{threads} threads cannot do any work", hint="give at least 1")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1
-    wanted = threads or min(max((os.cpu_count() or 1) // processes, 1), 4)
+    wanted = threads or min(max(processors() // processes, 1), 4)
     return max(1, min(wanted, memory >> 23))  # a thread has less than 8 MiB in flight
 
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 
 
 class Team(Protocol):
-    """Ranks that carry out one plan together."""
+    """Ranks that carry out one plan together.
+
+    Attributes:
+        rank: this one's number.
+        size: how many there are.
+        first_on_host: no rank with a lower number works on this machine.
+    """
 
     rank: int
     size: int
+    first_on_host: bool
 
     def step(self, work: Callable[[], T]) -> list[T]:
         """Everybody does some work and gets everybody's result, by rank; a barrier.
@@ -28,12 +36,20 @@ class Team(Protocol):
             Exception: if the work failed, on every rank.
         """
 
+    def numbers(self) -> Callable[[], int]:
+        """A counter from 0 on that all ranks share: no number is given out twice, on any rank or thread.
+
+        All ranks ask for their counters in the same order. Who is faster takes more, so that ranks end
+        together whatever their work costs and however fast they are.
+        """
+
 
 class Alone:
     """A team of one."""
 
     rank = 0
     size = 1
+    first_on_host = True
 
     def step(self, work: Callable[[], T]) -> list[T]:
         """See :class:`Team`."""
@@ -43,13 +59,6 @@ class Alone:
         """See :class:`Team`."""
         return work()
 
-
-def shares(sizes: list[int], count: int) -> list[list[int]]:
-    """Numbers of items for each of ``count`` ranks, neighbours together, near equal in size."""
-    total = sum(sizes) or 1
-    found: list[list[int]] = [[] for _ in range(count)]
-    done = 0
-    for index, size in enumerate(sizes):
-        found[min((done + size // 2) * count // total, count - 1)].append(index)
-        done += size
-    return found
+    def numbers(self) -> Callable[[], int]:
+        """See :class:`Team`."""
+        return count().__next__

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from sparkling_cli.errors import SparklingError
 from sparkling_cli.execute.places import Handles
+from sparkling_cli.execute.pool import processors
 
 T = TypeVar("T")
 Pair = tuple[Handles, Handles | None]
@@ -59,7 +59,7 @@ def spread(
                 if one is not None:
                     one.close()
 
-    threads = [threading.Thread(target=thread, daemon=True) for _ in range(min(os.cpu_count() or 1, 4))]
+    threads = [threading.Thread(target=thread, daemon=True) for _ in range(min(processors(), 4))]
     try:
         for one in threads:
             one.start()

@@ -301,7 +301,7 @@ def test_full_disk(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyP
     """A disk that is too small: seen before work where possible, and nothing is left at any rate."""
     plan, files = laid(tmp_path)
     if late != "checked first":
-        monkeypatch.setattr(stream, "_check_space", lambda _: None)
+        monkeypatch.setattr(stream, "check_room", lambda *_: None)
     if late == "at a write":
         monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: os.ftruncate(fd, start + size))
     with pytest.raises(OutputError, match="bytes"):

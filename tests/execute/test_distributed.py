@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from sparkling_cli.checkpoint.model import OutputFile
 from sparkling_cli.errors import SparklingError
 from sparkling_cli.execute import job
 from sparkling_cli.execute.distributed import team_of_processes
+from sparkling_cli.execute.job import Part, PartResult
 from sparkling_cli.execute.stream import execute
-from sparkling_cli.execute.team import shares
+from sparkling_cli.execute.worker import Worker
 from sparkling_cli.layout.geometry import Fill
 from sparkling_cli.plan.model import Plan
 
@@ -164,16 +166,31 @@ def test_a_killed_rank(tmp_path: Path, victim: int) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "one", "src"]
 
 
-def test_shares_are_even() -> None:
-    """Neighbours stay together, every item has one owner, no rank has much more than its part."""
-    sizes = [5, 1, 1, 1, 5, 7, 2, 2, 9, 1] * 10
-    for count in (1, 2, 3, 7):
-        found = shares(sizes, count)
-        assert sorted(i for share in found for i in share) == list(range(len(sizes)))
-        assert all(share == list(range(share[0], share[-1] + 1)) for share in found)
-        loads = [sum(sizes[i] for i in share) for share in found]
-        assert max(loads) <= sum(sizes) / count + 2 * max(sizes)
-    assert shares([], 3) == [[], [], []]
+@pytest.mark.parametrize("slow", [0, 1])
+def test_who_is_faster_does_more(tmp_path: Path, slow: int) -> None:
+    """A rank that is held up leaves its tasks to the other; every task is done once, by one of them."""
+    plan, files = laid(tmp_path)
+    log = tmp_path / "log"
+    log.mkdir()
+
+    def work(rank: int) -> None:
+        run = Worker.run
+
+        def noted(self: Worker, task: tuple[Part, ...]) -> list[PartResult]:
+            if rank == slow and (log / str(rank)).exists():
+                time.sleep(0.3)
+            with (log / str(rank)).open("a") as file:
+                file.write(f"{task}\n")
+            return run(self, task)
+
+        Worker.run = noted  # type: ignore[method-assign]
+        with team_of_processes() as team:
+            execute(plan, files, tmp_path / "many", sidecar=no_sidecar, team=team, threads=1)
+
+    assert ranks(2, work) == [(0, "")] * 2
+    done = [(log / str(rank)).read_text().splitlines() for rank in range(2)]
+    assert sorted(done[0] + done[1]) == sorted(str(task) for task in job.make_job(plan, files).tasks)
+    assert len(done[slow]) < len(done[1 - slow])
 
 
 def test_no_team_outside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

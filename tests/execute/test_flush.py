@@ -26,7 +26,7 @@ def test_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             first.set()
 
     monkeypatch.setattr(os, "fdatasync", noted)
-    with Flusher(paths) as flusher:
+    with Flusher(paths, keep=True) as flusher:
         flusher.wrote(flush._STEP - 1)
         assert not first.wait(0.05)
         flusher.wrote(1)
@@ -37,7 +37,31 @@ def test_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file_that_is_gone_is_reported(tmp_path: Path) -> None:
     """An error of the thread is not lost, and ends it; leaving without asking waits for nothing."""
-    with Flusher([tmp_path / "gone"]) as flusher, pytest.raises(OSError, match="gone"):
+    with Flusher([tmp_path / "gone"], keep=True) as flusher, pytest.raises(OSError, match="gone"):
         flusher.result()
-    with Flusher([tmp_path / "gone"]):
+    with Flusher([tmp_path / "gone"], keep=True):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no such advice")
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_on_the_disk_leaves_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    """A file is given up after it was synced, or never."""
+    done: list[tuple[str, str]] = []
+
+    def name(descriptor: int) -> str:
+        return Path(f"/proc/self/fd/{descriptor}").readlink().name
+
+    monkeypatch.setattr(os, "fdatasync", lambda fd: done.append(("sync", name(fd))))
+    monkeypatch.setattr(
+        os,
+        "posix_fadvise",
+        lambda fd, start, size, advice: done.append((f"{start} {size} {advice}", name(fd))),
+    )
+    (tmp_path / "a").write_bytes(b"x")
+    with Flusher([tmp_path / "a"], keep=keep) as flusher:
+        flusher.result()
+    drop = [] if keep else [(f"0 0 {os.POSIX_FADV_DONTNEED}", "a")]
+    assert done == [("sync", "a"), *drop]

@@ -1,0 +1,49 @@
+"""Room on the disk: asked for before anything is written, told when it runs out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sparkling_cli.errors import OutputError, SparklingError
+from sparkling_cli.execute.commit import Staging, standing
+from sparkling_cli.execute.job import Job
+
+#: for small files and folders
+_RESERVE = 1 << 20
+
+
+def needed(job: Job) -> int:
+    """Bytes of the whole output."""
+    root = job.plan.source.root
+    carried = sum((root / path).stat().st_size for path in job.plan.source.carried)
+    return sum(file.size for file in job.files) + carried + _RESERVE
+
+
+def check_room(job: Job, staging: Staging) -> None:
+    """The disk has room for all files.
+
+    Raises:
+        OutputError: with the bytes needed and free.
+    """
+    parent = staging.destination.parent
+    if needed(job) > _free(parent):
+        raise OutputError(
+            f"{parent} has {_free(parent):,} bytes free, the output needs {needed(job):,}",
+            hint="make room, or choose a place on another disk",
+        )
+
+
+def disk_error(error: OSError, job: Job, staging: Staging) -> SparklingError:
+    """What to tell of a failed write."""
+    where = error.filename or staging.partial
+    return OutputError(
+        f"cannot write {where}: {error.strerror or error}; the output needs {needed(job):,} bytes, "
+        f"{_free(standing(staging.destination.parent)):,} are free on its disk",
+        hint="nothing was left behind; make room or choose another disk, and run the command again",
+    )
+
+
+def _free(folder: Path) -> int:
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize
