@@ -232,7 +232,25 @@ class Kernel:
             if noise is None:
                 raise ValueError("a random program needs noise")
             drawn = noise(image.start, image.stop).reshape(new.shape)
-        for step in image.program.steps:
+        self._run(image.program, old, new, drawn, std)
+
+    def fill_alike(self, count: int, source: Array, apart: int, target: Array, target_apart: int) -> None:
+        """Make whole small tensors at even distances; nothing of them is random.
+
+        Args:
+            count: how many.
+            source: bytes from the first source on.
+            apart: bytes from one source's beginning to the next one's.
+            target: room from the first target on.
+            target_apart: bytes from one target's beginning to the next one's.
+        """
+        old = _at_distances(source, count, apart, self.inner_source, self.dtype)
+        new = _at_distances(target, count, target_apart, self.inner_target, self.dtype)
+        self._run(self._only.images[0].program, old, new, None, 0.0)
+
+    def _run(self, program: Program, old: Array, new: Array, drawn: Array | None, std: float) -> None:
+        """All steps of a program, from arrays (rows, *inner_source) to arrays (rows, *inner_target)."""
+        for step in program.steps:
             into = new[step.target]
             if step.fill is Fill.ZERO:
                 into[...] = 0
@@ -242,6 +260,15 @@ class Kernel:
                 draw_into(drawn[step.target], std, step.factor, into, self.dtype)
             else:
                 scale_into(old[step.source], step.factor, self.offset, into, self.dtype)
+
+
+def _at_distances(data: Array, count: int, apart: int, shape: tuple[int, ...], dtype: str) -> Array:
+    """Arrays of one shape, as one with another dim before the others."""
+    import numpy as np
+
+    kind = numpy_dtype(dtype)
+    strides = [kind.itemsize * prod(shape[i + 1 :]) for i in range(len(shape))]
+    return np.ndarray((count, *shape), kind, data, 0, (apart, *strides))
 
 
 def compile_kernel(

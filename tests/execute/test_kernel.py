@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from sparkling_cli.checkpoint.model import FLOATING, ITEM_BYTES
 from sparkling_cli.execute import fill
+from sparkling_cli.execute.entries import count_nonfinite
 from sparkling_cli.execute.kernel import compile_kernel
 from sparkling_cli.execute.memory import target_shape, widen_tensor
 from sparkling_cli.execute.moments import standard_deviation
-from sparkling_cli.execute.worker import count_nonfinite
 from sparkling_cli.layout.geometry import Fill, Run, View, ViewDim
 
 
