@@ -72,13 +72,17 @@ class Flusher:
 
     def _run(self) -> None:
         over = False
+        seen: dict[Path, int] = {}
         while not over:
             self._wanted.wait()
             self._wanted.clear()
             over = self._over.is_set()
             for path in self._paths:
                 try:
-                    _sync(path, self._keep)
+                    changed = path.stat().st_mtime_ns
+                    if over or seen.get(path) != changed:
+                        seen[path] = changed
+                        _sync(path, self._keep)
                 except OSError as error:
                     self._error = OSError(error.errno, error.strerror, str(path))
                     return

@@ -35,6 +35,29 @@ def test_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert synced == ["a", "b"] * 2
 
 
+def test_untouched_files_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many files only those that were written since the last round are synced; at the end, all."""
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.write_bytes(b"x")
+    synced: list[str] = []
+    rounds = threading.Semaphore(0)
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        rounds.release()
+
+    monkeypatch.setattr(os, "fdatasync", noted)
+    with Flusher(paths, keep=True) as flusher:
+        flusher.wrote(flush._STEP)
+        assert all(rounds.acquire(timeout=10) for _ in paths)
+        os.utime(paths[1], ns=(1, 1))
+        flusher.wrote(flush._STEP)
+        assert rounds.acquire(timeout=10)
+        flusher.result()
+    assert synced == ["a", "b", "b", "a", "b"]
+
+
 def test_a_file_that_is_gone_is_reported(tmp_path: Path) -> None:
     """An error of the thread is not lost, and ends it; leaving without asking waits for nothing."""
     with Flusher([tmp_path / "gone"], keep=True) as flusher, pytest.raises(OSError, match="gone"):
