@@ -64,41 +64,30 @@ def experts(folder: Path, gigabytes: float, tensors: int = 40_000) -> None:
 def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Module order, as the optimizer numbers them."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    heads = config["num_attention_heads"] * config["head_dim"]
-    pairs = config["num_key_value_heads"] * config["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         shapes |= {
-            f"{layer}.self_attn.q_proj.weight": (heads, hidden),
-            f"{layer}.self_attn.k_proj.weight": (pairs, hidden),
-            f"{layer}.self_attn.v_proj.weight": (pairs, hidden),
-            f"{layer}.self_attn.o_proj.weight": (hidden, heads),
+            **_attention(layer, config),
             f"{layer}.mlp.gate_proj.weight": (inner, hidden),
             f"{layer}.mlp.up_proj.weight": (inner, hidden),
             f"{layer}.mlp.down_proj.weight": (hidden, inner),
-            f"{layer}.input_layernorm.weight": (hidden,),
-            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            **_norms(layer, hidden),
         }
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (config["vocab_size"], hidden)}
 
 
 def _moe_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, inner, size = config["hidden_size"], config["moe_intermediate_size"], config["head_dim"]
-    heads, pairs = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         shapes |= {
-            f"{layer}.self_attn.q_proj.weight": (heads, hidden),
-            f"{layer}.self_attn.k_proj.weight": (pairs, hidden),
-            f"{layer}.self_attn.v_proj.weight": (pairs, hidden),
-            f"{layer}.self_attn.o_proj.weight": (hidden, heads),
+            **_attention(layer, config),
             f"{layer}.self_attn.q_norm.weight": (size,),
             f"{layer}.self_attn.k_norm.weight": (size,),
             f"{layer}.mlp.gate.weight": (config["num_experts"], hidden),
-            f"{layer}.input_layernorm.weight": (hidden,),
-            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            **_norms(layer, hidden),
         }
         for expert in range(config["num_experts"]):
             part = f"{layer}.mlp.experts.{expert}"
@@ -108,6 +97,24 @@ def _moe_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
                 f"{part}.down_proj.weight": (hidden, inner),
             }
     return shapes | {"model.norm.weight": (hidden,)}
+
+
+def _attention(layer: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, size = config["hidden_size"], config["head_dim"]
+    heads, pairs = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
+    return {
+        f"{layer}.self_attn.q_proj.weight": (heads, hidden),
+        f"{layer}.self_attn.k_proj.weight": (pairs, hidden),
+        f"{layer}.self_attn.v_proj.weight": (pairs, hidden),
+        f"{layer}.self_attn.o_proj.weight": (hidden, heads),
+    }
+
+
+def _norms(layer: str, hidden: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{layer}.input_layernorm.weight": (hidden,),
+        f"{layer}.post_attention_layernorm.weight": (hidden,),
+    }
 
 
 def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -142,7 +149,8 @@ def _write_optimizer(path: Path, like: Path, shapes: dict[str, tuple[int, ...]])
     torch.save({"state": state, "param_groups": groups}, path)
 
 
+#: all kinds of checkpoint
+KINDS = {"dense": dense, "weights": weights, "experts": experts}
+
 if __name__ == "__main__":
-    {"dense": dense, "weights": weights, "experts": experts}[sys.argv[1]](
-        Path(sys.argv[2]), float(sys.argv[3])
-    )
+    KINDS[sys.argv[1]](Path(sys.argv[2]), float(sys.argv[3]))

@@ -18,14 +18,7 @@ from sparkling_cli.inference.shrink import shapes
 from sparkling_cli.inference.skeleton import ConfigDict, ModelFactory, text_prefix
 from sparkling_cli.inference.tiny_config import chosen_layers, layer_count, real_path
 from sparkling_cli.inference.witness import Witness
-from sparkling_cli.layout.expr import (
-    Axis,
-    Dim,
-    Expr,
-    Product,
-    Sum,
-    TensorLayout,
-)
+from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, TensorLayout, with_atoms
 from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import skeleton
 
@@ -178,13 +171,10 @@ def _renamed(layout: TensorLayout, renames: Mapping[str, str]) -> str:
 
 
 def _rename_term(expr: Expr, renames: Mapping[str, str]) -> Expr:
-    if isinstance(expr, Axis):
-        return replace(expr, name=renames.get(expr.name, expr.name))
-    if isinstance(expr, Product):
-        return replace(expr, factors=tuple(_rename_term(f, renames) for f in expr.factors))
-    if isinstance(expr, Sum):
-        return replace(expr, parts=tuple(_rename_term(p, renames) for p in expr.parts))
-    return expr
+    def change(atom: Axis | Fixed) -> Expr:
+        return replace(atom, name=renames.get(atom.name, atom.name)) if isinstance(atom, Axis) else atom
+
+    return with_atoms(expr, change)
 
 
 def _axis_infos(

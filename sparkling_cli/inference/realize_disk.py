@@ -11,7 +11,7 @@ from sparkling_cli.inference.court import Judgement
 from sparkling_cli.inference.disk import DiskTensor
 from sparkling_cli.inference.labels import render
 from sparkling_cli.inference.patterns import Pattern, fill, placeholder, split, template
-from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, Product, Role, Sum, TensorLayout
+from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, Role, TensorLayout, atoms, with_atoms
 from sparkling_cli.layout.names import NameTemplate, skeleton
 
 
@@ -115,20 +115,14 @@ def _fit_like(part: TensorLayout, tiny: TensorLayout, real: TensorLayout) -> Ten
 
 def _numbers(expr: Expr) -> list[int]:
     """Anonymous sizes in a term, from left to right."""
-    if isinstance(expr, (Product, Sum)):
-        inner = expr.factors if isinstance(expr, Product) else expr.parts
-        return [n for e in inner for n in _numbers(e)]
-    return [expr.size] if isinstance(expr, Fixed) else []
+    return [atom.size for atom in atoms(expr) if isinstance(atom, Fixed)]
 
 
 def _with_numbers(expr: Expr, changed: Mapping[int, int]) -> Expr:
-    if isinstance(expr, Fixed):
-        return replace(expr, size=changed.get(expr.size, expr.size))
-    if isinstance(expr, Product):
-        return replace(expr, factors=tuple(_with_numbers(e, changed) for e in expr.factors))
-    if isinstance(expr, Sum):
-        return replace(expr, parts=tuple(_with_numbers(e, changed) for e in expr.parts))
-    return expr
+    def change(atom: Axis | Fixed) -> Expr:
+        return replace(atom, size=changed.get(atom.size, atom.size)) if isinstance(atom, Fixed) else atom
+
+    return with_atoms(expr, change)
 
 
 def _assembles(source: str, parts: Sequence[DiskTensor], judged: Judgement) -> bool:

@@ -7,8 +7,8 @@ axis that nothing happens to. A *packing* is an axis whose entries have names of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
 
@@ -117,16 +117,30 @@ class TensorLayout:
         return tuple(size_of(dim.expr, sizes) for dim in self.dims)
 
 
-def axis_names(expr: Expr) -> Iterator[str]:
-    """All axis names in a term, depth first, repeats included."""
-    if isinstance(expr, Axis):
-        yield expr.name
-    elif isinstance(expr, Product):
+def atoms(expr: Expr) -> Iterator[Axis | Fixed]:
+    """All axes of a term, anonymous ones included, from left to right."""
+    if isinstance(expr, Product):
         for factor in expr.factors:
-            yield from axis_names(factor)
+            yield from atoms(factor)
     elif isinstance(expr, Sum):
         for part in expr.parts:
-            yield from axis_names(part)
+            yield from atoms(part)
+    else:
+        yield expr
+
+
+def with_atoms(expr: Expr, change: Callable[[Axis | Fixed], Expr]) -> Expr:
+    """A term of the same form with other axes."""
+    if isinstance(expr, Product):
+        return replace(expr, factors=tuple(with_atoms(factor, change) for factor in expr.factors))
+    if isinstance(expr, Sum):
+        return replace(expr, parts=tuple(with_atoms(part, change) for part in expr.parts))
+    return change(expr)
+
+
+def axis_names(expr: Expr) -> Iterator[str]:
+    """All axis names in a term, from left to right, repeats included."""
+    return (atom.name for atom in atoms(expr) if isinstance(atom, Axis))
 
 
 def size_of(expr: Expr, sizes: Mapping[str, int]) -> int:

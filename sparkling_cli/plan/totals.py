@@ -30,16 +30,45 @@ class Totals:
     widened: int
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds.
+
+    Attributes:
+        parameters: entries of all weights, tied ones counted once.
+        weight_bytes: tensor data of the weights.
+        state_bytes: tensor data of the optimizer state.
+    """
+
+    parameters: int
+    weight_bytes: int
+    state_bytes: int
+
+
+def content_of(plan: Plan, *, after: bool) -> Content:
+    """Count a plan's source, or what it makes."""
+    counted: set[str] = set()
+    parameters = weights = states = 0
+    for row in plan.rows:
+        entries = prod(row.shape if after else row.source.shape)
+        if row.slot:
+            states += entries * ITEM_BYTES[row.dtype]
+            continue
+        weights += entries * ITEM_BYTES[row.dtype]
+        if row.stream not in counted:
+            counted.add(row.stream)
+            parameters += entries
+    return Content(parameters, weights, states)
+
+
 def totals_of(plan: Plan, files: tuple[OutputFile, ...]) -> Totals:
     """Count a plan."""
-    before = after = bytes_before = widened = 0
-    counted: set[str] = set()
-    for row in plan.rows:
-        bytes_before += prod(row.source.shape) * ITEM_BYTES[row.dtype]
-        widened += row.shape != row.source.shape
-        if row.slot or row.stream in counted:
-            continue
-        counted.add(row.stream)
-        before += prod(row.source.shape)
-        after += prod(row.shape)
-    return Totals(before, after, bytes_before, sum(file.size for file in files), len(plan.rows), widened)
+    before, after = content_of(plan, after=False), content_of(plan, after=True)
+    return Totals(
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        bytes_before=before.weight_bytes + before.state_bytes,
+        bytes_after=sum(file.size for file in files),
+        tensors=len(plan.rows),
+        widened=sum(row.shape != row.source.shape for row in plan.rows),
+    )

@@ -14,6 +14,7 @@ from sparkling_cli.layout.expr import Role
 from sparkling_cli.layout.geometry import scale_range
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.plan.totals import Content, content_of
 from sparkling_cli.report.command import Asked, command_of
 from sparkling_cli.report.facts import active_parameters
 from sparkling_cli.report.model import (
@@ -45,6 +46,7 @@ def assemble(
 ) -> ReportData:
     """Everything that a report says about one expansion."""
     optimizer = _optimizer(plan)
+    active = active_parameters(plan) or {}
     return ReportData(
         source=plan.source.root.name,
         destination=destination,
@@ -53,14 +55,14 @@ def assemble(
         spec=dict(plan.spec),
         axes=tuple(_axes(plan, previous)),
         tensors=tuple(_tensors(plan)),
-        before=_size(plan, after=False),
-        after=_size(plan, after=True),
+        before=_size(content_of(plan, after=False), active.get("before")),
+        after=_size(content_of(plan, after=True), active.get("after")),
         activations=activations,
         activations_missing=activations_missing,
         learning_rate=learning_rate,
         learning_rate_missing=learning_rate_missing,
         optimizer=optimizer,
-        compute=_compute(plan, learning_rate),
+        compute=_compute(active, learning_rate),
         provenance=_provenance(plan, written, previous),
         notes=plan.notes,
         warnings=plan.warnings,
@@ -138,24 +140,12 @@ def _roles(layout: str) -> list[Role]:
     return [dim.role for dim in parse_layout(layout).dims]
 
 
-def _size(plan: Plan, *, after: bool) -> Size:
-    active = active_parameters(plan)
-    counted: set[str] = set()
-    parameters = weights = states = 0
-    for row in plan.rows:
-        entries = prod(row.shape if after else row.source.shape)
-        if row.slot:
-            states += entries * ITEM_BYTES[row.dtype]
-            continue
-        weights += entries * ITEM_BYTES[row.dtype]
-        if row.stream not in counted:
-            counted.add(row.stream)
-            parameters += entries
+def _size(content: Content, active: int | None) -> Size:
     return Size(
-        parameters=parameters,
-        active=None if active is None else active["after" if after else "before"],
-        weight_bytes=weights,
-        state_bytes=states,
+        parameters=content.parameters,
+        active=active,
+        weight_bytes=content.weight_bytes,
+        state_bytes=content.state_bytes,
     )
 
 
@@ -183,9 +173,8 @@ def _slot(name: str, rows: list[Row]) -> StateSlot:
     return StateSlot(slot=name, tensors=len(rows), entries=entries, kept=kept, bytes=size)
 
 
-def _compute(plan: Plan, rate: LearningRate | None) -> Compute | None:
-    active = active_parameters(plan)
-    if active is None or rate is None or not 0 < rate.expansion_step < rate.total_steps:
+def _compute(active: Mapping[str, int], rate: LearningRate | None) -> Compute | None:
+    if not active or rate is None or not 0 < rate.expansion_step < rate.total_steps:
         return None
     saving = step_saving(active["before"], active["after"], rate.expansion_step, rate.total_steps)
     return Compute(expansion_step=rate.expansion_step, total_steps=rate.total_steps, saved=saving.saved)
