@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from sparkling_cli.report.model import ReportData
     from sparkling_cli.verification import VerifyReport
 
-#: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts.
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+#: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts; of a stage
+#: without bytes the total is None.
+Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,7 @@ def expand(
     from sparkling_cli.outcome import sidecar_files
     from sparkling_cli.report.command import Asked
 
-    if report not in ("auto", "full", "none"):
-        raise SpecError(f"report: expected auto, full or none, found {report!r}")
-    if data is not None and not data.is_file():
-        raise SpecError(f"--data {data}: no such file")
+    check_report(report, data)
     if prepared is None:
         prepared = make_plan(source, _spec(spec, options), layout=layout, model=model)
     ready = prepared
@@ -167,7 +165,15 @@ def expand(
     asked = Asked(Path(source), given, layout, model, data, report)
     reports: list[ReportData] = []
 
+    bar = ExitStack()
+
+    def begin(title: str, total: int | None) -> Callable[[int], None]:
+        """Show a stage in place of the one before."""
+        bar.close()
+        return bar.enter_context(progress(title, total)) if progress else lambda _count: None
+
     def sidecar(written: Written) -> Mapping[str, bytes]:
+        begin("measuring", None)
         files, found = sidecar_files(
             ready.plan,
             ready.spec,
@@ -181,8 +187,8 @@ def expand(
         reports.append(found)
         return files
 
-    shown = progress("writing", ready.totals.bytes_after) if progress else nullcontext(lambda _n: None)
-    with shown as advance, team_of_processes() as team:
+    with bar, team_of_processes() as team:
+        advance = begin("writing", ready.totals.bytes_after)
         written = execute(
             ready.plan,
             ready.files,
@@ -195,6 +201,18 @@ def expand(
             team=team,
         )
     return ExpansionResult(target, ready, written, reports[0] if reports else None)
+
+
+def check_report(report: str, data: Path | None) -> None:
+    """What is asked of the report can be done; asked before the plan is made, which takes longer.
+
+    Raises:
+        SpecError: it cannot.
+    """
+    if report not in ("auto", "full", "none"):
+        raise SpecError(f"report: expected auto, full or none, found {report!r}")
+    if data is not None and not data.is_file():
+        raise SpecError(f"--data {data}: no such file", hint="give a text file, or a .json or .pt of tokens")
 
 
 def _check_opens(root: Path, plan: Plan) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.checkpoint.model import ITEM_BYTES
 from sparkling_cli.compute.flops import ComputePlan, plan_compute
-from sparkling_cli.compute.quantity import format_count, parse_count
+from sparkling_cli.compute.quantity import format_count, parse_moment
 from sparkling_cli.compute.shape import shape_of
 from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.geometry import Growth
@@ -148,8 +148,13 @@ def _stored_bytes(checkpoint: Checkpoint) -> tuple[int, int, int]:
     return weights, states, max(entries, 1)
 
 
-def parse_then(text: str, *, multiple_of: int | None = None) -> Expansion:
+def parse_then(text: str, tokens: int, *, multiple_of: int | None = None) -> Expansion:
     """``ffn=2,hidden=1.5@150B``: a later expansion, axis=factor pairs and its moment.
+
+    Args:
+        text: the moment is a count, or a share (``50%``) of ``tokens``.
+        tokens: of the whole run.
+        multiple_of: sizes are rounded up to multiples of it.
 
     Raises:
         SpecError: not of this form.
@@ -169,7 +174,7 @@ def parse_then(text: str, *, multiple_of: int | None = None) -> Expansion:
         if not equals:
             raise SpecError(f"--then {text!r}: {pair!r} is not AXIS=FACTOR")
     spec = make_spec({"axes": axes, "multiple_of": multiple_of}, "--then")
-    return Expansion(parse_count(moment, "--then"), spec)
+    return Expansion(parse_moment(moment, tokens, "--then"), spec)
 
 
 def forecast(
@@ -194,14 +199,16 @@ def forecast(
     return Forecast(subject, plan_compute(shape, steps, tokens), tuple(growth for _, growth in steps))
 
 
-def first_expansion(axes: Sequence[Mapping[str, Any]], multiple_of: int | None, moment: str) -> Expansion:
-    """The expansion that the options before any ``--then`` describe.
+def first_expansion(
+    axes: Sequence[Mapping[str, Any]], multiple_of: int | None, moment: str, tokens: int
+) -> Expansion:
+    """The expansion that the options before any ``--then`` describe, in a run of so many tokens.
 
     Raises:
         SpecError: malformed axes or moment.
     """
     spec = make_spec({"axes": list(axes), "multiple_of": multiple_of}, "options")
-    return Expansion(parse_count(moment, "--expand-at"), spec)
+    return Expansion(parse_moment(moment, tokens, "--expand-at"), spec)
 
 
 def describe(expansion: Expansion) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,11 @@ from sparkling_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
     from sparkling_cli.checkpoint.model import Checkpoint, Format
+
+#: ``https://...``, of which a path keeps one slash
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
+#: ``organization/model``
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 _LOOKED_FOR = (
     "a transformers model or Trainer directory (model.safetensors, pytorch_model.bin, or their index)",
@@ -42,7 +49,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if root.name in ("", ".."):
         root = root.resolve()  # messages and outputs are named after it
     if not root.exists():
-        raise CheckpointError(f"{root}: there is nothing of that name")
+        raise CheckpointError(f"{root}: there is nothing of that name", hint=_meant(str(path), root))
     for form in formats():
         if form.claims(root) is not None:
             with collector_paused():
@@ -64,10 +71,27 @@ def format_of(name: str) -> Format:
     raise CheckpointError(f"no checkpoint format is called {name!r}")
 
 
+def _meant(text: str, root: Path) -> str | None:
+    """What to do about a path that leads nowhere."""
+    if _REMOTE.match(text):
+        return "checkpoints are read from a disk: download it, or mount where it lies, and give the path"
+    folder = next(path for path in (root, *root.parents) if path.exists())
+    if not folder.is_dir():
+        return f"{folder} is a file"
+    lost = root.parts[len(folder.parts)]
+    close = difflib.get_close_matches(lost, [path.name for path in folder.iterdir()], n=1)
+    if close:
+        return f"did you mean {folder / close[0]}?"
+    if _ON_HUB.fullmatch(text):
+        return f"a model on the Hugging Face hub is downloaded first: hf download {text} --local-dir DIR"
+    return f"{folder.resolve()} is there, and holds no {lost!r}"
+
+
 def _nearby(root: Path) -> str | None:
-    """Where a checkpoint might be meant, if the path is a run's folder."""
+    """Where a checkpoint might be meant, if the path is a run's folder, or one file of a checkpoint."""
     if not root.is_dir():
-        return None
+        around = any(form.claims(root.parent) is not None for form in formats())
+        return f"it is one file of a checkpoint: give its folder, {root.parent}" if around else None
     found = sorted(path.name for path in root.glob("checkpoint-*") if path.is_dir())
     if found:
         return f"there are checkpoints inside: {', '.join(found[:5])}; name one of them"

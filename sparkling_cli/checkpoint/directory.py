@@ -74,7 +74,10 @@ def inside(root: Path, relative: str, named_by: str) -> Path:
                 hint="replace it by a copy of the file",
             )
     if not path.exists():
-        raise CheckpointError(f"{named_by} names {relative!r}, which is missing")
+        raise CheckpointError(
+            f"{named_by} names {relative!r}, which is missing",
+            hint="the copy or download was not finished: fetch that file too",
+        )
     if not path.is_file():
         raise CheckpointError(f"{relative}: expected a regular file")
     return path

@@ -72,20 +72,23 @@ class Output:
             sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar by bytes with rate and time left, on a terminal only."""
+    def progress(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """A bar by bytes with rate and time left (a moving one without a total), on a terminal only."""
         console = self.console(stderr=True)
         if self.as_json or self.quiet or not console.is_terminal:
             yield lambda _count: None
             return
         from rich import progress as bars
 
-        with bars.Progress(
-            bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
+        sizes: list[bars.ProgressColumn] = [
             bars.DownloadColumn(binary_units=True),
             bars.TransferSpeedColumn(),
             bars.TimeRemainingColumn(),
+        ]
+        with bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            *(sizes if total is not None else [bars.TimeElapsedColumn()]),
             console=console,
             transient=True,
         ) as display:

@@ -111,6 +111,7 @@ def expand(
         },
     )
     budget = parse_bytes(memory, "--memory", least=LEAST_MEMORY)
+    api.check_report(report, data)
     prepared = api.make_plan(source, chosen, layout=layout, model=model)
     target = destination or api.default_destination(source, prepared)
     if dry_run:

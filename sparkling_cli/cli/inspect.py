@@ -119,6 +119,8 @@ def _show(report: InspectReport) -> None:
         output.note(f"measured on {report.tokens}", style=style)
     for note in report.notes:
         output.note(f"note: {note}")
+    if report.doubt:
+        output.warn(report.doubt)
     for stat in report.weights.nonfinite:
         output.warn(f"{stat.label} {stat.slot or 'weights'}: {stat.nan} NaN, {stat.inf} Inf")
     if report.change is not None:

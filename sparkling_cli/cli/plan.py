@@ -30,7 +30,7 @@ def plan(
     to: opt.ToOption = [],
     expand_at: Annotated[
         str | None,
-        typer.Option("--expand-at", help="Tokens before the expansion: 100B.", show_default=False),
+        typer.Option("--expand-at", help="Tokens before the expansion: 100B, or 50%.", show_default=False),
     ] = None,
     then: Annotated[
         list[str],
@@ -66,10 +66,10 @@ def plan(
     if axes:
         if expand_at is None:
             raise SpecError("--axis needs a moment: --expand-at is missing", hint="e.g. --expand-at 100B")
-        expansions.append(first_expansion(axes, multiple_of, expand_at))
+        expansions.append(first_expansion(axes, multiple_of, expand_at, total))
     elif expand_at is not None:
         raise SpecError("--expand-at needs an axis to widen", hint="e.g. --axis ffn --factor 2")
-    expansions += [parse_then(text, multiple_of=multiple_of) for text in then]
+    expansions += [parse_then(text, total, multiple_of=multiple_of) for text in then]
     found = forecast(
         subject_of(source, layout=layout, model=model),
         expansions,

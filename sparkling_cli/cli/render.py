@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.plan.advice import TRAINER
+from sparkling_cli.report.resume import MODULE, call
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,12 +85,7 @@ def _train_on(result: ExpansionResult, where: str) -> list[str]:
         return [
             "no re-warmup was written: expand again with --schedule, --peak-lr and --total-steps to get one"
         ]
-    if plan.source.format == TRAINER:
-        return [
-            "train on with Trainer(..., callbacks=[sparkling_cli.training.SparklingCallback("
-            f"{json.dumps(where)})])"
-        ]
-    return [f"train on with sparkling_cli.training.rewarm(optimizer, model, {json.dumps(where)})"]
+    return [f"train on with {call(plan.source.format, where, f'{MODULE}.')}"]
 
 
 def _summary(facts: dict[str, Any]) -> Table:

@@ -146,6 +146,9 @@ class Inspect(Document):
     optimizer: str | None
     model_type: str | None
     notes: list[str]
+    doubt: Annotated[
+        str | None, Field(description="what stands against the comparison as a whole; null if nothing does")
+    ]
     weights: Weights
     activations: Measurement | None
     tokens: str | None

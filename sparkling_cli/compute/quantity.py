@@ -8,6 +8,7 @@ from sparkling_cli.errors import SpecError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _COUNT = re.compile(r"(?P<number>\d[\d_]*(?:\.\d+)?(?:[eE][+]?\d{1,2})?)\s*(?P<unit>[KMBGTkmbgt]?)")
+_SHARE = re.compile(r"(?P<percent>\d+(?:\.\d+)?)\s*%")
 
 
 def parse_count(text: str, what: str = "count") -> int:
@@ -27,6 +28,23 @@ def parse_count(text: str, what: str = "count") -> int:
     count = int(number) * unit if number.isdigit() else round(float(number) * unit)
     if count < 1:
         raise SpecError(f"{what}: {text!r} must be above zero")
+    return count
+
+
+def parse_moment(text: str, total: int, what: str) -> int:
+    """A count, or a share of the whole run: ``"50%"`` of ``total``.
+
+    Raises:
+        SpecError: neither of them.
+    """
+    share = _SHARE.fullmatch(text.strip())
+    if share is None:
+        return parse_count(text, what)
+    count = round(float(share["percent"]) / 100 * total)
+    if not 0 < count < total:
+        raise SpecError(
+            f"{what}: {text!r} is not inside the run", hint="give more than 0% and less than 100%"
+        )
     return count
 
 

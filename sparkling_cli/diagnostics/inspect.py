@@ -44,6 +44,7 @@ class InspectReport:
         change: from the other checkpoint to this one; None without ``against``.
         symmetry: how far new channels have moved from their sources; None unless ``against`` is the
             output of an expansion and this checkpoint was trained on from it.
+        doubt: what stands against the comparison as a whole; empty if nothing does.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class InspectReport:
     random_tokens: bool = False
     change: ActivationReport | None = None
     symmetry: SymmetryReport | None = None
+    doubt: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON: no number in it is NaN or infinite."""
@@ -64,6 +66,7 @@ class InspectReport:
             "against": None if self.against is None else str(self.against),
             **{key: plain(value) for key, value in self.facts.items()},
             "notes": list(self.notes),
+            "doubt": self.doubt or None,
             "weights": plain(self.weights.to_dict()),
             "activations": None if self.activations is None else self.activations.to_dict(),
             "tokens": self.tokens or None,
@@ -107,7 +110,7 @@ def inspect_checkpoint(
     """
     path = Path(path)
     checkpoint = _open(path, model, layout)
-    notes = list(checkpoint.notes)
+    notes, doubt = list(checkpoint.notes), ""
     weights = measure_weights(checkpoint)
     sizes: dict[str, Any] = {
         "data": data, "model": model, "memory": memory,
@@ -120,7 +123,8 @@ def inspect_checkpoint(
     if against is not None:
         against = Path(against)
         other = _open(against, model, layout)
-        notes += _unrelated(checkpoint, other)
+        found, doubt = _unrelated(checkpoint, other)
+        notes += found
         symmetry = _symmetry(path, checkpoint, other)
         if activations:
             try:
@@ -139,7 +143,7 @@ def inspect_checkpoint(
     if own is not None and own.unused:
         notes.append(f"{len(own.unused)} weight(s) on disk are not used by the model: {own.unused[0]}, ...")
     return InspectReport(
-        path, against, _facts(checkpoint), tuple(notes), weights, own, tokens, random, change, symmetry
+        path, against, _facts(checkpoint), tuple(notes), weights, own, tokens, random, change, symmetry, doubt
     )
 
 
@@ -185,21 +189,21 @@ def _named(checkpoint: Checkpoint, model: str | None, layout: Path | None) -> Ch
     return named_states(checkpoint, found, model=model)
 
 
-def _unrelated(checkpoint: Checkpoint, other: Checkpoint) -> list[str]:
-    """What stands against a comparison, or leaves a part of it out."""
+def _unrelated(checkpoint: Checkpoint, other: Checkpoint) -> tuple[list[str], str]:
+    """What leaves a part of a comparison out, and what stands against all of it."""
     here, there = ((c.config or {}).get("model_type") for c in (checkpoint, other))
     if here != there:
-        return [
+        return [], (
             f"these are different models ({here or 'not known'}, {there or 'not known'}): "
             "the comparison says nothing about an expansion"
-        ]
+        )
     if _shapes(checkpoint) == _shapes(other):
         if _manifest_of(other).is_file():
-            return []
-        return ["no expansion lies between these two: no symmetry meter"]
+            return [], ""
+        return ["no expansion lies between these two: no symmetry meter"], ""
     if not _manifest_of(checkpoint).is_file():
-        return ["their sizes differ, and no expansion is known between these two: they may be unrelated"]
-    return []
+        return [], "their sizes differ, and no expansion is known between these two: they may be unrelated"
+    return [], ""
 
 
 def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> SymmetryReport | None:

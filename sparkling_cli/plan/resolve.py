@@ -130,6 +130,13 @@ def _check_joint(growth: dict[str, Growth], layout: ModelLayout) -> None:
                 )
 
 
+def whole_heads(growth: dict[str, Growth], layout: ModelLayout) -> Growth | None:
+    """Query heads where they grow and are no axis of their own: groups times queries in each."""
+    if not _grouped(layout) or not growth.keys() & _HEAD_AXES:
+        return None
+    return Growth(*_sizes("heads", growth, layout))
+
+
 def _sizes(axis: str, growth: dict[str, Growth], layout: ModelLayout) -> tuple[int, int]:
     if axis == "heads" and _grouped(layout):
         kv, per_kv = _sizes("kv_heads", growth, layout), _sizes("q_per_kv", growth, layout)
@@ -141,9 +148,14 @@ def _sizes(axis: str, growth: dict[str, Growth], layout: ModelLayout) -> tuple[i
 def _unknown(name: str, layout: ModelLayout) -> SpecError:
     offered = _offered(layout)
     close = difflib.get_close_matches(name, offered, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else None
+    if name in layout.config:
+        term = " ".join(part for part in layout.config[name].strip("()").split())
+        axis = "heads" if term == "kv_heads q_per_kv" else term
+        if axis in offered:
+            hint = f"that is the config's name for the axis {axis!r}: --axis {axis}"
     return SpecError(
-        f"axes.{name}: no such axis in {layout.name}, which has {', '.join(offered) or 'none'}",
-        hint=f"did you mean {close[0]!r}?" if close else None,
+        f"axes.{name}: no such axis in {layout.name}, which has {', '.join(offered) or 'none'}", hint=hint
     )
 
 

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 def plan_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:
     """Axes, tensors by kind, parameters, bytes to write against free space, config changes, notes."""
+    from sparkling_cli.plan.resolve import whole_heads
+
     plan, totals = prepared.plan, prepared.totals
+    heads = whole_heads(dict(plan.growth), plan.layout)
+    grown = {**plan.growth, **({} if heads is None else {"heads": heads})}
     return {
         "source": str(plan.source.root),
         "destination": str(destination),
         "format": plan.source.format,
         "model": plan.layout.name,
-        "axes": {name: {"before": g.source, "after": g.target} for name, g in plan.growth.items()},
+        "axes": {name: {"before": g.source, "after": g.target} for name, g in grown.items()},
         "parameters": {"before": totals.parameters_before, "after": totals.parameters_after},
         "active_parameters": active_parameters(plan),
         "bytes": {

@@ -10,7 +10,8 @@ from sparkling_cli.compute.quantity import format_bytes, format_count
 from sparkling_cli.report import charts, figures
 from sparkling_cli.report.drawing import BLOCKS_AT_MOST, axes_drawing, tensor_block
 from sparkling_cli.report.model import DEVIATION_LIMIT, Activations, LayerActivation, ReportData
-from sparkling_cli.report.svg import sig
+from sparkling_cli.report.resume import snippet
+from sparkling_cli.report.svg import sig, signed
 
 #: Rows of the table of layers, with and without offenders; all of them are in report.json.
 ROWS_AT_MOST, ROWS_WHEN_CALM = 12, 5
@@ -84,12 +85,12 @@ def tiles(data: ReportData) -> str:
     if measured is not None:
         if measured.loss_before is not None and measured.loss_after is not None:
             moved = measured.loss_after - measured.loss_before
-            found.append(("Loss", f"{moved:+.4f}", f"{measured.loss_before:.4f} → {measured.loss_after:.4f}"))
+            found.append(("Loss", signed(moved), f"{measured.loss_before:.4f} → {measured.loss_after:.4f}"))
         if measured.logit_change is not None:
             found.append(("Logits", sig(measured.logit_change, 2), "RMS of the change / RMS before"))
         if measured.layers:
             worst = measured.worst(1)[0]
-            found.append(("Signal ratio, at most", _moved(worst.deviation), f"in {worst.name}"))
+            found.append(("Signal ratio, farthest", _moved(worst.deviation), f"in {worst.name}"))
     if data.compute is not None:
         found.append(("Compute saved", f"{data.compute.saved:.0%}", "against the wide model from scratch"))
     cells = "".join(
@@ -107,7 +108,7 @@ def _moved(deviation: float | None) -> str:
     if deviation is None:
         return "not finite"
     if abs(deviation) < 5e-6:
-        return "±0%"
+        return "unchanged"
     return f"{deviation:+.1%}" if abs(deviation) >= 1e-3 else f"{deviation:+.3%}"
 
 
@@ -245,7 +246,9 @@ def learning_rate(data: ReportData) -> str:
         words = "factor on the update of new entries; 1 would be no difference"
         body.append(_figure("New / old", drawing, words))
     body.append(
-        "<p>Every step is in <code>rewarmup.json</code> and <code>rewarmup.csv</code> beside this page.</p>"
+        "<p>Every step is in <code>rewarmup.json</code> and <code>rewarmup.csv</code> beside this page. The "
+        "training side applies it, with the output's path:</p>"
+        f"<pre>{escape(snippet(data.provenance.format, data.destination))}</pre>"
     )
     return _section(title, *body)
 

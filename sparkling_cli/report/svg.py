@@ -88,6 +88,12 @@ def svg(width: float, height: float, title: str, description: str, *body: str, c
     )
 
 
+def signed(value: float) -> str:
+    """A change with four decimals; one that rounds to nothing has no sign."""
+    text = f"{value:+.4f}"
+    return text[1:] if text in ("+0.0000", "-0.0000") else text
+
+
 def sig(value: float, digits: int = 3) -> str:
     """A number for people: ``0.00196`` as ``1.96e-3``, ``12345`` as ``12,345``."""
     if not isfinite(value):

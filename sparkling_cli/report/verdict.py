@@ -15,6 +15,7 @@ from sparkling_cli.report.model import (
     OptimizerSummary,
     Verdict,
 )
+from sparkling_cli.report.svg import signed
 
 #: A loss that jumps by more than this at the boundary is worth a look when the widening keeps the function.
 LOSS_TOLERANCE = 0.01
@@ -93,7 +94,7 @@ def _loss(activations: Activations, keeps_function: bool) -> Iterator[Finding]:
     before, after = activations.loss_before, activations.loss_after
     if before is None or after is None:
         return
-    moved = f"The loss goes from {before:.4f} to {after:.4f} ({after - before:+.4f})"
+    moved = f"The loss goes from {before:.4f} to {after:.4f} ({signed(after - before)})"
     where = " on random tokens, which says little" if activations.random_tokens else ""
     if keeps_function and abs(after - before) > LOSS_TOLERANCE:
         yield Finding(

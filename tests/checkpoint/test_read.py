@@ -17,7 +17,7 @@ from sparkling_cli.errors import CheckpointError
 
 def write(path: Path, tensor: torch.Tensor, offset: int = 0) -> None:
     """Write a tensor's storage behind ``offset`` junk bytes."""
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy()
     path.write_bytes(b"\xa5" * offset + flat.tobytes())
 
 

@@ -339,6 +339,25 @@ def test_almost_checkpoints(tmp_path: Path) -> None:
     assert "no known checkpoint format" in refused(tmp_path / "text.txt")
 
 
+def test_paths_that_lead_nowhere_get_a_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typo, an address, a name on the hub, one file of a checkpoint, a folder that is not there."""
+
+    def hint(path: Path | str) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(path)
+        return caught.value.hint or ""
+
+    root = model_directory(tmp_path / "checkpoint-500")
+    assert hint(tmp_path / "checkpont-500") == f"did you mean {root}?"
+    assert hint(tmp_path / "none" / "of" / "these") == f"{tmp_path} is there, and holds no 'none'"
+    assert "download it" in hint("https://example.org/model")
+    assert "download it" in hint(Path("s3://bucket/model"))
+    monkeypatch.chdir(tmp_path)
+    assert hint("Qwen/Qwen3-0.6B").endswith("hf download Qwen/Qwen3-0.6B --local-dir DIR")
+    assert hint(root / "model.safetensors") == f"it is one file of a checkpoint: give its folder, {root}"
+    assert hint(root / "model.safetensors" / "x") == f"{root / 'model.safetensors'} is a file"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -259,7 +259,9 @@ def test_comparing_what_is_unrelated_is_said(
     """Another class, and no expansion between the two; a true pair gets no such note."""
     look = ("--no-activations", "--against")
     other = sparkling("inspect", dense_checkpoint, *look, moe_checkpoint)
-    assert "different models" in other.err
+    assert "warning: these are different models" in other.err
+    quiet = sparkling("inspect", dense_checkpoint, *look, moe_checkpoint, "--quiet")
+    assert "warning: these are different models" in quiet.err
     same = sparkling("inspect", dense_checkpoint, *look, dense_checkpoint)
     assert "no expansion lies between these two" in same.err
     pair = sparkling("inspect", wide, *look, dense_checkpoint)

@@ -70,6 +70,19 @@ def test_people_get_a_table_without_escape_codes(layout_file: Path) -> None:
         assert words in result.output
 
 
+def test_a_moment_may_be_a_share_of_the_run(layout_file: Path) -> None:
+    """50% of 200B is 100B; shares outside of the run are refused."""
+
+    def planned(moment: str) -> str:
+        words = ["plan", str(CONFIG), "-a", "ffn", "-f", "2", "--tokens", "200B", "--expand-at", moment]
+        result = CliRunner().invoke(app, [*words, "--layout", str(layout_file), "--json"])
+        return result.output if result.exit_code == 0 else str(result.exception)
+
+    assert planned("50%") == planned("100B")
+    assert "is not inside the run" in planned("100%")
+    assert parse_then("ffn=2@12.5%", 200 * 10**9).tokens == 25 * 10**9
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -93,7 +106,7 @@ def test_what_cannot_be_planned_is_a_spec_error(arguments: list[str], layout_fil
 def test_malformed_later_expansions_are_refused(text: str) -> None:
     """Axis, factor and moment are all needed."""
     with pytest.raises(SpecError):
-        parse_then(text)
+        parse_then(text, 200 * 10**9)
 
 
 def test_inference_counts_the_papers_model_from_its_config_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.geometry import Growth
 from sparkling_cli.layout.model import AxisInfo, ModelLayout
-from sparkling_cli.plan.resolve import resolve_growth
+from sparkling_cli.plan.resolve import resolve_growth, whole_heads
 from sparkling_cli.spec.sources import make_spec
 
 
@@ -37,6 +38,27 @@ def test_factor_size_alias_and_multiple() -> None:
     assert grow({"axis": "expert_ffn", "to": 200}) == {"ffn": Growth(171, 200)}
     assert grow({"axis": "ffn", "factor": 1.5}, multiple_of=64) == {"ffn": Growth(171, 320)}
     assert grow({"axis": "hidden", "factor": 1.25}) == {"hidden": Growth(96, 120)}
+
+
+def test_the_configs_name_of_an_axis_is_known() -> None:
+    """Who writes the config's key is told the axis, also where the key is a product of two."""
+    known = replace(
+        layout(),
+        config={"intermediate_size": "ffn", "num_attention_heads": "(kv_heads q_per_kv)", "odd": "head_dim"},
+    )
+    for key, axis in (("intermediate_size", "ffn"), ("num_attention_heads", "heads"), ("odd", None)):
+        with pytest.raises(SpecError, match="no such axis") as caught:
+            grow({"axis": key, "factor": 2}, on=known)
+        said = None if axis is None else f"that is the config's name for the axis {axis!r}: --axis {axis}"
+        assert caught.value.hint == said
+
+
+def test_query_heads_as_a_whole() -> None:
+    """Groups times queries, before and after; only where heads grow at all, and are no axis."""
+    assert whole_heads(grow({"axis": "heads", "factor": 2}), layout()) == Growth(6, 12)
+    assert whole_heads(grow({"axis": "kv_heads", "factor": 2}), layout()) == Growth(6, 12)
+    assert whole_heads(grow({"axis": "ffn", "factor": 2}), layout()) is None
+    assert whole_heads({"heads": Growth(6, 12)}, layout(heads=AxisInfo(6, True))) is None
 
 
 def test_heads_under_grouped_queries() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from sparkling_cli.report.html import render
 from sparkling_cli.report.model import ReportData
+from sparkling_cli.report.svg import signed
 from sparkling_cli.report.verdict import verdict
 from tests.report.samples import SPEC, activations, learning_rate, report
 
@@ -98,6 +99,33 @@ def test_the_page_shows_what_matters() -> None:
         assert words in shown, words
     for finding in data.verdict.findings:
         assert finding.text in shown
+
+
+@pytest.mark.parametrize(
+    ("form", "line"),
+    [
+        ("trainer", 'Trainer(..., callbacks=[SparklingCallback("wide")])'),
+        ("dcp", 'rewarm(optimizer, model, "wide")'),
+    ],
+)
+def test_the_page_says_how_to_train_on(form: str, line: str) -> None:
+    """Two lines of Python, of which the first imports what the second calls, from where it really is."""
+    data = report()
+    source = data.provenance.model_copy(update={"format": form})
+    page = render(data.model_copy(update={"destination": "wide", "provenance": source})).decode()
+    match = re.search(r"<pre>(from .*? import (\w+))\n(.*?)</pre>", page)
+    assert match is not None
+    exec(match[1], {})  # the name is there
+    assert unescape(match[3]) == line
+    assert match[2] in line
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(-0.00001, "0.0000"), (0.0, "0.0000"), (0.02, "+0.0200"), (-1.5, "-1.5000")]
+)
+def test_nothing_has_no_sign(value: float, text: str) -> None:
+    """A change that rounds to nothing is shown as nothing."""
+    assert signed(value) == text
 
 
 def test_hostile_names_do_not_leave_their_place() -> None:
