@@ -195,7 +195,7 @@ def touch(path: Path, size: int) -> None:
     """Have the system take so much memory, and give it back.
 
     A virtual machine's memory may have to be fetched from its host first, which takes longer than all that
-    is measured, and would be paid by whoever comes first.
+    is measured, and would be paid by whoever comes first. Some give it back soon: it is not certain to help.
     """
     size = min(size, int(0.8 * available()))
     subprocess.run(["sh", "-c", 'head -c "$1" /dev/zero > "$2"', "sh", str(size), str(path)], check=True)

@@ -27,7 +27,9 @@ How to read it:
 - The obvious script loads all, joins with `torch.cat`, and saves with `save_file` and `torch.save`. It does
   not sync, and holds source and output in memory; where they would not fit it was not run.
 - Sources were in the page cache for everybody, as far as they fit. Before every command that writes, as many
-  bytes were written and removed, so that a virtual machine's memory is there and nobody waits for it.
+  bytes were written and removed. A virtual machine may give that memory back to its host at once, and who
+  fills the page cache then waits for it: `cp` does; `cp` + sync, which comes next, and `expand`, which keeps
+  little in the page cache, hardly do. Where memory is at hand, `cp` + sync is the column to look at.
 - Memory is the peak resident size of the process, less that of a Python that only imports torch (a float32
   checkpoint is widened without importing torch, hence negative figures).
 - Ratios are taken within a round, whose measurements follow each other; medians over the rounds are shown.
