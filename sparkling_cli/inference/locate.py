@@ -48,10 +48,12 @@ def find_layout(
         if packaged is not None:
             return packaged
     if checkpoint.config is None or (model is None and "model_type" not in checkpoint.config):
+        own = "pass --layout FILE (docs: layout language) or --model package.module:factory"
+        bare = checkpoint.config is None and checkpoint.root.is_dir()
         raise LayoutError(
             f"nothing says what model {checkpoint.root} holds: no config of a transformers class, and no "
             "layout file of the package fits its tensors",
-            hint="pass --layout FILE (docs: layout language) or --model package.module:factory",
+            hint=f"of a transformers model, copy its config.json into it; else {own}" if bare else own,
         )
     from sparkling_cli.inference.agreement import check_counts, check_tensors
     from sparkling_cli.inference.infer import infer

@@ -266,3 +266,13 @@ def test_comparing_what_is_unrelated_is_said(
     assert "no expansion lies between these two" in same.err
     pair = sparkling("inspect", wide, *look, dense_checkpoint)
     assert pair.code == 0 and "expansion" not in pair.err and "different" not in pair.err
+
+
+def test_a_missing_config_is_asked_for(sparkling: Command, dense_checkpoint: Path, tmp_path: Path) -> None:
+    """Weights without a config.json: the first thing to try is to bring it."""
+    source = tmp_path / "source"
+    shutil.copytree(dense_checkpoint, source)
+    (source / "config.json").unlink()
+    done = sparkling("expand", source, tmp_path / "w", *FFN)
+    assert done.code == 5
+    assert "copy its config.json into it; else pass --layout FILE" in " ".join(done.err.split())
