@@ -82,7 +82,7 @@ def _meant(text: str, root: Path) -> str | None:
     close = difflib.get_close_matches(lost, [path.name for path in folder.iterdir()], n=1)
     if close:
         return f"did you mean {folder / close[0]}?"
-    if _ON_HUB.fullmatch(text):
+    if folder == Path() and _ON_HUB.fullmatch(text):
         return f"a model on the Hugging Face hub is downloaded first: hf download {text} --local-dir DIR"
     return f"{folder.resolve()} is there, and holds no {lost!r}"
 

@@ -354,6 +354,7 @@ def test_paths_that_lead_nowhere_get_a_next_step(tmp_path: Path, monkeypatch: py
     assert "download it" in hint(Path("s3://bucket/model"))
     monkeypatch.chdir(tmp_path)
     assert hint("Qwen/Qwen3-0.6B").endswith("hf download Qwen/Qwen3-0.6B --local-dir DIR")
+    assert hint("checkpoint-500/600000") == f"{root} is there, and holds no '600000'"
     assert hint(root / "model.safetensors") == f"it is one file of a checkpoint: give its folder, {root}"
     assert hint(root / "model.safetensors" / "x") == f"{root / 'model.safetensors'} is a file"
 
