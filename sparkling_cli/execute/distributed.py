@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 #: a rank that works is not late; one that dies is noticed by its closed connection, at once
 _TIMEOUT = timedelta(days=7)
+#: to reach rank 0 for the first time
+_PATIENCE = timedelta(minutes=5)
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -68,7 +70,7 @@ class Processes:
         host = os.environ["MASTER_ADDR"]
 
         def make(port: int) -> Any:
-            return TCPStore(host, port, is_master=self.rank == 0, wait_for_workers=False, timeout=_TIMEOUT)
+            return TCPStore(host, port, is_master=self.rank == 0, wait_for_workers=False, timeout=_PATIENCE)
 
         made: list[Any] = []
 
@@ -78,7 +80,13 @@ class Processes:
             return port
 
         port = self.lead(begin)
-        return made[0] if made else make(port)
+        try:
+            return made[0] if made else make(port)
+        except RuntimeError as error:
+            raise OutputError(
+                f"rank {self.rank} cannot reach rank 0 at {host}:{port}",
+                hint="ports that the system chooses must be open between the machines, as gloo needs too",
+            ) from error
 
     def step(self, work: Callable[[], T]) -> list[T]:
         """Everybody works; everybody's results, by rank.
