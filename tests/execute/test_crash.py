@@ -197,6 +197,7 @@ def test_interrupts_clean_up(tmp_path: Path, number: signal.Signals) -> None:
             time.sleep(0.05)
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may themselves run under nohup
         try:
             execute(plan, files, tmp_path / "dst", sidecar=no_sidecar, threads=1, progress=progress)
         except Interrupted as error:
