@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli import __version__
-from sparkling_cli.errors import ExitCode, OutputError, SparklingError, UsageError
+from sparkling_cli.errors import ExitCode, Interrupted, OutputError, SparklingError, UsageError
 from sparkling_cli.execute.signals import as_ctrl_c
 
 if TYPE_CHECKING:
@@ -127,6 +127,8 @@ def run(app: Callable[..., Any]) -> int:
     try:
         with as_ctrl_c():
             result = app(standalone_mode=False, prog_name="sparkling")
+        if result == ExitCode.INTERRUPTED:  # typer makes a silent exit of Ctrl-C
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else int(ExitCode.OK)
     except SparklingError as error:
         return fail(error)
@@ -139,8 +141,7 @@ def run(app: Callable[..., Any]) -> int:
         error.show()  # type: ignore[attr-defined]
         return int(ExitCode.USAGE)
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted; nothing that looks finished was left behind\n")
-        return int(ExitCode.INTERRUPTED)
+        return fail(Interrupted("interrupted: no unfinished output was left under its final name"))
     except BrokenPipeError:
         sys.stderr.close()
         return int(ExitCode.OK)
