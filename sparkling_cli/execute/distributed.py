@@ -142,7 +142,7 @@ class Processes:
 def _gone(error: RuntimeError) -> OutputError:
     return OutputError(
         f"another rank is gone: {str(error).splitlines()[0]}",
-        hint="nothing was left behind; see that rank's own message, and run the command again",
+        hint="no output was made; see that rank's own message, and run the command again",
     )
 
 
