@@ -230,12 +230,6 @@ class Staging:
             with suppress(OSError):  # something is in it: the output, or what others put there
                 self._made.pop().rmdir()
 
-    def leave(self) -> None:
-        """Give the lock up and leave the folder for the next run."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
 
 def _write_new(path: Path, content: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)

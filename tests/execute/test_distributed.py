@@ -87,6 +87,29 @@ def ranks(count: int, work: Callable[[int], None]) -> list[tuple[int, str]]:
     return [(p.exitcode if p.exitcode is not None else -99, said.get(r, "")) for r, p in enumerate(processes)]
 
 
+@pytest.fixture
+def meeting(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], None]:
+    """Called in each of two ranks: it waits with its first task until the other has one too.
+
+    Tasks are small here, and go to who asks first: without this one rank may do them all.
+    """
+    place = tmp_path_factory.mktemp("meeting")
+
+    def meet(rank: int) -> None:
+        run = Worker.run
+
+        def together(self: Worker, task: tuple[Part, ...]) -> list[PartResult]:
+            (place / str(rank)).touch()
+            until = time.monotonic() + 60
+            while len(list(place.iterdir())) < 2 and time.monotonic() < until:
+                time.sleep(0.005)
+            return run(self, task)
+
+        Worker.run = together  # type: ignore[method-assign]
+
+    return meet
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_same_bytes(tmp_path: Path, count: int) -> None:
     """Two and four ranks write, byte for byte, what one process writes."""
@@ -120,11 +143,12 @@ def test_an_error_anywhere_ends_all(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 
-def test_a_failing_disk_under_one_rank(tmp_path: Path) -> None:
+def test_a_failing_disk_under_one_rank(tmp_path: Path, meeting: Callable[[int], None]) -> None:
     """An I/O error on rank 1 is told by both, and nothing is left."""
     plan, files = laid(tmp_path)
 
     def work(rank: int) -> None:
+        meeting(rank)
         if rank == 1:
 
             def failing(*_: object) -> int:
@@ -142,11 +166,13 @@ def test_a_failing_disk_under_one_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank(tmp_path: Path, victim: int) -> None:
+def test_a_killed_rank(tmp_path: Path, victim: int, meeting: Callable[[int], None]) -> None:
     """A rank that dies leaves nothing that looks finished; the next run succeeds."""
     plan, files = laid(tmp_path)
 
     def work(rank: int) -> None:
+        meeting(rank)
+
         def progress(_: int) -> None:
             if rank == victim:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -167,13 +193,14 @@ def test_a_killed_rank(tmp_path: Path, victim: int) -> None:
 
 
 @pytest.mark.parametrize("slow", [0, 1])
-def test_who_is_faster_does_more(tmp_path: Path, slow: int) -> None:
+def test_who_is_faster_does_more(tmp_path: Path, slow: int, meeting: Callable[[int], None]) -> None:
     """A rank that is held up leaves its tasks to the other; every task is done once, by one of them."""
     plan, files = laid(tmp_path)
     log = tmp_path / "log"
     log.mkdir()
 
     def work(rank: int) -> None:
+        meeting(rank)
         run = Worker.run
 
         def noted(self: Worker, task: tuple[Part, ...]) -> list[PartResult]:
