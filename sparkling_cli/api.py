@@ -188,7 +188,7 @@ def expand(
         return files
 
     with bar, team_of_processes() as team:
-        advance = begin("writing", ready.totals.bytes_after)
+        advance = begin("writing", ready.totals.bytes_to_write)
         written = execute(
             ready.plan,
             ready.files,

@@ -105,9 +105,7 @@ def _summary(facts: dict[str, Any]) -> Table:
         ratio = counts["after"] / counts["before"]
         table.add_row(title, _count(counts["before"]), _count(counts["after"]), f"{ratio:.4g}x")
     sizes = facts["bytes"]
-    table.add_row(
-        "checkpoint", _size(sizes["before"]), _size(sizes["to_write"]), f"{_size(sizes['free'])} free"
-    )
+    table.add_row("checkpoint", _size(sizes["before"]), _size(sizes["after"]), f"{_size(sizes['free'])} free")
     return table
 
 

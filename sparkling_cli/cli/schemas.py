@@ -26,7 +26,8 @@ class Bytes(Data):
     """Sizes in bytes."""
 
     before: Annotated[int, Field(description="tensor data of the source, optimizer state included")]
-    to_write: int
+    after: Annotated[int, Field(description="tensor data of the output, optimizer state included")]
+    to_write: Annotated[int, Field(description="all files with tensors in them, headers and config included")]
     free: Annotated[int, Field(description="on the disk that the output would lie on")]
 
 

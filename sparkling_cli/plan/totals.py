@@ -17,7 +17,8 @@ class Totals:
         parameters_before: entries of all weights, tied ones counted once.
         parameters_after: the same after widening.
         bytes_before: tensor data of the source, optimizer state included.
-        bytes_after: size of all output files that are written anew.
+        bytes_after: tensor data of the output, optimizer state included.
+        bytes_to_write: size of all output files that are written anew.
         tensors: rows of the plan.
         widened: rows whose shape changes.
     """
@@ -26,6 +27,7 @@ class Totals:
     parameters_after: int
     bytes_before: int
     bytes_after: int
+    bytes_to_write: int
     tensors: int
     widened: int
 
@@ -68,7 +70,8 @@ def totals_of(plan: Plan, files: tuple[OutputFile, ...]) -> Totals:
         parameters_before=before.parameters,
         parameters_after=after.parameters,
         bytes_before=before.weight_bytes + before.state_bytes,
-        bytes_after=sum(file.size for file in files),
+        bytes_after=after.weight_bytes + after.state_bytes,
+        bytes_to_write=sum(file.size for file in files),
         tensors=len(plan.rows),
         widened=sum(row.shape != row.source.shape for row in plan.rows),
     )

@@ -33,7 +33,8 @@ def plan_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:
         "active_parameters": active_parameters(plan),
         "bytes": {
             "before": totals.bytes_before,
-            "to_write": totals.bytes_after,
+            "after": totals.bytes_after,
+            "to_write": totals.bytes_to_write,
             "free": free_bytes(destination),
         },
         "tensors": totals.tensors,
