@@ -22,5 +22,6 @@ def test_an_interrupt_is_told(
         raise raised
 
     monkeypatch.setattr(sys, "argv", ["sparkling"])
+    monkeypatch.setattr(console, "output", console.Output())  # as a new process has it
     assert console.run(app) == 130
     assert "interrupted" in capsys.readouterr().err
