@@ -52,6 +52,11 @@ class Extent(NamedTuple):  # a tuple: there are tens of thousands, and dataclass
     strides: tuple[int, ...] | None = None
 
 
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in entries, of a contiguous tensor."""
+    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
 class StoredTensor(NamedTuple):
     """A tensor on disk: its boxes tile it."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from sparkling_cli.checkpoint.model import ITEM_BYTES, Checkpoint, Extent, StoredTensor
+from sparkling_cli.checkpoint.model import ITEM_BYTES, Checkpoint, Extent, StoredTensor, row_major
 from sparkling_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _read(files: OpenFiles, stored: StoredTensor, rows: slice | None) -> torch.T
 def _read_extent(files: OpenFiles, extent: Extent, out: torch.Tensor, first: int) -> None:
     """Bring one box into ``out``, whose row 0 is row ``first`` of the tensor."""
     item = out.element_size()
-    strides = extent.strides if extent.strides is not None else _row_major(extent.shape)
+    strides = extent.strides if extent.strides is not None else row_major(extent.shape)
     start, shape, offset = extent.start, extent.shape, extent.offset
     if shape:
         low = max(start[0], first)
@@ -232,10 +232,6 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
-
-
 def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    wanted = _row_major(tuple(shape))
+    wanted = row_major(tuple(shape))
     return all(n == 1 or s == w for n, s, w in zip(shape, strides, wanted, strict=True))

@@ -21,7 +21,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparkling_cli.checkpoint.model import FLOATING, ITEM_BYTES
+from sparkling_cli.checkpoint.model import FLOATING, ITEM_BYTES, row_major
 from sparkling_cli.execute.entries import draw_into, numpy_dtype, scale_into
 from sparkling_cli.layout.geometry import Fill, Run, View, ViewDim
 
@@ -267,8 +267,8 @@ def _at_distances(data: Array, count: int, apart: int, shape: tuple[int, ...], d
     import numpy as np
 
     kind = numpy_dtype(dtype)
-    strides = [kind.itemsize * prod(shape[i + 1 :]) for i in range(len(shape))]
-    return np.ndarray((count, *shape), kind, data, 0, (apart, *strides))
+    strides = (apart, *(kind.itemsize * stride for stride in row_major(shape)))
+    return np.ndarray((count, *shape), kind, data, 0, strides)
 
 
 def compile_kernel(

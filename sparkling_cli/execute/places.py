@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparkling_cli.checkpoint.model import ITEM_BYTES, Extent
+from sparkling_cli.checkpoint.model import ITEM_BYTES, Extent, row_major
 from sparkling_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _boxes(
     for extent in placement.extents:
         if not prod(extent.shape):
             continue
-        strides = extent.strides or _row_major(extent.shape)
+        strides = extent.strides or row_major(extent.shape)
         span = (sum((n - 1) * s for n, s in zip(extent.shape, strides, strict=True)) + 1) * item
         with _mapped(handles, extent.path, extent.offset, span) as region:
             stored = _strided(region, extent.shape, strides, item)
@@ -277,10 +277,6 @@ def _overlap(
         in_box.append(slice(low - a, high - a))
         in_slab.append(slice(low - b, high - b))
     return tuple(in_box), tuple(in_slab)
-
-
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _strided(region: Array, shape: tuple[int, ...], strides: tuple[int, ...], item: int) -> Array:

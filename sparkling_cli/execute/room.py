@@ -27,9 +27,9 @@ def check_room(job: Job, staging: Staging) -> None:
         OutputError: with the bytes needed and free.
     """
     parent = staging.destination.parent
-    if needed(job) > _free(parent):
+    if needed(job) > free_bytes(parent):
         raise OutputError(
-            f"{parent} has {_free(parent):,} bytes free, the output needs {needed(job):,}",
+            f"{parent} has {free_bytes(parent):,} bytes free, the output needs {needed(job):,}",
             hint="make room, or choose a place on another disk",
         )
 
@@ -39,11 +39,12 @@ def disk_error(error: OSError, job: Job, staging: Staging) -> SparklingError:
     where = error.filename or staging.partial
     return OutputError(
         f"cannot write {where}: {error.strerror or error}; the output needs {needed(job):,} bytes, "
-        f"{_free(standing(staging.destination.parent)):,} are free on its disk",
+        f"{free_bytes(staging.destination.parent):,} are free on its disk",
         hint="nothing was left behind; make room or choose another disk, and run the command again",
     )
 
 
-def _free(folder: Path) -> int:
-    state = os.statvfs(folder)
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk that a folder lies on, or would lie on."""
+    state = os.statvfs(standing(folder))
     return state.f_bavail * state.f_frsize

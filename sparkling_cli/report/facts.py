@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
 def plan_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:
     """Axes, tensors by kind, parameters, bytes to write against free space, config changes, notes."""
+    from sparkling_cli.execute.room import free_bytes
     from sparkling_cli.plan.resolve import whole_heads
 
     plan, totals = prepared.plan, prepared.totals
@@ -35,7 +35,7 @@ def plan_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:
             "before": totals.bytes_before,
             "after": totals.bytes_after,
             "to_write": totals.bytes_to_write,
-            "free": free_bytes(destination),
+            "free": free_bytes(destination.absolute().parent),
         },
         "tensors": totals.tensors,
         "widened": totals.widened,
@@ -57,14 +57,6 @@ def active_parameters(plan: Plan) -> dict[str, int] | None:
         return None
     before, after = shape.count().active, shape.grown(plan.growth).count().active
     return {"before": before, "after": after}
-
-
-def free_bytes(destination: Path) -> int:
-    """Free space on the disk that the output would lie on."""
-    parent = destination.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    return shutil.disk_usage(parent).free
 
 
 def tensor_kinds(plan: Plan) -> Iterator[dict[str, Any]]:
