@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -89,8 +89,16 @@ def _reread(handles: Handles, path: str, start: int, length: int) -> Span:
     return Span(start, length, crc)
 
 
-def seal(file: OutputFile, data: list[Span], handles: Handles) -> FileDigest:
+def seal(
+    file: OutputFile, data: list[Span], handles: Handles, sealed: Collection[tuple[str, int]] = ()
+) -> FileDigest:
     """Write all that is no tensor data, checksums filled in; the digest of the whole file.
+
+    Args:
+        file: the file.
+        data: CRCs of its tensor data.
+        handles: of the output.
+        sealed: file and offset of literals that stand there already.
 
     Raises:
         CheckpointError: parts of the file overlap (a fault of the format).
@@ -104,7 +112,8 @@ def seal(file: OutputFile, data: list[Span], handles: Handles) -> FileDigest:
     except ValueError as error:
         raise CheckpointError(f"output file {file.path!r} is laid out wrongly: {error}") from error
     for offset, content in literals:
-        write_range(handles, file.path, offset, content)
+        if (file.path, offset) not in sealed:
+            write_range(handles, file.path, offset, content)
     return digest
 
 

@@ -7,15 +7,15 @@ them. What is left for every tensor by itself is its checksums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.checkpoint.model import ITEM_BYTES
 from sparkling_cli.execute.crc import Span, crc32
 from sparkling_cli.execute.entries import count_nonfinite
-from sparkling_cli.execute.job import Part, PartResult, RowJob
+from sparkling_cli.execute.job import Job, Part, PartResult, RowJob, Seam
 from sparkling_cli.execute.kernel import Kernel
-from sparkling_cli.execute.places import Handles, read_range, write_range
+from sparkling_cli.execute.places import Handles, Place, read_range, write_range
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +50,24 @@ class Stretch(NamedTuple):
     stop: int
 
 
+class Joint(NamedTuple):
+    """A seam between two members that lie in one stretch: written with them, checksum and all.
+
+    Attributes:
+        member: the number of the one before it.
+        start: where it begins in the output's buffer.
+        path: the file that it is written to.
+        offset: where it begins in the file.
+        seam: what stands there.
+    """
+
+    member: int
+    start: int
+    path: str
+    offset: int
+    seam: Seam
+
+
 class Bundle(NamedTuple):
     """Rows of one dtype that are neighbours in the source.
 
@@ -59,6 +77,7 @@ class Bundle(NamedTuple):
         start: where in it reading begins.
         window: where in the source's buffer that goes.
         stretches: what is written, in order.
+        joints: what is written between members.
     """
 
     members: tuple[Member, ...]
@@ -66,10 +85,12 @@ class Bundle(NamedTuple):
     start: int
     window: slice
     stretches: tuple[Stretch, ...]
+    joints: tuple[Joint, ...]
 
 
-def gather(task: Sequence[Part], first: int, rows: Sequence[RowJob]) -> Bundle | None:
+def gather(task: Sequence[Part], first: int, job: Job) -> Bundle | None:
     """The rows of a task from ``first`` on that can be done together; None if not even two can."""
+    rows, seams = job.rows, job.seams
     head = rows[task[first].row]
     if not head.simple:
         return None
@@ -77,35 +98,55 @@ def gather(task: Sequence[Part], first: int, rows: Sequence[RowJob]) -> Bundle |
     lead = begin % _ALIGN  # as aligned in memory as in the file
     members: list[Member] = []
     stretches: list[Stretch] = []
+    joints: list[Joint] = []
     at, end = 0, begin
     for number in range(first, len(task)):
         row = task[number].row
-        job = rows[row]
-        if not job.simple or job.kernel is None or job.row.dtype != head.row.dtype:
+        one = rows[row]
+        if not one.simple or one.kernel is None or one.row.dtype != head.row.dtype:
             break
-        (_, size, where, offset), target = job.source.places[0], job.target.places[0]
+        (_, size, where, offset), target = one.source.places[0], one.target.places[0]
         if where != path or not 0 <= offset - end <= _GAP:
             break
         last = stretches[-1] if stretches else None
-        joined = last is not None and (target.path, target.offset) == (
-            last.path,
-            last.offset + last.stop - last.start,
-        )
-        if not joined:
-            at += (target.offset - at) % _ALIGN
+        seam = _seam(last, target, members[-1].target, seams) if last is not None else None
+        begins = at + len(seam.content) if seam is not None else at + (target.offset - at) % _ALIGN
         base, end = lead + offset - begin, offset + size
-        if base + size > ROOM or at + target.stop > ROOM:
+        if base + size > ROOM or begins + target.stop > ROOM:
             break
-        members.append(Member(row, job, job.kernel, slice(base, base + size), slice(at, at + target.stop)))
-        at += target.stop
-        if last is not None and joined:
-            stretches[-1] = last._replace(stop=at)
+        if last is not None and seam is not None:
+            if seam.content:
+                where_to = target.offset - len(seam.content)
+                joints.append(Joint(len(members) - 1, at, target.path, where_to, seam))
+            stretches[-1] = last._replace(stop=begins + target.stop)
         else:
-            stretches.append(Stretch(target.path, target.offset, at - target.stop, at))
+            stretches.append(Stretch(target.path, target.offset, begins, begins + target.stop))
+        at = begins + target.stop
+        members.append(Member(row, one, one.kernel, slice(base, base + size), slice(begins, at)))
     if len(members) < 2:
         return None
     window = slice(lead, members[-1].source.stop)
-    return Bundle(tuple(members), path, begin, window, tuple(stretches))
+    return Bundle(tuple(members), path, begin, window, tuple(stretches), tuple(joints))
+
+
+_NOTHING = Seam(b"", ())
+
+
+def _seam(last: Stretch, target: Place, before: slice, seams: Mapping[tuple[str, int], Seam]) -> Seam | None:
+    """What stands between a stretch and the next target; None if that cannot be written along.
+
+    Its checksums must be of the target before it alone: they are known when the stretch is written.
+    """
+    end = last.offset + last.stop - last.start
+    if target.path != last.path or target.offset < end:
+        return None
+    if target.offset == end:
+        return _NOTHING
+    found = seams.get((last.path, end))
+    if found is None or len(found.content) != target.offset - end:
+        return None
+    known = (end - (before.stop - before.start), end)
+    return found if all(slot[1:] == known for slot in found.slots) else None
 
 
 def run(
@@ -126,12 +167,12 @@ def run(
         CheckpointError: the source cannot be read.
         OSError: the output cannot be written; names the file.
     """
+    import numpy as np
+
     old, new = buffers
     read_range(handles[0], bundle.path, bundle.start, old[bundle.window])
     for members in _alike(bundle.members):
         _fill(members, old, new, random)
-    for stretch in bundle.stretches:
-        write_range(handles[1], stretch.path, stretch.offset, new[stretch.start : stretch.stop])
     dtype = bundle.members[0].job.row.dtype
     whole = old[bundle.window]
     # one look at all of them: what lies between neighbours only makes a second look necessary
@@ -144,6 +185,13 @@ def run(
         after = before if plain else Span(0, target.stop - target.start, crc32(new[target]))
         bad = 0 if spotless else count_nonfinite(data, dtype)
         results.append(PartResult(row, (before,), (after,), bad))
+    for joint in bundle.joints:
+        content = bytearray(joint.seam.content)
+        for place, _, _ in joint.seam.slots:
+            content[place : place + 4] = results[joint.member].target[0].crc.to_bytes(4, "little")
+        new[joint.start : joint.start + len(content)] = np.frombuffer(content, np.uint8)
+    for stretch in bundle.stretches:
+        write_range(handles[1], stretch.path, stretch.offset, new[stretch.start : stretch.stop])
     return results
 
 

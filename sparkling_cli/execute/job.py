@@ -6,7 +6,8 @@ threads or processes, so finished tasks can be kept after a crash and shared out
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -21,6 +22,8 @@ from sparkling_cli.plan.model import Plan, Row
 
 #: target bytes of one task
 TASK = 1 << 25
+#: longest literal that is written together with its neighbours
+SEAM = 4096
 
 
 class RowJob:
@@ -70,13 +73,33 @@ class PartResult(NamedTuple):
     nonfinite: int
 
 
+class Seam(NamedTuple):
+    """What stands between two neighbours in an output file: the end of one record, the head of the next.
+
+    Attributes:
+        content: the bytes, with room for checksums.
+        slots: (place in ``content``, first byte in the file, end) of CRC-32s and what they are taken of.
+    """
+
+    content: bytes
+    slots: tuple[tuple[int, int, int], ...]
+
+
 @dataclass(frozen=True)
 class Job:
-    """All rows, in the plan's order, and tasks that cover them."""
+    """All rows, in the plan's order, and tasks that cover them.
+
+    Attributes:
+        plan: what to do.
+        files: the output's, laid out.
+        rows: one per row of the plan.
+        seams: file and offset -> a small literal there.
+    """
 
     plan: Plan
     files: tuple[OutputFile, ...]
     rows: tuple[RowJob, ...]
+    seams: Mapping[tuple[str, int], Seam]
 
     @cached_property
     def tasks(self) -> tuple[tuple[Part, ...], ...]:
@@ -125,7 +148,22 @@ def make_job(plan: Plan, files: tuple[OutputFile, ...]) -> Job:
     unknown = where.keys()
     if unknown:
         raise CheckpointError(f"the output has tensors that the plan does not make: {sorted(unknown)[:5]}")
-    return Job(plan, files, rows)
+    return Job(plan, files, rows, _seams(files))
+
+
+def _seams(files: tuple[OutputFile, ...]) -> dict[tuple[str, int], Seam]:
+    found = {}
+    for file in files:
+        offsets = [offset for offset, _ in file.literals]
+        slots: dict[int, list[tuple[int, int, int]]] = {}
+        for checksum in file.checksums:
+            for at in checksum.at:
+                offset = offsets[bisect_right(offsets, at) - 1]
+                slots.setdefault(offset, []).append((at - offset, checksum.start, checksum.stop))
+        for offset, content in file.literals:
+            if len(content) <= SEAM:
+                found[file.path, offset] = Seam(content, tuple(slots.get(offset, ())))
+    return found
 
 
 def _kernel(row: Row, kernels: dict[tuple[int, str, float, float], Kernel]) -> Kernel | None:

@@ -31,6 +31,9 @@ class Pool:
         threads: how many threads.
         progress: called, in this thread, with bytes written since the last call.
         team: the ranks that share the tasks.
+
+    Attributes:
+        sealed: file and offset of literals that this process has written together with tensors.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Pool:
     ) -> None:
         self.job, self.target, self.threads = job, target, threads
         self.progress, self.team = progress, team
+        self.sealed: set[tuple[str, int]] = set()
 
     def run(self, resumed: Mapping[int, list[PartResult]], journal: Journal) -> list[PartResult]:
         """All results of all ranks.
@@ -134,7 +138,7 @@ class Pool:
 
             worker: Worker | None = None
             try:
-                around = Surroundings(self.job, deviations, wrote, stop.is_set)
+                around = Surroundings(self.job, deviations, wrote, stop.is_set, self.sealed)
                 worker = Worker(around, Handles(source), Handles(self.target, writing=True))
                 _run_all(worker)
                 said.put(("done", index))

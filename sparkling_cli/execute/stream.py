@@ -9,7 +9,7 @@ it the output. Whatever goes wrong before that leaves no output.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -173,14 +173,14 @@ def _carry_out(
         _under(run.staging.data, file.path) for file in job.files if file.tensors and team.first_on_host
     ]
 
-    def finish(results: list[PartResult]) -> Written:
+    def finish(results: list[PartResult], sealed: Collection[tuple[str, int]]) -> Written:
         if source_state(job.plan.source.root, paths) != before:
             raise CheckpointError(
                 f"the source {job.plan.source.root} was changed while it was read",
                 hint="wait until the training run has finished writing it, then run the command again",
             )
         _refuse_nonfinite(job, results)
-        written = _finish(run, results)
+        written = _finish(run, results, sealed)
         _add_sidecars(run, sidecar(written))
         if check is not None:
             check(run.staging.data)
@@ -197,16 +197,17 @@ def _carry_out(
             flusher.wrote(size)
             run.progress(size)
 
-        results = Pool(job, run.staging.data, run.threads, wrote, team).run(run.resumed, journal)
+        pool = Pool(job, run.staging.data, run.threads, wrote, team)
+        results = pool.run(run.resumed, journal)
         flusher.finish()
-        written = team.lead(lambda: finish(results))
+        written = team.lead(lambda: finish(results, pool.sealed))
         team.step(flusher.result)
         team.lead(appear)
         return written
 
 
-def _finish(run: _Run, results: list[PartResult]) -> Written:
-    """Seal every file and copy what is carried over."""
+def _finish(run: _Run, results: list[PartResult], sealed: Collection[tuple[str, int]]) -> Written:
+    """Seal every file, but for the literals that stand already, and copy what is carried over."""
     job = run.job
     sources: list[tuple[Span, ...]] = [()] * len(job.rows)
     targets: list[tuple[Span, ...]] = [()] * len(job.rows)
@@ -222,7 +223,7 @@ def _finish(run: _Run, results: list[PartResult]) -> Written:
     try:
         spans = assemble.tensor_spans(zip(job.rows, targets, strict=True), handles)
         digests = {
-            file.path: assemble.seal(file, spans.get(file.path, []), handles)
+            file.path: assemble.seal(file, spans.get(file.path, []), handles, sealed)
             for file in sorted(job.files, key=lambda file: file.last)
         }
     finally:

@@ -36,12 +36,14 @@ class Surroundings:
         deviations: row -> standard deviation of its source, for rows with random entries.
         wrote: called with the number of target bytes after every piece.
         stopped: asked before every piece; :class:`Stopped` is raised when it says yes.
+        sealed: file and offset of literals that were written together with tensors; workers add to it.
     """
 
     job: Job
     deviations: Mapping[int, float]
     wrote: Callable[[int], None]
     stopped: Callable[[], bool]
+    sealed: set[tuple[str, int]]
 
 
 class Worker:
@@ -70,7 +72,7 @@ class Worker:
         """
         results: list[PartResult] = []
         while len(results) < len(task):
-            together = bundle.gather(task, len(results), self.around.job.rows)
+            together = bundle.gather(task, len(results), self.around.job)
             if together is not None:
                 results += self._run_bundle(together)
             else:
@@ -82,6 +84,7 @@ class Worker:
             raise Stopped
         handles, buffers = (self.source, self.target), (self._old, self._new)
         results = bundle.run(together, handles, buffers, self._random_of)
+        self.around.sealed.update((joint.path, joint.offset) for joint in together.joints)
         self.around.wrote(sum(member.job.nbytes for member in together.members))
         return results
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -22,10 +26,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparkling_cli.checkpoint.model import ITEM_BYTES, Extent, OutputFile
-from sparkling_cli.errors import CheckpointError
+from sparkling_cli.checkpoint.torchfile.writer import Part, Slot, lay_out_archive
+from sparkling_cli.errors import CheckpointError, Interrupted
 from sparkling_cli.execute import bundle
+from sparkling_cli.execute import job as job_module
+from sparkling_cli.execute.commit import Staging
 from sparkling_cli.execute.job import make_job
 from sparkling_cli.execute.stream import execute
+from sparkling_cli.execute.worker import Worker
 from sparkling_cli.layout.geometry import Fill
 from sparkling_cli.plan.model import Plan
 
@@ -49,13 +57,26 @@ def in_a_row(plan: Plan, head: int = 24) -> tuple[OutputFile, ...]:
     return (OutputFile("out.bin", at, ((0, b"h" * head),), tuple(tensors), ()),)
 
 
+def as_archive(plan: Plan) -> tuple[OutputFile, ...]:
+    """Every row as a record of a torch archive, with its header before it and its checksum behind it."""
+    parts = [Part("head", (b"text",))]
+    for i, row in enumerate(plan.rows):
+        size = prod(row.shape) * ITEM_BYTES[row.dtype]
+        parts.append(Part(f"data/{2 * i}", (Slot(row.key, (0,) * len(row.shape), row.shape, size),)))
+        parts.append(Part(f"data/{2 * i + 1}", (b"step",)))  # a literal record between two tensors
+    return (lay_out_archive("out.pt", "archive/", parts),)
+
+
+LAYOUTS: dict[str, Callable[[Plan], tuple[OutputFile, ...]]] = {"row": in_a_row, "archive": as_archive}
+
+
 @settings(deadline=None, max_examples=80)
 @given(
     pattern=st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=40),
     repeats=st.integers(1, 6),
     dtype=st.sampled_from(["float32", "bfloat16", "float16", "float64"]),
     room=st.sampled_from([300, 1000, 1 << 20]),
-    apart=st.booleans(),
+    layout=st.sampled_from(["apart", "row", "archive"]),
 )
 def test_as_each_by_itself(
     tmp_path_factory: pytest.TempPathFactory,
@@ -63,7 +84,7 @@ def test_as_each_by_itself(
     repeats: int,
     dtype: str,
     room: int,
-    apart: bool,
+    layout: str,
 ) -> None:
     """Any sequence of kinds, at any offset, in bundles of any size, against the reference arithmetic."""
     folder = tmp_path_factory.mktemp("bundle")
@@ -72,13 +93,73 @@ def test_as_each_by_itself(
         f"t{i}": (random_tensor(dtype, source_shape(view), seed=i), view, {}) for i, view in enumerate(kinds)
     }
     plan, files = raw_plan(folder / "src", rows)
-    files = files if apart else in_a_row(plan)
+    files = files if layout == "apart" else LAYOUTS[layout](plan)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundle, "ROOM", room)
         execute(plan, files, folder / "dst", sidecar=no_sidecar, threads=1)
     found = output_bytes(folder / "dst", plan, files)
     for row in plan.rows:
         assert found[row.key] == expected(plan, row, rows[row.key][0]), row.key
+    if layout == "archive":
+        assert_whole(folder / "dst/out.pt")
+
+
+def assert_whole(path: Path) -> None:
+    """Every record has the checksum that stands behind it and in the directory (by another reader)."""
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        content = path.read_bytes()
+        for info in archive.infolist():
+            name, extra = struct.unpack_from("<HH", content, info.header_offset + 26)
+            end = info.header_offset + 30 + name + extra + info.file_size
+            assert content[end : end + 4] == b"PK\x07\x08"
+            assert struct.unpack_from("<I", content, end + 4) == (info.CRC,)
+
+
+def test_records_of_an_archive_are_written_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers and checksums go with their tensors: a few large writes, not two for every tensor."""
+    rows = {f"t{i:03}": (random_tensor("float32", (6, 5), i), KINDS[0], {}) for i in range(200)}
+    plan, _ = raw_plan(tmp_path / "src", rows)
+    written: list[int] = []
+    real = os.pwrite
+
+    def counted(descriptor: int, data: memoryview, offset: int) -> int:
+        written.append(len(data))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", counted)
+    execute(plan, as_archive(plan), tmp_path / "dst", sidecar=no_sidecar, threads=1)
+    assert_whole(tmp_path / "dst/out.pt")
+    assert len(written) < 10
+    assert max(written) > 200 * 6 * 5 * 4
+
+
+def test_what_a_killed_run_wrote_between_tensors_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run takes tensors over by their checksums; what stands between them it writes again."""
+    rows = {f"t{i:03}": (random_tensor("float32", (6, 5), i), KINDS[0], {}) for i in range(200)}
+    plan, _ = raw_plan(tmp_path / "src", rows)
+    monkeypatch.setattr(job_module, "TASK", 5000)
+    # as if killed: everything stays but the lock
+    monkeypatch.setattr(Staging, "discard", lambda staging: os.close(staging._lock))
+
+    def killed(_: object) -> dict[str, bytes]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        execute(plan, as_archive(plan), tmp_path / "dst", sidecar=killed, threads=1)
+    monkeypatch.undo()
+    monkeypatch.setattr(job_module, "TASK", 5000)
+    (half,) = tmp_path.rglob("out.pt")
+    content = bytearray(half.read_bytes())
+    assert content.count(b"PK\x03\x04") == 401
+    half.write_bytes(content.replace(b"PK\x03\x04", b"lost"))
+    done: list[int] = []
+    monkeypatch.setattr(Worker, "run", lambda _, task: done.append(len(task)))
+    execute(plan, as_archive(plan), tmp_path / "dst", sidecar=no_sidecar, threads=1)
+    assert not done  # nothing was computed again
+    assert_whole(tmp_path / "dst/out.pt")
 
 
 def test_equal_neighbours_are_computed_at_once(tmp_path: Path) -> None:
@@ -89,7 +170,7 @@ def test_equal_neighbours_are_computed_at_once(tmp_path: Path) -> None:
         rows[f"t{i:02}"] = (random_tensor("float32", source_shape(view), i), view, {})
     plan, _ = raw_plan(tmp_path / "src", rows)
     job = make_job(plan, in_a_row(plan))
-    together = bundle.gather(job.tasks[0], 0, job.rows)
+    together = bundle.gather(job.tasks[0], 0, job)
     assert together is not None
     assert len(together.members) == 60
     assert len(together.stretches) == 1
@@ -135,4 +216,4 @@ def test_one_alone_is_no_bundle(tmp_path: Path) -> None:
     view = KINDS[0]
     plan, _ = raw_plan(tmp_path / "src", {"t": (random_tensor("float32", source_shape(view), 0), view, {})})
     job = make_job(plan, in_a_row(plan))
-    assert bundle.gather(job.tasks[0], 0, job.rows) is None
+    assert bundle.gather(job.tasks[0], 0, job) is None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,12 @@ class Window:
             raise CheckpointError(f"{self.where}: {size} bytes expected at {start}, {len(data)} read")
         return data
 
+    def expect(self, starts: Iterable[int], size: int) -> None:
+        """So many bytes from each of these places will be read soon: a disk is faster with many at once."""
+        if hasattr(os, "posix_fadvise"):
+            for start in (start for start in starts if 0 <= start < self.length):
+                os.posix_fadvise(self.descriptor, self.offset + start, size, os.POSIX_FADV_WILLNEED)
+
 
 @contextmanager
 def open_window(path: Path, where: str, offset: int = 0, length: int | None = None) -> Iterator[Window]:
@@ -117,10 +123,12 @@ def read_archive(window: Window) -> Archive:
     count, start, size = _end_of_directory(window)
     entries = _central_directory(window, count, start, size)
     prefix = entries[0][0].split("/", 1)[0] + "/" if entries and "/" in entries[0][0] else ""
+    entries.sort(key=lambda entry: entry[1])
+    window.expect([header for _, header, _, _ in entries], _LOCAL.size)
     records = []
     seen = set()
     previous_end = 0
-    for name, header, length, crc in sorted(entries, key=lambda entry: entry[1]):
+    for name, header, length, crc in entries:
         if not name.startswith(prefix) or name in seen:
             kind = "is there twice" if name in seen else f"lies outside the folder {prefix!r}"
             raise CheckpointError(f"{window.where}: record {name!r} {kind}")

@@ -261,9 +261,10 @@ def read_values(file: TorchFile, keys: Iterable[str]) -> dict[str, bytes]:
         CheckpointError: one is not contiguous or larger than a mebibyte.
     """
     values = {}
+    wanted = {key: file.tensors[file.aliases.get(key, key)] for key in keys}
     with open_window(file.path, file.relative or file.path.name) as window:
-        for key in keys:
-            stored = file.tensors[file.aliases.get(key, key)]
+        window.expect([stored.extents[0].offset for stored in wanted.values()], 8)
+        for key, stored in wanted.items():
             extent = stored.extents[0]
             if extent.strides is not None or stored.nbytes > 1 << 20:
                 raise CheckpointError(
