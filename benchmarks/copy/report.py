@@ -30,8 +30,8 @@ How to read it:
   bytes were written and removed. A virtual machine may give that memory back to its host at once, and who
   fills the page cache then waits for it: `cp` does; `cp` + sync, which comes next, and `expand`, which keeps
   little in the page cache, hardly do. Where memory is at hand, `cp` + sync is the column to look at.
-- Memory is the peak resident size of the process, less that of a Python that only imports torch (a float32
-  checkpoint is widened without importing torch, hence negative figures).
+- Memory is the peak resident size of the process, less that of a Python that only imports torch (float32 and
+  bfloat16 are widened without importing torch, hence negative figures).
 - Ratios are taken within a round, whose measurements follow each other; medians over the rounds are shown.
 
 ## A public rival

@@ -1,4 +1,4 @@
-"""Arithmetic on entries of any dtype: numpy where it has the dtype, torch for 16-bit floats."""
+"""Arithmetic on entries of any dtype: numpy, and torch for float16, at which numpy is slow."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.checkpoint.model import FLOATING, ITEM_BYTES
+from sparkling_cli.execute import bfloat16
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,11 +36,18 @@ def scale_into(old: Array, factor: float, offset: float, into: Array, dtype: str
         if offset:
             np.add(into, old.dtype.type(offset), out=into)
         return
+    if dtype == "bfloat16":
+        numbers = bfloat16.widened(old)
+        np.multiply(numbers, np.float32(factor), out=numbers)
+        if offset:
+            np.add(numbers, np.float32(offset), out=numbers)
+        bfloat16.round_into(numbers, into)
+        return
     source, target = _as_torch(old, dtype), _as_torch(into, dtype)
     if offset:
         target.copy_(source.float().mul_(factor).add_(offset))
     else:
-        # torch multiplies 16-bit floats by a number in float32 and rounds once: the same result
+        # torch multiplies float16 by a number in float32 and rounds once: the same result
         import torch
 
         torch.mul(source, factor, out=target)
@@ -55,6 +63,9 @@ def draw_into(noise: Array, std: float, factor: float, into: Array, dtype: str) 
     spread = np.float32(std) * np.float32(factor)
     if dtype == "float32":
         np.multiply(noise, spread, out=into)
+        return
+    if dtype == "bfloat16":
+        bfloat16.round_into(noise * spread, into)
         return
     import torch
 
@@ -85,6 +96,8 @@ def count_nonfinite(data: Array, dtype: str) -> int:
         if rows:  # adding whole rows is three times as fast as adding along one
             total += np.add.reduce(np.add.reduce(numbers[: rows * _ROW].reshape(rows, _ROW), axis=0))
         return 0 if isfinite(total) else int(len(numbers) - np.isfinite(numbers).sum())
+    if dtype == "bfloat16":
+        return bfloat16.count_nonfinite(data.view(np.uint16))
     import torch
 
     values = torch.from_numpy(data.view(np.int16)).view(getattr(torch, dtype))

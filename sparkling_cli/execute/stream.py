@@ -308,9 +308,9 @@ def _threads(threads: int | None, memory: int) -> int:
 def _one_torch_thread(plan: Plan) -> Iterator[None]:
     """Pieces are small: torch's own threads would only wait for each other.
 
-    torch is needed for 16-bit floats only, and takes its time to import.
+    torch is needed for float16 only, and takes its time to import.
     """
-    if not any(row.dtype in ("float16", "bfloat16") for row in plan.rows):
+    if not any(row.dtype == "float16" for row in plan.rows):
         yield
         return
     import torch

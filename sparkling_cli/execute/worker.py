@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.execute import bundle, fill, moments
+from sparkling_cli.execute import bfloat16, bundle, fill, moments
 from sparkling_cli.execute.crc import Span, crc32, merge, zeros
 from sparkling_cli.execute.entries import count_nonfinite
 from sparkling_cli.execute.job import Job, Part, PartResult, RowJob
@@ -192,7 +192,6 @@ def _doubles(data: Array, dtype: str) -> Array:
 
     if dtype in ("float32", "float64"):
         return data.view(dtype).astype(np.float64)
-    import torch
-
-    values: Array = torch.from_numpy(data.view(np.int16)).view(getattr(torch, dtype)).double().numpy()
-    return values
+    if dtype == "bfloat16":
+        return bfloat16.widened(data.view(np.uint16)).astype(np.float64)
+    return data.view(np.float16).astype(np.float64)
