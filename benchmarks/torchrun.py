@@ -1,13 +1,15 @@
 """What a second process brings: ``torchrun`` with one and with two processes, in one run.
 
-``python -m benchmarks.torchrun --folder EMPTY [--gigabytes 8] [--rounds 3] [--json FILE]``
+``python -m benchmarks.torchrun --folder EMPTY [--gigabytes 12] [--rounds 2] [--cases NAME ...]``
 
 Every process works with one thread, so that two processes have twice the processors of one, as two hosts
-have. ``copy`` (weights and AdamW state, new entries copied) is bound by the disk, ``random`` (weights alone,
-all new entries drawn) by arithmetic. The time to start Python, which no number of processes shortens, is
-measured by ``--dry-run`` and taken off in the second ratio; what two processes need to find each other
-(each imports torch for it, about a second) is not. Who comes first alternates, and outputs of one and two
-processes are compared by the SHA-256 of every file.
+have. ``random`` (weights alone, all new entries drawn) is bound by arithmetic; ``copy`` (weights and AdamW
+state, new entries copied) by the disk: the source is taken out of the page cache before every run. ``cached``
+is the same with the source in the page cache, as far as it fits: bound by neither, the time is the kernel's,
+for moving pages. The time to start Python, which no number of processes shortens, is measured by
+``--dry-run`` and taken off in the second ratio; what two processes need to find each other (each imports
+torch for it, about a second) is not, so small checkpoints gain less. Who comes first alternates, and outputs
+of one and two processes are compared by the SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -21,12 +23,26 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.copy.make import KINDS
 
-#: kind of checkpoint and initialization
-CASES = {"copy": ("dense", "copy-copy"), "random": ("weights", "random-random")}
+
+@dataclass(frozen=True)
+class Case:
+    """Kind of checkpoint, initialization, and whether the source comes from the disk."""
+
+    kind: str
+    init: str
+    cold: bool
+
+
+CASES = {
+    "random": Case("weights", "random-random", cold=False),
+    "copy": Case("dense", "copy-copy", cold=True),
+    "cached": Case("dense", "copy-copy", cold=False),
+}
 
 
 def command(processes: int, source: Path, destination: Path, init: str) -> list[str]:
@@ -63,13 +79,25 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def one_round(source: Path, folder: Path, init: str, order: tuple[int, int]) -> dict[str, float]:
+def bring(source: Path, *, cold: bool) -> None:
+    """Have the source out of the page cache, or in it."""
+    os.sync()
+    for path in source.iterdir():
+        with path.open("rb", buffering=0) as file:
+            if cold:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while file.read(1 << 24):
+                    pass
+
+
+def one_round(source: Path, folder: Path, case: Case, order: tuple[int, int]) -> dict[str, float]:
     """Seconds of both, and of what both do before the first byte."""
     found, made = {}, []
     for processes in order:
-        words = command(processes, source, folder / "out", init)
+        words = command(processes, source, folder / "out", case.init)
         found[f"start {processes}"] = seconds([*words, "--dry-run"])
-        os.sync()
+        bring(source, cold=case.cold)
         found[str(processes)] = seconds(words)
         made.append(digests(folder / "out"))
         shutil.rmtree(folder / "out")
@@ -82,17 +110,19 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder on the disk to measure")
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the source")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gigabytes", type=float, default=12.0, help="size of the source")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     source = options.folder / "source"
     results = {}
-    for name, (kind, init) in CASES.items():
-        KINDS[kind](source, options.gigabytes)
-        seconds([*command(1, source, options.folder / "none", init), "--dry-run"])  # fills the layout cache
+    for name, case in ((name, CASES[name]) for name in options.cases):
+        KINDS[case.kind](source, options.gigabytes)
+        # fills the cache of layouts
+        seconds([*command(1, source, options.folder / "none", case.init), "--dry-run"])
         orders = [(1, 2), (2, 1)]
-        rounds = [one_round(source, options.folder, init, orders[i % 2]) for i in range(options.rounds)]
+        rounds = [one_round(source, options.folder, case, orders[i % 2]) for i in range(options.rounds)]
         whole = statistics.median(r["1"] / r["2"] for r in rounds)
         work = statistics.median((r["1"] - r["start 1"]) / (r["2"] - r["start 2"]) for r in rounds)
         results[name] = {"rounds": rounds, "ratio": whole, "ratio without start": work}
