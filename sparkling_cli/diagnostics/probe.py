@@ -50,7 +50,8 @@ class Probe:
     Args:
         checkpoint: with a config that names a transformers class, or use ``model``.
         model: ``package.module:factory`` of the user's own model.
-        memory: bytes for weights; half of it is kept from batch to batch.
+        memory: bytes for weights; a quarter of it is kept from batch to batch, since what is let go does
+            not always return to the system at once.
 
     Raises:
         LayoutError: no model can be built.
@@ -75,7 +76,7 @@ class Probe:
         load_buffers(self.model, reader)
         self._labels = _labels(self.model, reader.names)
         self._weights: LazyWeights = LazyWeights(
-            reader, self._observe, block=max(1, memory // 8), cache=memory // 2
+            reader, self._observe, block=max(1, memory // 8), cache=memory // 4
         )
         for path, blocks in _block_lists(self.model):
             blocks[0].register_forward_pre_hook(self._before_blocks(path), with_kwargs=True)
