@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 REPORT_JSON = "sparkling/report.json"
 REPORT_HTML = "sparkling/report.html"
 
-#: under ``--report auto``, activations of an output with more bytes of weights are not measured
-AUTO_LIMIT = 1 << 30
+#: under ``--report auto``, activations of an output with more bytes of weights, or more weight tensors
+#: (experts come into memory one by one), are not measured
+AUTO_LIMIT, AUTO_TENSORS = 1 << 30, 10_000
+#: under ``--report auto``, floating-point operations that the forward passes may take: seconds on two cores
+AUTO_WORK = 2e11
 
 
 def plan_schedule(plan: Plan, spec: ExpansionSpec) -> tuple[Rewarmup | None, str]:
@@ -113,16 +116,22 @@ def _measure(
     from sparkling_cli.checkpoint.detect import open_checkpoint
     from sparkling_cli.checkpoint.model import ITEM_BYTES
     from sparkling_cli.diagnostics.activations import measure_change
+    from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
 
-    size = sum(prod(row.shape) * ITEM_BYTES[row.dtype] for row in plan.rows if not row.slot)
+    weights = [row for row in plan.rows if not row.slot]
+    size = sum(prod(row.shape) * ITEM_BYTES[row.dtype] for row in weights)
     if report == "none":
         return None, "not asked for (--report none)"
-    if report == "auto" and size > AUTO_LIMIT:
+    if report == "auto" and (size > AUTO_LIMIT or len(weights) > AUTO_TENSORS):
         return None, (
-            f"the output's weights take {size / (1 << 30):.1f} GiB; measure with --report full, or later by "
-            "`sparkling inspect SRC --against DST`"
+            f"the output's weights take {size / (1 << 30):.1f} GiB in {len(weights):,} tensors; measure with "
+            "--report full, or later by `sparkling inspect SRC --against DST`"
         )
     assert written.root is not None  # the output is complete, but not in place yet
+    sequences, length = SEQUENCES, LENGTH
+    if report == "auto" and data is None:
+        parameters = sum(prod(row.shape) + prod(row.source.shape) for row in weights)
+        sequences, length = affordable(parameters)
     try:
         with collector_running():
             found, _, _ = measure_change(
@@ -131,11 +140,28 @@ def _measure(
                 data=data,
                 model=model,
                 memory=memory,
+                sequences=sequences,
+                length=length,
                 carried=carried_factors(plan.layout, plan.growth, treatment),
             )
     except (LayoutError, MissingDependencyError) as error:
         if report == "full":
             raise
         return None, error.message
-    grown = {row.name for row in plan.rows if not row.slot and row.shape != row.source.shape}
+    grown = {row.name for row in weights if row.shape != row.source.shape}
     return activations_of(found, tokens=found.count, widened=grown), ""
+
+
+def affordable(parameters: int) -> tuple[int, int]:
+    """Sequences, and tokens in each, whose forward passes take about ``AUTO_WORK`` operations.
+
+    A ratio of RMS is an average over tokens and entries, and the same tokens go through both models, so a
+    few hundred tokens say what thousands do.
+
+    Args:
+        parameters: of both models together; each takes two operations per token.
+    """
+    from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
+
+    tokens = int(AUTO_WORK / (2 * max(parameters, 1)))
+    return min(max(tokens // LENGTH, 1), SEQUENCES), min(max(tokens, 64), LENGTH)

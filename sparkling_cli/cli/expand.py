@@ -57,7 +57,10 @@ def expand(
     data: opt.DataOption = None,
     report: Annotated[
         str,
-        typer.Option(help="Measure activations before and after: auto (not for large models), full, none."),
+        typer.Option(
+            help="Measure activations before and after: auto (less for large models, none for very large "
+            "ones), full, none."
+        ),
     ] = "auto",
     memory: Annotated[str, typer.Option(help="Memory budget, e.g. 512M, 2G.")] = "1G",
     threads: Annotated[int | None, typer.Option(help="Worker threads; default: by the machine.")] = None,

@@ -168,7 +168,7 @@ class LazyWeights(TorchFunctionMode):
             bound = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False)) | kwargs
             if self._cut(bound["weight"]) and bound.get("max_norm") is None:
                 return self._embedding(bound["input"], bound["weight"])
-        elif func is torch.Tensor.__getitem__ and self._cut(args[0]):
+        elif func is torch.Tensor.__getitem__ and self._passing(args[0]):
             index = args[1]
             if isinstance(index, torch.Tensor) and index.ndim == 0 and not index.is_floating_point():
                 index = int(index)
@@ -184,6 +184,13 @@ class LazyWeights(TorchFunctionMode):
         if name is None or name in self._kept or not self.reader.sliceable(name):
             return False
         return nbytes_of(parameter) > min(self.block, self.cache)
+
+    def _passing(self, parameter: torch.Tensor) -> bool:
+        """Whether this is a parameter that is not kept: experts are asked for one after the other."""
+        name = self._name(parameter)
+        if name is None or name in self._kept or not self.reader.sliceable(name):
+            return False
+        return self._kept_bytes + nbytes_of(parameter) > self.cache
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         name = str(self._name(weight))

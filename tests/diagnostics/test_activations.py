@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fixtures.tiny import ARCHITECTURES, make_model
+from sparkling_cli.checkpoint.read import TensorSource
 from sparkling_cli.diagnostics.activations import measure, measure_change
 from sparkling_cli.diagnostics.data import Tokens
 from sparkling_cli.diagnostics.measurement import Measurement
@@ -194,6 +195,30 @@ def test_small_pieces_change_nothing(saved: Any, arch: str) -> None:
             pytest.approx(a.y_rms, rel=1e-5),
         )
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_experts_are_read_once(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a layer's experts would fit into the budget but others are kept, no layer is read per expert."""
+    checkpoint = opened(saved("mixtral"))
+    model = reference(saved("mixtral"))
+    stacked = max(p.numel() * 4 for name, p in model.named_parameters() if "experts" in name)
+    tokens = tokens_for(model, length=40)
+    read: dict[str, int] = defaultdict(int)
+    real = TensorSource.weight
+
+    def counted(self: TensorSource, name: str, **options: Any) -> torch.Tensor:
+        found = real(self, name, **options)
+        read[name] += found.numel()
+        return found
+
+    monkeypatch.setattr(TensorSource, "weight", counted)
+    with Probe(checkpoint, memory=8 * stacked) as probe:
+        probe._weights._kept_bytes = 1 << 40  # as if others had taken the room
+        probe.run(tokens.ids)
+    experts = [name for name in read if "experts" in name]
+    assert len(experts) > 8
+    for name in experts:
+        assert read[name] == torch.Size(checkpoint.weight(name).shape).numel(), name
 
 
 def test_weights_in_half_precision(saved: Any, tmp_path: Path) -> None:
