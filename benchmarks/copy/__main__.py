@@ -81,13 +81,14 @@ CASES = (
 
 
 def environment(rival: Path | None, bytecode: str) -> dict[str, str]:
-    """The environment of every command: compiled modules are kept, as in an installed package."""
+    """The environment of every command: compiled modules are kept, as if installed, layouts are not."""
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     paths = [str(ROOT), *([str(rival.resolve())] if rival else [])]
     return {
         **kept,
         "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONPYCACHEPREFIX": bytecode,
+        "PYTHONPYCACHEPREFIX": f"{bytecode}/modules",
+        "SPARKLING_CACHE_DIR": f"{bytecode}/layouts",
         "TRANSFORMERS_VERBOSITY": "error",
     }
 
@@ -122,6 +123,8 @@ def measure(case: Case, setting: Setting) -> dict[str, object]:
     shutil.rmtree(folder, ignore_errors=True)
 
     def run(*command: str | Path) -> Cost:
+        """With nothing kept from an earlier run."""
+        shutil.rmtree(setting.environment["SPARKLING_CACHE_DIR"], ignore_errors=True)
         return cost([str(word) for word in command], setting.environment)
 
     def timed(*command: str | Path) -> Cost:
@@ -155,7 +158,7 @@ def measure(case: Case, setting: Setting) -> dict[str, object]:
     obvious = setting.obvious and case.gigabytes * 2**30 * 3.2 < available() and not case.options
     found: list[dict[str, Cost]] = []
     size, tensors = 0, 0
-    run(*expand, "--dry-run")  # fills the cache of inferred layouts
+    run(*expand, "--dry-run")  # compiles modules
     os.sync()
     for _ in range(case.rounds):
         one = {"plan": run(*expand, "--dry-run"), "expand": timed(*expand)}

@@ -21,8 +21,8 @@ How to read it:
 
 - `expand` is the whole command: Python, imports, the plan, all bytes, checksums of every tensor and file,
   `fsync`, opening the output once more, the rename. `of it, the plan` is what `--dry-run` takes: start,
-  imports and plan, without a byte of tensor data. The layout of the model was inferred before and comes
-  from the cache; the first time it takes some seconds more.
+  imports and plan, without a byte of tensor data. Every run is a first one: the cache of layouts was emptied
+  before it (those of the two classes here come with the package; to infer one takes some seconds).
 - `cp` leaves its bytes in the page cache; `cp + sync` waits for the disk, as `expand` does.
 - The obvious script loads all, joins with `torch.cat`, and saves with `save_file` and `torch.save`. It does
   not sync, and holds source and output in memory; where they would not fit it was not run.
