@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from tests.formats import titan_families
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,15 @@ def build(sizes: Sizes, *, fuse_qkv: bool = True, family: str = "llama3") -> nn.
     return model
 
 
-def _decoder(model: Any, sizes: Sizes, layers: list[Any], *, tied: bool = False) -> nn.Module:
+def _decoder(
+    model: Any, sizes: Sizes, layers: list[Any], *, tied: bool = False, sdpa: bool = True, **more: Any
+) -> nn.Module:
     """A decoder of torchtitan's around such layers; attention by SDPA: flex needs a compiler."""
     from torchtitan.models.common import Embedding, Linear, RMSNorm
     from torchtitan.models.common.attention import ScaledDotProductAttention
 
     init: Any = {"weight": nn.init.normal_}
-    for layer in layers:
+    for layer in [*layers, *more.get("mtp_layers", ())] if sdpa else ():
         layer.attention.inner_attention = ScaledDotProductAttention.Config()
     config = model.Config(
         dim=sizes.dim,
@@ -59,6 +62,7 @@ def _decoder(model: Any, sizes: Sizes, layers: list[Any], *, tied: bool = False)
         lm_head=Linear.Config(in_features=sizes.dim, out_features=sizes.vocab, param_init=init),
         layers=layers,
         enable_weight_tying=tied,
+        **more,
     )
     return config.build()
 
@@ -90,7 +94,7 @@ def _qwen3(sizes: Sizes, fuse_qkv: bool, *, tied: bool = False, experts: bool = 
     return _decoder(qwen3.Qwen3Model, sizes, layers, tied=tied)
 
 
-def _deepseek(sizes: Sizes, fuse_qkv: bool, *, q_lora: int = 0) -> nn.Module:
+def _deepseek(sizes: Sizes, fuse_qkv: bool, *, q_lora: int = 0, mtp: int = 0) -> nn.Module:
     from torchtitan.models import deepseek_v3 as dsv3
     from torchtitan.models.common import ComplexRoPE
     from torchtitan.models.common.config_utils import make_ffn_config
@@ -127,7 +131,17 @@ def _deepseek(sizes: Sizes, fuse_qkv: bool, *, q_lora: int = 0) -> nn.Module:
         w1_param_init=dsv3._LINEAR_INIT,
         w2w3_param_init=dsv3._LINEAR_INIT,
     )
-    return _decoder(dsv3.DeepSeekV3Model, sizes, layers)
+    ahead = dsv3._build_mtp_layers(layers[-1], dim=sizes.dim, num_mtp_layers=mtp)
+    for layer in ahead:
+        layer.eh_proj.param_init = dsv3._LINEAR_INIT
+        for norm in (layer.enorm, layer.hnorm, layer.mtp_norm):
+            norm.param_init = dsv3._NORM_INIT
+    return _decoder(dsv3.DeepSeekV3Model, sizes, layers, mtp_layers=ahead)
+
+
+def _gpt_oss(sizes: Sizes, fuse_qkv: bool) -> nn.Module:
+    model, layers = titan_families.gpt_oss(sizes, fuse_qkv)
+    return _decoder(model, sizes, layers, sdpa=False)
 
 
 _LAYERS: dict[str, Any] = {
@@ -136,6 +150,8 @@ _LAYERS: dict[str, Any] = {
     "qwen3-moe": partial(_qwen3, experts=True),
     "deepseek-v3": _deepseek,
     "deepseek-v3-lora": partial(_deepseek, q_lora=18),
+    "deepseek-v3-mtp": partial(_deepseek, mtp=2),
+    "gpt-oss": _gpt_oss,
 }
 
 
@@ -186,9 +202,14 @@ def batch(sizes: Sizes, step: int = 0) -> torch.Tensor:
     return torch.randint(sizes.vocab, (2, 16), generator=torch.Generator().manual_seed(30 + step))
 
 
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """All that the model predicts: of the next token and, with MTP, of those beyond it."""
+    return torch.stack(titan_families.outputs_of(model, ids))
+
+
 def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Next-token loss."""
-    return functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    """Next-token loss, with MTP the losses of further tokens besides."""
+    return titan_families.loss_of(titan_families.outputs_of(model, ids), ids)
 
 
 class TrainState:

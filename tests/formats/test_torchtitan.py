@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from sparkling_cli.training import rewarm
 from tests.formats.widening import check_moments, corner, widen
 
 pytest.importorskip("torchtitan", reason="pip install torchtitan==0.3.0 triton")
-from tests.formats.make_torchtitan import Run, Sizes, batch, loss_of, make_torchtitan
+from torch.nn.attention.flex_attention import create_block_mask
+from torchtitan.models.common import attention
+
+from tests.formats.make_torchtitan import Run, Sizes, batch, logits_of, loss_of, make_torchtitan
+from tests.formats.titan_families import plain_flex_attention
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +64,14 @@ def test_resumes_where_it_was(tmp_path: Path, axes: dict[str, float], wide: Size
             {"dim": 96, "hidden_dim": 80, "expert_dim": 48, "shared_dim": 96},
         ),
         ("deepseek-v3-lora", {"hidden": 2, "expert_ffn": 2}, {"dim": 96, "expert_dim": 48}),
+        (
+            "deepseek-v3-mtp",
+            {"hidden": 2, "ffn": 2, "expert_ffn": 2, "shared_ffn": 3},
+            {"dim": 96, "hidden_dim": 80, "expert_dim": 48, "shared_dim": 96},
+        ),
+        ("gpt-oss", {"ffn": 2}, {"expert_dim": 48}),
+        ("gpt-oss", {"hidden": 2, "expert_ffn": 3}, {"dim": 96, "expert_dim": 72}),
+        ("gpt-oss", {"kv_heads": 2, "q_per_kv": 2}, {"n_heads": 24, "n_kv_heads": 4}),
     ],
 )
 @pytest.mark.parametrize("fuse_qkv", [True, False])
@@ -70,24 +83,51 @@ def test_families(
     fuse_qkv: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The packaged layouts of further models, with and without experts, say what the models compute."""
+    """The packaged layouts of further models, with and without experts, say what the models compute.
+
+    Experts compute in bfloat16, whose rounding would hide a wrong layout: here in float32. Flex attention,
+    which GPT-OSS needs for its windows and sinks, cannot be trained on a CPU and is stood in for.
+    """
     if family.startswith("deepseek") and not fuse_qkv:
         pytest.skip("latent attention has nothing to fuse")
-    # Experts compute in bfloat16, whose rounding would hide a wrong layout.
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
+    _in_float32(monkeypatch)
     _check(tmp_path, family, axes, Sizes(**wide), fuse_qkv)
 
 
-def _check(tmp_path: Path, family: str, axes: dict[str, float], wide: Sizes, fuse_qkv: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "axes", "wide"),
+    [
+        ("deepseek-v3-mtp", {"ffn": 1.5, "expert_ffn": 1.5}, {"hidden_dim": 60, "expert_dim": 36}),
+        ("gpt-oss", {"ffn": 1.5}, {"expert_dim": 36}),
+    ],
+)
+def test_uneven_factors(
+    tmp_path: Path, family: str, axes: dict[str, float], wide: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where some entries have more copies than others, ``function`` scaling keeps the function."""
+    _in_float32(monkeypatch)
+    _check(tmp_path, family, axes, Sizes(**wide), fuse_qkv=True, scaling="function")
+
+
+def _in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bfloat16, no compiler, and flex attention, which CPUs cannot train, in plain torch."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
+    monkeypatch.setattr(attention.FlexAttention, "_compiled_flex_attn", plain_flex_attention)
+    monkeypatch.setattr(attention, "_compiled_create_block_mask", create_block_mask)
+
+
+def _check(
+    tmp_path: Path, family: str, axes: dict[str, float], wide: Sizes, fuse_qkv: bool, **options: Any
+) -> None:
     run = make_torchtitan(tmp_path / "run", fuse_qkv=fuse_qkv, family=family)
     (tmp_path / "wide").mkdir()
-    widen(tmp_path / "run" / "step-3", tmp_path / "wide" / "step-3", axes)
+    widen(tmp_path / "run" / "step-3", tmp_path / "wide" / "step-3", axes, **options)
     resumed = Run(tmp_path / "wide", wide, fuse_qkv=fuse_qkv, family=family)
     assert resumed.manager.load(3)
     assert (resumed.state.step, resumed.state.ntokens_seen) == (3, run.state.ntokens_seen)
     assert resumed.schedulers.state_dict() == run.schedulers.state_dict()
     ids = batch(run.sizes, 9)
-    torch.testing.assert_close(resumed.model(ids), run.model(ids), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(logits_of(resumed.model, ids), logits_of(run.model, ids), rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(loss_of(resumed.model, ids), loss_of(run.model, ids), rtol=1e-6, atol=1e-5)
     old, new = run.optimizers.optimizers[0], resumed.optimizers.optimizers[0]
     for (name, before), after in zip(run.model.named_parameters(), resumed.model.parameters(), strict=True):
@@ -95,10 +135,18 @@ def _check(tmp_path: Path, family: str, axes: dict[str, float], wide: Sizes, fus
         moments = {slot: old.state[before][slot] for slot in ("exp_avg", "exp_avg_sq")}
         check_moments(moments, new.state[after], name)
         for slot, value in moments.items():
-            # New heads stand between the old ones; of Llama 3 torchtitan does not say how many there are.
-            if family == "llama3" or ".attention." not in name:
-                assert torch.equal(corner(new.state[after][slot], before.shape), value), name
+            # New heads stand between the old ones.
+            if ".attention." not in name or not {"kv_heads", "q_per_kv"} & axes.keys():
+                assert torch.equal(_old_entries(new.state[after][slot], value, name), value), name
     resumed.train(1)
+
+
+def _old_entries(wide: torch.Tensor, old: torch.Tensor, name: str) -> torch.Tensor:
+    """The entries that were there before: the first of every dim, or of each half that it consists of."""
+    if not name.endswith(".eh_proj.weight"):
+        return corner(wide, old.shape)
+    halves = zip(wide.chunk(2, -1), old.chunk(2, -1), strict=True)
+    return torch.cat([corner(after, before.shape) for after, before in halves], -1)
 
 
 def test_new_entries_have_their_own_rate(tmp_path: Path) -> None:
@@ -139,4 +187,4 @@ def test_weights_only(tmp_path: Path, family: str) -> None:
     dcp.load(weights, checkpoint_id=target)
     resumed.model.load_state_dict(weights)
     ids = batch(run.sizes, 9)
-    torch.testing.assert_close(resumed.model(ids), run.model(ids), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(logits_of(resumed.model, ids), logits_of(run.model, ids), rtol=1e-5, atol=2e-5)
