@@ -28,6 +28,7 @@ EXPERTS: dict[str, Any] = {
     "shared_expert_hidden_size": 20,
     "capacity_factor": 4.0,  # no token is dropped
 }
+HYBRID: dict[str, Any] = {**EXPERTS, "hybrid": True, "ffn": 40}
 
 
 def gather_by_expert(x: Any, indices: Any, bins: Any, capacity: int, top_k: int) -> torch.Tensor:
@@ -53,12 +54,10 @@ def config_of(sizes: dict[str, Any]) -> Any:
     from olmo_core.nn.transformer import TransformerConfig
 
     options = dict(sizes)
-    if "num_experts" in sizes:
-        return TransformerConfig.llama_like_moe(**options)
-    ffn = options.pop("ffn")
-    return TransformerConfig.llama_like(
-        **options, feed_forward=FeedForwardConfig(hidden_size=ffn, bias=False)
-    )
+    if "ffn" in sizes:
+        options["feed_forward"] = FeedForwardConfig(hidden_size=options.pop("ffn"), bias=False)
+    make = TransformerConfig.llama_like_moe if "num_experts" in sizes else TransformerConfig.llama_like
+    return make(**options)
 
 
 def module_of(config: Any) -> Any:

@@ -13,6 +13,7 @@ from tests.formats.widening import check_moments, widen
 pytest.importorskip("olmo_core", reason="pip install ai2-olmo-core==3.0.0")
 from tests.formats.make_olmo_core import (
     EXPERTS,
+    HYBRID,
     NARROW,
     batch,
     gather_by_expert,
@@ -54,14 +55,44 @@ def test_experts(
     tmp_path: Path, changes: dict[str, Any], axes: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts and routers, which OLMo-core flattens; two of its kernels need a GPU and are stood in for."""
-    monkeypatch.setattr("olmo_core.ops.moe.binned_gather", gather_by_expert)
-    monkeypatch.setattr("olmo_core.ops.moe.binned_scatter", scatter_by_expert)
+    _on_cpu(monkeypatch)
     _check(tmp_path, {**EXPERTS, **changes}, axes)
 
 
-def _check(tmp_path: Path, sizes: dict[str, Any], axes: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "axes", "scaling"),
+    [
+        ({}, {"ffn": 2, "expert_ffn": 3}, "rms"),
+        ({}, {"hidden": 2, "ffn": 2, "expert_ffn": 2, "shared_ffn": 3}, "rms"),
+        ({}, {"ffn": 1.5, "expert_ffn": 1.5}, "function"),
+        ({"use_head_qk_norm": False, "reordered_norm": True}, {"hidden": 2, "expert_ffn": 2}, "rms"),
+        (
+            {"use_head_qk_norm": False, "shared_expert_hidden_size": None},
+            {"hidden": 2, "ffn": 2, "kv_heads": 2},
+            "rms",
+        ),
+    ],
+)
+def test_dense_beside_experts(
+    tmp_path: Path,
+    changes: dict[str, Any],
+    axes: dict[str, float],
+    scaling: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hybrid blocks, a dense MLP and experts side by side; the same two kernels are stood in for."""
+    _on_cpu(monkeypatch)
+    _check(tmp_path, {**HYBRID, **changes}, axes, scaling=scaling)
+
+
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("olmo_core.ops.moe.binned_gather", gather_by_expert)
+    monkeypatch.setattr("olmo_core.ops.moe.binned_scatter", scatter_by_expert)
+
+
+def _check(tmp_path: Path, sizes: dict[str, Any], axes: dict[str, float], **options: Any) -> None:
     module = make_olmo_core(tmp_path / "step3", sizes, tmp_path / "work")
-    target = widen(tmp_path / "step3", tmp_path / "wide" / "step3", axes)
+    target = widen(tmp_path / "step3", tmp_path / "wide" / "step3", axes, **options)
     resumed, state = resume_olmo_core(target, tmp_path / "work")
     assert (state["global_step"], state["max_steps"], state["data_loader"]) == (3, 50, {"seed": 3})
     ids = batch(9)
