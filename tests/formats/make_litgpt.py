@@ -29,6 +29,24 @@ MIXTRAL: dict[str, Any] = {
 EXPERTS: dict[str, Any] = {
     **MIXTRAL, "moe_intermediate_size": 20, "n_shared_expert": 2, "norm_qk": True, "bias": True,
 }  # fmt: skip
+GROUPED: dict[str, Any] = {
+    **EXPERTS, "n_expert": 6, "n_expert_groups": 3, "n_topk_groups": 2, "n_topk_scores_per_group": 2,
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+}  # fmt: skip
+GROUPED_MIXTRAL: dict[str, Any] = {
+    **GROUPED, "moe_intermediate_size": None, "n_shared_expert": None, "bias": False,
+}  # fmt: skip
+DENSE_FIRST: dict[str, Any] = {**GROUPED, "n_layer": 3, "first_k_dense_replace": 1}
+LATENT: dict[str, Any] = {
+    **LLAMA, "n_query_groups": 6, "latent_attention": {
+        "q_lora_rank": 22, "kv_lora_rank": 18,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 10, "v_head_dim": 14,
+    },
+}  # fmt: skip
+DEEPSEEK: dict[str, Any] = {
+    **DENSE_FIRST, "norm_qk": False, "bias": False, "n_query_groups": 6,
+    "latent_attention": LATENT["latent_attention"],
+}  # fmt: skip
 
 
 def build(config: Config, *, tied: bool) -> tuple[Any, Any, Any]:
@@ -41,6 +59,9 @@ def build(config: Config, *, tied: bool) -> tuple[Any, Any, Any]:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.2
             parameter.copy_(noise + 1.0 if "norm" in name or "ln_f" in name else noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
     if tied:
         model.transformer.wte.weight = model.lm_head.weight
     wrapped = fabric.setup(model)

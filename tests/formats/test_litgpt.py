@@ -40,15 +40,35 @@ def test_half_a_directory(tmp_path: Path) -> None:
         ("NEOX", False, {"hidden": 2, "ffn": 2, "kv_heads": 2}),
         ("MIXTRAL", False, {"hidden": 2, "expert_ffn": 3}),
         ("EXPERTS", False, {"hidden": 2, "ffn": 2, "q_per_kv": 2}),
+        ("GROUPED", False, {"ffn": 2}),
+        ("GROUPED", False, {"hidden": 2, "expert_ffn": 3, "kv_heads": 2}),
+        ("GROUPED_MIXTRAL", False, {"hidden": 2, "ffn": 2}),
+        ("DENSE_FIRST", False, {"ffn": 2, "expert_ffn": 3}),
+        ("DENSE_FIRST", False, {"hidden": 2, "expert_ffn": 2, "q_per_kv": 2}),
+        ("LATENT", False, {"hidden": 2, "ffn": 2, "heads": 2}),
+        ("DEEPSEEK", False, {"ffn": 2, "expert_ffn": 2}),
+        ("DEEPSEEK", False, {"hidden": 2, "expert_ffn": 3, "heads": 2}),
     ],
 )
 def test_resumes_where_it_was(tmp_path: Path, family: str, tied: bool, axes: dict[str, Any]) -> None:
     """Same logits and first loss from the widened config; counters and moments kept; trains on."""
+    _check(tmp_path, family, tied, axes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["GROUPED", "DENSE_FIRST", "DEEPSEEK"])
+def test_uneven_factors(tmp_path: Path, family: str) -> None:
+    """Where some entries have more copies than others, ``function`` scaling keeps the function."""
+    axes = {"ffn": 1.5} if family == "GROUPED" else {"ffn": 1.5, "expert_ffn": 1.5}
+    _check(tmp_path, family, False, axes, scaling="function")
+
+
+def _check(tmp_path: Path, family: str, tied: bool, axes: dict[str, Any], **options: Any) -> None:
     pytest.importorskip("litgpt", reason="pip install litgpt==0.5.13")
     from tests.formats import make_litgpt as made
 
     model = made.make_litgpt(tmp_path / "step-3", getattr(made, family), tied=tied)
-    target = widen(tmp_path / "step-3", tmp_path / "wide", axes)
+    target = widen(tmp_path / "step-3", tmp_path / "wide", axes, **options)
     assert (target / "hyperparameters.yaml").read_text() == "seed: 42\n"
     fabric, wide, optimizer, state = made.resume_litgpt(target, tied=tied)
     assert (state["iter_num"], state["step_count"]) == (12, 3)
