@@ -15,7 +15,7 @@ from tests.formats import titan_families
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of the model; the last three are of the models with experts."""
+    """The numbers of the model; the last ones are of models with experts, with vision."""
 
     dim: int = 48
     hidden_dim: int = 40
@@ -27,6 +27,7 @@ class Sizes:
     expert_dim: int = 24
     shared_dim: int = 32
     experts: int = 4
+    vision_ffn: int = 20
 
 
 def build(sizes: Sizes, *, fuse_qkv: bool = True, family: str = "llama3") -> nn.Module:
@@ -94,7 +95,9 @@ def _qwen3(sizes: Sizes, fuse_qkv: bool, *, tied: bool = False, experts: bool = 
     return _decoder(qwen3.Qwen3Model, sizes, layers, tied=tied)
 
 
-def _deepseek(sizes: Sizes, fuse_qkv: bool, *, q_lora: int = 0, mtp: int = 0) -> nn.Module:
+def _deepseek(
+    sizes: Sizes, fuse_qkv: bool, *, q_lora: int = 0, mtp: int = 0, vision: bool = False
+) -> nn.Module:
     from torchtitan.models import deepseek_v3 as dsv3
     from torchtitan.models.common import ComplexRoPE
     from torchtitan.models.common.config_utils import make_ffn_config
@@ -131,6 +134,11 @@ def _deepseek(sizes: Sizes, fuse_qkv: bool, *, q_lora: int = 0, mtp: int = 0) ->
         w1_param_init=dsv3._LINEAR_INIT,
         w2w3_param_init=dsv3._LINEAR_INIT,
     )
+    if vision:
+        from torchtitan.models.kimi_k2_7 import KimiK25Model
+
+        encoder = titan_families.kimi_vision(sizes)
+        return _decoder(KimiK25Model, sizes, layers, vision_encoder=encoder)
     ahead = dsv3._build_mtp_layers(layers[-1], dim=sizes.dim, num_mtp_layers=mtp)
     for layer in ahead:
         layer.eh_proj.param_init = dsv3._LINEAR_INIT
@@ -144,6 +152,10 @@ def _gpt_oss(sizes: Sizes, fuse_qkv: bool) -> nn.Module:
     return _decoder(model, sizes, layers, sdpa=False)
 
 
+def _muse_glimmer(sizes: Sizes, fuse_qkv: bool, *, vision: bool) -> nn.Module:
+    return titan_families.muse_glimmer(sizes, vision=vision).build()
+
+
 _LAYERS: dict[str, Any] = {
     "qwen3": _qwen3,
     "qwen3-tied": partial(_qwen3, tied=True),
@@ -152,6 +164,9 @@ _LAYERS: dict[str, Any] = {
     "deepseek-v3-lora": partial(_deepseek, q_lora=18),
     "deepseek-v3-mtp": partial(_deepseek, mtp=2),
     "gpt-oss": _gpt_oss,
+    "kimi": partial(_deepseek, vision=True),
+    "muse-glimmer": partial(_muse_glimmer, vision=False),
+    "muse-glimmer-vision": partial(_muse_glimmer, vision=True),
 }
 
 

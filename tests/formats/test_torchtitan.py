@@ -15,11 +15,8 @@ from sparkling_cli.training import rewarm
 from tests.formats.widening import check_moments, corner, widen
 
 pytest.importorskip("torchtitan", reason="pip install torchtitan==0.3.0 triton")
-from torch.nn.attention.flex_attention import create_block_mask
-from torchtitan.models.common import attention
-
 from tests.formats.make_torchtitan import Run, Sizes, batch, logits_of, loss_of, make_torchtitan
-from tests.formats.titan_families import plain_flex_attention
+from tests.formats.titan_families import compute_on_cpu
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +69,17 @@ def test_resumes_where_it_was(tmp_path: Path, axes: dict[str, float], wide: Size
         ("gpt-oss", {"ffn": 2}, {"expert_dim": 48}),
         ("gpt-oss", {"hidden": 2, "expert_ffn": 3}, {"dim": 96, "expert_dim": 72}),
         ("gpt-oss", {"kv_heads": 2, "q_per_kv": 2}, {"n_heads": 24, "n_kv_heads": 4}),
+        (
+            "kimi",
+            {"hidden": 2, "expert_ffn": 2, "vision_ffn": 3},
+            {"dim": 96, "expert_dim": 48, "vision_ffn": 60},
+        ),
+        ("muse-glimmer", {"hidden": 2, "ffn": 2}, {"dim": 96, "hidden_dim": 80}),
+        (
+            "muse-glimmer-vision",
+            {"hidden": 2, "ffn": 2, "vision_ffn": 3},
+            {"dim": 96, "hidden_dim": 80, "vision_ffn": 60},
+        ),
     ],
 )
 @pytest.mark.parametrize("fuse_qkv", [True, False])
@@ -86,11 +94,11 @@ def test_families(
     """The packaged layouts of further models, with and without experts, say what the models compute.
 
     Experts compute in bfloat16, whose rounding would hide a wrong layout: here in float32. Flex attention,
-    which GPT-OSS needs for its windows and sinks, cannot be trained on a CPU and is stood in for.
+    which windows, sinks and vision encoders need, cannot be trained on a CPU and is stood in for.
     """
-    if family.startswith("deepseek") and not fuse_qkv:
-        pytest.skip("latent attention has nothing to fuse")
-    _in_float32(monkeypatch)
+    if family.startswith(("deepseek", "kimi", "muse")) and not fuse_qkv:
+        pytest.skip("has nothing to fuse")
+    compute_on_cpu(monkeypatch)
     _check(tmp_path, family, axes, Sizes(**wide), fuse_qkv)
 
 
@@ -99,21 +107,16 @@ def test_families(
     [
         ("deepseek-v3-mtp", {"ffn": 1.5, "expert_ffn": 1.5}, {"hidden_dim": 60, "expert_dim": 36}),
         ("gpt-oss", {"ffn": 1.5}, {"expert_dim": 36}),
+        ("kimi", {"expert_ffn": 1.5, "vision_ffn": 1.5}, {"expert_dim": 36, "vision_ffn": 30}),
+        ("muse-glimmer-vision", {"ffn": 1.5, "vision_ffn": 1.5}, {"hidden_dim": 60, "vision_ffn": 30}),
     ],
 )
 def test_uneven_factors(
     tmp_path: Path, family: str, axes: dict[str, float], wide: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where some entries have more copies than others, ``function`` scaling keeps the function."""
-    _in_float32(monkeypatch)
+    compute_on_cpu(monkeypatch)
     _check(tmp_path, family, axes, Sizes(**wide), fuse_qkv=True, scaling="function")
-
-
-def _in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No bfloat16, no compiler, and flex attention, which CPUs cannot train, in plain torch."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
-    monkeypatch.setattr(attention.FlexAttention, "_compiled_flex_attn", plain_flex_attention)
-    monkeypatch.setattr(attention, "_compiled_create_block_mask", create_block_mask)
 
 
 def _check(

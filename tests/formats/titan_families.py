@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import AuxOutput
+from torch.nn.attention.flex_attention import AuxOutput, create_block_mask
 
 
 def plain_flex_attention(
@@ -68,13 +69,93 @@ def gpt_oss(sizes: Any, fuse_qkv: bool) -> tuple[Any, list[Any]]:
     return titan.GptOssModel, layers
 
 
+def kimi_vision(sizes: Any) -> Any:
+    """The vision encoder of Kimi: pixels to tokens of the text model."""
+    from torchtitan.models import kimi_k2_7 as titan
+
+    return titan._vision_encoder_config(
+        dim=16,
+        ffn_dim=sizes.vision_ffn,
+        num_layers=2,
+        num_heads=2,
+        patch_size=2,
+        init_pos_emb_height=4,
+        init_pos_emb_width=6,
+        text_hidden_size=sizes.dim,
+    )
+
+
+def muse_glimmer(sizes: Any, *, vision: bool) -> Any:
+    """Gated attention with windows, norms before and behind, a vision encoder with an adapter."""
+    from torchtitan.models import muse_glimmer as titan
+    from torchtitan.models.common.config_utils import make_ffn_config
+
+    more: dict[str, Any] = {}
+    if vision:
+        encoder = titan.muse_glimmer_vision_encoder_config(
+            latent_dim=16,
+            num_layers=2,
+            num_heads=2,
+            mlp_ratio=sizes.vision_ffn / 16,
+            patch_size=2,
+            patch_temporal=1,
+            sparse_attention_factor=2,
+            pos_emb_grid_h=2,
+            pos_emb_grid_w=4,
+        )
+        adapter = titan.muse_glimmer_vision_adapter_config(input_dim=encoder.output_dim, output_dim=12)
+        more = {"vision_adapter_dim": 12, "vision_encoder": encoder, "vision_adapter": adapter}
+    config = titan._muse_glimmer_config(
+        dim=sizes.dim,
+        n_layers=sizes.layers,
+        n_heads=sizes.n_heads,
+        n_kv_heads=sizes.n_kv_heads,
+        head_dim=sizes.head_dim,
+        vocab_size=sizes.vocab,
+        max_seq_len=64,
+        window_pattern=[5, 0],
+        output_multiplier=0.5,
+        attn_backend="flex",
+        **more,
+    )
+    for layer in config.layers:
+        layer.feed_forward = make_ffn_config(
+            dim=sizes.dim,
+            hidden_dim=sizes.hidden_dim,
+            w1_param_init=titan._LINEAR_INIT,
+            w2w3_param_init=titan._LINEAR_INIT,
+        )
+    return config
+
+
+def compute_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bfloat16, no compiler, no mesh, and flex attention, which CPUs cannot train, in plain torch."""
+    common = "torchtitan.models.common"
+    monkeypatch.setattr("torchtitan.distributed.utils._spmd_backend", "default")
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
+    monkeypatch.setattr(f"{common}.attention.FlexAttention._compiled_flex_attn", plain_flex_attention)
+    monkeypatch.setattr(f"{common}.attention._compiled_create_block_mask", create_block_mask)
+    for family in ("kimi_k2_7", "muse_glimmer"):
+        made = f"torchtitan.models.{family}.vision_encoder.compiled_create_block_mask"
+        monkeypatch.setattr(made, create_block_mask)
+
+
 def outputs_of(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The logits of the next token and of those that MTP modules predict beyond it."""
-    masks = None
+    """The logits of the next token and of those that MTP modules predict beyond it.
+
+    Models with a vision encoder see an image in every sequence.
+    """
+    more: dict[str, Any] = {}
     if type(model).__name__ in ("GptOssModel", "MuseGlimmerModel"):
-        positions = torch.arange(ids.shape[1]).expand(ids.shape)
-        masks = model.get_attention_masks(positions)
-    found = model(ids, attention_masks=masks)
+        more["attention_masks"] = model.get_attention_masks(torch.arange(ids.shape[1]).expand(ids.shape))
+    if getattr(model, "vision_encoder", None) is not None:
+        image = model.config.vocab_size - 1
+        ids = ids.clamp(max=image - 1)
+        ids[:, 3:7] = image
+        pixels = torch.randn(len(ids), 16, 12, generator=torch.Generator().manual_seed(8))
+        more |= {"pixel_values": pixels, "grid_thw": torch.tensor([[1, 4, 4], [1, 2, 8]])}
+        more["special_tokens"] = {"image_id": image, "video_id": image}
+    found = model(ids, **more)
     return tuple(found) if isinstance(found, Sequence) else (found,)
 
 
