@@ -33,12 +33,17 @@ class Sizes:
 def build(sizes: Sizes, *, fuse_qkv: bool = True, family: str = "llama3") -> nn.Module:
     """Torchtitan's model of a family, all parameters random."""
     model = _LAYERS[family](sizes, fuse_qkv) if family in _LAYERS else _llama(sizes, fuse_qkv)
+    centers = {
+        f"{name}.weight": getattr(module, "gain_center", 1.0)
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("OffsetRMSNorm", "RMSGainCenterNorm")
+    }
     torch.manual_seed(3)
     model.init_weights(buffer_device=torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape) * 0.2
-            parameter.copy_(noise + 1.0 if "norm" in name else noise)
+            parameter.copy_(noise + 1.0 - centers.get(name, 0.0) if "norm" in name else noise)
         for name, buffer in model.named_buffers():
             if name.endswith("expert_bias_E"):
                 buffer.copy_(torch.randn(buffer.shape) * 0.1)
@@ -53,17 +58,17 @@ def _decoder(
     from torchtitan.models.common.attention import ScaledDotProductAttention
 
     init: Any = {"weight": nn.init.normal_}
-    for layer in [*layers, *more.get("mtp_layers", ())] if sdpa else ():
-        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+    attentions = [layer.attention for layer in (*layers, *more.get("mtp_layers", ()))]
+    for attention in filter(None, attentions if sdpa else ()):
+        attention.inner_attention = ScaledDotProductAttention.Config()
     config = model.Config(
         dim=sizes.dim,
         vocab_size=sizes.vocab,
         tok_embeddings=Embedding.Config(num_embeddings=sizes.vocab, embedding_dim=sizes.dim, param_init=init),
-        norm=RMSNorm.Config(normalized_shape=sizes.dim, param_init=init),
         lm_head=Linear.Config(in_features=sizes.dim, out_features=sizes.vocab, param_init=init),
         layers=layers,
         enable_weight_tying=tied,
-        **more,
+        **{"norm": RMSNorm.Config(normalized_shape=sizes.dim, param_init=init), **more},
     )
     return config.build()
 
@@ -156,6 +161,11 @@ def _muse_glimmer(sizes: Sizes, fuse_qkv: bool, *, vision: bool) -> nn.Module:
     return titan_families.muse_glimmer(sizes, vision=vision).build()
 
 
+def _qwen3_5(sizes: Sizes, fuse_qkv: bool, *, experts: bool) -> nn.Module:
+    model, layers, more = titan_families.qwen3_5(sizes, experts=experts)
+    return _decoder(model, sizes, layers, **more)
+
+
 _LAYERS: dict[str, Any] = {
     "qwen3": _qwen3,
     "qwen3-tied": partial(_qwen3, tied=True),
@@ -164,6 +174,8 @@ _LAYERS: dict[str, Any] = {
     "deepseek-v3-lora": partial(_deepseek, q_lora=18),
     "deepseek-v3-mtp": partial(_deepseek, mtp=2),
     "gpt-oss": _gpt_oss,
+    "qwen3.5": partial(_qwen3_5, experts=False),
+    "qwen3.5-moe": partial(_qwen3_5, experts=True),
     "kimi": partial(_deepseek, vision=True),
     "muse-glimmer": partial(_muse_glimmer, vision=False),
     "muse-glimmer-vision": partial(_muse_glimmer, vision=True),

@@ -69,6 +69,17 @@ def test_resumes_where_it_was(tmp_path: Path, axes: dict[str, float], wide: Size
         ("gpt-oss", {"ffn": 2}, {"expert_dim": 48}),
         ("gpt-oss", {"hidden": 2, "expert_ffn": 3}, {"dim": 96, "expert_dim": 72}),
         ("gpt-oss", {"kv_heads": 2, "q_per_kv": 2}, {"n_heads": 24, "n_kv_heads": 4}),
+        ("qwen3.5", {"hidden": 2, "ffn": 2}, {"dim": 96, "hidden_dim": 80}),
+        (
+            "qwen3.5",
+            {"kv_heads": 2, "q_per_kv": 2, "vision_ffn": 3},
+            {"n_heads": 24, "n_kv_heads": 4, "vision_ffn": 60},
+        ),
+        (
+            "qwen3.5-moe",
+            {"hidden": 2, "expert_ffn": 2, "shared_ffn": 3},
+            {"dim": 96, "expert_dim": 48, "shared_dim": 96},
+        ),
         (
             "kimi",
             {"hidden": 2, "expert_ffn": 2, "vision_ffn": 3},
@@ -94,9 +105,10 @@ def test_families(
     """The packaged layouts of further models, with and without experts, say what the models compute.
 
     Experts compute in bfloat16, whose rounding would hide a wrong layout: here in float32. Flex attention,
-    which windows, sinks and vision encoders need, cannot be trained on a CPU and is stood in for.
+    which windows, sinks and vision encoders need, cannot be trained on a CPU, and Qwen3.5's linear attention
+    has kernels for GPUs only: plain torch stands in for both.
     """
-    if family.startswith(("deepseek", "kimi", "muse")) and not fuse_qkv:
+    if family.startswith(("deepseek", "kimi", "muse", "qwen3.5")) and not fuse_qkv:
         pytest.skip("has nothing to fuse")
     compute_on_cpu(monkeypatch)
     _check(tmp_path, family, axes, Sizes(**wide), fuse_qkv)
@@ -107,6 +119,8 @@ def test_families(
     [
         ("deepseek-v3-mtp", {"ffn": 1.5, "expert_ffn": 1.5}, {"hidden_dim": 60, "expert_dim": 36}),
         ("gpt-oss", {"ffn": 1.5}, {"expert_dim": 36}),
+        ("qwen3.5", {"ffn": 1.5}, {"hidden_dim": 60}),
+        ("qwen3.5-moe", {"ffn": 1.5, "shared_ffn": 1.5}, {"expert_dim": 36, "shared_dim": 48}),
         ("kimi", {"expert_ffn": 1.5, "vision_ffn": 1.5}, {"expert_dim": 36, "vision_ffn": 30}),
         ("muse-glimmer-vision", {"ffn": 1.5, "vision_ffn": 1.5}, {"hidden_dim": 60, "vision_ffn": 30}),
     ],
@@ -130,7 +144,9 @@ def _check(
     assert (resumed.state.step, resumed.state.ntokens_seen) == (3, run.state.ntokens_seen)
     assert resumed.schedulers.state_dict() == run.schedulers.state_dict()
     ids = batch(run.sizes, 9)
-    torch.testing.assert_close(logits_of(resumed.model, ids), logits_of(run.model, ids), rtol=1e-5, atol=2e-5)
+    # A recurrence is a long way, on which float32 rounds more: in float64 a hundredth is left.
+    atol = 5e-5 if family.startswith("qwen3.5") else 2e-5
+    torch.testing.assert_close(logits_of(resumed.model, ids), logits_of(run.model, ids), rtol=1e-5, atol=atol)
     torch.testing.assert_close(loss_of(resumed.model, ids), loss_of(run.model, ids), rtol=1e-6, atol=1e-5)
     old, new = run.optimizers.optimizers[0], resumed.optimizers.optimizers[0]
     for (name, before), after in zip(run.model.named_parameters(), resumed.model.parameters(), strict=True):
@@ -139,7 +155,7 @@ def _check(
         check_moments(moments, new.state[after], name)
         for slot, value in moments.items():
             # New heads stand between the old ones.
-            if ".attention." not in name or not {"kv_heads", "q_per_kv"} & axes.keys():
+            if ".att" not in name or not {"kv_heads", "q_per_kv"} & axes.keys():
                 assert torch.equal(_old_entries(new.state[after][slot], value, name), value), name
     resumed.train(1)
 
@@ -174,16 +190,17 @@ def test_new_entries_have_their_own_rate(tmp_path: Path) -> None:
             assert not len(differs), name
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen3", "qwen3-tied"])
-def test_weights_only(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "qwen3-tied", "gpt-oss"])
+def test_weights_only(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model-only save, which torchtitan makes last: the bytes say whether embedding and head are tied."""
+    compute_on_cpu(monkeypatch)
     run = make_torchtitan(tmp_path / "run", family=family)
     run.manager.last_save_model_only = True
     run.manager.save(4, last_step=True)
     target = tmp_path / "wide" / "step-4"
     target.parent.mkdir()
     widen(tmp_path / "run" / "step-4", target, {"hidden": 2, "ffn": 2})
-    resumed = Run(tmp_path / "wide", Sizes(dim=96, hidden_dim=80), family=family)
+    resumed = Run(tmp_path / "wide", Sizes(dim=96, hidden_dim=80, expert_dim=48), family=family)
     import torch.distributed.checkpoint as dcp
 
     weights = resumed.model.state_dict()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,6 +131,83 @@ def muse_glimmer(sizes: Any, *, vision: bool) -> Any:
     return config
 
 
+def plain_delta_rule(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """The gated delta rule of flash-linear-attention, whose kernels are for GPUs only, token by token."""
+    q, k = (functional.normalize(tensor, dim=-1, eps=1e-6) for tensor in (q, k))
+    memory = torch.zeros(*k.shape[:1], *k.shape[2:], v.shape[-1])
+    found = []
+    for t in range(k.shape[1]):
+        memory = memory * g[:, t, :, None, None].exp()
+        told = (v[:, t] - torch.einsum("bnk,bnkv->bnv", k[:, t], memory)) * beta[:, t, :, None]
+        memory = memory + torch.einsum("bnk,bnv->bnkv", k[:, t], told)
+        found.append(torch.einsum("bnk,bnkv->bnv", q[:, t] * k.shape[-1] ** -0.5, memory))
+    return torch.stack(found, 1), None
+
+
+def import_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3.5 imports flash-linear-attention; where it is not installed, empty names stand in for its own."""
+    if importlib.util.find_spec("fla") is None:
+        names = {
+            "fla.modules.conv.triton.ops": ["CausalConv1dFunction"],
+            "fla.ops.gated_delta_rule": ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"],
+            "fla.ops.gated_delta_rule.chunk": ["ChunkGatedDeltaRuleFunction"],
+            "fla.ops.gated_delta_rule.fused_recurrent": ["FusedRecurrentFunction"],
+        }
+        for name, functions in names.items():
+            module = types.ModuleType(name)
+            for function in functions:
+                setattr(module, function, type(function, (torch.autograd.Function,), {}))
+            monkeypatch.setitem(sys.modules, name, module)
+    rule = "torchtitan.models.qwen3_5.model._fla_chunk_gated_delta_rule"
+    monkeypatch.setattr(rule, plain_delta_rule)
+
+
+def qwen3_5(sizes: Any, *, experts: bool) -> tuple[Any, list[Any], Any]:
+    """Linear attention in the first layer, gated attention in the second, a vision encoder."""
+    from torchtitan.models import qwen3_5 as titan
+
+    common: dict[str, Any] = {
+        "n_layers": sizes.layers,
+        "dim": sizes.dim,
+        "n_heads": sizes.n_heads,
+        "n_kv_heads": sizes.n_kv_heads,
+        "head_dim": sizes.head_dim,
+        "rotary_dim": 4,
+        "rope": titan.MRoPE.Config(dim=4, max_seq_len=64, theta=10000.0, mrope_section=[1, 1, 0]),
+        "n_key_heads": 2,
+        "n_value_heads": 4,
+        "key_head_dim": 6,
+        "value_head_dim": 5,
+        "full_attention_interval": 2,
+        "attn_backend": "flex",
+    }
+    if experts:
+        layers = titan._build_qwen35_moe_layers(
+            **common,
+            moe_hidden_dim=sizes.expert_dim,
+            num_experts=sizes.experts,
+            top_k=2,
+            shared_expert_hidden_dim=sizes.shared_dim,
+        )
+    else:
+        layers = titan._build_qwen35_layers(**common, hidden_dim=sizes.hidden_dim)
+    encoder = titan._qwen35_vision_encoder_config(
+        dim=16,
+        ffn_dim=sizes.vision_ffn,
+        num_layers=2,
+        num_heads=2,
+        patch_size=2,
+        temporal_patch_size=1,
+        spatial_merge_size=2,
+        out_hidden_size=sizes.dim,
+        num_position_embeddings=16,
+    )
+    more = {"vision_encoder": encoder, "norm": titan._offset_norm(sizes.dim)}
+    return titan.Qwen35Model, layers, more
+
+
 def compute_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No bfloat16, no compiler, no mesh, and flex attention, which CPUs cannot train, in plain torch."""
     common = "torchtitan.models.common"
@@ -135,7 +215,8 @@ def compute_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
     monkeypatch.setattr(f"{common}.attention.FlexAttention._compiled_flex_attn", plain_flex_attention)
     monkeypatch.setattr(f"{common}.attention._compiled_create_block_mask", create_block_mask)
-    for family in ("kimi_k2_7", "muse_glimmer"):
+    import_without_kernels(monkeypatch)
+    for family in ("kimi_k2_7", "muse_glimmer", "qwen3_5"):
         made = f"torchtitan.models.{family}.vision_encoder.compiled_create_block_mask"
         monkeypatch.setattr(made, create_block_mask)
 
@@ -148,6 +229,8 @@ def outputs_of(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     more: dict[str, Any] = {}
     if type(model).__name__ in ("GptOssModel", "MuseGlimmerModel"):
         more["attention_masks"] = model.get_attention_masks(torch.arange(ids.shape[1]).expand(ids.shape))
+    if type(model).__name__ == "Qwen35Model":
+        more["positions"] = torch.arange(ids.shape[1]).expand(ids.shape)
     if getattr(model, "vision_encoder", None) is not None:
         image = model.config.vocab_size - 1
         ids = ids.clamp(max=image - 1)
