@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,15 +74,19 @@ def find_packaged(checkpoint: _Source, alike: Callable[[str, str], bool]) -> Mod
             weights twice (DCP) do not say which are.
 
     Raises:
-        LayoutError: the names are those of one file but the shapes contradict it, or several fit.
+        LayoutError: the names are those of one file but the shapes contradict it, or several fit, or the one
+            that fits does not tie what is the same in the checkpoint.
     """
     weights, states = shapes_of(checkpoint)
+    ties: set[frozenset[str]] = set()
     fitting: list[ModelLayout] = []
     faults: list[LayoutError] = []
     for name in packaged_names():
         where = f"packaged layout {name}"
+        data = packaged_data(name)
+        ties.update(map(frozenset, data.get("tied", ())))
         try:
-            fitting.append(solve_layout(packaged_data(name), weights, states, checkpoint.config, where))
+            fitting.append(solve_layout(data, weights, states, checkpoint.config, where))
         except NamesDifferError:
             continue
         except LayoutError as error:
@@ -98,7 +102,29 @@ def find_packaged(checkpoint: _Source, alike: Callable[[str, str], bool]) -> Mod
         )
     if not fitting and faults:
         raise faults[0]
+    if fitting and checkpoint.format == "dcp":
+        _refuse_unknown_ties(checkpoint, fitting[0], ties, alike)
     return fitting[0] if fitting else None
+
+
+def _refuse_unknown_ties(
+    checkpoint: _Source, layout: ModelLayout, ties: Set[frozenset[str]], alike: Callable[[str, str], bool]
+) -> None:
+    """Names that models of other files tie must not share their values where the layout unties them.
+
+    Raises:
+        LayoutError: they do: one factor would have to fit a matrix that is both embedding and head.
+    """
+    for group in ties - {frozenset(group) for group in layout.tied}:
+        first, *others = sorted(group)
+        if group <= checkpoint.weights.keys() and all(
+            alike(checkpoint.weights[first], checkpoint.weights[other]) for other in others
+        ):
+            names = " and ".join([first, *others])
+            raise LayoutError(
+                f"packaged layout {layout.name} is for models whose {names} are not tied, as they are here",
+                hint="pass a layout in which they stand under tied by --layout",
+            )
 
 
 def _shared_is_tied(checkpoint: _Source, layout: ModelLayout) -> bool:

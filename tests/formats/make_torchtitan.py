@@ -170,6 +170,7 @@ _LAYERS: dict[str, Any] = {
     "qwen3": _qwen3,
     "qwen3-tied": partial(_qwen3, tied=True),
     "qwen3-moe": partial(_qwen3, experts=True),
+    "qwen3-moe-tied": partial(_qwen3, experts=True, tied=True),
     "deepseek-v3": _deepseek,
     "deepseek-v3-lora": partial(_deepseek, q_lora=18),
     "deepseek-v3-mtp": partial(_deepseek, mtp=2),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from sparkling_cli.errors import LayoutError
 from sparkling_cli.training import rewarm
 from tests.formats.widening import check_moments, corner, widen
 
@@ -208,3 +209,13 @@ def test_weights_only(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPat
     resumed.model.load_state_dict(weights)
     ids = batch(run.sizes, 9)
     torch.testing.assert_close(logits_of(resumed.model, ids), logits_of(run.model, ids), rtol=1e-5, atol=2e-5)
+
+
+def test_tied_weights_without_a_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no layout of a tied Qwen3 with experts; its names alone are those of the untied one."""
+    compute_on_cpu(monkeypatch)
+    run = make_torchtitan(tmp_path / "run", family="qwen3-moe-tied")
+    run.manager.last_save_model_only = True
+    run.manager.save(4, last_step=True)
+    with pytest.raises(LayoutError, match=r"lm_head.weight and tok_embeddings.weight are not tied"):
+        widen(tmp_path / "run" / "step-4", tmp_path / "wide" / "step-4", {"hidden": 2})
