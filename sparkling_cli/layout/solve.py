@@ -5,6 +5,7 @@ A family's file says what the dims mean; how large they are is the checkpoint's 
 - an axis without ``size`` is solved: every tensor dim and every config number gives one equation, e.g.
   ``(kv_heads q_per_kv head_dim) = 512``;
 - a name that ends in ``?`` (tensor, config key) may be missing from the checkpoint;
+- a ``*`` in a config key stands for every key or index there is at its place;
 - a config key that ends in ``+`` is implied when it is missing (``head_dim`` = hidden / heads): it is
   written once something grows;
 - ``requires`` lists config values that a checkpoint of this family has, where it has the key at all; the
@@ -231,9 +232,19 @@ def _present(
     return {n: t for n, t in patterns.items() if n in used or n in missing}
 
 
+def _spread(name: str, config: Mapping[str, Any]) -> list[str]:
+    """The keys that a key with ``*`` stands for."""
+    before, star, after = name.partition(".*.")
+    if not star:
+        return [name]
+    there = lookup(config, before)
+    keys = there if isinstance(there, Mapping) else range(len(there)) if isinstance(there, list) else ()
+    return [full for key in keys for full in _spread(f"{before}.{key}.{after}", config)]
+
+
 def _present_numbers(table: Mapping[str, str], config: Mapping[str, Any], where: str) -> dict[str, str]:
     found = {}
-    for name, text in table.items():
+    for name, text in ((one, text) for key, text in table.items() for one in _spread(key, config)):
         key = name.rstrip("?+")
         implied = name.endswith("+") and bool(config)
         if implied and "." in key:

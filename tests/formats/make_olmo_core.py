@@ -54,10 +54,14 @@ def config_of(sizes: dict[str, Any]) -> Any:
     from olmo_core.nn.transformer import TransformerConfig
 
     options = dict(sizes)
+    overridden = options.pop("overridden", ())
     if "ffn" in sizes:
         options["feed_forward"] = FeedForwardConfig(hidden_size=options.pop("ffn"), bias=False)
     make = TransformerConfig.llama_like_moe if "num_experts" in sizes else TransformerConfig.llama_like
-    return make(**options)
+    config = make(**options)
+    if overridden:  # as with_rope_scaling does: whole blocks, with all of their sizes
+        config.block_overrides = {layer: config.block.copy() for layer in overridden}
+    return config
 
 
 def module_of(config: Any) -> Any:

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.slow
         ({"use_head_qk_norm": False, "block_name": "reordered_norm"}, {"hidden": 2, "ffn": 2}),
         ({"use_head_qk_norm": False, "block_name": "reordered_norm"}, {"q_per_kv": 2}),
         ({"qk_norm": False, "n_kv_heads": None}, {"hidden": 2, "kv_heads": 2, "ffn": 2}),
+        ({"overridden": [1]}, {"hidden": 2, "kv_heads": 2, "ffn": 2}),
     ],
 )
 def test_resumes_where_it_was(tmp_path: Path, changes: dict[str, Any], axes: dict[str, float]) -> None:
