@@ -6,6 +6,7 @@ really moves is measured on skeletons, and what a tensor's dims really mean is p
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -78,6 +79,7 @@ TINY_SIZES: Mapping[str, int] = {
 }
 
 
+@functools.lru_cache(maxsize=4096)
 def role_of(key: str) -> str | None:
     """Return the role that the name of a config key hints at, or None."""
     for role, pattern in _HINTS:

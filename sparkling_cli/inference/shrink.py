@@ -35,8 +35,19 @@ _PATIENCE = 2
 _INDEXED = re.compile(r"\.(\d+)\.")
 
 
-def shrink(config: Mapping[str, Any], *, factory: ModelFactory | None = None) -> ConfigDict:
+#: What was tried as a tiny model: the variant's place, and layers more than the fewest possible.
+Trials = list[tuple[int, int]]
+
+
+def shrink(
+    config: Mapping[str, Any], *, factory: ModelFactory | None = None, trials: Trials | None = None
+) -> ConfigDict:
     """Return a tiny config of the same class whose model builds and runs.
+
+    Args:
+        config: of the real model.
+        factory: the user's own model.
+        trials: a list that is told what was tried, the accepted candidate last.
 
     Raises:
         LayoutError: no candidate was accepted; the message holds what the class said.
@@ -48,11 +59,13 @@ def shrink(config: Mapping[str, Any], *, factory: ModelFactory | None = None) ->
     except Exception as error:  # a class whose own defaults do not build: let tiny sizes try
         kinds = frozenset()
         reasons.append(f"the config itself: {type(error).__name__}: {error}".splitlines()[0])
-    for variant in VARIANTS:
+    for place, variant in enumerate(VARIANTS):
         failed = 0
-        for tiny in _with_layers(real, variant):
+        for more, tiny in enumerate(_with_layers(real, variant)):
             if failed > _PATIENCE and layer_count(tiny) < _MAX_LAYERS:
                 continue  # the last try has as many layers as a tiny model may have
+            if trials is not None:
+                trials.append((place, more))
             try:
                 skeleton = build_model(tiny, factory=factory)
                 if not kinds <= layer_kinds(skeleton):
