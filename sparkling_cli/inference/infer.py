@@ -7,7 +7,7 @@ from typing import Any
 
 from sparkling_cli.checkpoint.pause import collector_running
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.inference import cache
+from sparkling_cli.inference import cache, catalog
 from sparkling_cli.layout.file import from_dict, to_dict
 from sparkling_cli.layout.model import ModelLayout
 
@@ -26,6 +26,9 @@ def infer(
 ) -> ModelLayout:
     """Layout of the model of a config, each axis proved or refused with a reason.
 
+    A structure that was proved when the package was made comes from its catalog; any other is proved
+    now, once, and kept in the cache.
+
     Args:
         config: the content of ``config.json``, or what the user's factory takes.
         model: ``package.module:factory`` of the user's own model.
@@ -39,6 +42,9 @@ def infer(
         LayoutError: no tiny model runs, a tensor cannot be explained, or one of ``axes`` is refused.
     """
     own = model is not None or model_factory is not None
+    proved = None if own else catalog.known(config)
+    if proved is not None:
+        return _with(axes, proved.layout)
     kept = {k: v for k, v in config.items() if k not in _IRRELEVANT}
     key = cache.key_of("layout", kept)
     stored = None if own else cache.load("layouts", key)
@@ -48,6 +54,11 @@ def infer(
         layout = _inferred(config, model, model_factory)
         if not own:
             cache.store("layouts", key, to_dict(layout))
+    return _with(axes, layout)
+
+
+def _with(axes: Sequence[str] | None, layout: ModelLayout) -> ModelLayout:
+    """The layout, if it has all these axes proved."""
     for axis in axes or ():
         info = layout.axes.get(layout.aliases.get(axis, axis))
         if info is None or not info.widenable:

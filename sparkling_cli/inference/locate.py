@@ -12,15 +12,13 @@ from sparkling_cli.checkpoint.model import Checkpoint
 from sparkling_cli.checkpoint.pause import collector_running
 from sparkling_cli.checkpoint.read import TensorSource
 from sparkling_cli.errors import CheckpointError, LayoutError
-from sparkling_cli.inference import cache
+from sparkling_cli.inference import cache, catalog
+from sparkling_cli.inference.catalog import Parameters
 from sparkling_cli.layout.expr import Role, axis_names
 from sparkling_cli.layout.model import ModelLayout
 
 if TYPE_CHECKING:
     from sparkling_cli.manifest import Manifest
-
-#: parameters of a model in order, and which of them the Trainer decays
-Parameters = tuple[list[tuple[str, tuple[int, ...]]], set[str]]
 
 
 def find_layout(
@@ -154,20 +152,24 @@ def vocabulary_of(layout: ModelLayout, parameters: Iterable[tuple[str, tuple[int
 
 
 def model_parameters(config: Mapping[str, Any], model: str | None) -> Parameters:
-    """Names and shapes in ``named_parameters()`` order, and the Trainer's decayed ones; cached."""
+    """Names and shapes in ``named_parameters()`` order, and the Trainer's decayed ones; kept like layouts."""
+    proved = catalog.known(config) if model is None else None
+    if proved is not None:
+        return proved.parameters
     key = hashlib.blake2b(
         json.dumps([config, model, cache.versions()], sort_keys=True, default=str).encode(), digest_size=16
     ).hexdigest()
     found = cache.load("parameters", key) if model is None else None
     if found is None:
-        found = _ask_model(config, model)
+        found = ask_model(config, model)
         if model is None:
             cache.store("parameters", key, found)
     return [(name, tuple(shape)) for name, shape in found["parameters"]], set(found["decayed"])
 
 
 @collector_running()
-def _ask_model(config: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+def ask_model(config: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+    """Parameters and decayed names as the model itself, built on the meta device, says them."""
     from sparkling_cli.inference.skeleton import build_model, load_factory, model_errors
 
     factory = None if model is None else load_factory(model)
