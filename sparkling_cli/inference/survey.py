@@ -206,7 +206,8 @@ def to_markdown(rows: Sequence[ClassRow]) -> str:
         f"{', '.join(cache.versions()[1:3])}; a test fails when it is stale. "
         f"{len(rows)} model types, {len(classes)} classes. Each was judged on a tiny random instance of its "
         "default config: an axis is *proved* if widening it 2x and 3x keeps the logits, and refused with the "
-        "reason otherwise. A checkpoint's own config is judged again when it is widened.",
+        "reason otherwise. A checkpoint's own config is judged in the same way when it is widened, or was "
+        "when the package's catalog was made.",
         "",
         "Classes with the axis proved: " + ", ".join(f"{n} {c}" for n, c in totals.items()) + ".",
         "",
