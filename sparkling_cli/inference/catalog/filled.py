@@ -17,6 +17,8 @@ from sparkling_cli.inference.tiny_config import layer_count
 Entry = Mapping[str, Any]
 #: Keys of classifiers: not written for language models.
 _LABELS = frozenset({"id2label", "label2id"})
+#: More layers than this are nobody's model, and would be counted for hours.
+_MOST_LAYERS = 4096
 #: Where rotary parameters have been written over the years.
 ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
 
@@ -28,6 +30,8 @@ def filled(entry: Entry, raw: Mapping[str, Any]) -> dict[str, Any] | None:
     if len(given) != len(own) or not isinstance(raw.get("use_cache", True), bool):
         return None  # a key under two names, or a value that the class refuses
     config = dict(given)
+    if layer_count(config) > _MOST_LAYERS:
+        return None
     if "rope_parameters" in entry["keys"] and not _rope(entry, config):
         return None
     if any(key not in entry["keys"] and key not in entry["extra"] for key in config):

@@ -45,6 +45,8 @@ ROPE: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}) | _ORIGINAL,
     ),
 }  # fmt: skip
+#: Whether a bound of a rotary type is rounded.
+_ROUNDED: Mapping[str, set[str]] = {"yarn": {"truncate"}}
 _FACTOR = "partial_rotary_factor"
 _TOKEN = re.compile(r"_token_id$")
 
@@ -96,8 +98,10 @@ def plain_rope(value: Any) -> tuple[str, Any] | dict[str, str] | None:
     if not isinstance(kind, str) or kind not in ROPE or value.get("type", kind) != kind:
         return None
     needed, possible = ROPE[kind]
-    keys = set(value) - {"rope_type", "type", "rope_theta", _FACTOR}
+    keys = set(value) - {"rope_type", "type", "rope_theta", _FACTOR} - _ROUNDED.get(kind, set())
     numbers = [value[k] for k in keys | ({"rope_theta"} & set(value))]
+    if not isinstance(value.get("truncate", False), bool):
+        return None
     if not needed <= keys <= needed | possible or not all(_positive(n) for n in numbers):
         return None
     return kind, value.get(_FACTOR)

@@ -82,6 +82,9 @@ def plausible(config: Config) -> bool:
                 return False
             if role in _EVEN and value % 2 and key != "qk_head_dim":  # only a part of it is rotated
                 return False
+    counted = [_first(config, role) for role in ("hidden", "heads", "kv_heads", "experts", "layers")]
+    if any(count is not None and count < 1 for count in counted):
+        return False
     heads, groups = _first(config, "heads"), _first(config, "kv_heads")
     experts, chosen = _first(config, "experts"), _first(config, "top_k")
     if heads and groups and heads % groups:

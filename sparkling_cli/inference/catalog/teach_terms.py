@@ -45,6 +45,9 @@ def _terms(keys: Sequence[str], numbers: Numbers, value: int) -> Iterator[str]:
         product = numbers[a] * numbers[b]
         if value % product == 0 and 2 <= value // product <= 4:
             yield f"{value // product} * {a} * {b}"
+    for a, b in itertools.permutations(keys, 2):
+        if 2 * numbers[a] == value * numbers[b]:
+            yield f"2 * {a} / {b}"
     for a, b in itertools.combinations(keys, 2):
         for c in keys:
             if c not in (a, b) and numbers[a] * numbers[b] == value * numbers[c]:

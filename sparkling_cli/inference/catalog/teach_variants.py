@@ -125,6 +125,8 @@ def sample(
         role = str(role_of(key))
         if role == "kv_heads":
             config[key] = groups
+        elif role == "token" and isinstance(value, list):
+            config[key] = [1, 2]  # fewer than layers
         elif type(value) is not int or value < 1:
             continue
         elif role == "heads":
