@@ -321,7 +321,7 @@ main()
 
 
 def test_without_transformers(source: Path, tmp_path: Path) -> None:
-    """Inference says what to install; weights with a layout file need nothing of it."""
+    """Inference says what to install; the catalog, and weights with a layout file, need nothing of it."""
     from sparkling_cli.layout.file import to_toml
 
     layout = tmp_path / "layout.toml"
@@ -334,6 +334,11 @@ def test_without_transformers(source: Path, tmp_path: Path) -> None:
             cwd=Path(__file__).parents[2], capture_output=True, timeout=300, check=False,
         )  # fmt: skip
 
+    assert expand().returncode == 0
+    api.verify(source, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "of_its_own": 1}))
     for words in ((), ("--layout", str(layout))):
         done = expand(*words)
         assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
