@@ -10,6 +10,7 @@ from sparkling_cli.inference import catalog
 from sparkling_cli.inference import infer as module
 from sparkling_cli.inference.catalog.irrelevant import number_range
 from sparkling_cli.inference.catalog.lookup import read_entry
+from sparkling_cli.inference.catalog.teach_class import ASSUMED
 from sparkling_cli.inference.catalog.teach_rules import completed
 from sparkling_cli.inference.catalog.teach_template import plain
 from sparkling_cli.inference.catalog.teach_variants import sample, structures
@@ -27,7 +28,8 @@ def unseen(name: str, seed: str, count: int) -> Iterator[Config]:
     """
     entry = read_entry(name)
     head = {"model_type": entry["model_type"], "architectures": [entry["architecture"]]}
-    defaults = completed({**default_config(entry["model_type"]), **head})
+    assumed = ASSUMED.get(entry["model_type"], {})
+    defaults = completed({**default_config(entry["model_type"]), **assumed, **head})
     assert defaults is not None
     every = list(structures(defaults, tuple(entry["extra"])))
     for n in range(count):

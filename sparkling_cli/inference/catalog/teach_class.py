@@ -20,7 +20,7 @@ from sparkling_cli.inference.shrink import Trials, shrink
 from sparkling_cli.inference.skeleton import ConfigDict, causal_lm_names, default_config, text_config
 
 #: What checkpoints of a class say although its defaults do not, or without which it does not run.
-_ASSUMED: Mapping[str, Mapping[str, Any]] = {
+ASSUMED: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
     "nemotron": {"num_key_value_heads": 8},
 }
@@ -41,7 +41,7 @@ class Class:
     def __init__(self, model_type: str) -> None:
         self.model_type, self.architecture = model_type, causal_lm_names()[model_type]
         self.head = {"model_type": model_type, "architectures": [self.architecture]}
-        usual = {**default_config(model_type), **_ASSUMED.get(model_type, {}), **self.head}
+        usual = {**default_config(model_type), **ASSUMED.get(model_type, {}), **self.head}
         real = completed(usual)
         if real is None:
             raise Unclean("its default config does not build")
