@@ -8,6 +8,7 @@ them. What is left for every tensor by itself is its checksums.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.checkpoint.model import ITEM_BYTES
@@ -15,7 +16,7 @@ from sparkling_cli.execute.crc import Span, crc32
 from sparkling_cli.execute.entries import count_nonfinite
 from sparkling_cli.execute.job import Job, Part, PartResult, RowJob, Seam
 from sparkling_cli.execute.kernel import Kernel
-from sparkling_cli.execute.places import Handles, Place, read_range, write_range
+from sparkling_cli.execute.places import Handles, read_range, write_range
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,8 @@ ROOM = 1 << 21
 #: largest gap between neighbours in a file that is read along
 _GAP = 4096
 _ALIGN = 64
+#: most tensors of one kernel that take turns, as the gate and up matrices of experts do
+_TURNS = 4
 
 
 class Member(NamedTuple):
@@ -90,62 +93,59 @@ class Bundle(NamedTuple):
 
 def gather(task: Sequence[Part], first: int, job: Job) -> Bundle | None:
     """The rows of a task from ``first`` on that can be done together; None if not even two can."""
-    rows, seams = job.rows, job.seams
+    rows = job.rows
     head = rows[task[first].row]
     if not head.simple:
         return None
+    dtype = head.row.dtype
     _, _, path, begin = head.source.places[0]
     lead = begin % _ALIGN  # as aligned in memory as in the file
     members: list[Member] = []
     stretches: list[Stretch] = []
     joints: list[Joint] = []
-    at, end = 0, begin
+    end = begin  # of what is read, in its file
+    _, _, into, start = head.target.places[0]  # the last stretch: its file, where in it,
+    opened = at = start % _ALIGN  # and where in the buffer
     for number in range(first, len(task)):
         row = task[number].row
         one = rows[row]
-        if not one.simple or one.kernel is None or one.row.dtype != head.row.dtype:
+        if not one.simple or one.kernel is None or one.row.dtype != dtype:
             break
-        (_, size, where, offset), target = one.source.places[0], one.target.places[0]
+        (_, size, where, offset), (_, length, to, place) = one.source.places[0], one.target.places[0]
         if where != path or not 0 <= offset - end <= _GAP:
             break
-        last = stretches[-1] if stretches else None
-        seam = _seam(last, target, members[-1].target, seams) if last is not None else None
-        begins = at + len(seam.content) if seam is not None else at + (target.offset - at) % _ALIGN
+        gap = place - (start + at - opened) if to == into else -1
+        seam = _seam(job.seams, into, place - gap, gap, members[-1].target) if gap > 0 else None
+        joined = gap == 0 or seam is not None
+        begins = at + gap if joined else at + (place - at) % _ALIGN
         base, end = lead + offset - begin, offset + size
-        if base + size > ROOM or begins + target.stop > ROOM:
+        if base + size > ROOM or begins + length > ROOM:
             break
-        if last is not None and seam is not None:
-            if seam.content:
-                where_to = target.offset - len(seam.content)
-                joints.append(Joint(len(members) - 1, at, target.path, where_to, seam))
-            stretches[-1] = last._replace(stop=begins + target.stop)
-        else:
-            stretches.append(Stretch(target.path, target.offset, begins, begins + target.stop))
-        at = begins + target.stop
+        if seam is not None:
+            joints.append(Joint(len(members) - 1, at, into, place - gap, seam))
+        if not joined:
+            stretches.append(Stretch(into, start, opened, at))
+            into, start, opened = to, place, begins
+        at = begins + length
         members.append(Member(row, one, one.kernel, slice(base, base + size), slice(begins, at)))
     if len(members) < 2:
         return None
+    stretches.append(Stretch(into, start, opened, at))
     window = slice(lead, members[-1].source.stop)
     return Bundle(tuple(members), path, begin, window, tuple(stretches), tuple(joints))
 
 
-_NOTHING = Seam(b"", ())
-
-
-def _seam(last: Stretch, target: Place, before: slice, seams: Mapping[tuple[str, int], Seam]) -> Seam | None:
-    """What stands between a stretch and the next target; None if that cannot be written along.
+def _seam(
+    seams: Mapping[tuple[str, int], Seam], path: str, offset: int, size: int, before: slice
+) -> Seam | None:
+    """What stands in a gap behind a target of the stretch; None if that cannot be written along.
 
     Its checksums must be of the target before it alone: they are known when the stretch is written.
     """
-    end = last.offset + last.stop - last.start
-    if target.path != last.path or target.offset < end:
+    found = seams.get((path, offset))
+    if found is None or len(found.content) != size:
         return None
-    if target.offset == end:
-        return _NOTHING
-    found = seams.get((last.path, end))
-    if found is None or len(found.content) != target.offset - end:
-        return None
-    known = (end - (before.stop - before.start), end)
+    known = (offset - (before.stop - before.start), offset)
     return found if all(slot[1:] == known for slot in found.slots) else None
 
 
@@ -181,8 +181,7 @@ def run(
     for row, _, kernel, source, target in bundle.members:
         data = old[source]
         before = Span(0, len(data), crc32(data))
-        plain = kernel.piece(0).images[0].program.plain
-        after = before if plain else Span(0, target.stop - target.start, crc32(new[target]))
+        after = before if kernel.plain else Span(0, target.stop - target.start, crc32(new[target]))
         bad = 0 if spotless else count_nonfinite(data, dtype)
         results.append(PartResult(row, (before,), (after,), bad))
     for joint in bundle.joints:
@@ -195,21 +194,44 @@ def run(
     return results
 
 
-def _alike(members: Sequence[Member]) -> Iterator[list[Member]]:
+def _alike(members: Sequence[Member]) -> Iterator[Sequence[Member]]:
     """Members with one kernel, at even distances (of whole entries) in both buffers."""
     kinds: dict[int, list[Member]] = {}
     for member in members:
         kinds.setdefault(id(member.kernel), []).append(member)
     for kind in kinds.values():
-        group, item = kind[:1], kind[0].job.item
-        for member in kind[1:]:
-            apart = _distance(group[-1], member)
-            uneven = len(group) > 1 and apart != _distance(group[0], group[1])
-            if uneven or apart[0] % item or apart[1] % item:
-                yield group
-                group = []
-            group.append(member)
-        yield group
+        apart = [_distance(one, other) for one, other in pairwise(kind)]
+        at = 0
+        while at < len(kind):
+            turns, stop = _regular(apart, at, kind[0].job.item)
+            for first in range(at, at + turns):
+                yield kind[first:stop:turns]
+            at = stop
+
+
+def _regular(apart: list[tuple[int, int]], at: int, item: int) -> tuple[int, int]:
+    """How many take turns from member ``at`` on, each at even distances, and where that ends.
+
+    Args:
+        apart: distances of all neighbours, in bytes of both buffers.
+        at: the first member.
+        item: bytes of an entry.
+    """
+    best = (1, at + 1)
+    for turns in range(1, _TURNS + 1):
+        end = at + turns
+        if end > len(apart):
+            break
+        step = [sum(part) for part in zip(*apart[at:end], strict=True)]
+        if step[0] % item or step[1] % item:
+            continue
+        while end < len(apart) and apart[end] == apart[end - turns]:
+            end += 1
+        if (end + 1 - at) * best[0] > (best[1] - at) * turns:  # larger groups
+            best = turns, end + 1
+        if end == len(apart):
+            break
+    return best
 
 
 def _distance(one: Member, other: Member) -> tuple[int, int]:
@@ -217,7 +239,7 @@ def _distance(one: Member, other: Member) -> tuple[int, int]:
 
 
 def _fill(
-    members: list[Member], old: Array, new: Array, random: Callable[[int], tuple[Noise, float]]
+    members: Sequence[Member], old: Array, new: Array, random: Callable[[int], tuple[Noise, float]]
 ) -> None:
     """Make the output of members that are alike."""
     kernel = members[0].kernel

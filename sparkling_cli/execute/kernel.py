@@ -157,6 +157,11 @@ class Kernel:
         image = Image(0, self.target_entries, 0, 1, self._program(()))
         return Piece(0, self.source_entries, (image,))
 
+    @cached_property
+    def plain(self) -> bool:
+        """A small tensor that is copied."""
+        return self._only.images[0].program.plain
+
     def _outer_images(self, outer: int) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Flat target index and run numbers of every image of one source index of the walked dims."""
         places: list[list[tuple[int, int]]] = []
