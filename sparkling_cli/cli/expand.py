@@ -119,8 +119,9 @@ def expand(
     target = destination or api.default_destination(source, prepared)
     if dry_run:
         check_destination(prepared.plan.source.root, target)
-        output.data("expand", {"dry_run": True, **plan_facts(prepared, target)})
-        show_plan(output, prepared, target)
+        facts = plan_facts(prepared, target)
+        output.data("expand", {"dry_run": True, **facts})
+        show_plan(output, prepared, target, facts)
         return
     for warning in prepared.plan.warnings:
         output.warn(warning)

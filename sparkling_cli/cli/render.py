@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from sparkling_cli.prepared import Prepared
 
 
-def show_plan(output: Output, prepared: Prepared, destination: Path) -> None:
-    """The whole plan; with ``--verbose`` every kind of tensor, state included."""
+def show_plan(output: Output, prepared: Prepared, destination: Path, facts: dict[str, Any]) -> None:
+    """The whole plan; with ``--verbose`` every kind of tensor, state included.
+
+    Args:
+        output: where to.
+        prepared: the plan.
+        destination: of the output.
+        facts: what ``plan_facts`` says of them.
+    """
     from rich.text import Text
 
-    from sparkling_cli.report.facts import plan_facts
-
-    facts = plan_facts(prepared, destination)
     output.show(_summary(facts))
     output.show(_kinds(facts["kinds"], everything=output.verbose))
     for key, value in facts["config"].items():
@@ -54,10 +58,10 @@ def show_result(output: Output, result: ExpansionResult) -> None:
 
     from sparkling_cli.execute.commit import sidecar_root
     from sparkling_cli.outcome import REPORT_HTML
-    from sparkling_cli.report.facts import plan_facts
+    from sparkling_cli.report.facts import summary_facts
     from sparkling_cli.report.tables import activation_table, verdict_lines
 
-    facts = plan_facts(result.prepared, result.destination)
+    facts = summary_facts(result.prepared, result.destination)
     output.show(_summary(facts))
     if result.report is not None:
         if result.report.activations is not None:

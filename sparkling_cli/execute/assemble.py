@@ -6,12 +6,13 @@ import os
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 
 from sparkling_cli.checkpoint.model import OutputFile
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.execute.crc import Span, combine, crc32, whole, zeros
+from sparkling_cli.execute.crc import Span, combine, crc32, zeros
 from sparkling_cli.execute.job import RowJob
 from sparkling_cli.execute.places import Handles, read_range, write_range
 
@@ -154,10 +155,10 @@ class _Covered:
         if known is not None:
             return known
         index = max(bisect_right(self._starts, start) - 1, 0)
-        spans, at = [], start
-        while index < len(self._parts) and self._parts[index][0] < stop:
-            first, length, crc, content = self._parts[index]
-            index += 1
+        found, at = 0, start
+        for first, length, crc, content in islice(self._parts, index, None):
+            if first >= stop:
+                break
             last = first + length
             if last <= start or length == 0:
                 continue
@@ -165,14 +166,11 @@ class _Covered:
                 raise ValueError(f"a checksum's range {start}..{stop} cuts through tensor data")
             low, high = max(first, start), min(last, stop)
             if low > at:
-                spans.append(Span(at, low - at, zeros(low - at)))
-            if content is not None:
-                crc = crc32(bytes(content[low - first : high - first]))
-            spans.append(Span(low, high - low, crc))
+                found = combine(found, zeros(low - at), low - at)
+            part = crc if content is None else crc32(bytes(content[low - first : high - first]))
+            found = combine(found, part, high - low)
             at = high
-        if at < stop:
-            spans.append(Span(at, stop - at, zeros(stop - at)))
-        return whole(spans, start, stop)
+        return combine(found, zeros(stop - at), stop - at)
 
 
 def copy_carried(source: Path, target: Path) -> FileDigest:

@@ -7,7 +7,7 @@ its parts: ``crc(a + b)`` follows from ``crc(a)``, ``crc(b)`` and ``len(b)``.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -110,7 +110,7 @@ def merge(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def whole(spans: Iterable[Span], start: int, stop: int) -> int:
+def whole(spans: Sequence[Span], start: int, stop: int) -> int:
     """CRC-32 of ``start <= i < stop``, which the spans must tile.
 
     Raises:
@@ -118,10 +118,10 @@ def whole(spans: Iterable[Span], start: int, stop: int) -> int:
     """
     if start == stop:
         return 0
-    merged = list(spans)
-    if len(merged) > 1:
-        merged = merge(merged)
-    if len(merged) != 1 or merged[0].start != start or merged[0].length != stop - start:
-        found = [(s.start, s.start + s.length) for s in merged[:4]]
-        raise ValueError(f"bytes {start}..{stop} are not covered exactly once: {found}")
-    return merged[0].crc
+    merged = merge(spans) if len(spans) > 1 else spans
+    if len(merged) == 1:
+        first, length, crc = merged[0]
+        if first == start and length == stop - start:
+            return crc
+    found = [(s.start, s.start + s.length) for s in merged[:4]]
+    raise ValueError(f"bytes {start}..{stop} are not covered exactly once: {found}")

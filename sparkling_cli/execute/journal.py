@@ -7,9 +7,9 @@ over only after the bytes it wrote have been read back and have the CRCs that it
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,12 @@ class Journal:
 
     def add(self, task: int, results: list[PartResult]) -> None:
         """Note a finished task."""
-        parts = [[r.row, r.nonfinite, r.source, r.target] for r in results]
-        text = json.dumps([task, parts], separators=(",", ":")).encode()
+        numbers = [task]
+        for row, source, target, nonfinite in results:
+            numbers += (row, nonfinite, len(source), len(target))
+            for span in (*source, *target):
+                numbers += span
+        text = " ".join(map(str, numbers)).encode()
         self._file.write(b"%08x %s\n" % (crc32(text), text))
         self._file.flush()
 
@@ -43,14 +47,18 @@ def read_journals(paths: Iterable[Path]) -> dict[int, list[PartResult]]:
     found: dict[int, list[PartResult]] = {}
     for line in b"\n".join(path.read_bytes() for path in paths).split(b"\n"):
         crc, _, text = line.partition(b" ")
-        if len(crc) != 8 or crc != b"%08x" % crc32(text):
+        if len(crc) != 8 or crc != b"%08x" % crc32(text) or not text[:1].isdigit():
             continue
-        task, parts = json.loads(text)
-        found[task] = [
-            PartResult(row, tuple(Span(*s) for s in source), tuple(Span(*s) for s in target), nonfinite)
-            for row, nonfinite, source, target in parts
-        ]
+        task, *numbers = map(int, text.split())
+        found[task] = list(_results(iter(numbers)))
     return found
+
+
+def _results(numbers: Iterator[int]) -> Iterator[PartResult]:
+    for row in numbers:
+        nonfinite, sources, targets = islice(numbers, 3)
+        spans = [Span(*islice(numbers, 3)) for _ in range(sources + targets)]
+        yield PartResult(row, tuple(spans[:sources]), tuple(spans[sources:]), nonfinite)
 
 
 def fingerprint(job: Job) -> str:

@@ -7,9 +7,9 @@ indices, for models whose layers differ.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.parse import fault
@@ -25,8 +25,13 @@ def skeleton(name: str) -> str:
     return _DIGITS.sub("*", name)
 
 
-def skeletons(names: Sequence[str]) -> list[str]:
+def skeletons(names: Iterable[str]) -> list[str]:
     """The skeleton of every name; of 40,000 names that differ in numbers only, one is looked at."""
+    return _skeletons(tuple(names))
+
+
+@lru_cache(maxsize=2)  # the names of a checkpoint are asked for by several tables
+def _skeletons(names: tuple[str, ...]) -> list[str]:
     text = "\n".join(names).encode("utf-8", "surrogatepass").translate(_NO_DIGITS)
     alike = text.decode("utf-8", "surrogatepass").split("\n")
     if len(alike) != len(names):  # a name with a line break in it

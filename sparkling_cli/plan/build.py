@@ -211,7 +211,7 @@ def _weight_rows(weights: Iterable[Weight], views: _Views) -> list[Row]:
                 f"{name!r} is stored as {dtype}, in which new weights cannot be computed",
                 hint="dequantize the checkpoint to bfloat16 or float32 first",
             )
-        rows.append(Row(key, name, "", stored, dtype, shape, view, scale, offset, False, stream))
+        rows.append(Row(key, name, "", stored, dtype, shape, view, scale, offset, False, stream, pattern))
     return rows
 
 

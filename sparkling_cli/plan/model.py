@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sparkling_cli.checkpoint.model import Checkpoint, StoredTensor
 from sparkling_cli.layout.geometry import Growth, View
-from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.model import ModelLayout, TensorPattern
 
 
 class Row(NamedTuple):
@@ -31,6 +31,7 @@ class Row(NamedTuple):
         offset: see :class:`~sparkling_cli.layout.model.Compensation`; already folded: added after scale.
         zero: the whole tensor becomes zero (dropped state).
         stream: name of the random stream (the parameter's name): the same on disk and in state.
+        pattern: of the layout, that stands for a weight; None for state.
     """
 
     key: str
@@ -44,6 +45,7 @@ class Row(NamedTuple):
     offset: float = 0.0
     zero: bool = False
     stream: str = ""
+    pattern: TensorPattern | None = None
 
 
 @dataclass(frozen=True)

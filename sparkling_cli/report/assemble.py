@@ -12,6 +12,7 @@ from sparkling_cli.compute.flops import step_saving
 from sparkling_cli.execute.stream import Written
 from sparkling_cli.layout.expr import Role
 from sparkling_cli.layout.geometry import scale_range
+from sparkling_cli.layout.model import TensorPattern
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.model import Plan, Row
 from sparkling_cli.plan.totals import Content, content_of
@@ -101,29 +102,25 @@ def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:
 
 def _tensors(plan: Plan) -> Sequence[TensorChange]:
     """One entry per pattern of which any axis grew."""
-    grown = [row for row in plan.rows if not row.slot and row.shape != row.source.shape]
-    names = [plan.layout.canonical(row.name) for row in grown]
     groups: dict[str, list[Row]] = {}
-    layouts: dict[str, str] = {}
-    tables = (plan.layout.module_table, plan.layout.disk_table)
-    for row, *found in zip(grown, *(table.look_up(names) for table in tables), strict=True):
-        pattern = found[0] or found[1]
-        assert pattern is not None, f"row {row.name!r} was planned without a pattern"
-        groups.setdefault(pattern.name, []).append(row)
-        layouts[pattern.name] = pattern.layout
-    return [_tensor(name, layouts[name], rows, plan) for name, rows in groups.items()]
+    patterns: dict[str, TensorPattern] = {}
+    for row in plan.rows:
+        if row.pattern is not None and row.shape != row.source.shape:
+            groups.setdefault(row.pattern.name, []).append(row)
+            patterns[row.pattern.name] = row.pattern
+    return [_tensor(pattern, groups[name]) for name, pattern in patterns.items()]
 
 
-def _tensor(name: str, layout: str, rows: list[Row], plan: Plan) -> TensorChange:
+def _tensor(pattern: TensorPattern, rows: list[Row]) -> TensorChange:
     row = rows[0]
-    dims = _roles(layout)
+    dims = [dim.role for dim in pattern.dims.dims]
     grown = sorted({dim.dim for dim in row.view if dim.source != dim.target})
     roles = {dims[i] for i in grown}
     low, high = scale_range(row.view)
     side = {Role.OUT: "fan-out", Role.IN: "fan-in"}
     return TensorChange(
-        name=name,
-        layout=layout,
+        name=pattern.name,
+        layout=pattern.layout,
         before=row.source.shape,
         after=row.shape,
         new_dims=tuple(grown),
@@ -132,12 +129,6 @@ def _tensor(name: str, layout: str, rows: list[Row], plan: Plan) -> TensorChange
         fill=tuple(sorted({r.fill.name.lower() for d in row.view for r in d.runs if r.new})),
         count=len(rows),
     )
-
-
-def _roles(layout: str) -> list[Role]:
-    from sparkling_cli.layout.parse import parse_layout
-
-    return [dim.role for dim in parse_layout(layout).dims]
 
 
 def _size(content: Content, active: int | None) -> Size:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.geometry import scale_range
-from sparkling_cli.layout.names import skeleton
+from sparkling_cli.layout.names import skeletons
 
 if TYPE_CHECKING:
     from sparkling_cli.plan.model import Plan, Row
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def plan_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:
-    """Axes, tensors by kind, parameters, bytes to write against free space, config changes, notes."""
+    """The whole plan: its summary, and tensors by kind."""
+    return {**summary_facts(prepared, destination), "kinds": list(tensor_kinds(prepared.plan))}
+
+
+def summary_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:
+    """Axes, parameters, bytes to write against free space, config changes, notes."""
     from sparkling_cli.execute.room import free_bytes
     from sparkling_cli.plan.resolve import whole_heads
 
@@ -40,7 +45,6 @@ def plan_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:
         "tensors": totals.tensors,
         "widened": totals.widened,
         "config": dict(plan.config),
-        "kinds": list(tensor_kinds(plan)),
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
         "spec": dict(plan.spec),
@@ -61,15 +65,15 @@ def active_parameters(plan: Plan) -> dict[str, int] | None:
 
 def tensor_kinds(plan: Plan) -> Iterator[dict[str, Any]]:
     """Tensors that differ only in their indices, one entry for all: shapes, factor, fills, count."""
-    groups: dict[tuple[object, ...], list[Row]] = {}
-    for row in plan.rows:
-        key = (skeleton(row.name), row.slot, row.shape, row.scale, row.offset, id(row.view))
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row, name in zip(plan.rows, skeletons([row.name for row in plan.rows]), strict=True):
+        key = (name, row.slot, row.shape, row.scale, row.offset, id(row.view))
         groups.setdefault(key, []).append(row)
-    for rows in groups.values():
+    for (name, *_), rows in groups.items():
         row = rows[0]
         low, high = scale_range(row.view)
         yield {
-            "name": skeleton(row.name),
+            "name": name,
             "slot": row.slot,
             "count": len(rows),
             "before": list(row.source.shape),
