@@ -218,6 +218,9 @@ class Architecture(Data):
     failure: Annotated[str, Field(description="why no tiny model could be run; empty where one was")]
     experts: Annotated[bool, Field(description="whether the class has routed experts")]
     notes: list[str]
+    layout_file: Annotated[
+        list[str], Field(description="axes widened by a layout file of the package, which is asked first")
+    ]
 
 
 class Architectures(Document):

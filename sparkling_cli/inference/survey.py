@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import SpecError
@@ -51,6 +51,8 @@ class ClassRow:
         axes: every axis found; empty where no tiny model could be run.
         failure: why no tiny model could be run.
         experts: whether the class has routed experts.
+        notes: of the judgement.
+        layout_file: axes that a layout file of the package widens; it comes before inference.
     """
 
     model_type: str
@@ -59,6 +61,7 @@ class ClassRow:
     failure: str = ""
     experts: bool = False
     notes: tuple[str, ...] = field(default=())
+    layout_file: tuple[str, ...] = ()
 
     def proved(self, roles: Iterable[str]) -> tuple[str, ...]:
         """Names of the proved axes of some roles."""
@@ -90,7 +93,7 @@ def survey(
         )
     rows = []
     for model_type in model_types if model_types is not None else sorted(names):
-        row = _cached_row(model_type, names[model_type])
+        row = replace(_cached_row(model_type, names[model_type]), layout_file=axes_in_file(model_type))
         rows.append(row)
         if progress is not None:
             proved = [a.name for a in row.axes if a.proved]
@@ -103,10 +106,21 @@ def _cached_row(model_type: str, class_name: str) -> ClassRow:
     stored = cache.load("survey", key)
     if stored is not None:
         axes = tuple(AxisRow(**{**a, "joint": tuple(a["joint"])}) for a in stored.pop("axes"))
-        return ClassRow(**{**stored, "axes": axes, "notes": tuple(stored["notes"])})
+        tuples = {name: tuple(stored[name]) for name in ("notes", "layout_file")}
+        return ClassRow(**{**stored, **tuples, "axes": axes})
     row = _judged_row(model_type, class_name)
     cache.store("survey", key, asdict(row))
     return row
+
+
+def axes_in_file(model_type: str) -> tuple[str, ...]:
+    """Axes that can be widened by a layout file of the package that is for this model type."""
+    from sparkling_cli.layout.packaged import packaged_data, packaged_names
+
+    for data in map(packaged_data, packaged_names()):
+        if data.get("requires", {}).get("model_type") == model_type:
+            return tuple(name for name, axis in data["axes"].items() if axis.get("widenable"))
+    return ()
 
 
 def _judged_row(model_type: str, class_name: str) -> ClassRow:
@@ -190,6 +204,7 @@ def to_table(rows: Sequence[ClassRow]) -> Table:
     for row in rows:
         refused = [f"{a.name}: {a.reason}" if few else a.name for a in row.axes if not a.proved]
         proved = [_axis_cell(a) for a in row.axes if a.proved]
+        proved += [f"by a layout file: {', '.join(row.layout_file)}"] if row.layout_file else []
         said = ("\n" if few else ", ").join(refused)
         table.add_row(row.model_type, ", ".join(proved), row.failure or said)
     return table
@@ -226,9 +241,11 @@ def _table_line(row: ClassRow) -> str:
     for _, roles in COLUMNS:
         axes = [a for a in row.axes if a.role in roles]
         proved = [_axis_cell(a) for a in axes if a.proved]
-        cells.append(", ".join(proved) or ("refused" if axes or row.failure else "none"))
+        said = proved or [f"{name} (layout file)" for name in row.layout_file if name in roles]
+        cells.append(", ".join(said) or ("refused" if axes or row.failure else "none"))
     core = frozenset().union(*(roles for _, roles in COLUMNS))
     others = [_axis_cell(a) for a in row.axes if a.proved and a.role not in core]
+    others += [f"{name} (layout file)" for name in row.layout_file if name not in core]
     return f"| {row.model_type} | {row.class_name} | {' | '.join(cells)} | {', '.join(others)} |"
 
 
@@ -243,6 +260,11 @@ def _refusals(row: ClassRow) -> list[str]:
     if row.failure:
         return [f"- **{row.model_type}**: {row.failure}"]
     lines = []
+    if row.layout_file:
+        lines = [
+            f"- **{row.model_type}**: its checkpoints get a layout file of the package, which is held to the "
+            f"class by tests and widens {', '.join(row.layout_file)}; what follows is said of inference."
+        ]
     for axis in row.axes:
         if not axis.proved and axis.reason not in FROZEN.values():
             lines.append(f"- **{row.model_type}** `{axis.name}`: {' '.join(axis.reason.split())}")

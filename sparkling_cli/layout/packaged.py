@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.file import from_dict, read_toml
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.layout.solve import NamesDifferError, Shapes, is_open, solve_layout
+from sparkling_cli.layout.presence import NamesDifferError, Shapes
+from sparkling_cli.layout.solve import is_open, solve_layout
 
 if sys.version_info >= (3, 11):
     import tomllib

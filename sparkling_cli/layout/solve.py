@@ -27,8 +27,15 @@ from sparkling_cli.layout.expr import PACKINGS, Axis, Expr, Fixed, Product, axis
 from sparkling_cli.layout.file import from_dict
 from sparkling_cli.layout.model import ModelLayout, PatternTable, TensorPattern
 from sparkling_cli.layout.parse import parse_expr
-
-Shapes = Mapping[str, tuple[int, ...]]
+from sparkling_cli.layout.presence import (
+    Shapes,
+    assembled,
+    axes_in,
+    lookup,
+    present,
+    present_numbers,
+    required,
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +45,6 @@ class Equation:
     term: Expr
     value: int
     origin: str
-
-
-class NamesDifferError(LayoutError):
-    """The checkpoint's names are not those of the file: another family, not a damaged checkpoint."""
 
 
 def is_open(data: Mapping[str, Any]) -> bool:
@@ -76,12 +79,13 @@ def solve_layout(
         LayoutError: a size cannot be solved, or a tensor or number contradicts the others.
     """
     from_dict(_with_placeholders(data), where)  # its own errors first
-    data = _required(data, config or {}, where)
+    data = required(data, config or {}, where)
     on_disk = "disk" if data.get("disk") is not None else "tensors"
-    tables = {on_disk: _present(data[on_disk], weights, where)}
+    tables = {on_disk: present(data[on_disk], weights, where)}
     if on_disk == "disk":
-        tables["tensors"] = _present(data["tensors"], states, where, complete=bool(states))
-    numbers = _present_numbers(data.get("config", {}), config or {}, where)
+        there = assembled(data, tables["disk"])
+        tables["tensors"] = present(data["tensors"], states, where, complete=bool(states), known=there)
+    numbers = present_numbers(data.get("config", {}), config or {}, axes_in(tables.values()), where)
     equations = [
         *_config_equations(numbers, config or {}),
         *_tensor_equations(tables[on_disk], weights),
@@ -195,80 +199,6 @@ def _with_placeholders(data: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _required(data: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The file without its requirements, which hold.
-
-    Raises:
-        NamesDifferError: one does not.
-    """
-    for key, value in data.get("requires", {}).items():
-        found = lookup(config, key)
-        if found is not None and (value == "none" or found != value):
-            raise NamesDifferError(f"{where} is for {key} = {value!r}, the checkpoint has {found!r}")
-    return {key: value for key, value in data.items() if key != "requires"}
-
-
-def _present(
-    table: Mapping[str, str], shapes: Shapes, where: str, *, complete: bool = True
-) -> dict[str, str]:
-    """The patterns that occur among the names.
-
-    Raises:
-        NamesDifferError: a name has no pattern, or a pattern that is not optional has no name.
-    """
-    patterns = {name.removesuffix("?"): text for name, text in table.items()}
-    lookup = PatternTable(TensorPattern(*item) for item in patterns.items())
-    used = set()
-    for name in shapes:
-        try:
-            used.add(lookup.find(name).name)
-        except LayoutError as error:
-            raise NamesDifferError(f"{where}: {error.message}", hint=error.hint) from None
-    missing = [name for name in table if not name.endswith("?") and name not in used]
-    if missing and complete:
-        raise NamesDifferError(
-            f"{where}: {len(missing)} pattern(s) match no tensor, the first: {missing[0]!r}"
-        )
-    return {n: t for n, t in patterns.items() if n in used or n in missing}
-
-
-def _spread(name: str, config: Mapping[str, Any]) -> list[str]:
-    """The keys that a key with ``*`` stands for."""
-    before, star, after = name.partition(".*.")
-    if not star:
-        return [name]
-    there = lookup(config, before)
-    keys = there if isinstance(there, Mapping) else range(len(there)) if isinstance(there, list) else ()
-    return [full for key in keys for full in _spread(f"{before}.{key}.{after}", config)]
-
-
-def _present_numbers(table: Mapping[str, str], config: Mapping[str, Any], where: str) -> dict[str, str]:
-    found = {}
-    for name, text in ((one, text) for key, text in table.items() for one in _spread(key, config)):
-        key = name.rstrip("?+")
-        implied = name.endswith("+") and bool(config)
-        if implied and "." in key:
-            implied = lookup(config, key.rpartition(".")[0]) is not None
-        if isinstance(lookup(config, key), int) or implied:
-            found[key] = text
-        elif key == name:
-            raise NamesDifferError(f"{where}: the checkpoint's config has no number {key!r}")
-    return found
-
-
-def lookup(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; None if there is none. Digits index lists."""
-    value: Any = config
-    for part in key.split("."):
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, (list, tuple)) and part.isdigit() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            return None
-    return value
-
-
 def _config_equations(numbers: Mapping[str, str], config: Mapping[str, Any]) -> Iterable[Equation]:
     for key, text in numbers.items():
         if isinstance(lookup(config, key), int):
@@ -312,12 +242,7 @@ def _closed(
 ) -> dict[str, Any]:
     """The file with everything decided."""
     names = {name for table in tables.values() for name in table}
-    used = {
-        axis
-        for table in tables.values()
-        for name, text in table.items()
-        for axis in (*TensorPattern(name, text).dims.axes(), *TensorPattern(name, text).template.axes)
-    }
+    used = axes_in(tables.values())
     axes = {name: axis for name, axis in data["axes"].items() if name in used}
     unsolved = [name for name in axes if name not in sizes]
     if unsolved:
@@ -326,6 +251,8 @@ def _closed(
             hint=f"give it in the layout file: [axes.{unsolved[0]}] size = ...",
         )
     closed = {**data, **tables, "config": dict(numbers)}
+    if "assembly" in data:
+        closed["assembly"] = {n: parts for n, parts in data["assembly"].items() if n in tables["tensors"]}
     closed["axes"] = {name: {**axis, "size": sizes[name]} for name, axis in axes.items()}
     for name, axis in closed["axes"].items():
         axis["joint"] = [other for other in axis.get("joint", ()) if other in axes]

@@ -9,7 +9,8 @@ import pytest
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.packaged import packaged_data, packaged_names
 from sparkling_cli.layout.parse import parse_expr
-from sparkling_cli.layout.solve import Equation, NamesDifferError, solve_layout, solve_sizes
+from sparkling_cli.layout.presence import NamesDifferError
+from sparkling_cli.layout.solve import Equation, solve_layout, solve_sizes
 
 FILE: dict[str, Any] = {
     "format": 1,

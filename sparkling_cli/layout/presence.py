@@ -1,0 +1,128 @@
+"""Which part of a layout file is about a checkpoint: tensors and config numbers that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.expr import PACKINGS, axis_names
+from sparkling_cli.layout.model import PatternTable, TensorPattern
+from sparkling_cli.layout.parse import parse_expr
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class NamesDifferError(LayoutError):
+    """The checkpoint's names are not those of the file: another family, not a damaged checkpoint."""
+
+
+def required(data: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The file without its requirements, which hold.
+
+    Raises:
+        NamesDifferError: one does not.
+    """
+    for key, value in data.get("requires", {}).items():
+        found = lookup(config, key)
+        if found is not None and (value == "none" or found != value):
+            raise NamesDifferError(f"{where} is for {key} = {value!r}, the checkpoint has {found!r}")
+    return {key: value for key, value in data.items() if key != "requires"}
+
+
+def assembled(data: Mapping[str, Any], disk: Mapping[str, str]) -> set[str]:
+    """Names in the module of what is there on disk, under the same name or in parts."""
+    parts = {**{name: [name] for name in disk}, **data.get("assembly", {})}
+    return {name for name, own in parts.items() if all(part in disk for part in own)}
+
+
+def present(
+    table: Mapping[str, str],
+    shapes: Shapes,
+    where: str,
+    *,
+    complete: bool = True,
+    known: AbstractSet[str] = frozenset(),
+) -> dict[str, str]:
+    """The patterns that occur among the names, or are known to.
+
+    Raises:
+        NamesDifferError: a name has no pattern, or a pattern that is not optional has no name.
+    """
+    patterns = {name.removesuffix("?"): text for name, text in table.items()}
+    lookup = PatternTable(TensorPattern(*item) for item in patterns.items())
+    used = set()
+    for name in shapes:
+        try:
+            used.add(lookup.find(name).name)
+        except LayoutError as error:
+            raise NamesDifferError(f"{where}: {error.message}", hint=error.hint) from None
+    missing = [name for name in table if not name.endswith("?") and name not in used]
+    if missing and complete:
+        raise NamesDifferError(
+            f"{where}: {len(missing)} pattern(s) match no tensor, the first: {missing[0]!r}"
+        )
+    return {n: t for n, t in patterns.items() if n in used or n in missing or n in known}
+
+
+def _spread(name: str, config: Mapping[str, Any]) -> list[str]:
+    """The keys that a key with ``*`` stands for."""
+    before, star, after = name.partition(".*.")
+    if not star:
+        return [name]
+    there = lookup(config, before)
+    keys = there if isinstance(there, Mapping) else range(len(there)) if isinstance(there, list) else ()
+    return [full for key in keys for full in _spread(f"{before}.{key}.{after}", config)]
+
+
+def present_numbers(
+    table: Mapping[str, str], config: Mapping[str, Any], axes: AbstractSet[str], where: str
+) -> dict[str, str]:
+    """The config's numbers that size something.
+
+    Args:
+        table: config key -> term, with its marks.
+        config: the checkpoint's own numbers.
+        axes: that its tensors have.
+        where: the file, for messages.
+
+    Raises:
+        NamesDifferError: a key that is not optional is missing.
+    """
+    found = {}
+    for name, text in ((one, text) for key, text in table.items() for one in _spread(key, config)):
+        if not set(axis_names(parse_expr(text))) <= {*axes, *PACKINGS}:
+            continue  # the experts of a model without any
+        key = name.rstrip("?+")
+        implied = name.endswith("+") and bool(config)
+        if implied and "." in key:
+            implied = lookup(config, key.rpartition(".")[0]) is not None
+        if isinstance(lookup(config, key), int) or implied:
+            found[key] = text
+        elif key == name:
+            raise NamesDifferError(f"{where}: the checkpoint's config has no number {key!r}")
+    return found
+
+
+def lookup(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None if there is none. Digits index lists."""
+    value: Any = config
+    for part in key.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, (list, tuple)) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def axes_in(tables: Iterable[Mapping[str, str]]) -> set[str]:
+    """Every axis in the names and the layouts of tables of patterns."""
+    return {
+        axis
+        for table in tables
+        for name, text in table.items()
+        for axis in (*TensorPattern(name, text).dims.axes(), *TensorPattern(name, text).template.axes)
+    }
