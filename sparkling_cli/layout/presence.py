@@ -1,14 +1,15 @@
-"""Which part of a layout file is about a checkpoint: tensors and config numbers that it has."""
+"""Which part of a layout file is about a checkpoint: its tensors, their layers, its config numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import PACKINGS, axis_names
 from sparkling_cli.layout.model import PatternTable, TensorPattern
+from sparkling_cli.layout.names import compress
 from sparkling_cli.layout.parse import parse_expr
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -126,3 +127,35 @@ def axes_in(tables: Iterable[Mapping[str, str]]) -> set[str]:
         for name, text in table.items()
         for axis in (*TensorPattern(name, text).dims.axes(), *TensorPattern(name, text).template.axes)
     }
+
+
+#: pattern -> axis in its name -> indices that it occurs at
+Indices = Mapping[str, Mapping[str, AbstractSet[int]]]
+
+
+def indices_of(table: Mapping[str, str], shapes: Shapes) -> Indices:
+    """Where the patterns of a table occur among the names."""
+    find = PatternTable(TensorPattern(*item) for item in table.items()).find
+    found: dict[str, dict[str, set[int]]] = {}
+    for name in shapes:
+        pattern = find(name)
+        axes = found.setdefault(pattern.name, {})
+        for axis, index in zip(pattern.template.axes, pattern.template.indices(name) or (), strict=True):
+            axes.setdefault(axis, set()).add(index)
+    return found
+
+
+def narrowed(name: str, indices: Indices, parts: Sequence[str], sizes: Mapping[str, int]) -> str:
+    """A pattern's name with the indices that it occurs at, where these are not all.
+
+    Args:
+        name: of the pattern.
+        indices: where patterns occur.
+        parts: patterns on disk that it is made of, for one that does not occur itself.
+        sizes: of the axes in names.
+    """
+    known = next((indices[one] for one in (name, *parts) if one in indices), {})
+    for axis, found in known.items():
+        if len(found) < sizes[axis]:
+            name = name.replace(f"{{{axis}}}", f"{{{axis}={compress(found)}}}")
+    return name

@@ -17,7 +17,7 @@ What comes out is an ordinary layout in which every tensor has been checked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -28,10 +28,13 @@ from sparkling_cli.layout.file import from_dict
 from sparkling_cli.layout.model import ModelLayout, PatternTable, TensorPattern
 from sparkling_cli.layout.parse import parse_expr
 from sparkling_cli.layout.presence import (
+    Indices,
     Shapes,
     assembled,
     axes_in,
+    indices_of,
     lookup,
+    narrowed,
     present,
     present_numbers,
     required,
@@ -92,9 +95,12 @@ def solve_layout(
         *(_tensor_equations(tables["tensors"], states) if on_disk == "disk" else ()),
     ]
     known = {name: axis["size"] for name, axis in data["axes"].items() if "size" in axis}
-    known |= _indexed(tables[on_disk], weights)
-    sizes = solve_sizes(equations, known)
-    closed = _closed(data, tables, numbers, sizes, where)
+    indices = indices_of(tables[on_disk], weights)
+    if on_disk == "disk":
+        indices = {**indices_of(tables["tensors"], states), **indices}
+    counts = _counts(indices)
+    sizes = solve_sizes(equations, {**known, **counts})
+    closed = _in_place(_closed(data, tables, numbers, sizes, where), indices, counts)
     layout = from_dict(closed, where)
     layout.check_shapes(weights, on_disk=True)
     if states:
@@ -222,15 +228,30 @@ def _tensor_equations(table: Mapping[str, str], shapes: Shapes) -> Iterable[Equa
             yield Equation(dim.expr, size, f"dim {index} of {name!r}")
 
 
-def _indexed(table: Mapping[str, str], shapes: Shapes) -> dict[str, int]:
+def _counts(indices: Indices) -> dict[str, int]:
     """Sizes of axes that are stored in names: the largest index plus one."""
-    find = PatternTable(TensorPattern(*item) for item in table.items()).find
     sizes: dict[str, int] = {}
-    for name in shapes:
-        template = find(name).template
-        for axis, index in zip(template.axes, template.indices(name) or (), strict=True):
-            sizes[axis] = max(sizes.get(axis, 0), index + 1)
+    for axes in indices.values():
+        for axis, found in axes.items():
+            sizes[axis] = max(sizes.get(axis, 0), max(found) + 1)
     return sizes
+
+
+def _in_place(closed: dict[str, Any], indices: Indices, counts: Mapping[str, int]) -> dict[str, Any]:
+    """The file with patterns that stand for the layers that they occur in only."""
+    assembly: Mapping[str, Sequence[str]] = closed.get("assembly", {})
+
+    def name_of(pattern: str) -> str:
+        return narrowed(pattern, indices, assembly.get(pattern, ()), counts)
+
+    tables: dict[str, Any] = {
+        table: {name_of(name): text for name, text in closed[table].items()}
+        for table in ("tensors", "disk")
+        if table in closed
+    }
+    parts = {name_of(name): [name_of(part) for part in own] for name, own in assembly.items()}
+    factors = [{**c, "tensor": name_of(c["tensor"])} if "tensor" in c else c for c in closed["compensate"]]
+    return {**closed, **tables, "compensate": factors, **({"assembly": parts} if parts else {})}
 
 
 def _closed(
@@ -260,9 +281,7 @@ def _closed(
             a for table in tables.values() for n in table for a in TensorPattern(n, "").template.axes
         }:
             axis.setdefault("reason", "stored in the tensors' names")
-    closed["tied"] = [
-        group for group in ([n for n in g if n in names] for g in data.get("tied", ())) if len(group) > 1
-    ]
+    closed["tied"] = [group for group in data.get("tied", ()) if group[0] in names]
     closed["compensate"] = [
         c
         for c in data.get("compensate", ())

@@ -109,6 +109,23 @@ def test_all_axes_three_times_as_wide(which: str, tied: bool, tmp_path: Path) ->
     assert ratio > 2.5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("which", CONFIGS)
+def test_what_is_said_about_the_model(which: str, tied: bool, tmp_path: Path) -> None:
+    """Parameters and active ones are the model's own; a tied head's input carries its factor."""
+    small = trained({**CONFIGS[which], "tie_word_embeddings": tied}, tmp_path / "small")
+    sizes = {name: p.numel() for name, p in small.model.named_parameters()}
+    idle = sum(size // 2 for name, size in sizes.items() if ".experts." in name)  # two of four work
+    asked = [{"axis": axis, "factor": 2} for axis in ("hidden", "mamba_heads")]
+    found = api.expand(small.folder, tmp_path / "wide", axes=asked, report="full").report
+    assert found is not None
+    assert found.activations is not None
+    assert found.before.parameters == sum(sizes.values())
+    assert found.before.active == sum(sizes.values()) - idle
+    assert not found.activations.offenders
+
+
 def test_hidden_grows_with_the_mixers_heads(tmp_path: Path) -> None:
     """By half: counts in the config agree; hidden alone is refused with the axis that must come along."""
     small = trained(CONFIGS["mamba2"], tmp_path / "small")
