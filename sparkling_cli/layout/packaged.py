@@ -1,7 +1,8 @@
-"""Layout files that come with the package, for families that are no ``transformers`` classes."""
+"""Layout files that come with the package: which one fits a checkpoint."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from importlib.resources import files
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.file import from_dict, read_toml
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.names import NameTemplate, skeletons
 from sparkling_cli.layout.presence import NamesDifferError, Shapes
 from sparkling_cli.layout.solve import is_open, solve_layout
 
@@ -18,6 +20,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+#: a line of a table of tensors that does not end in ``?``
+_NEEDED = re.compile(r'^"([^"]*[^"?])" *=', re.MULTILINE)
 
 
 class _Stored(Protocol):
@@ -62,8 +67,23 @@ def packaged_data(name: str) -> dict[str, Any]:
     if name not in packaged_names():
         known = ", ".join(packaged_names())
         raise LayoutError(f"no layout file {name!r} comes with the package (there are: {known})")
-    text = files("sparkling_cli").joinpath("layouts", f"{name}.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
+    return tomllib.loads(_text(name))
+
+
+def _text(name: str) -> str:
+    return files("sparkling_cli").joinpath("layouts", f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _may_fit(text: str, kinds: Set[str]) -> bool:
+    """Whether the first tensor that a file needs is there: to parse a file takes longer than to look.
+
+    Args:
+        text: the file.
+        kinds: skeletons of the names on disk.
+    """
+    table = "\n[disk]\n" if "\n[disk]\n" in text else "\n[tensors]\n"
+    needed = _NEEDED.search(text, text.index(table) + len(table) - 1)
+    return needed is None or NameTemplate(needed[1]).key in kinds
 
 
 def find_packaged(checkpoint: _Source, alike: Callable[[str, str], bool]) -> ModelLayout | None:
@@ -79,15 +99,16 @@ def find_packaged(checkpoint: _Source, alike: Callable[[str, str], bool]) -> Mod
             that fits does not tie what is the same in the checkpoint.
     """
     weights, states = shapes_of(checkpoint)
-    ties: set[frozenset[str]] = set()
+    kinds = set(skeletons(weights))
     fitting: list[ModelLayout] = []
     faults: list[LayoutError] = []
     for name in packaged_names():
+        text = _text(name)
+        if not _may_fit(text, kinds):
+            continue
         where = f"packaged layout {name}"
-        data = packaged_data(name)
-        ties.update(map(frozenset, data.get("tied", ())))
         try:
-            fitting.append(solve_layout(data, weights, states, checkpoint.config, where))
+            fitting.append(solve_layout(tomllib.loads(text), weights, states, checkpoint.config, where))
         except NamesDifferError:
             continue
         except LayoutError as error:
@@ -104,19 +125,18 @@ def find_packaged(checkpoint: _Source, alike: Callable[[str, str], bool]) -> Mod
     if not fitting and faults:
         raise faults[0]
     if fitting and checkpoint.format == "dcp":
-        _refuse_unknown_ties(checkpoint, fitting[0], ties, alike)
+        _refuse_unknown_ties(checkpoint, fitting[0], alike)
     return fitting[0] if fitting else None
 
 
-def _refuse_unknown_ties(
-    checkpoint: _Source, layout: ModelLayout, ties: Set[frozenset[str]], alike: Callable[[str, str], bool]
-) -> None:
+def _refuse_unknown_ties(checkpoint: _Source, layout: ModelLayout, alike: Callable[[str, str], bool]) -> None:
     """Names that models of other files tie must not share their values where the layout unties them.
 
     Raises:
         LayoutError: they do: one factor would have to fit a matrix that is both embedding and head.
     """
-    for group in ties - {frozenset(group) for group in layout.tied}:
+    tied = (group for name in packaged_names() for group in packaged_data(name).get("tied", ()))
+    for group in set(map(frozenset, tied)) - {frozenset(group) for group in layout.tied}:
         first, *others = sorted(group)
         if group <= checkpoint.weights.keys() and all(
             alike(checkpoint.weights[first], checkpoint.weights[other]) for other in others

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout import packaged
+from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.layout.packaged import packaged_data, packaged_names
 from sparkling_cli.layout.parse import parse_expr
 from sparkling_cli.layout.presence import NamesDifferError
@@ -135,3 +137,33 @@ def test_implied_numbers_and_requirements() -> None:
     assert solve_layout(data, SHAPES, {}, {"n_kv": 3}, "file") == layout
     with pytest.raises(NamesDifferError, match="tied"):
         solve_layout(data, SHAPES, {}, {"n_kv": 3, "tied": True}, "file")
+
+
+@pytest.mark.parametrize("name", packaged_names())
+def test_a_glance_at_a_packaged_file(name: str) -> None:
+    """It says no where the first tensor that the file needs is missing, and only there."""
+    data, text = packaged_data(name), packaged._text(name)
+    first, *others = [one for one in data.get("disk", data["tensors"]) if not one.endswith("?")]
+    needed = {NameTemplate(first).key}
+    assert packaged._may_fit(text, needed)
+    assert not packaged._may_fit(text, {NameTemplate(one).key for one in others} - needed)
+
+
+def test_a_number_that_sizes_nothing_stays() -> None:
+    """Experts of a model without any: neither their count nor their width is an axis of it."""
+    file: dict[str, Any] = {
+        "format": 1,
+        "name": "hybrid",
+        "axes": {"ffn": {}, "hidden": {}, "experts": {}, "layers": {}},
+        "config": {"n_expert": "experts", "d_ff": "ffn"},
+        "tensors": {
+            "h.{layers}.up?": "ffn <- hidden",
+            "h.{layers}.experts?": "experts | ffn <- hidden",
+            "norm": "scale hidden",
+        },
+    }
+    shapes = {"h.0.up": (6, 4), "h.2.up": (6, 4), "norm": (4,)}
+    found = solve_layout(file, shapes, {}, {"n_expert": 0, "d_ff": 6}, "a file")
+    assert set(found.axes) == {"ffn", "hidden", "layers"}
+    assert dict(found.config) == {"d_ff": "ffn"}
+    assert [pattern.name for pattern in found.tensors] == ["h.{layers=0,2}.up", "norm"]
