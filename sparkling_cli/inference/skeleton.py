@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.errors import LayoutError, MissingDependencyError, SparklingError
+from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError, SparklingError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -165,7 +165,12 @@ def _unwrapped(config: Mapping[str, Any], built: Any) -> tuple[ConfigDict, tuple
 
 
 def model_class(config: Mapping[str, Any], built: Any) -> Any:
-    """Return the class that ``architectures`` names, or the causal LM of the config's type."""
+    """Return the class that ``architectures`` names, or the causal LM of the config's type.
+
+    Raises:
+        CheckpointError: the class is built from configs of another type.
+        LayoutError: there is none.
+    """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -173,6 +178,7 @@ def model_class(config: Mapping[str, Any], built: Any) -> Any:
     for name in config.get("architectures") or ():
         found = getattr(transformers, name, None)
         if found is not None and (name in known or hasattr(found, "generate")):
+            _check_type(config, built, found)
             return found
     try:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(built)]
@@ -181,6 +187,31 @@ def model_class(config: Mapping[str, Any], built: Any) -> Any:
             f"transformers has no causal LM for model_type {config.get('model_type')!r}",
             hint="give a layout file (--layout) or your own model (--model module:factory)",
         ) from None
+
+
+def _check_type(config: Mapping[str, Any], built: Any, cls: Any) -> None:
+    """The class that ``architectures`` names takes configs of this ``model_type``, or of a part of it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    wanted = getattr(cls, "config_class", None)
+    model_type = config.get("model_type")
+    listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type), ())
+    if wanted is None or cls.__name__ in ((listed,) if isinstance(listed, str) else listed):
+        return
+    if not _has_part(type(built), wanted):
+        raise CheckpointError(
+            f"config.json says model_type {model_type!r} and architectures {cls.__name__!r}, which is of "
+            f"model_type {wanted.model_type!r}",
+            hint="the config was damaged or mixed from two models: restore it from a copy",
+        )
+
+
+def _has_part(config_class: Any, wanted: Any) -> bool:
+    """The config class is of that kind, or holds one; a part of any kind (``AutoConfig``) may be it."""
+    if issubclass(config_class, wanted) or not hasattr(config_class, "model_type"):
+        return True
+    parts = getattr(config_class, "sub_configs", {}).values()
+    return any(_has_part(part, wanted) for part in parts if part is not config_class)
 
 
 def build_model(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from sparkling_cli.checkpoint.model import Checkpoint
 from sparkling_cli.layout.geometry import Growth
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.plan.state_checks import stateless_warning
 from sparkling_cli.spec.model import ExpansionSpec
 
 #: the format of ``transformers`` directories, as ``checkpoint.trainer`` names it
@@ -45,8 +46,8 @@ def notes_for(
 def warnings_for(checkpoint: Checkpoint, spec: ExpansionSpec) -> tuple[str, ...]:
     """What calls for a decision."""
     state = spec.optimizer if checkpoint.states else None
-    warning = symmetry_warning(state, spec.init, checkpoint.format)
-    return () if warning is None else (warning,)
+    found = (symmetry_warning(state, spec.init, checkpoint.format), stateless_warning(checkpoint))
+    return tuple(warning for warning in found if warning is not None)
 
 
 def symmetry_warning(optimizer: str | None, init: str, form: str) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import isfinite
 from typing import NamedTuple
 
 from sparkling_cli.checkpoint.model import FLOATING, Checkpoint, StoredTensor
@@ -18,6 +17,7 @@ from sparkling_cli.plan.advice import notes_for, warnings_for
 from sparkling_cli.plan.model import Plan, Row
 from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
+from sparkling_cli.plan.state_checks import check_numbers, check_pairs
 from sparkling_cli.spec.model import ExpansionSpec
 
 _FILLS = {"copy": Fill.COPY, "zero": Fill.ZERO, "random": Fill.RANDOM}
@@ -40,8 +40,9 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
             raise CheckpointError(f"optimizer state of {state.param!r}, which is no parameter of the model")
         for slot, key in state.tensors.items():
             rows.append(_state_row(state.param, slot, key, checkpoint.tensors[key], views))
+    check_pairs(checkpoint)
     if not spec.allow_nonfinite:
-        _check_scalars(checkpoint)
+        check_numbers(checkpoint)
     scalars = {
         f"{state.param}.{name}": 0.0
         for state in checkpoint.states
@@ -60,17 +61,6 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
         notes=notes_for(checkpoint, layout, spec, growth, renamed),
         warnings=warnings_for(checkpoint, spec),
     )
-
-
-def _check_scalars(checkpoint: Checkpoint) -> None:
-    """Step counters and other numbers of the optimizer's state are finite."""
-    for state in checkpoint.states:
-        for name, value in state.scalars.items():
-            if not isfinite(value):
-                raise CheckpointError(
-                    f"{checkpoint.root.name}: {name!r} in the state of {state.param!r} is {value}",
-                    hint="take an earlier checkpoint; --allow-nonfinite widens it all the same",
-                )
 
 
 def treatment_of(spec: ExpansionSpec) -> Treatment:
