@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,11 +54,23 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise CheckpointError(f"{root}: there is nothing of that name", hint=_meant(str(path), root))
     for form in formats():
         if form.claims(root) is not None:
-            with collector_paused():
+            with collector_paused(), _always_a_hint():
                 return form.open(root)
     raise CheckpointError(
         f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_nearby(root)
     )
+
+
+@contextmanager
+def _always_a_hint() -> Iterator[None]:
+    """What to do about a file that is not as it should be, where who found it knows nothing better."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.hint = (
+            error.hint or "if it was copied or downloaded, do that again; else take an earlier checkpoint"
+        )
+        raise
 
 
 def format_of(name: str) -> Format:

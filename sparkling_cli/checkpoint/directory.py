@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,18 @@ def inside(root: Path, relative: str, named_by: str) -> Path:
             hint="the copy or download was not finished: fetch that file too",
         )
     if not path.is_file():
-        raise CheckpointError(f"{relative}: expected a regular file")
+        raise CheckpointError(
+            f"{relative}: expected a regular file, found {kind_of(path)}",
+            hint="move it out of the checkpoint, or put the file in its place",
+        )
     return path
+
+
+def kind_of(path: Path) -> str:
+    """In words, what lies there and is no regular file."""
+    mode = path.stat().st_mode
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def _parents(path: Path, root: Path) -> list[Path]:

@@ -179,7 +179,8 @@ def _optimizer(root: Path, present: tuple[str, ...]) -> tuple[TorchFile | None, 
     if len(found) > 1 or further:
         raise CheckpointError(
             f"{root.name}: several optimizers: {', '.join(found + further)}; which parameters each "
-            "numbers is not in them"
+            "numbers is not in them",
+            hint="move those that the run does not resume from out of the directory",
         )
     if not found:
         return None, OptimizerTree()

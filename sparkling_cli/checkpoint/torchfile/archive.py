@@ -99,7 +99,7 @@ def open_window(path: Path, where: str, offset: int = 0, length: int | None = No
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{where}: expected a regular file")
+            raise CheckpointError(f"{where}: expected a regular file", hint="put the file in its place")
         size = status.st_size
         if length is None:
             length = size - offset
