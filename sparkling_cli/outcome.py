@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sparkling_cli.checkpoint.pause import collector_running
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError
 from sparkling_cli.execute.commit import sidecar_root
+from sparkling_cli.execute.room import reading_back
 from sparkling_cli.manifest import MANIFEST, make_manifest, read_manifest
 from sparkling_cli.plan.build import treatment_of
 from sparkling_cli.plan.carried import carried_factors
@@ -132,11 +133,13 @@ def _measure(
     if report == "auto" and data is None:
         parameters = sum(prod(row.shape) + prod(row.source.shape) for row in weights)
         sequences, length = affordable(parameters)
+    with reading_back(written.root):
+        output = open_checkpoint(written.root)
     try:
         with collector_running():
             found, _, _ = measure_change(
                 plan.source,
-                open_checkpoint(written.root),
+                output,
                 data=data,
                 model=model,
                 memory=memory,

@@ -54,7 +54,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise CheckpointError(f"{root}: there is nothing of that name", hint=_meant(str(path), root))
     for form in formats():
         if form.claims(root) is not None:
-            with collector_paused(), _always_a_hint():
+            with collector_paused(), _told(root):
                 return form.open(root)
     raise CheckpointError(
         f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_nearby(root)
@@ -62,7 +62,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 @contextmanager
-def _always_a_hint() -> Iterator[None]:
+def _told(root: Path) -> Iterator[None]:
     """What to do about a file that is not as it should be, where who found it knows nothing better."""
     try:
         yield
@@ -71,6 +71,11 @@ def _always_a_hint() -> Iterator[None]:
             error.hint or "if it was copied or downloaded, do that again; else take an earlier checkpoint"
         )
         raise
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {error.filename or root}: {error.strerror or error}",
+            hint="check its permissions; if the disk fails, take a copy of the checkpoint",
+        ) from error
 
 
 def format_of(name: str) -> Format:

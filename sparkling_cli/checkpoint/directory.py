@@ -24,7 +24,7 @@ def list_files(root: Path) -> tuple[str, ...]:
         CheckpointError: a link that leads out of the checkpoint, or something that is no file.
     """
     found = []
-    for folder, names, files in os.walk(root):
+    for folder, names, files in os.walk(root, onerror=_unreadable):
         base = Path(folder)
         if base == root and SIDECAR in names:
             names.remove(SIDECAR)
@@ -39,6 +39,13 @@ def list_files(root: Path) -> tuple[str, ...]:
             found.append(relative)
             inside(root, relative, "the directory")
     return tuple(sorted(found))
+
+
+def _unreadable(error: OSError) -> None:
+    raise CheckpointError(
+        f"cannot list {error.filename}: {error.strerror}",
+        hint="check its permissions, or move it out of the checkpoint",
+    ) from error
 
 
 def inside(root: Path, relative: str, named_by: str) -> Path:

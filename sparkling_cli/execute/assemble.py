@@ -189,7 +189,7 @@ def copy_carried(source: Path, target: Path) -> FileDigest:
         allocate(target, 0)
         out = os.open(target, os.O_WRONLY)
         try:
-            crc = _copy(descriptor, out, size, str(target))
+            crc = _copy(descriptor, out, size, (str(source), str(target)))
         finally:
             os.close(out)
     finally:
@@ -197,12 +197,15 @@ def copy_carried(source: Path, target: Path) -> FileDigest:
     return FileDigest(size, crc)
 
 
-def _copy(source: int, target: int, size: int, name: str) -> int:
+def _copy(source: int, target: int, size: int, names: tuple[str, str]) -> int:
     crc, at, fast = 0, 0, hasattr(os, "copy_file_range")
     while at < size:
-        data = os.pread(source, min(_PIECE, size - at), at)
+        try:
+            data = os.pread(source, min(_PIECE, size - at), at)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {names[0]}: {error.strerror}") from error
         if not data:
-            raise CheckpointError(f"a file became shorter while it was copied to {name}")
+            raise CheckpointError(f"{names[0]} became shorter while it was copied")
         crc = combine(crc, crc32(data), len(data))
         done = 0
         try:
@@ -214,7 +217,7 @@ def _copy(source: int, target: int, size: int, name: str) -> int:
             while done < len(data):
                 done += os.pwrite(target, memoryview(data)[done:], at + done)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, name) from error
+            raise OSError(error.errno, error.strerror, names[1]) from error
         at += len(data)
     return crc
 

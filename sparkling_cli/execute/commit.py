@@ -128,8 +128,12 @@ class Staging:
             (self.partial / "data").mkdir()
             _write_new(plan, fingerprint.encode())
         except OSError as error:
+            if self._lock is None:
+                with suppress(OSError):  # it was not made, or another process has begun in it
+                    self.partial.rmdir()
             raise OutputError(
-                f"cannot make {self.partial}: {error.strerror}", hint="check the folder's permissions"
+                f"cannot make {self.partial}: {error.strerror}",
+                hint="check the folder's permissions, and the room on its disk",
             ) from error
         return False
 
@@ -204,7 +208,7 @@ class Staging:
 
         Raises:
             OutputError: something took its name meanwhile.
-            OSError: the disk failed.
+            OSError: the disk failed; nothing has appeared.
         """
         folder = sidecar_root(self.destination, self.is_file)
         for path in {self.destination, folder}:
@@ -213,11 +217,19 @@ class Staging:
         if self.is_file:
             _write_new(self.partial / "commit", b"")
             sync(self.partial)
-            if self.sidecars.is_dir():
-                self.sidecars.rename(folder)
-        self.data.rename(self.destination)
-        for folder in (self.destination.parent, *(made.parent for made in reversed(self._made))):
-            sync(folder)
+        moves = [(self.sidecars, folder)] if self.is_file and self.sidecars.is_dir() else []
+        moved: list[tuple[Path, Path]] = []
+        try:
+            for move in (*moves, (self.data, self.destination)):
+                move[0].rename(move[1])
+                moved.append(move)
+            for folder in (self.destination.parent, *(made.parent for made in reversed(self._made))):
+                sync(folder)
+        except OSError:
+            for origin, target in reversed(moved):
+                with suppress(OSError):
+                    target.rename(origin)
+            raise
         self.discard()
 
     def discard(self) -> None:

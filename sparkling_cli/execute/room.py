@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from sparkling_cli.errors import OutputError, SparklingError
+from sparkling_cli.errors import CheckpointError, OutputError, SparklingError
 from sparkling_cli.execute.commit import Staging, standing
 from sparkling_cli.execute.job import Job
 
@@ -42,6 +44,22 @@ def disk_error(error: OSError, job: Job, staging: Staging) -> SparklingError:
         f"{free_bytes(staging.destination.parent):,} are free on its disk",
         hint="nothing was left behind; make room or choose another disk, and run the command again",
     )
+
+
+@contextmanager
+def reading_back(root: Path) -> Iterator[None]:
+    """What was written is opened again; that it cannot be is not the source's fault.
+
+    Raises:
+        OutputError: instead of CheckpointError.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise OutputError(
+            f"the output cannot be read back from {root}: {error.message}",
+            hint="nothing was left behind; the disk may be failing: choose another and run it again",
+        ) from error
 
 
 def free_bytes(folder: Path) -> int:

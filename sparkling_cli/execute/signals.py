@@ -15,25 +15,26 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def as_ctrl_c(note: Callable[[str], None] | None = None) -> Iterator[None]:
+def as_ctrl_c(note: Callable[[signal.Signals], bool] | None = None) -> Iterator[None]:
     """SIGTERM and SIGHUP raise KeyboardInterrupt inside; as it was afterwards.
 
     Only the main thread may decide this; in others nothing changes. A signal that is ignored (``nohup``)
     stays ignored.
 
     Args:
-        note: told the signal's name when one comes.
+        note: told a signal when it comes, Ctrl-C's too; True if nothing shall be raised.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handler(number: int, _: FrameType | None) -> None:
-        if note is not None:
-            note(signal.Signals(number).name)
-        raise KeyboardInterrupt
+        if note is None or not note(signal.Signals(number)):
+            raise KeyboardInterrupt
 
     heard = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    if note is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        heard.append(signal.SIGINT)  # who handles Ctrl-C in another way, goes on doing so
     before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
@@ -43,16 +44,27 @@ def as_ctrl_c(note: Callable[[str], None] | None = None) -> Iterator[None]:
 
 
 class Raised:
-    """What broke in."""
+    """What broke in.
+
+    Attributes:
+        settled: the output is about to appear, or has appeared: it is too late to break in.
+    """
 
     def __init__(self, destination: Path) -> None:
         self._destination = destination
-        self.name = "Ctrl-C"
+        self._name = "Ctrl-C"
+        self.settled = False
+
+    def note(self, number: signal.Signals) -> bool:
+        """Remember it for the message, unless it is too late."""
+        if not self.settled and number is not signal.SIGINT:
+            self._name = number.name
+        return self.settled
 
     def error(self) -> Interrupted:
         """What to tell the user."""
         return Interrupted(
-            f"interrupted by {self.name}: the source is unchanged, nothing was left at {self._destination}",
+            f"interrupted by {self._name}: the source is unchanged, nothing was left at {self._destination}",
             hint="run the same command again",
         )
 
@@ -61,9 +73,5 @@ class Raised:
 def interrupts(destination: Path) -> Iterator[Raised]:
     """Signals while an output is made: what comes is remembered for the message."""
     raised = Raised(destination)
-
-    def note(name: str) -> None:
-        raised.name = name
-
-    with as_ctrl_c(note):
+    with as_ctrl_c(raised.note):
         yield raised

@@ -25,7 +25,7 @@ from sparkling_cli.execute.job import Job, PartResult, make_job
 from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_paths, source_state
 from sparkling_cli.execute.places import Handles
 from sparkling_cli.execute.pool import Pool, processors
-from sparkling_cli.execute.room import check_room, disk_error
+from sparkling_cli.execute.room import check_room, disk_error, reading_back
 from sparkling_cli.execute.team import Alone, Team
 from sparkling_cli.plan.model import Plan
 
@@ -101,7 +101,7 @@ def execute(
         run = _begin(plan, files, destination, team, memory, threads, progress)
         try:
             run.resumed = team.lead(lambda: _prepare(run))
-            return _carry_out(run, sidecar, check)
+            return _carry_out(run, sidecar, check, raised)
         except OSError as error:
             raise disk_error(error, run.job, run.staging) from error
         except KeyboardInterrupt as error:
@@ -164,7 +164,10 @@ def _complete(run: _Run) -> bool:
 
 
 def _carry_out(
-    run: _Run, sidecar: Callable[[Written], Mapping[str, bytes]], check: Callable[[Path], None] | None
+    run: _Run,
+    sidecar: Callable[[Written], Mapping[str, bytes]],
+    check: Callable[[Path], None] | None,
+    raised: signals.Raised,
 ) -> Written:
     job, team = run.job, run.team
     paths = source_paths(job.plan)
@@ -183,11 +186,13 @@ def _carry_out(
         written = _finish(run, results, sealed)
         _add_sidecars(run, sidecar(written))
         if check is not None:
-            check(run.staging.data)
+            with reading_back(run.staging.data):
+                check(run.staging.data)
         return written
 
     def appear() -> None:
         _sync_all(run)
+        raised.settled = True
         run.staging.commit()
 
     keep = sum(file.size for file in job.files) <= run.memory

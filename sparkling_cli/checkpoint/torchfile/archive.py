@@ -73,7 +73,10 @@ class Window:
                 f"{self.where}: truncated: bytes {start}..{start + size} are needed, it has {self.length}",
                 hint="copy or download the file again",
             )
-        data = os.pread(self.descriptor, size, self.offset + start)
+        try:
+            data = os.pread(self.descriptor, size, self.offset + start)
+        except OSError as error:
+            raise CheckpointError(f"{self.where}: cannot be read: {error.strerror}") from error
         if len(data) != size:
             raise CheckpointError(f"{self.where}: {size} bytes expected at {start}, {len(data)} read")
         return data

@@ -1,0 +1,165 @@
+"""The last moments of a run, and disks that fail beside the writes: all or nothing, and who is to blame."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from engine_support import doubled, no_sidecar, raw_plan
+
+from sparkling_cli.checkpoint.directory import list_files
+from sparkling_cli.checkpoint.model import OutputFile
+from sparkling_cli.checkpoint.torchfile import read_torch_file
+from sparkling_cli.errors import CheckpointError, OutputError
+from sparkling_cli.execute import commit
+from sparkling_cli.execute.stream import Written, execute
+from sparkling_cli.plan.model import Plan
+
+Laid = tuple[Plan, tuple[OutputFile, ...]]
+
+
+def laid(folder: Path, *, single: bool = False) -> Laid:
+    """A small checkpoint: a folder with a carried file, or a single file."""
+    view = (doubled(4, 0),)
+    plan, files = raw_plan(
+        folder / "src", {"w": (torch.ones(4), view, {})}, carried={} if single else {"c.txt": b"carried"}
+    )
+    if not single:
+        return plan, files
+    row = plan.rows[0]
+    extents = tuple(extent._replace(path="") for extent in row.source.extents)
+    row = row._replace(source=row.source._replace(extents=extents))
+    source = replace(plan.source, root=folder / "src" / "data.bin")
+    return replace(plan, source=source, rows=(row,)), (replace(files[0], path=""),)
+
+
+def a_sidecar(_: Written) -> dict[str, bytes]:
+    """One small file."""
+    return {"sparkling/x": b"x"}
+
+
+def names(folder: Path) -> list[str]:
+    """What lies there."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def failing(*_: object, **__: object) -> int:
+    """A disk that is broken."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("single", [False, True])
+def test_too_late_for_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, single: bool
+) -> None:
+    """While the output appears, a signal neither tears it in two nor makes an error of it."""
+    plan, files = laid(tmp_path, single=single)
+    real = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        os.kill(os.getpid(), number)
+        found = real(self, target)
+        os.kill(os.getpid(), number)
+        return found
+
+    before = {n: signal.signal(n, h) for n, h in HANDLERS.items()}
+    monkeypatch.setattr(Path, "rename", interrupted)
+    try:
+        execute(plan, files, tmp_path / "dst", sidecar=a_sidecar)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert names(tmp_path) == (["dst", "dst.sparkling", "src"] if single else ["dst", "src"])
+
+
+#: as a command has them, whatever the tests run under
+HANDLERS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("place", ["last rename", "sync behind it"])
+def test_a_disk_that_fails_as_the_output_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool, place: str
+) -> None:
+    """What has appeared goes again: nothing is left, as the message says, and the next run succeeds."""
+    plan, files = laid(tmp_path, single=single)
+    target = tmp_path / "dst"
+    real_rename, real_sync = Path.rename, commit.sync
+
+    def rename(self: Path, to: Path) -> Path:
+        return real_rename(self, to) if to != target else Path(str(failing()))
+
+    def sync(path: Path) -> None:
+        failing() if path == tmp_path else real_sync(path)
+
+    with monkeypatch.context() as patch:
+        if place == "last rename":
+            patch.setattr(Path, "rename", rename)
+        else:
+            patch.setattr(commit, "sync", sync)
+        with pytest.raises(OutputError, match="cannot write"):
+            execute(plan, files, target, sidecar=a_sidecar)
+    assert names(tmp_path) == ["src"]
+    execute(plan, files, target, sidecar=a_sidecar)
+
+
+def test_a_disk_that_fails_at_the_first_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that was just made does not stay behind."""
+    plan, files = laid(tmp_path)
+    real = os.open
+
+    def opened(path: object, *args: object, **kwargs: object) -> int:
+        return failing() if str(path).endswith("/lock") else real(path, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(OutputError, match="cannot make"):
+        execute(plan, files, tmp_path / "dst", sidecar=no_sidecar)
+    assert names(tmp_path) == ["src"]
+
+
+def test_an_output_that_cannot_be_read_back(tmp_path: Path) -> None:
+    """It is the output's fault, not the source's."""
+    plan, files = laid(tmp_path)
+
+    def check(_: Path) -> None:
+        raise CheckpointError("a.bin: cannot be read: Input/output error")
+
+    with pytest.raises(OutputError, match=r"cannot be read back .*a\.bin"):
+        execute(plan, files, tmp_path / "dst", sidecar=no_sidecar, check=check)
+    assert names(tmp_path) == ["src"]
+
+
+def test_a_source_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source's file is named, of a carried file too, and the output's disk is not blamed."""
+    plan, files = laid(tmp_path)
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.pt")
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(CheckpointError, match=r"cannot read .*c\.txt: Input/output error"):
+        execute(plan, files, tmp_path / "dst", sidecar=no_sidecar)
+    with pytest.raises(CheckpointError, match=r"a\.pt: cannot be read: Input/output error"):
+        read_torch_file(tmp_path / "a.pt", "a.pt")
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files would be missing in the output, and nobody would know."""
+    (tmp_path / "sub").mkdir()
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(CheckpointError, match=r"cannot list .*sub: Permission denied"):
+        list_files(tmp_path)
