@@ -97,6 +97,7 @@ def make_plan(
     Raises:
         SpecError, CheckpointError, LayoutError: the source, the spec or their union is unsound.
     """
+    from sparkling_cli.execute.journal import snapshot
     from sparkling_cli.outcome import plan_schedule
     from sparkling_cli.plan.build import build_plan
     from sparkling_cli.plan.outputs import lay_out
@@ -105,6 +106,7 @@ def make_plan(
     from sparkling_cli.report.card import with_card
     from sparkling_cli.schedule.write import notes, remarks
 
+    state = snapshot(Path(source))
     checkpoint, found, previous = open_source(Path(source), layout=layout, model=model)
     plan = build_plan(checkpoint, found, spec)
     plan, files = with_card(plan, lay_out(plan), previous)
@@ -113,7 +115,7 @@ def make_plan(
         plan = replace(
             plan, warnings=plan.warnings + notes(schedule[0]), notes=plan.notes + remarks(schedule[0])
         )
-    return Prepared(plan, files, totals_of(plan, files), previous, spec, schedule)
+    return Prepared(plan, files, totals_of(plan, files), previous, spec, schedule, state)
 
 
 @collector_paused()
@@ -199,6 +201,7 @@ def expand(
             sidecar=sidecar,
             check=lambda root: _check_opens(root, ready.plan),
             team=team,
+            state=ready.state,
         )
     return ExpansionResult(target, ready, written, reports[0] if reports else None)
 
@@ -223,8 +226,10 @@ def _check_opens(root: Path, plan: Plan) -> None:
     """
     from sparkling_cli.checkpoint.detect import open_checkpoint
     from sparkling_cli.errors import OutputError
+    from sparkling_cli.execute.room import reading_back
 
-    found = open_checkpoint(root)
+    with reading_back(root):
+        found = open_checkpoint(root)
     shapes = {key: tensor.shape for key, tensor in found.tensors.items()}
     wrong = [row.key for row in plan.rows if row.key in shapes and shapes[row.key] != row.shape]
     if found.format != plan.source.format or wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparkling_cli.checkpoint.model import OutputFile
@@ -23,6 +24,7 @@ class Prepared:
         previous: the source's own manifest, when it is an earlier output.
         spec: as asked for.
         schedule: the re-warmup, or None and why there is none.
+        state: the source's files as they were before they were opened.
     """
 
     plan: Plan
@@ -31,3 +33,4 @@ class Prepared:
     previous: Manifest | None
     spec: ExpansionSpec
     schedule: tuple[Rewarmup | None, str]
+    state: Mapping[str, tuple[int, int, int]]

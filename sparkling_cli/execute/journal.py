@@ -7,6 +7,7 @@ over only after the bytes it wrote have been read back and have the CRCs that it
 from __future__ import annotations
 
 import hashlib
+import os
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -98,6 +99,14 @@ def fingerprint(job: Job) -> str:
 def source_paths(plan: Plan) -> set[str]:
     """Every source file that is read."""
     return {extent.path for row in plan.rows for extent in row.source.extents} | set(plan.source.carried)
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, int, int]]:
+    """As ``source_state``, of every file of a checkpoint that is about to be opened."""
+    if not root.is_dir():
+        return source_state(root, {""}) if root.exists() else {}
+    paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    return source_state(root, {path.relative_to(root).as_posix() for path in paths if path.exists()})
 
 
 def source_state(root: Path, paths: set[str]) -> dict[str, tuple[int, int, int]]:

@@ -25,7 +25,7 @@ from sparkling_cli.execute.job import Job, PartResult, make_job
 from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_paths, source_state
 from sparkling_cli.execute.places import Handles
 from sparkling_cli.execute.pool import Pool, processors
-from sparkling_cli.execute.room import check_room, disk_error, reading_back
+from sparkling_cli.execute.room import check_room, disk_error
 from sparkling_cli.execute.team import Alone, Team
 from sparkling_cli.plan.model import Plan
 
@@ -75,6 +75,7 @@ def execute(
     sidecar: Callable[[Written], Mapping[str, bytes]],
     check: Callable[[Path], None] | None = None,
     team: Team | None = None,
+    state: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> Written:
     """Make the output at ``destination``, wholly or not at all.
 
@@ -90,6 +91,7 @@ def execute(
             with ``sparkling/``.
         check: called with the finished output before it appears; raises if it cannot be opened.
         team: the ranks to work with.
+        state: of the source's files before the plan was made; they must still have it at the end.
 
     Raises:
         OutputError: the output cannot be written there, or the disk is full or failing.
@@ -101,7 +103,7 @@ def execute(
         run = _begin(plan, files, destination, team, memory, threads, progress)
         try:
             run.resumed = team.lead(lambda: _prepare(run))
-            return _carry_out(run, sidecar, check, raised)
+            return _carry_out(run, sidecar, check, raised, state)
         except OSError as error:
             raise disk_error(error, run.job, run.staging) from error
         except KeyboardInterrupt as error:
@@ -168,26 +170,22 @@ def _carry_out(
     sidecar: Callable[[Written], Mapping[str, bytes]],
     check: Callable[[Path], None] | None,
     raised: signals.Raised,
+    state: Mapping[str, tuple[int, int, int]] | None,
 ) -> Written:
     job, team = run.job, run.team
-    paths = source_paths(job.plan)
-    before = source_state(job.plan.source.root, paths)
+    before = state or source_state(job.plan.source.root, source_paths(job.plan))
+    _refuse_changed(job.plan.source.root, before)
     filled = [
         _under(run.staging.data, file.path) for file in job.files if file.tensors and team.first_on_host
     ]
 
     def finish(results: list[PartResult], sealed: Collection[tuple[str, int]]) -> Written:
-        if source_state(job.plan.source.root, paths) != before:
-            raise CheckpointError(
-                f"the source {job.plan.source.root} was changed while it was read",
-                hint="wait until the training run has finished writing it, then run the command again",
-            )
+        _refuse_changed(job.plan.source.root, before)
         _refuse_nonfinite(job, results)
         written = _finish(run, results, sealed)
         _add_sidecars(run, sidecar(written))
         if check is not None:
-            with reading_back(run.staging.data):
-                check(run.staging.data)
+            check(run.staging.data)
         return written
 
     def appear() -> None:
@@ -267,6 +265,14 @@ def _sync_all(run: _Run) -> None:
         sync(folder)
     for path in sorted(late):
         sync(path)
+
+
+def _refuse_changed(root: Path, before: Mapping[str, tuple[int, int, int]]) -> None:
+    if source_state(root, set(before)) != before:
+        raise CheckpointError(
+            f"the source {root} was changed while it was read",
+            hint="wait until the training run has finished writing it, then run the command again",
+        )
 
 
 def _refuse_nonfinite(job: Job, results: list[PartResult]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 from engine_support import doubled, no_sidecar, raw_plan
 
+from sparkling_cli import api
+from sparkling_cli.checkpoint import detect
 from sparkling_cli.checkpoint.directory import list_files
 from sparkling_cli.checkpoint.model import OutputFile
 from sparkling_cli.checkpoint.torchfile import read_torch_file
@@ -19,6 +22,8 @@ from sparkling_cli.errors import CheckpointError, OutputError
 from sparkling_cli.execute import commit
 from sparkling_cli.execute.stream import Written, execute
 from sparkling_cli.plan.model import Plan
+from sparkling_cli.spec.sources import make_spec
+from tests.conftest import TinyCheckpoint
 
 Laid = tuple[Plan, tuple[OutputFile, ...]]
 
@@ -127,16 +132,23 @@ def test_a_disk_that_fails_at_the_first_file(tmp_path: Path, monkeypatch: pytest
     assert names(tmp_path) == ["src"]
 
 
-def test_an_output_that_cannot_be_read_back(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_read_back(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is the output's fault, not the source's."""
-    plan, files = laid(tmp_path)
+    source = tmp_path / "checkpoint-3"
+    shutil.copytree(tiny_checkpoint("llama"), source)
+    prepared = api.make_plan(source, make_spec({"axes": [{"axis": "ffn", "factor": 2}]}))
 
-    def check(_: Path) -> None:
-        raise CheckpointError("a.bin: cannot be read: Input/output error")
+    def unreadable(_: Path) -> None:
+        raise CheckpointError("model.safetensors: cannot be read: Input/output error")
 
-    with pytest.raises(OutputError, match=r"cannot be read back .*a\.bin"):
-        execute(plan, files, tmp_path / "dst", sidecar=no_sidecar, check=check)
-    assert names(tmp_path) == ["src"]
+    for report in ("none", "auto"):
+        with monkeypatch.context() as patch:
+            patch.setattr(detect, "open_checkpoint", unreadable)
+            with pytest.raises(OutputError, match=r"cannot be read back .*model\.safetensors"):
+                api.expand(source, tmp_path / "dst", prepared=prepared, report=report)
+        assert names(tmp_path) == ["checkpoint-3"]
 
 
 def test_a_source_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +175,18 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(CheckpointError, match=r"cannot list .*sub: Permission denied"):
         list_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "optimizer.pt", "model.safetensors", "rng_state.pth"])
+def test_a_source_that_changes_behind_the_plan(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, name: str
+) -> None:
+    """A trainer that saves over the checkpoint while its layout is inferred: old headers, new tensors."""
+    source = tmp_path / "checkpoint-3"
+    shutil.copytree(tiny_checkpoint("llama"), source)
+    prepared = api.make_plan(source, make_spec({"axes": [{"axis": "ffn", "factor": 2}]}))
+    (source / "new.txt").write_text("of no matter")
+    (source / name).write_bytes((source / name).read_bytes())
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        api.expand(source, tmp_path / "dst", prepared=prepared, report="none")
+    assert names(tmp_path) == ["checkpoint-3"]
