@@ -52,10 +52,11 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         root = root.resolve()  # messages and outputs are named after it
     if not root.exists():
         raise CheckpointError(f"{root}: there is nothing of that name", hint=_meant(str(path), root))
-    for form in formats():
-        if form.claims(root) is not None:
-            with collector_paused(), _told(root):
-                return form.open(root)
+    with _told(root):
+        for form in formats():
+            if form.claims(root) is not None:
+                with collector_paused():
+                    return form.open(root)
     raise CheckpointError(
         f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_nearby(root)
     )

@@ -177,6 +177,18 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
         list_files(tmp_path)
 
 
+def test_a_folder_that_cannot_be_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To recognize a format, folders are looked into: the source is to blame, not the output."""
+
+    class Form:
+        def claims(self, root: Path) -> str | None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root / "sub"))
+
+    monkeypatch.setattr(detect, "formats", lambda: (Form(),))
+    with pytest.raises(CheckpointError, match=r"cannot read .*sub: Permission denied"):
+        detect.open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["config.json", "optimizer.pt", "model.safetensors", "rng_state.pth"])
 def test_a_source_that_changes_behind_the_plan(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, name: str
