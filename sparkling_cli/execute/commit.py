@@ -35,6 +35,11 @@ def partial_of(destination: Path) -> Path:
     return destination.with_name(f".{name}{_SUFFIX}")
 
 
+def in_the_making(path: Path) -> bool:
+    """Whether it lies where an output is made, to which it has not been given its name."""
+    return any(parent.name.endswith(_SUFFIX) for parent in path.absolute().parents)
+
+
 def standing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     while not os.path.lexists(path):

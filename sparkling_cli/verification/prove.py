@@ -12,7 +12,7 @@ from typing import Any
 from sparkling_cli.checkpoint.model import FLOATING, ITEM_BYTES, Checkpoint, StoredTensor
 from sparkling_cli.checkpoint.states import WEIGHT_LIKE
 from sparkling_cli.errors import CheckpointError, SparklingError, VerificationError
-from sparkling_cli.execute.commit import sidecar_root
+from sparkling_cli.execute.commit import in_the_making, sidecar_root
 from sparkling_cli.execute.crc import Span, crc32, whole
 from sparkling_cli.execute.places import Handles, Placement
 from sparkling_cli.execute.stream import DIGESTS
@@ -55,6 +55,11 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
     """
     if not output.exists():
         raise CheckpointError(f"there is no output at {output}")
+    if in_the_making(output):
+        raise CheckpointError(
+            f"{output} is no output yet: a run that was killed has left it",
+            hint="run the same `sparkling expand` again: it goes on with what is there",
+        )
     is_file = output.is_file()
     sidecars = sidecar_root(output, is_file)
     if not (sidecars / MANIFEST).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError, SparklingError, VerificationError
+from sparkling_cli.execute.commit import Staging, partial_of
 from sparkling_cli.execute.crc import crc32
 from sparkling_cli.verification import verify
 
@@ -201,6 +203,28 @@ def test_another_source_is_not_the_source(dense: Made, tmp_path: Path) -> None:
     path.write_bytes((source / "model.safetensors").read_bytes())
     with pytest.raises(VerificationError, match=r"trainer_state\.json in the source"):
         verify(copy, output)
+
+
+def test_what_a_killed_run_left_is_no_output(
+    dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Complete but for its name: it is said to be unfinished, and the next run finishes it."""
+    target, axes = tmp_path / "out", [{"axis": "ffn", "factor": 2}]
+
+    def die(_: Staging) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Staging, "commit", die)
+        killed.setattr(Staging, "discard", lambda staging: os.close(staging._lock))
+        with pytest.raises((KeyboardInterrupt, SparklingError)):
+            api.expand(dense_checkpoint, target, axes=axes, report="none")
+    left = partial_of(target) / "data" / "out"
+    assert (left / "sparkling/manifest.json").is_file()
+    with pytest.raises(CheckpointError, match="is no output yet"):
+        verify(dense_checkpoint, left)
+    api.expand(dense_checkpoint, target, axes=axes, report="none")
+    verify(dense_checkpoint, target)
 
 
 def test_nothing_to_prove(tmp_path: Path, dense_checkpoint: Path) -> None:
