@@ -66,6 +66,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 40,
         "attn_layer_indices": [1],
     },
+    "helium": {
+        "model_type": "helium",
+        "architectures": ["HeliumForCausalLM"],
+        **SIZES,
+        **ATTENTION,
+        "head_dim": 16,
+        "intermediate_size": 40,
+    },
     "granitemoehybrid": GRANITE,
     "granitemoehybrid without experts": {**GRANITE, "num_local_experts": 0},
     "granitemoehybrid without attention": {**GRANITE, "layer_types": ["linear_attention"] * 3},
@@ -117,7 +125,8 @@ def test_what_is_said_about_the_model(which: str, tied: bool, tmp_path: Path) ->
     small = trained({**CONFIGS[which], "tie_word_embeddings": tied}, tmp_path / "small")
     sizes = {name: p.numel() for name, p in small.model.named_parameters()}
     idle = sum(size // 2 for name, size in sizes.items() if ".experts." in name)  # two of four work
-    asked = [{"axis": axis, "factor": 2} for axis in ("hidden", "mamba_heads")]
+    hidden = api.layout_of(small.folder).axes["hidden"]
+    asked = [{"axis": axis, "factor": 2} for axis in ("hidden", *hidden.joint)]
     found = api.expand(small.folder, tmp_path / "wide", axes=asked, report="full").report
     assert found is not None
     assert found.activations is not None
