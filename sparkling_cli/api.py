@@ -97,6 +97,7 @@ def make_plan(
     Raises:
         SpecError, CheckpointError, LayoutError: the source, the spec or their union is unsound.
     """
+    from sparkling_cli.checkpoint.detect import recognized
     from sparkling_cli.execute.journal import snapshot
     from sparkling_cli.outcome import plan_schedule
     from sparkling_cli.plan.build import build_plan
@@ -106,7 +107,8 @@ def make_plan(
     from sparkling_cli.report.card import with_card
     from sparkling_cli.schedule.write import notes, remarks
 
-    state = snapshot(Path(source))
+    root, _ = recognized(source)  # a folder of anything else is not walked
+    state = snapshot(root)
     checkpoint, found, previous = open_source(Path(source), layout=layout, model=model)
     plan = build_plan(checkpoint, found, spec)
     plan, files = with_card(plan, lay_out(plan), previous)

@@ -47,6 +47,17 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         CheckpointError: nothing there, no known format, almost one, or damaged.
         UnsafePickleError: a pickle that is not weights-only-safe.
     """
+    root, form = recognized(path)
+    with collector_paused(), _told(root):
+        return form.open(root)
+
+
+def recognized(path: Path | str) -> tuple[Path, Format]:
+    """The checkpoint's root and its format, from the names of a few files.
+
+    Raises:
+        CheckpointError: nothing there, no known format, or almost one.
+    """
     root = Path(path)
     if root.name in ("", ".."):
         root = root.resolve()  # messages and outputs are named after it
@@ -55,8 +66,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     with _told(root):
         for form in formats():
             if form.claims(root) is not None:
-                with collector_paused():
-                    return form.open(root)
+                return root, form
     raise CheckpointError(
         f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_nearby(root)
     )

@@ -104,7 +104,7 @@ def source_paths(plan: Plan) -> set[str]:
 def snapshot(root: Path) -> dict[str, tuple[int, int, int]]:
     """As ``source_state``, of every file of a checkpoint that is about to be opened."""
     if not root.is_dir():
-        return source_state(root, {""}) if root.exists() else {}
+        return source_state(root, {""})
     paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
     return source_state(root, {path.relative_to(root).as_posix() for path in paths if path.exists()})
 

@@ -202,3 +202,13 @@ def test_a_source_that_changes_behind_the_plan(
     with pytest.raises(CheckpointError, match="was changed while it was read"):
         api.expand(source, tmp_path / "dst", prepared=prepared, report="none")
     assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_a_folder_of_something_else_is_not_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold a file system: that it is no checkpoint is seen before its files are listed."""
+    (tmp_path / "notes.txt").write_text("nothing")
+    walked: list[object] = []
+    monkeypatch.setattr(os, "walk", lambda root, **_: walked.append(root) or iter(()))
+    with pytest.raises(CheckpointError, match="no known checkpoint format"):
+        api.make_plan(tmp_path, make_spec({"axes": [{"axis": "ffn", "factor": 2}]}, "options"))
+    assert not walked
