@@ -22,7 +22,7 @@ import torch
 from torch.optim import SGD, AdamW, Muon, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparkling_cli.inference.infer import infer
+from sparkling_cli.models.infer import infer
 from sparkling_cli.schedule.curves import Curve
 from sparkling_cli.schedule.rewarmup import add_stage
 from sparkling_cli.training import History, Rewarming, rewarm

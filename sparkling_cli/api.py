@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.checkpoint.pause import collector_paused
 from sparkling_cli.errors import CheckpointError, SpecError
+from sparkling_cli.formats.pause import collector_paused
 from sparkling_cli.spec.model import ExpansionSpec
 
 if TYPE_CHECKING:
-    from sparkling_cli.checkpoint.model import Checkpoint
     from sparkling_cli.diagnostics.inspect import InspectReport
     from sparkling_cli.execute.stream import Written
+    from sparkling_cli.formats.model import Checkpoint
     from sparkling_cli.layout.model import ModelLayout
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
@@ -60,8 +60,8 @@ def open_source(
     Raises:
         CheckpointError, LayoutError: see there.
     """
-    from sparkling_cli.checkpoint.detect import open_checkpoint
-    from sparkling_cli.inference.locate import find_layout, named_states
+    from sparkling_cli.formats.detect import open_checkpoint
+    from sparkling_cli.models.locate import find_layout, named_states
     from sparkling_cli.plan.naming import weights_of
 
     checkpoint = open_checkpoint(source)
@@ -97,8 +97,8 @@ def make_plan(
     Raises:
         SpecError, CheckpointError, LayoutError: the source, the spec or their union is unsound.
     """
-    from sparkling_cli.checkpoint.detect import recognized
     from sparkling_cli.execute.journal import snapshot
+    from sparkling_cli.formats.detect import recognized
     from sparkling_cli.outcome import plan_schedule
     from sparkling_cli.plan.build import build_plan
     from sparkling_cli.plan.outputs import lay_out
@@ -226,9 +226,9 @@ def _check_opens(root: Path, plan: Plan) -> None:
     Raises:
         OutputError: it does not; it never appears.
     """
-    from sparkling_cli.checkpoint.detect import open_checkpoint
     from sparkling_cli.errors import OutputError
     from sparkling_cli.execute.room import reading_back
+    from sparkling_cli.formats.detect import open_checkpoint
 
     with reading_back(root):
         found = open_checkpoint(root)
@@ -281,8 +281,8 @@ def layout_of(path: Path | str, *, model: str | None = None) -> ModelLayout:
     """
     path = Path(path)
     if path.suffix == ".json" and path.is_file():
-        from sparkling_cli.inference.infer import infer
-        from sparkling_cli.inference.locate import read_config
+        from sparkling_cli.models.infer import infer
+        from sparkling_cli.models.locate import read_config
 
         return infer(read_config(path), model=model)
     return open_source(path, model=model)[1]

@@ -11,18 +11,18 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.checkpoint.model import ITEM_BYTES
 from sparkling_cli.compute.flops import ComputePlan, plan_compute
 from sparkling_cli.compute.quantity import format_count, parse_moment
 from sparkling_cli.compute.shape import shape_of
 from sparkling_cli.errors import SpecError
-from sparkling_cli.layout.geometry import Growth
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
+from sparkling_cli.storage.tensors import ITEM_BYTES
+from sparkling_cli.widening.geometry import Growth
 
 if TYPE_CHECKING:
-    from sparkling_cli.checkpoint.model import Checkpoint
+    from sparkling_cli.formats.model import Checkpoint
 
 #: How parameters are counted, for the reader of the numbers.
 CONVENTION = (
@@ -110,9 +110,9 @@ def subject_of(source: Path, *, layout: Path | None = None, model: str | None = 
         CheckpointError, LayoutError: it cannot be opened, or its layout cannot be known.
     """
     if source.suffix == ".json" and source.is_file():
-        from sparkling_cli.inference.infer import infer
-        from sparkling_cli.inference.locate import read_config
         from sparkling_cli.layout.file import read_layout
+        from sparkling_cli.models.infer import infer
+        from sparkling_cli.models.locate import read_config
 
         config = read_config(source)
         found = read_layout(layout) if layout is not None else infer(config, model=model)

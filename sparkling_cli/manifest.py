@@ -15,13 +15,13 @@ from zlib import crc32
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sparkling_cli import __version__
-from sparkling_cli.checkpoint.directory import read_sidecar
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.stream import Written
+from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.layout import file as layout_file
-from sparkling_cli.layout.geometry import Fill, Growth, Run, View, ViewDim
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.widening.geometry import Fill, Growth, Run, View, ViewDim
 
 FORMAT = 1
 #: where it lies in an output directory; ``execute.commit.sidecar_root`` says where for single files.
@@ -82,7 +82,7 @@ class TensorEntry(_Data):
 
 
 class RunEntry(_Data):
-    """See :class:`~sparkling_cli.layout.geometry.Run`."""
+    """See :class:`~sparkling_cli.widening.geometry.Run`."""
 
     target: int
     source: int
@@ -94,7 +94,7 @@ class RunEntry(_Data):
 
 
 class ViewEntry(_Data):
-    """See :class:`~sparkling_cli.layout.geometry.ViewDim`."""
+    """See :class:`~sparkling_cli.widening.geometry.ViewDim`."""
 
     dim: int
     source: int

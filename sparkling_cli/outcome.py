@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparkling_cli.checkpoint.pause import collector_running
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError
 from sparkling_cli.execute.commit import sidecar_root
 from sparkling_cli.execute.room import reading_back
+from sparkling_cli.formats.pause import collector_running
 from sparkling_cli.manifest import MANIFEST, make_manifest, read_manifest
 from sparkling_cli.plan.build import treatment_of
 from sparkling_cli.plan.carried import carried_factors
@@ -22,10 +22,10 @@ from sparkling_cli.schedule.write import plan_rewarmup, rewarmup_files
 
 if TYPE_CHECKING:
     from sparkling_cli.execute.stream import Written
-    from sparkling_cli.layout.geometry import Treatment
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
     from sparkling_cli.spec.model import ExpansionSpec
+    from sparkling_cli.widening.geometry import Treatment
 
 REPORT_JSON = "sparkling/report.json"
 REPORT_HTML = "sparkling/report.html"
@@ -114,10 +114,10 @@ def _measure(
     """Activations of source and output on the same tokens, or why they were not measured."""
     from math import prod
 
-    from sparkling_cli.checkpoint.detect import open_checkpoint
-    from sparkling_cli.checkpoint.model import ITEM_BYTES
     from sparkling_cli.diagnostics.activations import measure_change
     from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
+    from sparkling_cli.formats.detect import open_checkpoint
+    from sparkling_cli.storage.tensors import ITEM_BYTES
 
     weights = [row for row in plan.rows if not row.slot]
     size = sum(prod(row.shape) * ITEM_BYTES[row.dtype] for row in weights)

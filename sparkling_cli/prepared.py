@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sparkling_cli.checkpoint.model import OutputFile
+from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.model import Plan
 from sparkling_cli.plan.totals import Totals

@@ -148,8 +148,8 @@ FRACTIONAL += [("moe_checkpoint", 1.25), ("moe_checkpoint", 1.5), ("moe_checkpoi
 
 def measured(source: Path, target: Path, data: Path) -> Any:
     """Activations of both on the fixtures' own text."""
-    from sparkling_cli.checkpoint.detect import open_checkpoint
     from sparkling_cli.diagnostics.activations import measure_change
+    from sparkling_cli.formats.detect import open_checkpoint
 
     report, _, _ = measure_change(open_checkpoint(source), open_checkpoint(target), data=data, sequences=16)
     assert not report.random

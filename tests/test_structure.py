@@ -17,10 +17,12 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 #: on one line may not import each other.
 LEVELS = [
     {"errors"},
-    {"layout", "spec", "checkpoint", "layouts"},
+    {"layout", "spec", "storage", "layouts"},
+    {"widening"},
+    {"formats"},
     {"plan"},
     {"execute"},
-    {"inference", "manifest", "schedule"},
+    {"models", "manifest", "schedule"},
     {"compute", "training"},
     {"diagnostics", "verification", "prepared"},
     {"report"},
@@ -34,8 +36,9 @@ LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 
 #: Imports that cross a level or go between rooms of one level, each for a reason.
 ALLOWED = {
-    ("layout", "checkpoint"): "packaged layouts are solved from the shapes of an opened checkpoint",
-    ("inference", "manifest"): "an earlier output's manifest says its layout (type only)",
+    ("layout", "formats"): "packaged layouts are solved from the shapes of an opened checkpoint",
+    ("storage", "formats"): "TensorSource reads an opened checkpoint (type only)",
+    ("models", "manifest"): "an earlier output's manifest says its layout (type only)",
 }
 
 

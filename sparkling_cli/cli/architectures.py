@@ -27,7 +27,7 @@ def architectures(
     """
     import sys
 
-    from sparkling_cli.inference import survey
+    from sparkling_cli.models import survey
 
     results = survey.survey(only or None, progress=None if quiet else output.note)
     output.data("architectures", survey.to_data(results))

@@ -13,7 +13,7 @@ from itertools import pairwise
 from sparkling_cli.compute.quantity import format_count
 from sparkling_cli.compute.shape import ModelShape, ParameterCount
 from sparkling_cli.errors import SpecError
-from sparkling_cli.layout.geometry import Growth
+from sparkling_cli.widening.geometry import Growth
 
 
 def train_flops(active: int, tokens: int) -> int:

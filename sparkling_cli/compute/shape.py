@@ -19,8 +19,8 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import PACKINGS, Role, axis_names
-from sparkling_cli.layout.geometry import Growth
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
+from sparkling_cli.widening.geometry import Growth
 
 #: Config keys that say how many experts work on one token. Each is what one or more model families of
 #: transformers call it; the meaning is the same, so no architecture is named.

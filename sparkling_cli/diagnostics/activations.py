@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from sparkling_cli.checkpoint.model import Checkpoint
 from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES, Tokens, load_tokens
 from sparkling_cli.diagnostics.measurement import ActivationReport, LogitsChange, Measurement, compare
 from sparkling_cli.diagnostics.probe import Probe, Squares, pieces
+from sparkling_cli.formats.model import Checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,19 +9,19 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.checkpoint.detect import open_checkpoint
-from sparkling_cli.checkpoint.model import Checkpoint
 from sparkling_cli.diagnostics.activations import measure, measure_change
 from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
 from sparkling_cli.diagnostics.measurement import ActivationReport, Measurement, plain
 from sparkling_cli.diagnostics.weights import WeightReport, measure_weights
 from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError, SparklingError
 from sparkling_cli.execute.commit import sidecar_root
-from sparkling_cli.layout.geometry import Growth
+from sparkling_cli.formats.detect import open_checkpoint
+from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.manifest import MANIFEST, read_manifest
 from sparkling_cli.plan.build import treatment_of
 from sparkling_cli.plan.carried import carried_factors
 from sparkling_cli.spec.sources import make_spec
+from sparkling_cli.widening.geometry import Growth
 
 if TYPE_CHECKING:
     from sparkling_cli.diagnostics.symmetry import SymmetryReport
@@ -176,8 +176,8 @@ def _open(path: Path, model: str | None, layout: Path | None) -> Checkpoint:
 
 def _named(checkpoint: Checkpoint, model: str | None, layout: Path | None) -> Checkpoint:
     """State under its parameters' names; mostly the model's class says them, and no layout is needed."""
-    from sparkling_cli.checkpoint.optimizer import name_parameters
-    from sparkling_cli.inference.locate import find_layout, model_parameters, named_states
+    from sparkling_cli.formats.optimizer import name_parameters
+    from sparkling_cli.models.locate import find_layout, model_parameters, named_states
 
     known = model is not None or "model_type" in (checkpoint.config or {})
     if known and checkpoint.config is not None:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.checkpoint.model import ITEM_BYTES, StoredTensor
-from sparkling_cli.checkpoint.read import TensorSource
 from sparkling_cli.errors import CheckpointError, MissingDependencyError
+from sparkling_cli.storage.read import TensorSource
+from sparkling_cli.storage.tensors import ITEM_BYTES, StoredTensor
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.checkpoint.model import Checkpoint
 from sparkling_cli.diagnostics.measurement import LayerStat, Measurement, StreamStat, root_mean
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SparklingError
+from sparkling_cli.formats.model import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +60,9 @@ class Probe:
     """
 
     def __init__(self, checkpoint: Checkpoint, *, model: str | None = None, memory: int = 1 << 29) -> None:
-        from sparkling_cli.checkpoint.read import TensorSource
         from sparkling_cli.diagnostics.lazy import LazyWeights, load_buffers
         from sparkling_cli.diagnostics.parameters import parameter_reader
+        from sparkling_cli.storage.read import TensorSource
 
         self.checkpoint = checkpoint
         self.model = build_lazy(checkpoint, model)
@@ -228,7 +228,7 @@ def build_lazy(checkpoint: Checkpoint, model: str | None) -> nn.Module:
                 hint="pip install '.[hf]' in the clone",
             ) from None
     from sparkling_cli.diagnostics.lazy import parameters_on_meta
-    from sparkling_cli.inference import skeleton
+    from sparkling_cli.models import skeleton
 
     try:
         with parameters_on_meta():

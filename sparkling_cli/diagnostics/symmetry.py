@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.checkpoint.detect import open_checkpoint
-from sparkling_cli.checkpoint.model import FLOATING, Checkpoint
-from sparkling_cli.checkpoint.read import TensorSource
 from sparkling_cli.errors import CheckpointError, LayoutError
+from sparkling_cli.formats.detect import open_checkpoint
+from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.expr import Expr, Product, Role, TensorLayout, axis_names
-from sparkling_cli.layout.geometry import Growth, Treatment, ViewDim, view_of
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, read_manifest
+from sparkling_cli.storage.read import TensorSource
+from sparkling_cli.storage.tensors import FLOATING
+from sparkling_cli.widening.geometry import Growth, Treatment, ViewDim, view_of
 
 if TYPE_CHECKING:
     import torch

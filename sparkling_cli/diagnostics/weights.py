@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.checkpoint.model import FLOATING, Checkpoint
-from sparkling_cli.checkpoint.read import PIECE, TensorSource
+from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.storage.read import PIECE, TensorSource
+from sparkling_cli.storage.tensors import FLOATING
 
 if TYPE_CHECKING:
     import torch

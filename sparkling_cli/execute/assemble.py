@@ -10,11 +10,11 @@ from itertools import islice
 from math import prod
 from pathlib import Path
 
-from sparkling_cli.checkpoint.model import OutputFile
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.execute.crc import Span, combine, crc32, zeros
 from sparkling_cli.execute.job import RowJob
-from sparkling_cli.execute.places import Handles, read_range, write_range
+from sparkling_cli.formats.model import OutputFile
+from sparkling_cli.storage.crc import Span, combine, crc32, zeros
+from sparkling_cli.storage.places import Handles, read_range, write_range
 
 _PIECE = 1 << 19
 

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparkling_cli.checkpoint.model import ITEM_BYTES
-from sparkling_cli.execute.crc import Span, crc32
-from sparkling_cli.execute.entries import count_nonfinite
 from sparkling_cli.execute.job import Job, Part, PartResult, RowJob, Seam
-from sparkling_cli.execute.kernel import Kernel
-from sparkling_cli.execute.places import Handles, read_range, write_range
+from sparkling_cli.storage.crc import Span, crc32
+from sparkling_cli.storage.places import Handles, read_range, write_range
+from sparkling_cli.storage.tensors import ITEM_BYTES
+from sparkling_cli.widening.entries import count_nonfinite
+from sparkling_cli.widening.kernel import Kernel
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sparkling_cli.execute.kernel import Noise
+    from sparkling_cli.widening.kernel import Noise
 
     Array = np.ndarray[Any, Any]
 

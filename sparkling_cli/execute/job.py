@@ -13,12 +13,13 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
-from sparkling_cli.checkpoint.model import Extent, OutputFile
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.execute.crc import Span
-from sparkling_cli.execute.kernel import PIECE, Kernel, compile_kernel
-from sparkling_cli.execute.places import Placement
+from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.storage.crc import Span
+from sparkling_cli.storage.places import Placement
+from sparkling_cli.storage.tensors import Extent
+from sparkling_cli.widening.kernel import PIECE, Kernel, compile_kernel
 
 #: target bytes of one task
 TASK = 1 << 25

@@ -16,9 +16,9 @@ from typing import Any
 
 from sparkling_cli import __version__
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.execute.crc import Span, crc32
 from sparkling_cli.execute.job import Job, PartResult
 from sparkling_cli.plan.model import Plan
+from sparkling_cli.storage.crc import Span, crc32
 
 
 class Journal:

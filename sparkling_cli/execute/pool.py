@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparkling_cli.execute import moments
-from sparkling_cli.execute.crc import Span, combine, crc32
 from sparkling_cli.execute.job import Job, PartResult
 from sparkling_cli.execute.journal import Journal
-from sparkling_cli.execute.places import Handles, Placement, read
 from sparkling_cli.execute.team import Team
 from sparkling_cli.execute.worker import Stopped, Surroundings, Worker
+from sparkling_cli.storage.crc import Span, combine, crc32
+from sparkling_cli.storage.places import Handles, Placement, read
+from sparkling_cli.widening import moments
 
 T = TypeVar("T")
 _POLL = 0.1  # seconds between looks at the progress

@@ -14,20 +14,20 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from sparkling_cli.checkpoint.model import OutputFile
 from sparkling_cli.errors import CheckpointError, OutputError
 from sparkling_cli.execute import assemble, signals
 from sparkling_cli.execute.assemble import FileDigest, digests_text
 from sparkling_cli.execute.commit import Staging, sync
-from sparkling_cli.execute.crc import Span, crc32, whole
 from sparkling_cli.execute.flush import Flusher
 from sparkling_cli.execute.job import Job, PartResult, make_job
 from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_paths, source_state
-from sparkling_cli.execute.places import Handles
 from sparkling_cli.execute.pool import Pool, processors
 from sparkling_cli.execute.room import check_room, disk_error
 from sparkling_cli.execute.team import Alone, Team
+from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan
+from sparkling_cli.storage.crc import Span, crc32, whole
+from sparkling_cli.storage.places import Handles
 
 #: digests of the small files, the manifest's among them
 DIGESTS = "sparkling/files.crc32"

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.execute import bfloat16, bundle, fill, moments
-from sparkling_cli.execute.crc import Span, crc32, merge, zeros
-from sparkling_cli.execute.entries import count_nonfinite
+from sparkling_cli.execute import bundle
 from sparkling_cli.execute.job import Job, Part, PartResult, RowJob
-from sparkling_cli.execute.kernel import PIECE, Piece
-from sparkling_cli.execute.places import Handles, read, write_range
-from sparkling_cli.execute.places import write as write_boxes
+from sparkling_cli.storage.crc import Span, crc32, merge, zeros
+from sparkling_cli.storage.places import Handles, read, write_range
+from sparkling_cli.storage.places import write as write_boxes
+from sparkling_cli.widening import bfloat16, fill, moments
+from sparkling_cli.widening.entries import count_nonfinite
+from sparkling_cli.widening.kernel import PIECE, Piece
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sparkling_cli.execute.kernel import Noise
+    from sparkling_cli.widening.kernel import Noise
 
     Array = np.ndarray[Any, Any]
 

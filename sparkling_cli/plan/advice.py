@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sparkling_cli.checkpoint.model import Checkpoint
-from sparkling_cli.layout.geometry import Growth
+from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.state_checks import stateless_warning
 from sparkling_cli.spec.model import ExpansionSpec
+from sparkling_cli.widening.geometry import Growth
 
 #: the format of ``transformers`` directories, as ``checkpoint.trainer`` names it
 TRAINER = "trainer"

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from sparkling_cli.checkpoint.model import FLOATING, Checkpoint, StoredTensor
-from sparkling_cli.checkpoint.states import StateKind, state_kind
 from sparkling_cli.errors import CheckpointError, LayoutError, SpecError
-from sparkling_cli.layout.geometry import Fill, Growth, Treatment, View, target_shape, view_of
+from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.formats.states import StateKind, state_kind
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.plan.advice import notes_for, warnings_for
@@ -19,6 +18,8 @@ from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
 from sparkling_cli.plan.state_checks import check_numbers, check_pairs
 from sparkling_cli.spec.model import ExpansionSpec
+from sparkling_cli.storage.tensors import FLOATING, StoredTensor
+from sparkling_cli.widening.geometry import Fill, Growth, Treatment, View, target_shape, view_of
 
 _FILLS = {"copy": Fill.COPY, "zero": Fill.ZERO, "random": Fill.RANDOM}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import sqrt
 
-from sparkling_cli.layout.geometry import Growth, Treatment, view_of
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_layout
+from sparkling_cli.widening.geometry import Growth, Treatment, view_of
 
 
 def carried_factors(

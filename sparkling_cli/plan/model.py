@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sparkling_cli.checkpoint.model import Checkpoint, StoredTensor
-from sparkling_cli.layout.geometry import Growth, View
+from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
+from sparkling_cli.storage.tensors import StoredTensor
+from sparkling_cli.widening.geometry import Growth, View
 
 
 class Row(NamedTuple):

@@ -11,9 +11,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sparkling_cli.checkpoint.model import Checkpoint, Extent, StoredTensor
 from sparkling_cli.errors import LayoutError
+from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
+from sparkling_cli.storage.tensors import Extent, StoredTensor
 
 
 class Weight(NamedTuple):

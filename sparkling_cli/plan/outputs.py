@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sparkling_cli.checkpoint.detect import format_of
-from sparkling_cli.checkpoint.model import Declared, OutputFile, OutputRequest
+from sparkling_cli.formats.detect import format_of
+from sparkling_cli.formats.model import Declared, OutputFile, OutputRequest
 from sparkling_cli.plan.model import Plan, Row
 
 

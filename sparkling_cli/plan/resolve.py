@@ -11,9 +11,9 @@ import difflib
 from math import ceil, isclose
 
 from sparkling_cli.errors import SpecError
-from sparkling_cli.layout.geometry import Growth
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
+from sparkling_cli.widening.geometry import Growth
 
 _HEAD_AXES = frozenset({"heads", "kv_heads", "q_per_kv"})
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from sparkling_cli.checkpoint.model import ITEM_BYTES, OutputFile
+from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan
+from sparkling_cli.storage.tensors import ITEM_BYTES
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,9 @@ from math import prod
 from zlib import crc32
 
 from sparkling_cli import __version__
-from sparkling_cli.checkpoint.model import ITEM_BYTES
 from sparkling_cli.compute.flops import step_saving
 from sparkling_cli.execute.stream import Written
 from sparkling_cli.layout.expr import Role
-from sparkling_cli.layout.geometry import scale_range
 from sparkling_cli.layout.model import TensorPattern
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.model import Plan, Row
@@ -31,6 +29,8 @@ from sparkling_cli.report.model import (
     TensorChange,
 )
 from sparkling_cli.report.verdict import verdict
+from sparkling_cli.storage.tensors import ITEM_BYTES
+from sparkling_cli.widening.geometry import scale_range
 
 
 def assemble(

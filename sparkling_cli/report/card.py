@@ -16,7 +16,7 @@ from sparkling_cli import __version__
 from sparkling_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from sparkling_cli.checkpoint.model import OutputFile
+    from sparkling_cli.formats.model import OutputFile
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
 
@@ -35,7 +35,7 @@ def with_card(
     Raises:
         CheckpointError: the source's README cannot be read as text.
     """
-    from sparkling_cli.checkpoint.model import OutputFile
+    from sparkling_cli.formats.model import OutputFile
 
     source = plan.source
     has_one = README in source.carried

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.geometry import scale_range
 from sparkling_cli.layout.names import skeletons
+from sparkling_cli.widening.geometry import scale_range
 
 if TYPE_CHECKING:
     from sparkling_cli.plan.model import Plan, Row

@@ -9,7 +9,7 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.schedule.curves import Curve
 
 if TYPE_CHECKING:
-    from sparkling_cli.checkpoint.model import Checkpoint
+    from sparkling_cli.formats.model import Checkpoint
     from sparkling_cli.spec.model import BaselineSpec
 
 #: no run has as many steps; a damaged file may say so

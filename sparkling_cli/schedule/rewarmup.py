@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparkling_cli.checkpoint.directory import read_sidecar
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.schedule.curves import Curve, rewarmed
 
 FORMAT = 1

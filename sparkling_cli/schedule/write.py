@@ -12,7 +12,7 @@ from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import CURVE, REWARMUP, Rewarmup, Stage, add_stage, to_data
 
 if TYPE_CHECKING:
-    from sparkling_cli.checkpoint.model import Checkpoint
+    from sparkling_cli.formats.model import Checkpoint
     from sparkling_cli.spec.model import ExpansionSpec
 
 #: at this b2 and above, inherited bias correction makes new entries' first updates several times as long

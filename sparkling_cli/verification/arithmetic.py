@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.checkpoint.model import FLOATING
-from sparkling_cli.execute import fill
-from sparkling_cli.layout.geometry import Fill
+from sparkling_cli.storage.tensors import FLOATING
+from sparkling_cli.widening import fill
+from sparkling_cli.widening.geometry import Fill
 
 if TYPE_CHECKING:
     import numpy as np

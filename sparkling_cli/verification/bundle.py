@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparkling_cli.checkpoint.model import ITEM_BYTES
-from sparkling_cli.execute import moments
-from sparkling_cli.execute.crc import Span, crc32
-from sparkling_cli.execute.places import Handles, Place, read_range
-from sparkling_cli.layout.geometry import Fill
+from sparkling_cli.storage.crc import Span, crc32
+from sparkling_cli.storage.places import Handles, Place, read_range
+from sparkling_cli.storage.tensors import ITEM_BYTES
 from sparkling_cli.verification.arithmetic import as_doubles, bits_dtype
 from sparkling_cli.verification.compare import (
     Found,
@@ -30,6 +28,8 @@ from sparkling_cli.verification.compare import (
     wrong_entries,
 )
 from sparkling_cli.verification.tables import Tables, faults
+from sparkling_cli.widening import moments
+from sparkling_cli.widening.geometry import Fill
 
 if TYPE_CHECKING:
     import numpy as np

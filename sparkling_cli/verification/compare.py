@@ -8,13 +8,13 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparkling_cli.checkpoint.model import ITEM_BYTES
-from sparkling_cli.execute import moments
-from sparkling_cli.execute.crc import Span, crc32
-from sparkling_cli.execute.places import Handles, Placement, read
-from sparkling_cli.layout.geometry import Fill, Run, View, ViewDim
+from sparkling_cli.storage.crc import Span, crc32
+from sparkling_cli.storage.places import Handles, Placement, read
+from sparkling_cli.storage.tensors import ITEM_BYTES
 from sparkling_cli.verification.arithmetic import as_doubles, bits_dtype, both_nan, computed, wide_dtype
 from sparkling_cli.verification.tables import DimTable, Tables, faults, tensor_tables
+from sparkling_cli.widening import moments
+from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.execute.crc import Span, combine, crc32
-from sparkling_cli.execute.places import Handles, read_range
 from sparkling_cli.manifest import Manifest
+from sparkling_cli.storage.crc import Span, combine, crc32
+from sparkling_cli.storage.places import Handles, read_range
 
 _PIECE = 1 << 19
 #: a range of a file that one task reads

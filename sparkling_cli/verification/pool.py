@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from sparkling_cli.errors import SparklingError
-from sparkling_cli.execute.places import Handles
 from sparkling_cli.execute.pool import processors
+from sparkling_cli.storage.places import Handles
 
 T = TypeVar("T")
 Pair = tuple[Handles, Handles | None]

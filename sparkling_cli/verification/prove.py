@@ -9,16 +9,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from sparkling_cli.checkpoint.model import FLOATING, ITEM_BYTES, Checkpoint, StoredTensor
-from sparkling_cli.checkpoint.states import WEIGHT_LIKE
 from sparkling_cli.errors import CheckpointError, SparklingError, VerificationError
 from sparkling_cli.execute.commit import in_the_making, sidecar_root
-from sparkling_cli.execute.crc import Span, crc32, whole
-from sparkling_cli.execute.places import Handles, Placement
 from sparkling_cli.execute.stream import DIGESTS
-from sparkling_cli.layout.geometry import View
+from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.formats.states import WEIGHT_LIKE
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import MANIFEST, Manifest, TensorEntry, read_manifest
+from sparkling_cli.storage.crc import Span, crc32, whole
+from sparkling_cli.storage.places import Handles, Placement
+from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, StoredTensor
 from sparkling_cli.verification.bundle import Recipes, bundles, examine_bundle
 from sparkling_cli.verification.compare import Found, Subject
 from sparkling_cli.verification.files import (
@@ -32,6 +32,7 @@ from sparkling_cli.verification.files import (
 from sparkling_cli.verification.origin import listed, other_source
 from sparkling_cli.verification.pool import spread
 from sparkling_cli.verification.report import VerifyReport
+from sparkling_cli.widening.geometry import View
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -114,7 +115,7 @@ def _open_source(source: Path, output: Path, manifest: Manifest) -> Mapping[str,
         CheckpointError: the source cannot be opened.
         VerificationError: it is not the checkpoint that the manifest names, or lacks a tensor.
     """
-    from sparkling_cli.checkpoint.detect import open_checkpoint
+    from sparkling_cli.formats.detect import open_checkpoint
 
     checkpoint = open_checkpoint(source)
     if checkpoint.format != manifest.source.format:
@@ -193,7 +194,7 @@ class _Work:
 
     def _stored(self) -> Mapping[str, StoredTensor]:
         """The output's tensors, as its own format finds them."""
-        from sparkling_cli.checkpoint.detect import open_checkpoint
+        from sparkling_cli.formats.detect import open_checkpoint
 
         try:
             found = open_checkpoint(self.output).tensors

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.layout.geometry import Fill, View, ViewDim
+from sparkling_cli.widening.geometry import Fill, View, ViewDim
 
 if TYPE_CHECKING:
     import numpy as np

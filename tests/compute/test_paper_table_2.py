@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from sparkling_cli.compute import ModelShape, parse_count, plan_compute, shape_of, train_flops
-from sparkling_cli.layout.geometry import Growth
+from sparkling_cli.widening.geometry import Growth
 from tests.compute.paper import PAPER_LAYOUT, TABLE_2_FLOPS, TABLE_2_PARAMETERS
 
 TOKENS = parse_count("200B")

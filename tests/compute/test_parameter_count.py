@@ -19,8 +19,8 @@ from sparkling_cli.compute import (
     train_flops,
 )
 from sparkling_cli.errors import LayoutError, SpecError
-from sparkling_cli.layout.geometry import Growth
 from sparkling_cli.layout.model import AxisInfo, ModelLayout, TensorPattern
+from sparkling_cli.widening.geometry import Growth
 from tests.compute.paper import PAPER_LAYOUT
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sparkling_cli.checkpoint.model import Checkpoint, Extent, StoredTensor
+from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.storage.tensors import Extent, StoredTensor
 
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fixtures.tiny import ARCHITECTURES, make_model
-from sparkling_cli.checkpoint.read import TensorSource
 from sparkling_cli.diagnostics.activations import measure, measure_change
 from sparkling_cli.diagnostics.data import Tokens
 from sparkling_cli.diagnostics.measurement import Measurement
 from sparkling_cli.diagnostics.probe import Probe
 from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError
+from sparkling_cli.storage.read import TensorSource
 
 
 def rms(*tensors: torch.Tensor) -> float:

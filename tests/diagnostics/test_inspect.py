@@ -251,8 +251,8 @@ def test_sparklines() -> None:
 
 def test_opening_by_hand_and_by_format_agree(dense_checkpoint: Path) -> None:
     """The package's reader and the tests' own find the same weights at the same places."""
-    from sparkling_cli.checkpoint.detect import open_checkpoint
-    from sparkling_cli.checkpoint.read import TensorSource
+    from sparkling_cli.formats.detect import open_checkpoint
+    from sparkling_cli.storage.read import TensorSource
 
     with (
         TensorSource(open_checkpoint(dense_checkpoint)) as one,

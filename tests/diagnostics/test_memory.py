@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from sparkling_cli.inference.skeleton import build_model
+from sparkling_cli.models.skeleton import build_model
 
 MIB = 1 << 20
 LLAMA = {

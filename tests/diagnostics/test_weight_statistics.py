@@ -10,8 +10,8 @@ import torch
 from diagnostics_support import opened
 from safetensors.torch import save_file
 
-from sparkling_cli.checkpoint.model import ParamState
 from sparkling_cli.diagnostics.weights import measure_weights, role_and_layer
+from sparkling_cli.formats.model import ParamState
 
 
 def test_rms_is_the_root_mean_square(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_no_generated_page_is_left_over() -> None:
 @pytest.mark.timeout(3600)
 def test_the_list_of_architectures_is_what_the_library_offers() -> None:
     """Every class judged again; only the build of torch (``+cpu``) may differ."""
-    from sparkling_cli.inference import survey
+    from sparkling_cli.models import survey
 
     page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
     made = survey.to_markdown(survey.survey())

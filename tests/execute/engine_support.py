@@ -12,20 +12,13 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from sparkling_cli.checkpoint.model import (
-    FLOATING,
-    ITEM_BYTES,
-    Checkpoint,
-    Checksum,
-    Extent,
-    OutputFile,
-    StoredTensor,
-)
-from sparkling_cli.execute.memory import target_shape, widen_tensor
 from sparkling_cli.execute.stream import Written
-from sparkling_cli.layout.geometry import Fill, Run, View, ViewDim
+from sparkling_cli.formats.model import Checkpoint, Checksum, OutputFile
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, Extent, StoredTensor
+from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
+from sparkling_cli.widening.memory import target_shape, widen_tensor
 
 SCALES = (1.0, 0.5, 0.7071067811865476, 1 / 3, 1.25)
 

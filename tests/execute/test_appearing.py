@@ -14,13 +14,13 @@ import torch
 from engine_support import doubled, no_sidecar, raw_plan
 
 from sparkling_cli import api
-from sparkling_cli.checkpoint import detect
-from sparkling_cli.checkpoint.directory import list_files
-from sparkling_cli.checkpoint.model import OutputFile
-from sparkling_cli.checkpoint.torchfile import read_torch_file
 from sparkling_cli.errors import CheckpointError, OutputError
 from sparkling_cli.execute import commit
 from sparkling_cli.execute.stream import Written, execute
+from sparkling_cli.formats import detect
+from sparkling_cli.formats.directory import list_files
+from sparkling_cli.formats.model import OutputFile
+from sparkling_cli.formats.torchfile import read_torch_file
 from sparkling_cli.plan.model import Plan
 from sparkling_cli.spec.sources import make_spec
 from tests.conftest import TinyCheckpoint

@@ -25,8 +25,6 @@ from engine_support import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparkling_cli.checkpoint.model import ITEM_BYTES, Extent, OutputFile
-from sparkling_cli.checkpoint.torchfile.writer import Part, Slot, lay_out_archive
 from sparkling_cli.errors import CheckpointError, Interrupted
 from sparkling_cli.execute import bundle
 from sparkling_cli.execute import job as job_module
@@ -34,8 +32,11 @@ from sparkling_cli.execute.commit import Staging
 from sparkling_cli.execute.job import make_job
 from sparkling_cli.execute.stream import execute
 from sparkling_cli.execute.worker import Worker
-from sparkling_cli.layout.geometry import Fill
+from sparkling_cli.formats.model import OutputFile
+from sparkling_cli.formats.torchfile.writer import Part, Slot, lay_out_archive
 from sparkling_cli.plan.model import Plan
+from sparkling_cli.storage.tensors import ITEM_BYTES, Extent
+from sparkling_cli.widening.geometry import Fill
 
 #: what mixtures of experts are made of: grown outside, grown inside and scaled, a router, a norm
 KINDS = (

@@ -21,14 +21,15 @@ from engine_support import (
     to_bytes,
 )
 
-from sparkling_cli.checkpoint.model import Extent, OutputFile, StoredTensor
 from sparkling_cli.errors import CheckpointError, OutputError
 from sparkling_cli.execute import job as job_module
 from sparkling_cli.execute.commit import partial_of, sidecar_root
-from sparkling_cli.execute.memory import widen_tensor
 from sparkling_cli.execute.stream import execute
-from sparkling_cli.layout.geometry import Fill
+from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan
+from sparkling_cli.storage.tensors import Extent, StoredTensor
+from sparkling_cli.widening.geometry import Fill
+from sparkling_cli.widening.memory import widen_tensor
 
 
 def tensors() -> dict[str, tuple[torch.Tensor, tuple, dict[str, object]]]:  # type: ignore[type-arg]

@@ -15,11 +15,11 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparkling_cli.checkpoint.dcp.metadata import read_metadata
-from sparkling_cli.checkpoint.dcp.names import find_roles
-from sparkling_cli.checkpoint.dcp.write import grown_box
-from sparkling_cli.checkpoint.detect import open_checkpoint
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
+from sparkling_cli.formats.dcp.metadata import read_metadata
+from sparkling_cli.formats.dcp.names import find_roles
+from sparkling_cli.formats.dcp.write import grown_box
+from sparkling_cli.formats.detect import open_checkpoint
 from tests.formats.make_dcp import (
     CONFIG,
     load_whole,

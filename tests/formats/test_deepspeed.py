@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sparkling_cli.checkpoint.detect import open_checkpoint
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.detect import open_checkpoint
 from tests.formats.make_nanogpt import GPT, GPTConfig, batch, scatter, train
 from tests.formats.test_singlefile import _layout_file
 from tests.formats.widening import check_moments, widen

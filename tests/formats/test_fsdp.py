@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparkling_cli.checkpoint.detect import open_checkpoint
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.detect import open_checkpoint
 from tests.formats.make_dcp import on_ranks
 from tests.formats.make_fsdp import MOE, SIZES, TIED, resume, resume_full, save, save_full
 from tests.formats.widening import check_moments, widen

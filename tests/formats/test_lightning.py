@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparkling_cli.checkpoint.detect import open_checkpoint
+from sparkling_cli.formats.detect import open_checkpoint
 from tests.formats.make_nanogpt import batch
 from tests.formats.widening import check_moments, widen
 

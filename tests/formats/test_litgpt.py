@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparkling_cli.checkpoint.detect import open_checkpoint
-from sparkling_cli.checkpoint.litgpt import rewritten_yaml
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.detect import open_checkpoint
+from sparkling_cli.formats.litgpt import rewritten_yaml
 from tests.formats.widening import check_moments, widen
 
 

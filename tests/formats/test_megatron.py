@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from sparkling_cli.checkpoint.dcp.names import find_roles
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.dcp.names import find_roles
 from tests.formats.make_dcp import on_ranks
 from tests.formats.widening import check_moments, tensors_of, widen
 

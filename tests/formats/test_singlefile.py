@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparkling_cli.checkpoint.detect import open_checkpoint
 from sparkling_cli.errors import CheckpointError, SpecError, UnsafePickleError
+from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.schedule.rewarmup import read_rewarmup
 from tests.formats.make_nanogpt import (
     GPT,

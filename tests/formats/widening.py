@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from sparkling_cli.api import expand, inspect, verify
-from sparkling_cli.checkpoint.detect import open_checkpoint
-from sparkling_cli.checkpoint.read import TensorSource
+from sparkling_cli.formats.detect import open_checkpoint
+from sparkling_cli.storage.read import TensorSource
 
 
 def widen(source: Path, target: Path, axes: Mapping[str, float], **options: Any) -> Path:

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparkling_cli import api
-from sparkling_cli.checkpoint.dcp.check import tiles
 from sparkling_cli.cli.app import app
 from sparkling_cli.cli.console import run
 from sparkling_cli.errors import CheckpointError, ExitCode
+from sparkling_cli.formats.dcp.check import tiles
 from tests.conftest import TinyCheckpoint
 from tests.hostile.corruptions import Canary
 

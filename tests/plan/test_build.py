@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from sparkling_cli.checkpoint.model import Checkpoint, Extent, ParamState, StoredTensor
 from sparkling_cli.errors import CheckpointError, LayoutError
-from sparkling_cli.layout.geometry import Fill
+from sparkling_cli.formats.model import Checkpoint, ParamState
 from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
 from sparkling_cli.plan.build import build_plan
 from sparkling_cli.plan.model import Plan, Row
 from sparkling_cli.plan.naming import weights_of
 from sparkling_cli.spec.sources import make_spec
+from sparkling_cli.storage.tensors import Extent, StoredTensor
+from sparkling_cli.widening.geometry import Fill
 
 LAYOUT = ModelLayout(
     "Toy",

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from sparkling_cli.checkpoint.model import Checkpoint, StoredTensor
 from sparkling_cli.errors import LayoutError
+from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.model import AxisInfo, ModelLayout, TensorPattern
 from sparkling_cli.plan.naming import weights_of
+from sparkling_cli.storage.tensors import StoredTensor
 
 
 def fused_on_disk(assembly: dict[str, tuple[str, ...]]) -> tuple[Checkpoint, ModelLayout]:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from sparkling_cli.errors import SpecError
-from sparkling_cli.layout.geometry import Growth
 from sparkling_cli.layout.model import AxisInfo, ModelLayout
 from sparkling_cli.plan.resolve import resolve_growth, whole_heads
 from sparkling_cli.spec.sources import make_spec
+from sparkling_cli.widening.geometry import Growth
 
 
 def layout(**changes: Any) -> ModelLayout:

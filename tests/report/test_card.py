@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from sparkling_cli.checkpoint.model import Checkpoint
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.layout.geometry import Growth
+from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.model import Plan
 from sparkling_cli.report.card import BEGIN, END, with_card
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
+from sparkling_cli.widening.geometry import Growth
 
 FRONT = "---\nlicense: apache-2.0\ntags:\n- tiny\n---\n\n# My model\n\nIt tells stories.\n"
 

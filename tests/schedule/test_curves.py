@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from sparkling_cli.checkpoint.model import Checkpoint, ParamState
 from sparkling_cli.errors import CheckpointError, SpecError
+from sparkling_cli.formats.model import Checkpoint, ParamState
 from sparkling_cli.schedule.baseline import baseline_of
 from sparkling_cli.schedule.curves import Curve, fresh_factor, rewarmed
 from sparkling_cli.schedule.rewarmup import CURVE, REWARMUP, add_stage, from_data, read_rewarmup

@@ -1,0 +1,240 @@
+"""``torch.distributed.checkpoint`` directories: torchtitan, OLMo-core, Trainer with FSDP, Megatron, your own.
+
+They differ in where the directory lies, how its names nest and where the model's config is; the rest is
+one format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError, UnsafePickleError
+from sparkling_cli.formats.dcp.metadata import METADATA
+from sparkling_cli.formats.dcp.read import (
+    Parsed,
+    bytes_value,
+    read_groups,
+    read_parts,
+    read_states,
+    stored_tensor,
+)
+from sparkling_cli.formats.dcp.write import part_outputs
+from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.formats.torchfile import read_torch_file
+from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
+
+_STEP_KEYS = ("train_state.step", "lr_scheduler.last_epoch", "scheduler.last_epoch", "step", "global_step")
+_NUMPY = frozenset(
+    {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
+    | {"numpy.ndarray", "numpy.dtype"}
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where a trainer puts its DCP directories.
+
+    Attributes:
+        kind: its name, for people.
+        folders: DCP directories below the root, the model's first; a second one is optional.
+        config: the file with the model's sizes.
+    """
+
+    kind: str
+    folders: tuple[str, ...]
+    config: str = "config.json"
+
+
+VARIANTS = (
+    Variant("OLMo-core", ("model_and_optim/",)),
+    Variant("Trainer with FSDP", ("pytorch_model_fsdp_0/", "optimizer_0/")),
+    Variant("torch.distributed.checkpoint", ("",)),
+)
+
+
+class DcpFormat:
+    """A directory of DCP files. Order of calls: ``claims``, ``open``, ``outputs``."""
+
+    name = "dcp"
+
+    def claims(self, root: Path) -> str | None:
+        """A directory with ``.metadata`` where one of the variants has it.
+
+        Raises:
+            CheckpointError: there are ``.distcp`` files but no ``.metadata``.
+        """
+        variant = variant_of(root)
+        if variant is not None:
+            return f"{variant.kind}: {variant.folders[0]}{METADATA} and *.distcp"
+        if root.is_dir():
+            for folder in ("", "model_and_optim", "pytorch_model_fsdp_0"):
+                if any((root / folder).glob("*.distcp")):
+                    raise CheckpointError(
+                        f"{root / folder} has *.distcp files but no {METADATA}, which is written last",
+                        hint="saving was not finished, or the file, whose name starts with a dot, was not "
+                        "copied",
+                    )
+            steps = [p.name for p in root.glob("*") if p.is_dir() and variant_of(p) is not None]
+            if steps:
+                raise CheckpointError(
+                    f"{root} is a folder of checkpoints: {', '.join(sorted(steps)[:5])}",
+                    hint=f"choose one: {root / sorted(steps)[-1]}",
+                )
+        return None
+
+    def open(self, root: Path) -> Checkpoint:
+        """Names, shapes and places of everything; every item's header is read and checked.
+
+        Raises:
+            CheckpointError: missing, damaged or contradictory files.
+            UnsafePickleError: ``.metadata`` names more than plain data; it was not executed.
+        """
+        variant = variant_of(root)
+        if variant is None:
+            raise CheckpointError(f"{root} has no {METADATA}")
+        folders = tuple(f for f in variant.folders if (root / f / METADATA).is_file())
+        _one_model_only(root)
+        parts, entries, roles = read_parts(root, folders)
+        tensors = {name: stored_tensor(root, entries[name]) for name in dict.fromkeys(roles.weights.values())}
+        states, state_tensors, scalar_keys = read_states(root, roles, entries)
+        present = list_files(root)
+        config = read_json(root, variant.config) if variant.config in present else None
+        written = {f"{f}{METADATA}" for f in folders} | _data_files(parts)
+        if config is not None:
+            written.add(variant.config)
+        facts, notes = run_facts(root, present)
+        groups = read_groups(root, roles, entries)
+        _add_facts(facts, root, entries, variant.kind)
+        if states:
+            facts["optimizer_class"] = optimizer_class(states, groups, facts.get("training_args", {}))
+            if "step" in states[0].scalars:
+                facts.setdefault("global_step", int(states[0].scalars["step"]))
+        if not states:
+            notes.append("there is no optimizer state in this checkpoint: weights only")
+        if config is None and variant.kind == "Trainer with FSDP":
+            notes.append("no config.json here: copy the model's config.json beside the FSDP folders")
+        _refuse_second_copies(root, roles.others, frozenset(roles.weights), entries)
+        return Checkpoint(
+            root=root,
+            format=self.name,
+            tensors={**tensors, **state_tensors},
+            weights=roles.weights,
+            states=states,
+            param_groups=groups,
+            config=config,
+            config_file=variant.config if config is not None else "",
+            carried=tuple(name for name in present if name not in written),
+            facts=facts,
+            notes=tuple(notes),
+            private=Parsed(parts, entries, roles, scalar_keys, variant.config if config is not None else ""),
+        )
+
+    def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
+        """The ``.distcp`` files, the config, and last every ``.metadata``.
+
+        Raises:
+            CheckpointError: the request renames weights, which lie under the module's own names here.
+        """
+        parsed: Parsed = checkpoint.private
+        declared = {}
+        for tensor in request.tensors:
+            if tensor.key not in parsed.entries:
+                raise CheckpointError(
+                    f"{checkpoint.root}: there is no {tensor.key!r}; weights are not renamed in this format",
+                    hint="pass --names disk",
+                )
+            declared[tensor.key] = tensor
+        numbers = {}
+        by_name = {state.param: number for number, state in enumerate(checkpoint.states)}
+        for full, value in request.scalars.items():
+            param, _, slot = full.rpartition(".")
+            numbers[parsed.scalar_keys[by_name[param], slot]] = value
+        files = [
+            file
+            for part in parsed.parts
+            for file in part_outputs(
+                checkpoint.root,
+                part,
+                parsed,
+                {n: d for n, d in declared.items() if parsed.entries[n].part is part},
+                numbers,
+            )
+        ]
+        if parsed.config_file:
+            text = (checkpoint.root / parsed.config_file).read_text(encoding="utf-8")
+            text = rewritten_json(text, request.config, parsed.config_file)
+            files.insert(0, literal_file(parsed.config_file, text.encode()))
+        return tuple(sorted(files, key=lambda file: file.last))
+
+
+def variant_of(root: Path) -> Variant | None:
+    """The variant whose ``.metadata`` lies where it should."""
+    if not root.is_dir():
+        return None
+    return next((v for v in VARIANTS if (root / v.folders[0] / METADATA).is_file()), None)
+
+
+def _one_model_only(root: Path) -> None:
+    more = sorted(p.name for p in root.glob("pytorch_model_fsdp_*") if p.name != "pytorch_model_fsdp_0")
+    if more:
+        raise CheckpointError(
+            f"{root} holds more than one model: {', '.join(more)} beside pytorch_model_fsdp_0"
+        )
+
+
+def _data_files(parts: tuple[Any, ...]) -> set[str]:
+    return {
+        part.folder + str(info.relative_path)
+        for part in parts
+        for info in part.metadata.storage_data.values()
+    }
+
+
+def _refuse_second_copies(
+    root: Path, others: tuple[str, ...], weights: frozenset[str], entries: Mapping[str, Any]
+) -> None:
+    """An EMA or a second model would stay narrow: better no output than half a one."""
+    for name in others:
+        meta = entries[name].part.metadata.state_dict_metadata[entries[name].fqn]
+        if getattr(meta, "size", None) is None or len(meta.size) < 1:
+            continue
+        tail = name
+        while "." in tail:
+            tail = tail.partition(".")[2]
+            if tail in weights:
+                raise CheckpointError(
+                    f"{root}: {name!r} looks like a second copy of the weight {tail!r} (a moving average?), "
+                    "which would not be widened along",
+                    hint="save the checkpoint without it, and start it anew from the wider weights",
+                )
+
+
+def _add_facts(facts: dict[str, Any], root: Path, entries: Mapping[str, Any], kind: str) -> None:
+    """The kind, and the step if only the DCP entries know it."""
+    facts["kind"] = kind
+    for name in _STEP_KEYS:
+        if name in entries and "global_step" not in facts:
+            try:
+                value = bytes_value(root, entries[name])
+            except UnsafePickleError:
+                continue
+            if isinstance(value, (int, float)):
+                facts["global_step"] = int(value)
+    facts.update({k: v for k, v in _olmo_core_facts(root).items() if k not in facts})
+
+
+def _olmo_core_facts(root: Path) -> dict[str, int]:
+    """Steps from OLMo-core's trainer state; its random states are NumPy objects, which stay inert."""
+    path = root / "train" / "rank0.pt"
+    if not path.is_file():
+        return {}
+    try:
+        tree = read_torch_file(path, "train/rank0.pt", allow=_NUMPY).tree
+    except CheckpointError:
+        return {}  # carried over as it is, whatever it holds
+    tree = tree if isinstance(tree, dict) else {}
+    return {key: tree[key] for key in ("global_step", "max_steps") if type(tree.get(key)) is int}

@@ -1,0 +1,153 @@
+"""From a request to ``.distcp`` files and a new ``.metadata``.
+
+Every source item has its counterpart in the counterpart of its file, in the same order; a tensor's boxes
+grow in proportion, so that the shards stay as even as they were. All else in ``.metadata`` (nesting, byte
+entries, the planner's data) is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkling_cli.formats.dcp.items import box, carried_bytes, number, read_item, shifted
+from sparkling_cli.formats.dcp.metadata import METADATA, dump_metadata
+from sparkling_cli.formats.dcp.read import Parsed, Part
+from sparkling_cli.formats.model import Checksum, Declared, OutputFile
+from sparkling_cli.storage.tensors import Extent
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+Shape = tuple[int, ...]
+
+
+class _Growing:
+    """A ``.distcp`` file as it is put together."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.size = 0
+        self.literals: list[tuple[int, bytes]] = []
+        self.tensors: list[tuple[str, Extent]] = []
+        self.checksums: list[Checksum] = []
+
+    def add(self, item: OutputFile | bytes) -> tuple[int, int]:
+        """Append an item; gives its offset and length."""
+        offset = self.size
+        if isinstance(item, bytes):
+            self.literals.append((offset, item))
+            self.size += len(item)
+            return offset, len(item)
+        moved = shifted(item, offset)
+        self.literals += moved.literals
+        self.tensors += moved.tensors
+        self.checksums += moved.checksums
+        self.size += item.size
+        return offset, item.size
+
+    def done(self) -> OutputFile:
+        return OutputFile(
+            self.path, self.size, tuple(self.literals), tuple(self.tensors), tuple(self.checksums)
+        )
+
+
+def grown_box(start: Shape, sizes: Shape, before: Shape, after: Shape) -> tuple[Shape, Shape]:
+    """A box of a tensor of shape ``before``, in the same place of one of shape ``after``.
+
+    Every dim's boundaries are moved by one monotone map, so boxes that tile the one tile the other.
+    """
+    new_start, new_sizes = [], []
+    for at, size, old, new in zip(start, sizes, before, after, strict=True):
+        low = at * new // old if old else 0
+        high = (at + size) * new // old if old else new
+        new_start.append(low)
+        new_sizes.append(high - low)
+    return tuple(new_start), tuple(new_sizes)
+
+
+def part_outputs(
+    root: Path,
+    part: Part,
+    parsed: Parsed,
+    declared: Mapping[str, Declared],
+    numbers: Mapping[str, float],
+) -> tuple[OutputFile, ...]:
+    """All files of one DCP directory; ``.metadata`` is the last.
+
+    Args:
+        root: the source checkpoint.
+        part: the directory.
+        parsed: the whole checkpoint, as read.
+        declared: name in the checkpoint -> output tensor.
+        numbers: name in the checkpoint -> new value of a one-number tensor.
+    """
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+    names = {entry.fqn: name for name, entry in parsed.entries.items() if entry.part is part}
+    files: dict[str, _Growing] = {}
+    moved: dict[MetadataIndex, tuple[MetadataIndex, object]] = {}
+    chunks: dict[str, dict[Shape, ChunkStorageMetadata]] = {}
+    storage = part.metadata.storage_data
+    boxes = {
+        (fqn, tuple(chunk.offsets)): tuple(chunk.sizes)
+        for fqn, meta in part.metadata.state_dict_metadata.items()
+        for chunk in getattr(meta, "chunks", ())
+    }
+    for index in sorted(storage, key=lambda i: (str(storage[i].relative_path), storage[i].offset)):
+        place = part.place(index)
+        name = names[index.fqn]
+        target = declared.get(name)
+        new_index = index
+        if target is not None:
+            meta = part.described(index.fqn)
+            start: Shape = tuple(index.offset or ())
+            sizes = boxes[index.fqn, start]
+            new_start, new_sizes = grown_box(start, sizes, tuple(meta.size), target.shape)
+            item = read_item(root, place)
+            content: OutputFile | bytes = box(item, index.fqn, target.key, new_start, new_sizes)
+            new_index = MetadataIndex(index.fqn, new_start, index.index)
+            grown = ChunkStorageMetadata(_size(new_start), _size(new_sizes))
+            chunks.setdefault(index.fqn, {})[start] = grown
+        elif name in numbers:
+            content = number(read_item(root, place), index.fqn, numbers[name])
+        else:
+            content = carried_bytes(root, place, index.fqn)
+        file = files.setdefault(place.file, _Growing(place.file))
+        offset, length = file.add(content)
+        info = _StorageInfo(storage[index].relative_path, offset, length)
+        moved[index] = (new_index, info)
+    metadata = replace_metadata(part, moved, chunks, {n: d.shape for n, d in declared.items()}, names)
+    last = OutputFile(part.folder + METADATA, len(metadata), ((0, metadata),), last=True)
+    return (*(file.done() for file in files.values()), last)
+
+
+def replace_metadata(
+    part: Part,
+    moved: Mapping[MetadataIndex, tuple[MetadataIndex, object]],
+    chunks: Mapping[str, Mapping[Shape, ChunkStorageMetadata]],
+    shapes: Mapping[str, Shape],
+    names: Mapping[str, str],
+) -> bytes:
+    """The new ``.metadata``: as the old one, with new sizes, boxes and places."""
+    metadata = copy.copy(part.metadata)
+    vars(metadata).pop("all_local_plans", None)  # Megatron's cache of how it saved, by the old sizes
+    metadata.state_dict_metadata = dict(metadata.state_dict_metadata)
+    for fqn, grown in chunks.items():
+        old = part.described(fqn)
+        boxes = [grown[tuple(chunk.offsets)] for chunk in old.chunks]
+        new = replace(old, size=_size(shapes[names[fqn]]), chunks=boxes)
+        metadata.state_dict_metadata[fqn] = new
+    metadata.storage_data = dict(moved[index] for index in metadata.storage_data)
+    return dump_metadata(metadata)
+
+
+def _size(shape: Shape) -> torch.Size:
+    import torch
+
+    return torch.Size(shape)

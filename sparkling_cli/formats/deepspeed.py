@@ -1,0 +1,265 @@
+"""DeepSpeed's Universal Checkpoint: ``zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt`` and model states.
+
+What ZeRO itself saves are flat partitions of all parameters glued together; DeepSpeed's own converter makes
+one folder per parameter out of them, which can be widened, and loaded under any ZeRO stage and rank count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.directory import list_files
+from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest, ParamState
+from sparkling_cli.formats.statedict import numbers_of, packed, remaining_values, weights_in
+from sparkling_cli.formats.torchfile import TorchFile, TreePath, lay_out, plain, read_torch_file
+from sparkling_cli.formats.zerofile import OPTIMIZER, SharedStep, options_output, read_options
+from sparkling_cli.storage.tensors import StoredTensor
+
+ZERO = "zero/"
+_CONVERT = "python -m deepspeed.checkpoint.ds_to_universal --input_folder {source} --output_folder {target}"
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What the writer needs again.
+
+    Attributes:
+        files: model states and parameters' files, by relative path.
+        models: which of them are model states.
+        steps: number of a state -> key of its own ``step``.
+        shared: the one step of ZeRO-3.
+    """
+
+    files: Mapping[str, TorchFile]
+    models: tuple[str, ...]
+    steps: Mapping[int, str]
+    shared: SharedStep | None
+
+
+class UniversalCheckpoint:
+    """A Universal Checkpoint folder. Order of calls: ``claims``, ``open``, ``outputs``."""
+
+    name = "deepspeed-universal"
+
+    def claims(self, root: Path) -> str | None:
+        """Model states and a ``zero`` folder of parameters.
+
+        Raises:
+            CheckpointError: flat ZeRO partitions, which the message says how to convert.
+        """
+        if not root.is_dir():
+            return None
+        if any(root.glob("zero/*/fp32.pt")):
+            return "DeepSpeed's Universal Checkpoint"
+        if any(root.glob("*zero_pp_rank_*_optim_states.pt")):
+            target = root.with_name(f"{root.name}_universal")
+            raise CheckpointError(
+                f"{root} holds ZeRO's flat partitions, in which parameters cannot be told apart",
+                hint="convert it, and expand the result: " + _CONVERT.format(source=root, target=target),
+            )
+        if (root / "latest").is_file() and any(root.glob("*/*_model_states.pt")):
+            steps = sorted(path.parent.name for path in root.glob("*/*_model_states.pt"))
+            raise CheckpointError(
+                f"{root} is a DeepSpeed run's folder", hint=f"name a checkpoint in it: {root / steps[-1]}"
+            )
+        return None
+
+    def open(self, root: Path) -> Checkpoint:
+        """Names, shapes and places of every parameter's file.
+
+        Raises:
+            CheckpointError: damaged or contradictory files, tensor parallelism, frozen ZeRO-3 parameters.
+            UnsafePickleError: model states that are not weights-only-safe; they were not executed.
+        """
+        present = list_files(root)
+        models = tuple(n for n in present if "/" not in n and n.endswith("_model_states.pt"))
+        if not models or any("mp_rank_00" not in name for name in models):
+            raise CheckpointError(
+                f"{root}: expected model states of one tensor-parallel rank, found "
+                f"{', '.join(models) or 'none'}",
+                hint="save and convert the checkpoint without tensor parallelism",
+            )
+        files = {name: read_torch_file(root / name, name) for name in (*models, *_parameter_files(present))}
+        states, steps = _read_states(files)
+        weights = _read_weights(root, files[models[0]], states)
+        partitioned = all(key.startswith(ZERO) for key in weights.values())
+        groups, shared = read_options(root, present, partitioned=partitioned)
+        if shared is not None:  # ZeRO-3: the fp32 files are the weights
+            states = tuple(
+                ParamState(
+                    s.param, {k: v for k, v in s.tensors.items() if k != "fp32"}, {"step": shared.value}
+                )
+                for s in states
+            )
+        wanted = {*weights.values(), *(key for s in states for key in s.tensors.values())}
+        tree = files[models[0]].tree
+        tensors = _unflattened(files, _param_shapes(tree), wanted)
+        facts: dict[str, Any] = {"kind": "DeepSpeed Universal Checkpoint", "zero_3": partitioned}
+        if type(tree.get("global_steps")) is int:
+            facts["global_step"] = tree["global_steps"]
+        if states and {"exp_avg", "exp_avg_sq"} <= set(states[0].tensors):
+            facts["optimizer_class"] = "AdamW"
+        return Checkpoint(
+            root=root,
+            format=self.name,
+            tensors=tensors,
+            weights=weights,
+            states=states,
+            param_groups=groups,
+            carried=tuple(n for n in present if n not in files and not (shared and n == OPTIMIZER)),
+            facts=facts,
+            notes=('resume with "checkpoint": {"load_universal": true} in DeepSpeed\'s config',),
+            private=Parsed(files, models, steps, shared),
+        )
+
+    def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
+        """Every parameter's files, and the model states with their shapes edited.
+
+        Raises:
+            CheckpointError: the request renames weights, which lie under the module's own names here.
+        """
+        parsed: Parsed = checkpoint.private
+        known = {key for file in parsed.files.values() for key in file.tensors}
+        unknown = [item.key for item in request.tensors if item.key not in known]
+        if unknown:
+            raise CheckpointError(
+                f"{checkpoint.root}: there is no {unknown[0]!r}; weights are not renamed in this format",
+                hint="pass --names disk",
+            )
+        declared = {item.key: item for item in request.tensors}
+        shapes = {name: declared[key].shape for name, key in checkpoint.weights.items() if key in declared}
+        numbers = {state.param: index for index, state in enumerate(checkpoint.states)}
+        values: dict[str, float] = {}
+        for full, value in request.scalars.items() if parsed.shared is None else ():
+            values[parsed.steps[numbers[full.rpartition(".")[0]]]] = value
+        files = [
+            _output(file, declared, values, _shape_edits(file, shapes) if name in parsed.models else {})
+            for name, file in parsed.files.items()
+        ]
+        if parsed.shared is not None:  # which has one counter for all: they are dropped together
+            restart = next(iter(request.scalars.values()), None)
+            files.append(options_output(parsed.shared, restart))
+        return tuple(files)
+
+
+def _param_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes as the model states keep them, of every parameter that ZeRO holds."""
+    groups = plain(tree.get("param_shapes"))
+    return {n: tuple(shape) for g in groups or () for n, shape in g.items() if isinstance(shape, tuple)}
+
+
+def _unflattened(
+    files: Mapping[str, TorchFile], shapes: Mapping[str, tuple[int, ...]], wanted: set[str]
+) -> dict[str, StoredTensor]:
+    """The tensors that the plan may change. What ZeRO-3 keeps flat gets its parameter's shape back.
+
+    Raises:
+        CheckpointError: a flat tensor has another number of entries than its parameter.
+    """
+    tensors = {}
+    for name, file in files.items():
+        param = name.split("/")[1] if name.startswith(ZERO) else ""
+        for key, stored in file.tensors.items():
+            shape = shapes.get(param)
+            if shape is not None and len(stored.shape) == 1 and stored.shape != shape:
+                if prod(shape) != prod(stored.shape):
+                    raise CheckpointError(
+                        f"{name} has {prod(stored.shape)} entries, its parameter has shape {shape}"
+                    )
+                box = stored.extents[0]._replace(start=(0,) * len(shape), shape=shape)
+                stored = StoredTensor(stored.dtype, shape, (box,))
+            if key in wanted:
+                tensors[key] = stored
+    return tensors
+
+
+def _output(
+    file: TorchFile,
+    declared: Mapping[str, Declared],
+    values: Mapping[str, float],
+    edits: Mapping[TreePath, Any],
+) -> OutputFile:
+    shapes = {k: declared[k].shape for k in file.tensors if k in declared}
+    flat = {k for k, shape in shapes.items() if len(file.tensors[k].shape) == 1 != len(shape)}
+    new = {k: (declared[k].dtype, (prod(s),) if k in flat else s) for k, s in shapes.items()}
+    given = {k: packed(file.tensors[k].dtype, values[k]) for k in file.tensors if k in values}
+    laid = lay_out(file, new, edits=edits, values=remaining_values(file, new, given))
+    boxes = (
+        (k, e._replace(start=(0,) * len(shapes[k]), shape=shapes[k]) if k in flat else e)
+        for k, e in laid.tensors
+    )
+    return replace(laid, tensors=tuple(boxes))
+
+
+def _parameter_files(present: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(n for n in present if n.startswith(ZERO) and n.count("/") == 2 and n.endswith(".pt"))
+
+
+def _read_states(files: Mapping[str, TorchFile]) -> tuple[tuple[ParamState, ...], dict[int, str]]:
+    """One state per folder below ``zero``; numbers of ``step`` -> key.
+
+    Raises:
+        CheckpointError: a file holds more or less than one tensor, or there is no fp32 weight.
+    """
+    folders: dict[str, dict[str, str]] = {}
+    scalars: dict[str, dict[str, float]] = {}
+    keys: dict[str, str] = {}
+    for name, file in files.items():
+        if not name.startswith(ZERO):
+            continue
+        _, param, slot = name.split("/")
+        slot = slot.removesuffix(".pt")
+        if len(file.tensors) != 1:
+            raise CheckpointError(f"{name}: expected one tensor, found {len(file.tensors)}")
+        ((key, stored),) = file.tensors.items()
+        if slot == "step" and prod(stored.shape) == 1:
+            scalars.setdefault(param, {})[slot] = numbers_of(file, [key])[key]
+            keys[param] = key
+        else:
+            folders.setdefault(param, {})[slot] = key
+    for param, slots in folders.items():
+        if "fp32" not in slots:
+            raise CheckpointError(f"zero/{param} has no fp32.pt: the conversion was not finished")
+    states = tuple(ParamState(p, slots, scalars.get(p, {})) for p, slots in folders.items())
+    return states, {i: keys[s.param] for i, s in enumerate(states) if s.param in keys}
+
+
+def _read_weights(root: Path, file: TorchFile, states: tuple[ParamState, ...]) -> dict[str, str]:
+    """Weights of the module; under ZeRO-3, where the module is empty, the fp32 files.
+
+    Raises:
+        CheckpointError: no module, or ZeRO-3 with frozen parameters.
+    """
+    if not isinstance(file.tree, dict) or not isinstance(file.tree.get("module"), dict):
+        raise CheckpointError(f"{root / file.relative}: there is no module in it")
+    module = weights_in(file, ("module",))
+    if any(prod(file.tensors[key].shape) for key in module.values()):
+        return module
+    if file.tree.get("frozen_param_fragments"):
+        raise CheckpointError(
+            f"{root}: ZeRO-3 with frozen parameters, which the Universal Checkpoint leaves partitioned",
+            hint="save with stage3_gather_16bit_weights_on_model_save and expand the model alone",
+        )
+    fp32 = {state.param: state.tensors["fp32"] for state in states}
+    shared = file.tree.get("shared_params") or {}
+    fp32.update({name: fp32[of] for name, of in shared.items() if of in fp32})
+    missing = [name for name in module if name not in fp32]
+    if missing:
+        raise CheckpointError(f"{root}: zero/{missing[0]} is missing: the conversion was not finished")
+    return {name: fp32[name] for name in module}
+
+
+def _shape_edits(file: TorchFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[TreePath, Any]:
+    """``param_shapes`` with the new shapes."""
+    edits: dict[TreePath, Any] = {}
+    groups = file.tree.get("param_shapes")
+    for index, group in enumerate(groups if isinstance(groups, list) else ()):
+        for name, old in group.items():
+            if name in shapes:
+                edits["param_shapes", index, name] = old.function(shapes[name])
+    return edits

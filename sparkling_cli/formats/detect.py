@@ -1,0 +1,128 @@
+"""Which format a path is of, from what lies there."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.pause import collector_paused
+
+if TYPE_CHECKING:
+    from sparkling_cli.formats.model import Checkpoint, Format
+
+#: ``https://...``, of which a path keeps one slash
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
+#: ``organization/model``
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+_LOOKED_FOR = (
+    "a transformers model or Trainer directory (model.safetensors, pytorch_model.bin, or their index)",
+    "a torch.distributed.checkpoint directory (.metadata)",
+    "a LitGPT directory (lit_model.pth and model_config.yaml)",
+    "DeepSpeed's Universal Checkpoint (zero/<parameter>/fp32.pt)",
+    "a torch file with a model's state dict (nanoGPT, Lightning, plain PyTorch)",
+)
+
+
+def formats() -> tuple[Format, ...]:
+    """Every known format; those that are told by something special come first."""
+    from sparkling_cli.formats.dcp import DcpFormat
+    from sparkling_cli.formats.deepspeed import UniversalCheckpoint
+    from sparkling_cli.formats.litgpt import LitGptDirectory
+    from sparkling_cli.formats.singlefile import SingleFile
+    from sparkling_cli.formats.trainer import TrainerDirectory
+
+    return (SingleFile(), DcpFormat(), LitGptDirectory(), UniversalCheckpoint(), TrainerDirectory())
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Recognize and open a checkpoint.
+
+    Raises:
+        CheckpointError: nothing there, no known format, almost one, or damaged.
+        UnsafePickleError: a pickle that is not weights-only-safe.
+    """
+    root, form = recognized(path)
+    with collector_paused(), _told(root):
+        return form.open(root)
+
+
+def recognized(path: Path | str) -> tuple[Path, Format]:
+    """The checkpoint's root and its format, from the names of a few files.
+
+    Raises:
+        CheckpointError: nothing there, no known format, or almost one.
+    """
+    root = Path(path)
+    if root.name in ("", ".."):
+        root = root.resolve()  # messages and outputs are named after it
+    if not root.exists():
+        raise CheckpointError(f"{root}: there is nothing of that name", hint=_meant(str(path), root))
+    with _told(root):
+        for form in formats():
+            if form.claims(root) is not None:
+                return root, form
+    raise CheckpointError(
+        f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_nearby(root)
+    )
+
+
+@contextmanager
+def _told(root: Path) -> Iterator[None]:
+    """What to do about a file that is not as it should be, where who found it knows nothing better."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.hint = (
+            error.hint or "if it was copied or downloaded, do that again; else take an earlier checkpoint"
+        )
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {error.filename or root}: {error.strerror or error}",
+            hint="check its permissions; if the disk fails, take a copy of the checkpoint",
+        ) from error
+
+
+def format_of(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for form in formats():
+        if form.name == name:
+            return form
+    raise CheckpointError(f"no checkpoint format is called {name!r}")
+
+
+def _meant(text: str, root: Path) -> str | None:
+    """What to do about a path that leads nowhere."""
+    if _REMOTE.match(text):
+        return "checkpoints are read from a disk: download it, or mount where it lies, and give the path"
+    folder = next(path for path in (root, *root.parents) if path.exists())
+    if not folder.is_dir():
+        return f"{folder} is a file"
+    lost = root.parts[len(folder.parts)]
+    close = difflib.get_close_matches(lost, [path.name for path in folder.iterdir()], n=1)
+    if close:
+        return f"did you mean {folder / close[0]}?"
+    if folder == Path() and _ON_HUB.fullmatch(text):
+        return f"a model on the Hugging Face hub is downloaded first: hf download {text} --local-dir DIR"
+    return f"{folder.resolve()} is there, and holds no {lost!r}"
+
+
+def _nearby(root: Path) -> str | None:
+    """Where a checkpoint might be meant, if the path is a run's folder, or one file of a checkpoint."""
+    if not root.is_dir():
+        around = any(form.claims(root.parent) is not None for form in formats())
+        return f"it is one file of a checkpoint: give its folder, {root.parent}" if around else None
+    found = sorted(path.name for path in root.glob("checkpoint-*") if path.is_dir())
+    if found:
+        return f"there are checkpoints inside: {', '.join(found[:5])}; name one of them"
+    return f"it holds: {', '.join(sorted(path.name for path in root.iterdir())[:8]) or 'nothing'}"

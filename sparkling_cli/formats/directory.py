@@ -1,0 +1,229 @@
+"""What all checkpoint directories share: which files there are, JSON files and their careful rewriting."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.model import OutputFile
+
+#: Folder of an earlier expansion's own files: made anew, never carried over.
+SIDECAR = "sparkling"
+
+
+def list_files(root: Path) -> tuple[str, ...]:
+    """Every file below ``root``, relative, sorted; an earlier ``sparkling/`` folder is left out.
+
+    Raises:
+        CheckpointError: a link that leads out of the checkpoint, or something that is no file.
+    """
+    found = []
+    for folder, names, files in os.walk(root, onerror=_unreadable):
+        base = Path(folder)
+        if base == root and SIDECAR in names:
+            names.remove(SIDECAR)
+        for name in names:
+            if (base / name).is_symlink():
+                raise CheckpointError(
+                    f"{(base / name).relative_to(root)}: a link to a folder; it cannot be carried over",
+                    hint="replace it by a copy of the folder",
+                )
+        for name in files:
+            relative = (base / name).relative_to(root).as_posix()
+            found.append(relative)
+            inside(root, relative, "the directory")
+    return tuple(sorted(found))
+
+
+def _unreadable(error: OSError) -> None:
+    raise CheckpointError(
+        f"cannot list {error.filename}: {error.strerror}",
+        hint="check its permissions, or move it out of the checkpoint",
+    ) from error
+
+
+def inside(root: Path, relative: str, named_by: str) -> Path:
+    """The path of a file that must be a regular file inside the checkpoint.
+
+    Links may lead to other files of the checkpoint, or to the blobs of the Hugging Face cache that the
+    checkpoint lies in.
+
+    Args:
+        root: the checkpoint.
+        relative: the file as it was named.
+        named_by: who named it, for the message.
+
+    Raises:
+        CheckpointError: absolute, with ``..``, a link leading out, missing, or no regular file.
+    """
+    parts = relative.replace("\\", "/").split("/")
+    if relative.startswith(("/", "\\")) or ".." in parts or "" in parts or ":" in parts[0]:
+        raise CheckpointError(f"{named_by} names {relative!r}, which is no path inside the checkpoint")
+    path = root / relative
+    if path.is_symlink() or any(parent.is_symlink() for parent in _parents(path, root)):
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{relative}: a link that leads nowhere", hint="remove it, or replace it by the file"
+            ) from error
+        allowed = [root.resolve()]
+        if root.resolve().parent.name == "snapshots":
+            allowed.append(root.resolve().parent.parent / "blobs")
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise CheckpointError(
+                f"{relative}: a link that leads out of the checkpoint, to {target}",
+                hint="replace it by a copy of the file",
+            )
+    if not path.exists():
+        raise CheckpointError(
+            f"{named_by} names {relative!r}, which is missing",
+            hint="the copy or download was not finished: fetch that file too",
+        )
+    if not path.is_file():
+        raise CheckpointError(
+            f"{relative}: expected a regular file, found {kind_of(path)}",
+            hint="move it out of the checkpoint, or put the file in its place",
+        )
+    return path
+
+
+def kind_of(path: Path) -> str:
+    """In words, what lies there and is no regular file."""
+    mode = path.stat().st_mode
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def _parents(path: Path, root: Path) -> list[Path]:
+    found = []
+    for parent in path.parents:
+        if parent == root:
+            break
+        found.append(parent)
+    return found
+
+
+def read_json(root: Path, relative: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: unreadable, no JSON, a key twice, or no object.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise CheckpointError(f"{relative}: the same key twice in one object: {[k for k, _ in pairs]}")
+        return found
+
+    try:
+        value = json.loads((root / relative).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{relative}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{relative}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def read_sidecar(path: Path, what: str, *, version: int, hint: str) -> dict[str, Any]:
+    """A JSON document of an output's ``sparkling/`` folder, of the version that this program reads.
+
+    Args:
+        path: the file.
+        what: it is, for messages ("manifest").
+        version: the ``format_version`` that is expected.
+        hint: why there may be none.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another version.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"no {what}: cannot read {path}: {error.strerror or error}", hint=hint
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the {what} {path} is damaged: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"the {what} {path} is damaged: an object is expected")
+    if data.get("format_version") != version:
+        raise CheckpointError(
+            f"the {what} {path} has format_version {data.get('format_version')!r}; "
+            f"this version reads {version}"
+        )
+    return data
+
+
+def rewritten_json(text: str, changes: Mapping[str, Any], where: str) -> str:
+    """JSON text with other values under some keys.
+
+    Key order, indentation, unknown keys and the spelling of other numbers stay. New keys go to their
+    alphabetical place if the keys are sorted, else to the end.
+
+    Args:
+        text: the source's text.
+        changes: dotted key -> value.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: a key leads through something that is no object.
+    """
+    if not changes:
+        return text
+    # Numbers keep their spelling: they travel through the dump as text with a mark that occurs nowhere.
+    mark = "@"
+    plainly = json.dumps(json.loads(text), ensure_ascii=False)
+    while mark in plainly:
+        mark += "@"
+
+    def marked(number: str) -> str:
+        return mark + number
+
+    value = json.loads(text, parse_float=marked, parse_constant=marked)
+    for dotted, new in changes.items():
+        *path, last = dotted.split(".")
+        holder = value
+        for step in path:
+            holder = _step(holder, step, dotted, where)
+        if isinstance(holder, list):
+            holder[int(last)] = new
+            continue
+        if not isinstance(holder, dict):
+            raise CheckpointError(f"{where}: {dotted!r} lies in a {type(holder).__name__}")
+        in_order = list(holder) == sorted(holder)
+        is_new = last not in holder
+        holder[last] = new
+        if is_new and in_order:
+            items = sorted(holder.items())
+            holder.clear()
+            holder.update(items)
+    indent = re.search(r"\n([ \t]+)\S", text)
+    dumped = json.dumps(
+        value,
+        indent=indent.group(1) if indent else None,
+        ensure_ascii=text.isascii(),
+        separators=None if indent or ", " in text or '": ' in text else (",", ":"),
+    )
+    dumped = re.sub(f'"{mark}([^"@]+)"', r"\1", dumped)
+    return dumped + text[len(text.rstrip()) :]
+
+
+def _step(holder: Any, step: str, dotted: str, where: str) -> Any:
+    if isinstance(holder, list) and step.isdigit() and int(step) < len(holder):
+        return holder[int(step)]
+    if isinstance(holder, dict) and step in holder:
+        return holder[step]
+    raise CheckpointError(f"{where}: there is no {step!r} on the way to {dotted!r}")
+
+
+def literal_file(path: str, data: bytes, *, last: bool = False) -> OutputFile:
+    """An output file without tensors."""
+    return OutputFile(path, len(data), ((0, data),) if data else (), last=last)

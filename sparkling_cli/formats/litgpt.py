@@ -1,0 +1,89 @@
+"""LitGPT directories: ``lit_model.pth`` (weights, perhaps the optimizer) beside ``model_config.yaml``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.directory import inside, list_files, literal_file
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.formats.singlefile import Parsed, find_sections, read_sections, write_sections
+from sparkling_cli.formats.torchfile import read_torch_file
+
+WEIGHTS = "lit_model.pth"
+CONFIG = "model_config.yaml"
+
+
+class LitGptDirectory:
+    """A LitGPT checkpoint directory. Order of calls: ``claims``, ``open``, ``outputs``."""
+
+    name = "litgpt"
+
+    def claims(self, root: Path) -> str | None:
+        """Both files.
+
+        Raises:
+            CheckpointError: one of them without the other.
+        """
+        present = [name for name in (WEIGHTS, CONFIG) if (root / name).is_file()]
+        if len(present) == 1:
+            missing = CONFIG if present == [WEIGHTS] else WEIGHTS
+            raise CheckpointError(
+                f"{root}: a LitGPT directory with {present[0]} but without {missing}",
+                hint="name the directory that `litgpt pretrain` wrote, e.g. out/step-00001000",
+            )
+        return "a LitGPT directory" if present else None
+
+    def open(self, root: Path) -> Checkpoint:
+        """Names, shapes and places; sizes from ``model_config.yaml``.
+
+        Raises:
+            CheckpointError: damaged or contradictory files.
+            UnsafePickleError: the torch file is not weights-only-safe; it was not executed.
+        """
+        present = list_files(root)
+        file = read_torch_file(inside(root, WEIGHTS, "the directory"), WEIGHTS)
+        config = _read_yaml(root / CONFIG)
+        carried = tuple(name for name in present if name not in (WEIGHTS, CONFIG))
+        return read_sections(
+            root, self.name, file, find_sections(file), config=config, config_file=CONFIG, carried=carried
+        )
+
+    def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
+        """The torch file and the config, whose other lines stay as they are."""
+        parsed: Parsed = checkpoint.private
+        text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
+        config = rewritten_yaml(text, request.config)
+        weights = write_sections(parsed, checkpoint, request, path=WEIGHTS)
+        return (weights, literal_file(CONFIG, config.encode()))
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a mapping, found a {type(found).__name__}")
+    return found
+
+
+def rewritten_yaml(text: str, changes: Mapping[str, Any]) -> str:
+    """YAML text with other numbers under some top-level keys; all other lines stay.
+
+    Raises:
+        CheckpointError: a key is there more than once.
+    """
+    for key, value in changes.items():
+        line = re.compile(rf"^{re.escape(key)}:.*$", re.MULTILINE)
+        text, count = line.subn(f"{key}: {value}", text)
+        if count > 1:
+            raise CheckpointError(f"{CONFIG}: the key {key!r} is there {count} times")
+        if not count:
+            text = text.rstrip("\n") + f"\n{key}: {value}\n"
+    return text

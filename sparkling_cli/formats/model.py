@@ -1,0 +1,163 @@
+"""The types that every checkpoint format shares.
+
+Whatever the format, a stored tensor is a few row-major boxes at byte offsets of files. A reader says
+where they are; a writer says where they shall be. Reading and writing bytes is nobody's business here,
+so that one engine serves all formats.
+
+Life of a checkpoint:
+
+1. ``detect.open_checkpoint(path)`` finds the format and calls its ``open``: a :class:`Checkpoint`.
+2. The plan decides shape, dtype and source of every output tensor (``plan.model.Plan``).
+3. ``Format.outputs(checkpoint, request)`` lays out every output file completely: an :class:`OutputFile`
+   each, with all bytes that are no tensor data, and the extents of the tensors.
+4. ``execute`` fills the extents and the checksums, and commits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from sparkling_cli.storage.tensors import Extent, StoredTensor
+
+
+@dataclass(frozen=True)
+class ParamState:
+    """Optimizer state of one parameter.
+
+    Attributes:
+        param: the parameter's module name; for formats that number parameters, the number as text
+            until ``checkpoint.optimizer.name_parameters`` has resolved it.
+        tensors: state name (``exp_avg``) -> key in ``Checkpoint.tensors``.
+        scalars: state name (``step``) -> number, for state that is no tensor or a one-entry tensor.
+    """
+
+    param: str
+    tensors: Mapping[str, str]
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source checkpoint, opened.
+
+    Attributes:
+        root: directory or file.
+        format: the format's name, e.g. ``trainer``.
+        tensors: every tensor that the plan may change, under a key that is unique in the checkpoint.
+        weights: weight name on disk -> key. Tied names share a key only if they share bytes.
+        states: optimizer state, one entry per parameter; empty without optimizer.
+        param_groups: the optimizer's groups as plain data (lr, betas, ...; ``params`` as in ``states``).
+        config: the model's sizes as the checkpoint states them (config.json, model_args, ...).
+        config_file: where ``config`` stands, for messages.
+        carried: files that are copied byte for byte, relative paths, sorted.
+        facts: what else is known: ``global_step``, ``max_steps``, ``optimizer_class``, ...
+        notes: what a user should know about this checkpoint.
+        private: the format's own parsed objects; nobody else looks inside.
+    """
+
+    root: Path
+    format: str
+    tensors: Mapping[str, StoredTensor]
+    weights: Mapping[str, str]
+    states: tuple[ParamState, ...] = ()
+    param_groups: tuple[Mapping[str, Any], ...] = ()
+    config: Mapping[str, Any] | None = None
+    config_file: str = ""
+    carried: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    private: Any = None
+
+    def weight(self, name: str) -> StoredTensor:
+        """The stored weight of that name."""
+        return self.tensors[self.weights[name]]
+
+
+class Declared(NamedTuple):
+    """An output tensor: what it will be.
+
+    Attributes:
+        key: unique in the output; equal to the source's key unless weights are renamed.
+        name: weight name in the output (for weights), else "".
+        dtype: as in the source.
+        shape: after widening.
+        source_file: file that the (first) source extent lies in; the output goes into its counterpart.
+    """
+
+    key: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source_file: str
+
+
+@dataclass(frozen=True)
+class OutputRequest:
+    """All that a format needs to lay out its output.
+
+    Attributes:
+        tensors: every output tensor, in the plan's order.
+        config: config key (dotted) -> new value.
+        scalars: state scalars to overwrite, ``key`` of the form ``<param>.<name>`` (a dropped ``step``).
+    """
+
+    tensors: tuple[Declared, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """CRC-32 of the bytes ``start <= i < stop`` of a file, stored little-endian at each offset in ``at``."""
+
+    start: int
+    stop: int
+    at: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One output file, complete but for tensor data and checksums.
+
+    Attributes:
+        path: relative to the output's root ("" when the output is a single file).
+        size: bytes.
+        literals: (offset, bytes) of all that is no tensor data; gaps are zero bytes.
+        tensors: (key in the request, extent) of all tensor data in this file, by offset.
+        checksums: checksums over tensor data, filled in after it.
+        last: written after all other files and synced on its own (an index that makes the rest valid).
+    """
+
+    path: str
+    size: int
+    literals: tuple[tuple[int, bytes], ...]
+    tensors: tuple[tuple[str, Extent], ...] = ()
+    checksums: tuple[Checksum, ...] = ()
+    last: bool = False
+
+
+class Format(Protocol):
+    """A checkpoint format. Methods are called in this order: ``claims``, ``open``, ``outputs``."""
+
+    name: str
+
+    def claims(self, root: Path) -> str | None:
+        """None if this path is clearly not of this format, else a line about what was recognized.
+
+        Raises:
+            CheckpointError: it is almost this format; the message says what is missing.
+        """
+
+    def open(self, root: Path) -> Checkpoint:
+        """Read names, shapes, dtypes, places and the small files. No tensor data is read.
+
+        Raises:
+            CheckpointError: missing, damaged or contradictory files.
+            UnsafePickleError: a pickle that is not weights-only-safe.
+        """
+
+    def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
+        """Lay out every output file (files in ``checkpoint.carried`` are not among them)."""

@@ -1,0 +1,300 @@
+"""Checkpoints in one torch file: nanoGPT, Lightning, and plain ``{"model": ..., "optimizer": ...}``.
+
+What a file is follows from what is in it. The file is never unpickled by torch, and never whole in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.formats.statedict import (
+    OptimizerTree,
+    at,
+    is_optimizer,
+    is_state_dict,
+    joined,
+    optimizer_in,
+    remaining_values,
+    scalar_changes,
+    weights_in,
+)
+from sparkling_cli.formats.torchfile import (
+    TensorNode,
+    TorchFile,
+    TreePath,
+    lay_out,
+    plain,
+    read_torch_file,
+)
+from sparkling_cli.formats.trainer_facts import optimizer_class
+
+MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "weights")
+CONFIG_KEYS = ("model_args", "hyper_parameters", "model_config", "config", "hparams", "args")
+STEP_KEYS = ("iter_num", "global_step", "step", "iteration", "step_count", "iter", "steps")
+
+#: suffixes by which torch files go
+SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin"})
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Where in the tree what lies."""
+
+    kind: str
+    model: TreePath
+    optimizers: tuple[TreePath, ...]
+    config: TreePath | None
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What the writer needs again."""
+
+    file: TorchFile
+    sections: Sections
+    optimizer: OptimizerTree
+
+
+class SingleFile:
+    """A checkpoint that is one torch file. Order of calls: ``claims``, ``open``, ``outputs``."""
+
+    name = "torch-file"
+
+    def claims(self, root: Path) -> str | None:
+        """A file that starts like a torch zip archive."""
+        if not root.is_file():
+            return None
+        with root.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04" and root.suffix not in SUFFIXES:
+                return None
+        return "a file written by torch.save"
+
+    def open(self, root: Path) -> Checkpoint:
+        """Names, shapes and places of everything in the file.
+
+        Raises:
+            CheckpointError: damaged, or there are no weights in it.
+            UnsafePickleError: its pickle is not weights-only-safe; it was not executed.
+        """
+        file = read_torch_file(root, "")
+        sections = find_sections(file)
+        return read_sections(root, self.name, file, sections)
+
+    def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
+        """The one output file."""
+        parsed: Parsed = checkpoint.private
+        return (write_sections(parsed, checkpoint, request, path=""),)
+
+
+def find_sections(file: TorchFile) -> Sections:
+    """Where the weights, the optimizer and the config numbers are.
+
+    Raises:
+        CheckpointError: there are no weights; the message lists what there is.
+    """
+    tree = file.tree
+    if not isinstance(tree, dict):
+        raise CheckpointError(
+            f"{file.path.name} holds a {type(tree).__name__}, expected a dictionary with a state dict in it"
+        )
+    models = [key for key in MODEL_KEYS if is_state_dict(tree.get(key))]
+    if not models and is_state_dict(tree) and all(isinstance(v, TensorNode) for v in tree.values()):
+        return Sections("state-dict", (), (), None)
+    if not models:
+        raise CheckpointError(
+            f"{file.path.name} has no state dict under {', '.join(MODEL_KEYS)}; it has: {_listing(tree)}",
+            hint='save {"model": model.state_dict(), "optimizer": optimizer.state_dict()} with torch.save',
+        )
+    if len(models) > 1:
+        raise CheckpointError(f"{file.path.name} has two models: {' and '.join(models)}")
+    kind = "plain"
+    if "model_args" in tree:
+        kind = "nanogpt"
+    elif "pytorch-lightning_version" in tree:
+        kind = "lightning"
+    return Sections(kind, (models[0],), _optimizer_paths(tree), _config_path(tree))
+
+
+def _optimizer_paths(tree: Any, path: TreePath = ()) -> tuple[TreePath, ...]:
+    """Every optimizer's state dict, under whatever key: one that is overlooked would stay narrow."""
+    if is_optimizer(tree):
+        return (path,)
+    if not isinstance(tree, (dict, list, tuple)) or len(path) > 3:
+        return ()
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return tuple(found for key, item in items for found in _optimizer_paths(item, (*path, key)))
+
+
+def _config_path(tree: Mapping[str, Any]) -> TreePath | None:
+    """The dictionary with the model's sizes; inside it, a nested transformers config if there is one."""
+    for key in CONFIG_KEYS:
+        value = tree.get(key)
+        if not isinstance(value, dict) or not value:
+            continue
+        nested = [k for k, v in value.items() if isinstance(v, dict) and "model_type" in v]
+        return (key, nested[0]) if len(nested) == 1 and "model_type" not in value else (key,)
+    return None
+
+
+def read_sections(
+    root: Path,
+    format_name: str,
+    file: TorchFile,
+    sections: Sections,
+    *,
+    config: Mapping[str, Any] | None = None,
+    config_file: str = "",
+    carried: tuple[str, ...] = (),
+) -> Checkpoint:
+    """The checkpoint in a torch file.
+
+    Args:
+        root: the checkpoint.
+        format_name: of the format.
+        file: the file.
+        sections: where what lies in it.
+        config: the model's sizes, if they are in another file.
+        config_file: that file.
+        carried: files beside it.
+    """
+    weights = weights_in(file, sections.model)
+    if sections.kind == "lightning":
+        weights = without_attribute(weights)
+    trees = [optimizer_in(file, path) for path in sections.optimizers]
+    optimizer = joined(trees, file.path.name) if trees else OptimizerTree()
+    if config is None and sections.config is not None:
+        config = plain(at(file.tree, sections.config))
+        config_file = f"{file.path.name}: {'.'.join(map(str, sections.config))}"
+    notes = []
+    if not trees:
+        notes.append("there is no optimizer state in this file: weights only")
+    elif not optimizer.states:
+        notes.append("the optimizer has not made a step yet: there is no state to widen")
+    return Checkpoint(
+        root=root,
+        format=format_name,
+        tensors={key: file.tensors[key] for key in _planned(weights, optimizer)},
+        weights=weights,
+        states=optimizer.states,
+        param_groups=optimizer.groups,
+        config=config,
+        config_file=config_file,
+        carried=carried,
+        facts=facts_of(file.tree, sections, optimizer),
+        notes=tuple(notes),
+        private=Parsed(file, sections, optimizer),
+    )
+
+
+def write_sections(
+    parsed: Parsed, checkpoint: Checkpoint, request: OutputRequest, *, path: str
+) -> OutputFile:
+    """The output file.
+
+    Raises:
+        CheckpointError: the request renames weights, which lie under the module's own names here.
+    """
+    file = parsed.file
+    new = {}
+    for declared in request.tensors:
+        if declared.key not in file.tensors:
+            raise CheckpointError(
+                f"{file.path.name}: there is no {declared.key!r}; weights are not renamed in this format",
+                hint="pass --names disk",
+            )
+        new[declared.key] = (declared.dtype, declared.shape)
+    values, edits = scalar_changes(file, parsed.optimizer, checkpoint, request)
+    edits.update(config_edits(file.tree, parsed.sections, request.config))
+    values = remaining_values(file, new, values)
+    return lay_out(file, new, edits=edits, values=values, path=path)
+
+
+def config_edits(tree: Any, sections: Sections, changes: Mapping[str, Any]) -> dict[TreePath, Any]:
+    """Edits that put new config numbers in, also where nanoGPT keeps a second copy of them."""
+    if sections.config is None:
+        return {}
+    edits: dict[TreePath, Any] = {}
+    for dotted, value in changes.items():
+        path = (*sections.config, *_steps(at(tree, sections.config), dotted))
+        edits[path] = value
+        copy = tree.get("config") if sections.kind == "nanogpt" else None
+        old = at(tree, sections.config).get(dotted)
+        if isinstance(copy, dict) and dotted in copy and copy[dotted] == old:
+            edits["config", dotted] = value
+    return edits
+
+
+def _steps(config: Any, dotted: str) -> TreePath:
+    """The path of a dotted key; list indices are numbers."""
+    steps: list[Any] = []
+    for part in dotted.split("."):
+        inside_list = isinstance(config, list)
+        step: Any = int(part) if inside_list else part
+        steps.append(step)
+        if inside_list:
+            config = config[step]
+        elif isinstance(config, dict):
+            config = config.get(step)
+    return tuple(steps)
+
+
+def without_attribute(weights: Mapping[str, str]) -> dict[str, str]:
+    """Names without the LightningModule's attribute that holds the model, if that is its only part."""
+    firsts = {name.partition(".")[0] for name in weights}
+    if len(firsts) == 1 and all("." in name for name in weights):
+        cut = len(firsts.pop()) + 1
+        return {name[cut:].removeprefix("_orig_mod."): key for name, key in weights.items()}
+    return dict(weights)
+
+
+def _planned(weights: Mapping[str, str], optimizer: OptimizerTree) -> dict[str, None]:
+    keys = dict.fromkeys(weights.values())
+    keys.update(dict.fromkeys(key for state in optimizer.states for key in state.tensors.values()))
+    return keys
+
+
+def facts_of(tree: Any, sections: Sections, optimizer: OptimizerTree) -> dict[str, Any]:
+    """Step and schedule numbers that stand in the file."""
+    facts: dict[str, Any] = {"kind": sections.kind}
+    for key in STEP_KEYS:
+        if sections.model and type(tree.get(key)) is int:
+            facts["global_step"] = tree[key]
+            break
+    if "global_step" not in facts and optimizer.states and "step" in optimizer.states[0].scalars:
+        facts["global_step"] = int(optimizer.states[0].scalars["step"])
+    if optimizer.states:
+        facts["optimizer_class"] = optimizer_class(optimizer.states, optimizer.groups, {})
+    if optimizer.groups:
+        facts["learning_rate"] = optimizer.groups[0].get("lr")
+    config = tree.get("config") if sections.kind == "nanogpt" else None
+    if isinstance(config, dict):
+        facts.update(_nanogpt_schedule(plain(config)))
+    return facts
+
+
+def _nanogpt_schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What nanoGPT's ``get_lr`` makes of its options, as far as they are there."""
+    names = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "max_iters")
+    numbers = {name: config[name] for name in names if type(config.get(name)) in (int, float)}
+    if config.get("decay_lr") is False:
+        schedule = {"type": "constant", "peak": numbers.get("learning_rate")}
+        return {"schedule": schedule, "max_steps": numbers.get("max_iters")}
+    if config.get("decay_lr") is not True or not set(names[:4]) <= set(numbers):
+        return {}
+    schedule = {
+        "type": "cosine",
+        "peak": numbers["learning_rate"],
+        "minimum": numbers["min_lr"],
+        "warmup_steps": int(numbers["warmup_iters"]),
+    }
+    return {"schedule": schedule, "max_steps": int(numbers["lr_decay_iters"])}
+
+
+def _listing(tree: Mapping[Any, Any]) -> str:
+    shown = [f"{key!r} ({type(value).__name__})" for key, value in list(tree.items())[:12]]
+    return ", ".join(shown) + (", ..." if len(tree) > 12 else "") if shown else "nothing"

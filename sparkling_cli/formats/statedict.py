@@ -1,0 +1,245 @@
+"""State dicts inside a torch file: which entries are weights, which are optimizer state.
+
+Shared by every format that keeps ``{"model": ..., "optimizer": ...}`` in one file.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.model import Checkpoint, OutputRequest, ParamState
+from sparkling_cli.formats.torchfile import TensorNode, TorchFile, TreePath, plain, read_values
+
+#: put in front of every name by wrappers; no part of the model
+WRAPPERS = ("_orig_mod.", "module.", "_forward_module.", "_fsdp_wrapped_module.")
+
+#: how one number of a dtype is packed
+PACKED = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
+
+
+@dataclass(frozen=True)
+class OptimizerTree:
+    """An optimizer's state dict, parsed.
+
+    Attributes:
+        states: one per parameter, in the file's order.
+        groups: param groups as plain data.
+        scalar_keys: ``(number in states, name)`` -> key of a one-entry tensor.
+        scalar_paths: the same -> path of a plain number.
+    """
+
+    states: tuple[ParamState, ...] = ()
+    groups: tuple[Mapping[str, Any], ...] = ()
+    scalar_keys: Mapping[tuple[int, str], str] = field(default_factory=dict)
+    scalar_paths: Mapping[tuple[int, str], TreePath] = field(default_factory=dict)
+
+
+def at(tree: Any, path: TreePath) -> Any:
+    """The value at a path."""
+    for step in path:
+        tree = tree[step]
+    return tree
+
+
+def keys_by_path(file: TorchFile) -> dict[TreePath, str]:
+    """Path -> key of the stored tensor (that of the first name, for shared ones)."""
+    return {path: file.aliases.get(key, key) for key, path in file.paths.items()}
+
+
+def is_state_dict(value: Any) -> bool:
+    """A dictionary of named tensors; entries that are no tensors may stand between them."""
+    return (
+        isinstance(value, dict)
+        and any(isinstance(v, TensorNode) for v in value.values())
+        and all(isinstance(k, str) for k in value)
+    )
+
+
+def is_optimizer(value: Any) -> bool:
+    """What ``Optimizer.state_dict()`` gives."""
+    return isinstance(value, dict) and isinstance(value.get("state"), dict) and "param_groups" in value
+
+
+def bare_names(names: Iterable[str]) -> dict[str, str]:
+    """Name -> the name without what wrappers (compilation, data parallelism) put in front.
+
+    Raises:
+        CheckpointError: two names become one.
+    """
+    found = {name: name for name in names}
+    again = True
+    while again:
+        again = False
+        for wrapper in WRAPPERS:
+            if found and all(name.startswith(wrapper) for name in found.values()):
+                found = {key: name[len(wrapper) :] for key, name in found.items()}
+                again = True
+    # A module inside may be compiled on its own.
+    found = {key: name.replace("._orig_mod.", ".") for key, name in found.items()}
+    if len(set(found.values())) != len(found):
+        twice = next(n for n in found.values() if sum(m == n for m in found.values()) > 1)
+        raise CheckpointError(f"two weights are called {twice!r} once wrappers' prefixes are taken off")
+    return found
+
+
+def weights_in(file: TorchFile, path: TreePath) -> dict[str, str]:
+    """Weight name (without wrappers) -> tensor key, in the file's order."""
+    keys = keys_by_path(file)
+    names = [name for name, value in at(file.tree, path).items() if (*path, name) in keys]
+    bare = bare_names(names)
+    return {bare[name]: keys[(*path, name)] for name in names}
+
+
+def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
+    """The optimizer at a path.
+
+    Raises:
+        CheckpointError: state that is nested, or of no known kind.
+    """
+    keys = keys_by_path(file)
+    optimizer = at(file.tree, path)
+    holders = optimizer["state"]
+    named = bool(holders) and all(isinstance(i, str) and not i.isdigit() for i in holders)
+    names = bare_names(holders) if named else {i: str(i) for i in holders}
+    states = []
+    scalar_keys: dict[tuple[int, str], str] = {}
+    scalar_paths: dict[tuple[int, str], TreePath] = {}
+    for index, (ident, state) in enumerate(holders.items()):
+        home = (*path, "state", ident)
+        if not isinstance(state, dict):
+            raise CheckpointError(
+                f"{file.path.name}: the optimizer's state of {ident!r} is {type(state).__name__}"
+            )
+        tensors, scalars = {}, {}
+        for name, value in state.items():
+            if isinstance(value, TensorNode):
+                if prod(value.shape) == 1 and value.dtype in PACKED and name == "step":
+                    scalar_keys[index, name] = keys[(*home, name)]
+                else:
+                    tensors[name] = keys[(*home, name)]
+            elif isinstance(value, (int, float)):
+                scalars[name] = _number(value, f"{file.path.name}: {name!r} of parameter {ident!r}")
+                scalar_paths[index, name] = (*home, name)
+            elif isinstance(value, (dict, list, tuple)) and any(
+                p[: len(home) + 1] == (*home, name) for p in keys
+            ):
+                raise CheckpointError(
+                    f"{file.path.name}: state {name!r} of parameter {ident!r} is a "
+                    f"{type(value).__name__} of tensors, which cannot be widened entry by entry",
+                    hint="save the weights alone and restart the optimizer",
+                )
+        states.append(ParamState(names[ident], tensors, scalars))
+    values = numbers_of(file, scalar_keys.values())
+    for (index, name), key in scalar_keys.items():
+        state = states[index]
+        states[index] = ParamState(state.param, state.tensors, {**state.scalars, name: values[key]})
+    groups = plain(optimizer["param_groups"])
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
+        raise CheckpointError(
+            f"{file.path.name}: the optimizer's param_groups must be a list of dictionaries, "
+            f"found {groups!r:.80}"
+        )
+    return OptimizerTree(tuple(states), tuple(groups), scalar_keys, scalar_paths)
+
+
+def joined(trees: Sequence[OptimizerTree], where: str) -> OptimizerTree:
+    """Several optimizers of one model as one: each one's numbers follow those of the one before.
+
+    Args:
+        trees: in the file's order.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: some know parameters by number and some by name, or two have the same parameter.
+    """
+    if len(trees) == 1:
+        return trees[0]
+    known = [state.param.isdigit() for tree in trees for state in tree.states]
+    if any(known) and not all(known):
+        raise CheckpointError(f"{where}: one optimizer knows its parameters by number, another by name")
+    states: list[ParamState] = []
+    groups: list[Mapping[str, Any]] = []
+    scalar_keys: dict[tuple[int, str], str] = {}
+    scalar_paths: dict[tuple[int, str], TreePath] = {}
+    base = 0
+    for tree in trees:
+        shift = base if all(known) else None
+        scalar_keys.update({(len(states) + i, name): key for (i, name), key in tree.scalar_keys.items()})
+        scalar_paths.update({(len(states) + i, name): path for (i, name), path in tree.scalar_paths.items()})
+        states += [replace(state, param=_shifted(state.param, shift)) for state in tree.states]
+        for group in tree.groups:
+            params = group.get("params", ())
+            if isinstance(params, (list, tuple)):
+                group = {**group, "params": [_shifted(str(param), shift) for param in params]}
+                base += len(params)
+            groups.append(group)
+    names = [state.param for state in states]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{where}: two optimizers have state of parameter {twice!r}")
+    return OptimizerTree(tuple(states), tuple(groups), scalar_keys, scalar_paths)
+
+
+def _shifted(param: str, shift: int | None) -> str:
+    return str(int(param) + shift) if shift is not None and param.isdigit() else param
+
+
+def _number(value: float, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise CheckpointError(f"{where} is an absurdly large number") from None
+
+
+def numbers_of(file: TorchFile, keys: Iterable[str]) -> dict[str, float]:
+    """Values of one-entry tensors."""
+    return {
+        key: float(struct.unpack(PACKED[file.tensors[key].dtype], data)[0])
+        for key, data in read_values(file, keys).items()
+    }
+
+
+def packed(dtype: str, value: float) -> bytes:
+    """A number as the bytes of a one-entry tensor."""
+    return struct.pack(PACKED[dtype], int(value) if dtype.startswith("int") else value)
+
+
+def scalar_changes(
+    file: TorchFile, tree: OptimizerTree, checkpoint: Checkpoint, request: OutputRequest
+) -> tuple[dict[str, bytes], dict[TreePath, Any]]:
+    """Scalars of the request as tensor bytes and as edits of the tree.
+
+    The first states of ``checkpoint`` are those of ``tree``, in their order, perhaps under other names.
+    """
+    values: dict[str, bytes] = {}
+    edits: dict[TreePath, Any] = {}
+    numbers = {state.param: index for index, state in enumerate(checkpoint.states)}
+    assert len(numbers) == len(checkpoint.states) >= len(tree.states) or not request.scalars
+    for full, value in request.scalars.items():
+        param, _, name = full.rpartition(".")
+        place = (numbers[param], name)
+        if place in tree.scalar_keys:
+            key = tree.scalar_keys[place]
+            values[key] = packed(file.tensors[key].dtype, value)
+        else:
+            path = tree.scalar_paths[place]
+            edits[path] = type(at(file.tree, path))(value)
+    return values, edits
+
+
+def remaining_values(
+    file: TorchFile, declared: Iterable[str], given: Mapping[str, bytes]
+) -> dict[str, bytes]:
+    """Bytes of every tensor that the plan does not write (counters, random states), ``given`` ones aside.
+
+    Raises:
+        CheckpointError: one is too large to be a counter: something that should have been widened.
+    """
+    known = set(declared) | set(given)
+    left = [key for key in file.tensors if key not in known]
+    return {**read_values(file, left), **given}

@@ -1,0 +1,275 @@
+"""A torch zip file as a tree with places for its tensors.
+
+``read_torch_file`` never runs what the pickle names and never reads tensor data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.pause import collector_paused
+from sparkling_cli.formats.torchfile.archive import Archive, Record, Window, open_window, read_archive
+from sparkling_cli.formats.torchfile.objects import Call, Ordered, Storage, TensorNode
+from sparkling_cli.formats.torchfile.opcodes import check_opcodes
+from sparkling_cli.formats.torchfile.unpickle import read_tree
+from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor
+
+#: Objects that only wrap a tensor: the tensor inside goes by the wrapper's own path.
+_TRANSPARENT = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
+#: Path of a value in the tree: dict keys and list indices as they are.
+TreePath = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """An opened torch file.
+
+    Attributes:
+        path: the file.
+        relative: its path relative to the checkpoint's root; starts every key and is every extent's path.
+        tree: containers, numbers, text, and stand-ins; tensors are ``objects.TensorNode``.
+        tensors: key ``<relative>:<dotted path in the tree>`` -> where the tensor lies (absolute offsets).
+        paths: key -> path in the tree.
+        nodes: key -> the tensor's node in the tree.
+        aliases: key of a tensor that is the same view of the same storage as an earlier one -> that one.
+        wrapped: key -> global that wraps the tensor in something that is no plain tensor.
+        base: where the archive starts in the file.
+        archive: the container's records.
+        pickled: the pickle, as read.
+    """
+
+    path: Path
+    relative: str
+    tree: Any
+    tensors: Mapping[str, StoredTensor]
+    paths: Mapping[str, TreePath]
+    nodes: Mapping[str, TensorNode]
+    aliases: Mapping[str, str]
+    wrapped: Mapping[str, str]
+    base: int
+    archive: Archive
+    pickled: bytes = field(repr=False)
+
+
+def read_torch_file(
+    path: Path,
+    relative: str,
+    *,
+    offset: int = 0,
+    length: int | None = None,
+    allow: Collection[str] = (),
+    without: Collection[str] = (),
+) -> TorchFile:
+    """Open a torch zip file, or an archive inside a bigger file.
+
+    Args:
+        path: the file.
+        relative: its path in the checkpoint, for keys and extents.
+        offset: where the archive starts in the file.
+        length: its bytes; up to the file's end by default.
+        allow: more globals (dotted names) that its pickle may name; they stay inert.
+        without: keys of the outermost dictionary that are left out, here and in what is laid out from it.
+
+    Raises:
+        CheckpointError: missing, truncated, damaged, legacy or big-endian.
+        UnsafePickleError: the pickle names a global that is not on the list.
+    """
+    with collector_paused():
+        return _read(path, relative, offset, length, allow, without)
+
+
+def _read(
+    path: Path,
+    relative: str,
+    offset: int,
+    length: int | None,
+    allow: Collection[str],
+    without: Collection[str],
+) -> TorchFile:
+    where = relative or path.name
+    with open_window(path, where, offset, length) as window:
+        archive = read_archive(window)
+        small = _check_records(archive, window)
+        pickled = small["data.pkl"]
+    check_opcodes(pickled, where)
+    tree = read_tree(pickled, where, allow)
+    for key in without:
+        if isinstance(tree, dict):
+            tree.pop(key, None)
+    found = _Collector(where, relative, offset, archive, 10_000 + 2 * len(pickled))
+    found.collect(tree)
+    return TorchFile(
+        path, relative, tree, found.tensors, found.paths, found.nodes, found.aliases, found.wrapped, offset,
+        archive, pickled,
+    )  # fmt: skip
+
+
+def _check_records(archive: Archive, window: Window) -> dict[str, bytes]:
+    """Read the records that are no storages; refuse other byte orders and TorchScript."""
+    names = {record.name: record for record in archive.records}
+    if "constants.pkl" in names:
+        raise CheckpointError(
+            f"{window.where}: a TorchScript archive, which holds code; no checkpoint of weights",
+            hint="save the module's state_dict() with torch.save",
+        )
+    archive.record("data.pkl", window.where)
+    small = {r.name: window.read(r.start, r.size) for r in archive.records if not r.name.startswith("data/")}
+    order = small.get("byteorder", b"little")
+    if order != b"little":
+        raise CheckpointError(
+            f"{window.where}: byte order {order.decode('ascii', 'replace')!r}; only 'little' is supported",
+            hint="load and save it again on a little-endian machine",
+        )
+    return small
+
+
+class _Collector:
+    """Walks the tree and finds every tensor's key and place."""
+
+    def __init__(self, where: str, relative: str, base: int, archive: Archive, most: int) -> None:
+        self.where = where
+        self.relative = relative
+        self.base = base
+        self.records = {r.name: r for r in archive.records}
+        self.tensors: dict[str, StoredTensor] = {}
+        self.paths: dict[str, TreePath] = {}
+        self.nodes: dict[str, TensorNode] = {}
+        self.aliases: dict[str, str] = {}
+        self.wrapped: dict[str, str] = {}
+        self._first: dict[tuple[Any, ...], str] = {}
+        self._open: set[int] = set()
+        # Containers to be visited at most: a pickle can name one list over and over.
+        self._left = most
+
+    def collect(self, tree: Any) -> None:
+        try:
+            self._walk(tree, (), f"{self.relative}:", None)
+        except RecursionError as error:
+            raise CheckpointError(f"{self.where}: its content is nested too deeply") from error
+
+    def _walk(self, value: Any, path: TreePath, key: str, wrapper: str | None) -> None:
+        if isinstance(value, TensorNode):
+            self._tensor(value, path, key, wrapper)
+            return
+        if isinstance(value, Storage):
+            raise CheckpointError(
+                f"{self.where}: {key!r} is a bare storage or belongs to a tensor subclass; only plain "
+                "tensors can be carried"
+            )
+        if not isinstance(value, (dict, list, tuple, Call)):
+            return
+        self._left -= 1
+        if id(value) in self._open or self._left < 0:
+            raise CheckpointError(f"{self.where}: {key!r} contains itself, or far too much")
+        self._open.add(id(value))
+        for name, item, inside in children(value):
+            deeper = key if name is None else f"{key}{name}" if key[-1] == ":" else f"{key}.{name}"
+            self._walk(item, path if name is None else (*path, name), deeper, inside or wrapper)
+        self._open.discard(id(value))
+
+    def _tensor(self, node: TensorNode, path: TreePath, key: str, wrapper: str | None) -> None:
+        while key in self.paths:
+            key += "~"
+        view = (node.storage.key, node.offset, node.shape, node.stride)
+        first = self._first.setdefault(view, key)
+        self.paths[key] = path
+        self.nodes[key] = node
+        if first != key:
+            self.aliases[key] = first
+        else:
+            self.tensors[key] = self._stored(node, key)
+        if wrapper is not None:
+            self.wrapped[key] = wrapper
+
+    def _stored(self, node: TensorNode, key: str) -> StoredTensor:
+        dtype = node.dtype
+        item = ITEM_BYTES.get(dtype)
+        record = self.records.get(f"data/{node.storage.key}")
+        if item is None:
+            raise CheckpointError(f"{self.where}: {key!r} has dtype {dtype!r}, which is not supported")
+        if record is None:
+            raise CheckpointError(f"{self.where}: {key!r} lies in storage {node.storage.key!r}: missing")
+        untyped = node.function.qualname == "_rebuild_tensor_v3"
+        expected = node.storage.entries * (1 if untyped else item)
+        if record.size != expected:
+            raise CheckpointError(
+                f"{self.where}: storage {node.storage.key!r} of {key!r} should have {expected} bytes, "
+                f"it has {record.size}"
+            )
+        if 0 not in node.shape:
+            last = node.offset + sum((n - 1) * s for n, s in zip(node.shape, node.stride, strict=True))
+            if (last + 1) * item > record.size:
+                raise CheckpointError(
+                    f"{self.where}: {key!r} with shape {node.shape} and strides {node.stride} from entry "
+                    f"{node.offset} runs out of its storage of {record.size} bytes"
+                )
+        return StoredTensor(dtype, node.shape, (self._extent(node, record, item),))
+
+    def _extent(self, node: TensorNode, record: Record, item: int) -> Extent:
+        strides = None if is_contiguous(node.shape, node.stride) else node.stride
+        start = (0,) * len(node.shape)
+        at = self.base + record.start + node.offset * item
+        return Extent(self.relative, at, start, node.shape, strides)
+
+
+def children(value: Any) -> Iterator[tuple[Any, Any, str | None]]:
+    """Yield (name, value, wrapping global) of what a container holds; name None keeps the path."""
+    if isinstance(value, dict):
+        yield from ((k, v, None) for k, v in value.items())
+        if isinstance(value, Ordered) and value.state is not None:
+            yield "__state__", value.state[0], None
+    elif isinstance(value, (list, tuple)):
+        yield from ((i, v, None) for i, v in enumerate(value))
+    elif value.function.path in _TRANSPARENT:
+        yield None, value.args[0] if value.args else None, None
+        yield "__rest__", value.args[1:], None
+    else:
+        inside = value.function.path
+        parts = (value.args, value.items, value.pairs, value.state)
+        yield from ((f"__{i}__", part, inside) for i, part in enumerate(parts) if part)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides as torch gives them to a new tensor (a size of 0 counts as 1)."""
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether entries lie row-major without gaps; strides of dims of size 1 do not matter."""
+    step = 1
+    for size, found in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1:
+            if found != step and 0 not in shape:
+                return False
+            step *= size
+    return True
+
+
+def read_values(file: TorchFile, keys: Iterable[str]) -> dict[str, bytes]:
+    """Bytes of small contiguous tensors (counters and the like), by key.
+
+    Raises:
+        CheckpointError: one is not contiguous or larger than a mebibyte.
+    """
+    values = {}
+    wanted = {key: file.tensors[file.aliases.get(key, key)] for key in keys}
+    with open_window(file.path, file.relative or file.path.name) as window:
+        window.expect([stored.extents[0].offset for stored in wanted.values()], 8)
+        for key, stored in wanted.items():
+            extent = stored.extents[0]
+            if extent.strides is not None or stored.nbytes > 1 << 20:
+                raise CheckpointError(
+                    f"{window.where}: {key!r} of shape {stored.shape} is neither a counter nor widened with "
+                    "a parameter, and too large to be carried along"
+                )
+            values[key] = window.read(extent.offset, stored.nbytes)
+    return values

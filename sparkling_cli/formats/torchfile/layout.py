@@ -1,0 +1,209 @@
+"""The way back: an opened torch file as an output file with other shapes and other plain values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.model import OutputFile
+from sparkling_cli.formats.pause import collector_paused
+from sparkling_cli.formats.torchfile.archive import open_window
+from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, children, contiguous_strides
+from sparkling_cli.formats.torchfile.objects import Call, Ordered, TensorNode
+from sparkling_cli.formats.torchfile.repickle import Placement, write_tree
+from sparkling_cli.formats.torchfile.writer import Part, Slot, lay_out_archive
+from sparkling_cli.storage.tensors import ITEM_BYTES
+
+REMOVED: Any = object()
+
+
+def lay_out(
+    file: TorchFile,
+    new: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
+    *,
+    edits: Mapping[TreePath, Any] | None = None,
+    values: Mapping[str, bytes] | None = None,
+    path: str | None = None,
+) -> OutputFile:
+    """The same file with other tensor shapes and other plain values.
+
+    Tensors come out contiguous; tensors that shared a storage still share it. Offsets in the result are
+    relative to the archive's start, whatever ``file.base`` is.
+
+    Args:
+        file: the source.
+        new: key -> (dtype, shape) of tensors that change; the others keep theirs.
+        edits: path in the tree -> value that is put there (``REMOVED`` takes the entry out).
+        values: key -> bytes of tensors that are written as literals and need no executor.
+        path: of the output file; the source's by default.
+
+    Raises:
+        CheckpointError: a dtype changes, or tensors overlap in a storage without being the same view.
+    """
+    with collector_paused():
+        return _lay_out(file, new or {}, edits or {}, values or {}, file.relative if path is None else path)
+
+
+def _lay_out(
+    file: TorchFile,
+    new: Mapping[str, tuple[str, tuple[int, ...]]],
+    edits: Mapping[TreePath, Any],
+    values: Mapping[str, bytes],
+    path: str,
+) -> OutputFile:
+    where = file.relative or file.path.name
+    shapes: dict[int, tuple[int, ...]] = {}
+    for key, (dtype, shape) in new.items():
+        node = file.nodes[key]
+        if node.dtype != dtype:
+            raise CheckpointError(f"{where}: {key!r} is {node.dtype}; it cannot be written as {dtype}")
+        shapes[id(node)] = tuple(shape)
+    tree = _edited(file.tree, edits)
+    kept = {id(n) for n in tensor_nodes(tree)} if edits else None
+    plan = _plan_storages(where, file.nodes, file.aliases, shapes, kept, values)
+    pickled = write_tree(tree, plan.placements, plan.entries, where)
+    return lay_out_archive(path, file.archive.prefix, list(_parts(file, plan, pickled)))
+
+
+@dataclass(frozen=True)
+class _StoragePlan:
+    """New places of all tensors and the content of all storages."""
+
+    placements: dict[int, Placement]
+    entries: dict[str, int]
+    content: dict[str, list[bytes | Slot]]
+
+
+def _plan_storages(
+    where: str,
+    nodes: Mapping[str, TensorNode],
+    aliases: Mapping[str, str],
+    shapes: Mapping[int, tuple[int, ...]],
+    kept: set[int] | None,
+    values: Mapping[str, bytes],
+) -> _StoragePlan:
+    """Give every distinct view its room in its storage, in the order of the old offsets."""
+    groups: dict[str, list[tuple[str, TensorNode]]] = {}
+    for key, node in nodes.items():
+        if kept is None or id(node) in kept:
+            groups.setdefault(node.storage.key, []).append((key, node))
+    plan = _StoragePlan({}, {}, {})
+    for storage, members in groups.items():
+        offset, end = 0, 0
+        placed: dict[str, tuple[int, tuple[int, ...]]] = {}
+        content: list[bytes | Slot] = []
+        for key, node in sorted(members, key=lambda m: m[1].offset) if len(members) > 1 else members:
+            first = aliases.get(key, key)
+            shape = shapes.get(id(node), shapes.get(id(nodes[first]), node.shape))
+            if first in placed:
+                if placed[first][1] != shape:
+                    raise CheckpointError(f"{where}: {first!r} and {key!r} share memory: one shape")
+            else:
+                end = _after(where, key, node, end)
+                placed[first] = (offset, shape)
+                content.append(_content(where, first, node.dtype, shape, values))
+                offset += prod(shape)
+            at = placed[first][0]
+            plan.placements[id(node)] = Placement(at, shape, contiguous_strides(shape))
+        untyped = members[0][1].function.qualname == "_rebuild_tensor_v3"
+        plan.entries[storage] = offset * (ITEM_BYTES[members[0][1].dtype] if untyped else 1)
+        plan.content[storage] = content
+    return plan
+
+
+def _after(where: str, key: str, node: TensorNode, end: int) -> int:
+    """The first entry behind ``node``'s view; it must start at ``end`` or later."""
+    if 0 in node.shape:
+        return end
+    if node.offset < end:
+        raise CheckpointError(
+            f"{where}: {key!r} overlaps another tensor in storage {node.storage.key!r} without being "
+            "the same view; it cannot be told how both should grow",
+            hint="save clones of the tensors",
+        )
+    return node.offset + 1 + sum((n - 1) * s for n, s in zip(node.shape, node.stride, strict=True))
+
+
+def _content(
+    where: str, key: str, dtype: str, shape: tuple[int, ...], values: Mapping[str, bytes]
+) -> bytes | Slot:
+    size = prod(shape) * ITEM_BYTES[dtype]
+    value = values.get(key)
+    if value is None:
+        return Slot(key, (0,) * len(shape), shape, size)
+    if len(value) != size:
+        raise CheckpointError(f"{where}: {key!r} takes {size} bytes, {len(value)} were given")
+    return value
+
+
+def _parts(file: TorchFile, plan: _StoragePlan, pickled: bytes) -> Iterator[Part]:
+    """All records in the source's order; storages that no tensor uses any more are left out."""
+    with open_window(file.path, file.relative or file.path.name, file.base, file.archive.length) as window:
+        for record in file.archive.records:
+            if record.name == "data.pkl":
+                yield Part(record.name, (pickled,))
+            elif record.name.startswith("data/"):
+                content = plan.content.get(record.name.removeprefix("data/"))
+                if content is not None:
+                    yield Part(record.name, content)
+            elif record.name == ".data/serialization_id" and pickled != file.pickled:
+                yield Part(record.name, (serialization_id(pickled),))
+            else:
+                yield Part(record.name, (window.read(record.start, record.size),))
+
+
+def serialization_id(pickled: bytes) -> bytes:
+    """Forty digits that differ between files of different content; readers only compare them."""
+    number = int.from_bytes(hashlib.sha256(pickled).digest(), "big")
+    return b"%040d" % (number % 10**40)
+
+
+def tensor_nodes(tree: Any) -> Iterator[TensorNode]:
+    """Every tensor in a tree."""
+    stack = [tree]
+    seen: set[int] = set()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, TensorNode):
+            yield value
+        elif isinstance(value, (dict, list, tuple, Call)) and id(value) not in seen:
+            seen.add(id(value))
+            stack.extend(item for _, item, _ in children(value))
+
+
+def _edited(tree: Any, edits: Mapping[TreePath, Any]) -> Any:
+    """A tree with other values; containers on the way are copied, all else is shared with the old one."""
+    copies: dict[int, Any] = {}
+    root = [tree]
+    for path, value in edits.items():
+        holder: Any = root
+        for step in (0, *path[:-1]) if path else ():
+            child = holder[step]
+            if id(child) not in copies:
+                fresh = _shallow(child, path)
+                copies[id(child)] = copies[id(fresh)] = fresh
+                # Keep the old container alive: its id must not be given to another.
+                copies[-id(child)] = child
+            holder[step] = copies[id(child)]
+            holder = holder[step]
+        last = path[-1] if path else 0
+        if value is REMOVED:
+            del holder[last]
+        else:
+            holder[last] = value
+    return root[0]
+
+
+def _shallow(value: Any, path: TreePath) -> Any:
+    if isinstance(value, Ordered):
+        fresh = Ordered(value)
+        fresh.state = value.state
+        return fresh
+    if isinstance(value, (dict, list)):
+        return value.copy()
+    place = ".".join(map(str, path))
+    raise CheckpointError(f"{place!r} cannot be changed: it lies in a {type(value).__name__}")

@@ -1,0 +1,148 @@
+"""Reads a torch file's pickle without running anything that it names.
+
+The globals that ``torch.load(weights_only=True)`` allows become stand-ins; any other is an error that names
+it. The decoder itself is Python's own; it calls nothing but the stand-ins and the two hooks below.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Collection
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError, UnsafePickleError
+from sparkling_cli.formats.torchfile.objects import GlobalType, Storage, make_global
+from sparkling_cli.storage.tensors import ITEM_BYTES
+
+_STORAGES = (
+    "Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool",
+    "ComplexFloat", "ComplexDouble", "QUInt8", "QInt8", "QInt32", "QUInt4x2", "QUInt2x4",
+)  # fmt: skip
+_REBUILD = (
+    "tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state", "qtensor", "sparse_tensor",
+    "meta_tensor_no_storage", "nested_tensor", "device_tensor_from_numpy",
+    "device_tensor_from_cpu_tensor",
+)  # fmt: skip
+
+#: What ``torch.load(weights_only=True)`` accepts by default, less what never occurs in a checkpoint.
+ALLOWED: frozenset[str] = frozenset(
+    {
+        "collections.OrderedDict", "collections.Counter", "torch.Size", "torch.device", "torch.Tensor",
+        "torch.nn.parameter.Parameter", "torch.serialization._get_layout", "_codecs.encode",
+        "builtins.set", "builtins.complex", "builtins.bytearray",
+        "torch.storage.UntypedStorage", "torch.storage.TypedStorage", "torch.UntypedStorage",
+    }
+    | {f"torch.{name}Storage" for name in _STORAGES}
+    | {f"torch.cuda.{name}Storage" for name in _STORAGES}
+    | {f"torch._utils._rebuild_{name}" for name in _REBUILD}
+    | {f"torch.{name}" for name in ITEM_BYTES}
+    | {f"torch.{name}" for name in ("quint8", "qint8", "qint32", "quint4x2", "quint2x4", "complex32")}
+    | {f"torch.per_{name}" for name in ("tensor_affine", "tensor_symmetric", "channel_affine")}
+)  # fmt: skip
+
+_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_KNOWN_FAULTS = {
+    "torch.distributed.tensor": "it holds sharded tensors (DTensor): save a full state dict instead",
+    "torch._utils._rebuild_wrapper_subclass": "it holds a tensor subclass, whose storage format is private",
+    "torch._tensor._rebuild_from_type_v2": "it holds a tensor subclass or a tensor with Python attributes",
+    "torchao": "it holds quantized tensor subclasses, which cannot be widened entry by entry",
+    "numpy": "it holds NumPy objects: save plain numbers or tensors instead",
+    "bitsandbytes": "it holds quantized objects, which cannot be widened entry by entry",
+}
+
+
+class TreeUnpickler(pickle.Unpickler):
+    """Decodes a pickle into containers and stand-ins."""
+
+    def __init__(self, data: bytes, where: str, allow: Collection[str] = ()) -> None:
+        super().__init__(io.BytesIO(data))
+        self._where = where
+        self._allow = allow
+        self._globals: dict[tuple[str, str], GlobalType] = {}
+        self._storages: dict[str, Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A stand-in for an allowed global.
+
+        Raises:
+            UnsafePickleError: it is not on the list.
+        """
+        found = self._globals.get((module, name))
+        if found is None:
+            path = f"{_MODULES.get(module, module)}.{name}"
+            if path not in ALLOWED and path not in self._allow:
+                raise UnsafePickleError(
+                    f"{self._where}: its pickle names {path!r}, which is not on the list of harmless "
+                    "globals; nothing of it was executed",
+                    hint=_hint(path),
+                )
+            found = self._globals[module, name] = make_global(module, name)
+        return found
+
+    def persistent_load(self, pid: Any) -> Any:
+        """The storage that a persistent id names.
+
+        Raises:
+            CheckpointError: the id is no storage, or contradicts an earlier one of the same key.
+        """
+        if not _names_storage(pid):
+            raise CheckpointError(f"{self._where}: its pickle refers to {pid!r}, which is no storage")
+        known = self._storages.get(pid[2])
+        if known is None:
+            known = self._storages[pid[2]] = Storage(*pid)
+        elif known.kind is not pid[1] or known.entries != pid[4]:
+            raise CheckpointError(f"{self._where}: storage {pid[2]!r} has two types or two sizes")
+        return known
+
+
+def _names_storage(pid: Any) -> bool:
+    """Whether a persistent id is ``("storage", type, key, location, entries)``."""
+    if type(pid) is not tuple or len(pid) != 5:
+        return False
+    tag, kind, key, location, entries = pid
+    return (
+        tag == "storage"
+        and type(key) is str
+        and type(location) is str
+        and type(entries) is int
+        and entries >= 0
+        and isinstance(kind, GlobalType)
+    )
+
+
+def read_tree(data: bytes, where: str, allow: Collection[str] = ()) -> Any:
+    """Decode ``data.pkl``.
+
+    Args:
+        data: the pickle.
+        where: the file, for messages.
+        allow: more globals (dotted) that may be named; they become stand-ins like all others.
+
+    Raises:
+        UnsafePickleError: a global that is not allowed is named.
+        CheckpointError: it does not decode.
+    """
+    try:
+        return TreeUnpickler(data, where, allow).load()
+    except UnsafePickleError:
+        raise
+    except CheckpointError as error:
+        if error.message.startswith(where):
+            raise
+        raise CheckpointError(f"{where}: {error.message}", hint=error.hint) from error
+    except RecursionError as error:
+        raise CheckpointError(f"{where}: its pickle is nested too deeply") from error
+    except Exception as error:
+        # The decoder raises whatever a damaged stream leads to: IndexError, TypeError, UnicodeError, ...
+        raise CheckpointError(
+            f"{where}: its pickle is damaged: {type(error).__name__}: {error}",
+            hint="copy or download the file again",
+        ) from error
+
+
+def _hint(path: str) -> str:
+    for start, hint in _KNOWN_FAULTS.items():
+        if path.startswith(start):
+            return hint
+    return "save the file again with tensors, numbers, text and containers only"

@@ -1,0 +1,199 @@
+"""Directories of the transformers ``Trainer``, accelerate's ``save_state``, and plain model directories.
+
+Weights are safetensors or torch files, single or sharded; ``optimizer.pt`` numbers parameters; the model's
+sizes stand in ``config.json``. All other files are carried over as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.directory import inside, list_files, literal_file, read_json, rewritten_json
+from sparkling_cli.formats.fsdpfile import check_alone, copy_output, read_copy, with_copies
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.formats.pause import collector_paused
+from sparkling_cli.formats.statedict import (
+    OptimizerTree,
+    is_optimizer,
+    optimizer_in,
+    remaining_values,
+    scalar_changes,
+)
+from sparkling_cli.formats.torchfile import TorchFile, lay_out, read_torch_file
+from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
+from sparkling_cli.formats.weightfiles import (
+    CANDIDATES,
+    FSDP_FULL,
+    WeightFiles,
+    find_weights,
+    read_weights,
+    weight_outputs,
+)
+
+CONFIG = "config.json"
+#: The Trainer's optimizer file, and accelerate's.
+OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
+#: Weights in further formats: of the old size after widening, so they are not carried over.
+_OTHER_WEIGHTS = (
+    ".safetensors", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf",
+)  # fmt: skip
+#: Traces of training states that lie elsewhere in the directory, in a form that this format does not read.
+_ELSEWHERE: Mapping[str, str] = {
+    "zero_to_fp32.py": "DeepSpeed; convert it: python -m deepspeed.checkpoint.ds_to_universal",
+    "pytorch_model_fsdp_0/.metadata": "sharded FSDP; expand pytorch_model_fsdp_0 or save a full state dict",
+}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What the writer needs again."""
+
+    weights: WeightFiles
+    optimizer_file: TorchFile | None
+    optimizer: OptimizerTree
+    copy: TorchFile | None
+
+
+class TrainerDirectory:
+    """Weights, perhaps with training state. Order of calls: ``claims``, ``open``, ``outputs``."""
+
+    name = "trainer"
+
+    def claims(self, root: Path) -> str | None:
+        """Weight files under transformers' names.
+
+        Raises:
+            CheckpointError: training state or a config without weights; FSDP's parts of single ranks.
+        """
+        if not root.is_dir():
+            return None
+        check_alone(root)
+        found = find_weights(root)
+        if found is not None:
+            return f"a model directory with {found}"
+        traces = [name for name in ("trainer_state.json", *OPTIMIZERS, CONFIG) if (root / name).is_file()]
+        if traces and not any((root / name).exists() for name in ("model.pt", ".metadata")):
+            raise CheckpointError(
+                f"{root.name}: it has {' and '.join(traces)}, but none of {', '.join(CANDIDATES)}",
+                hint="name the directory that the weights are in, or one `checkpoint-N` inside this one",
+            )
+        return None
+
+    def open(self, root: Path) -> Checkpoint:
+        """Names, shapes and places of weights and optimizer state; config, steps and schedule.
+
+        Raises:
+            CheckpointError: missing, damaged or contradictory files.
+            UnsafePickleError: a torch file that is not weights-only-safe.
+        """
+        present = list_files(root)
+        for trace, what in _ELSEWHERE.items():
+            if trace in present:
+                raise CheckpointError(f"{root.name}: its training state is {what}")
+        for name in (CONFIG, *OPTIMIZERS, "scheduler.pt", "trainer_state.json", "training_args.bin"):
+            if (root / name).is_dir():
+                raise CheckpointError(
+                    f"{name}: expected a file, found a folder", hint="restore it from a copy"
+                )
+        weights = read_weights(root, present)
+        config = read_json(root, CONFIG) if CONFIG in present else None
+        file, optimizer = _optimizer(root, present)
+        facts, notes = run_facts(root, present)
+        args = facts.get("training_args", {})
+        if file is not None:
+            facts["optimizer_class"] = optimizer_class(optimizer.states, optimizer.groups, args)
+        copy = read_copy(root, present)
+        states = with_copies(optimizer.states, copy) if copy else optimizer.states
+        if FSDP_FULL in present:
+            facts["kind"] = "FSDP with full state dicts"
+        ours = {*weights.paths, CONFIG, *(part.relative for part in (file, copy) if part)}
+        stale = [name for name in present if name not in ours and _is_other_weights(name)]
+        notes += [f"{name} is not carried over: it holds the weights at their old size" for name in stale]
+        notes += _optimizer_notes(file, optimizer)
+        stored = {key: part.tensors[key] for part in (file, copy) if part for key in part.tensors}
+        moments = {key: stored[key] for state in states for key in state.tensors.values()}
+        return Checkpoint(
+            root=root,
+            format=self.name,
+            tensors={**weights.tensors, **moments},
+            weights=weights.names,
+            states=states,
+            param_groups=optimizer.groups,
+            config=config,
+            config_file=CONFIG if config is not None else "",
+            carried=tuple(name for name in present if name not in ours and name not in stale),
+            facts=facts,
+            notes=tuple(notes),
+            private=Parsed(weights, file, optimizer, copy),
+        )
+
+    def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
+        """Weight files, index, config and optimizer file.
+
+        Raises:
+            CheckpointError: the request does not fit the formats of these files.
+        """
+        with collector_paused():
+            return tuple(_outputs(checkpoint, request))
+
+
+def _outputs(checkpoint: Checkpoint, request: OutputRequest) -> list[OutputFile]:
+    parsed: Parsed = checkpoint.private
+    declared = [item for item in request.tensors if item.name]
+    files = list(weight_outputs(parsed.weights, declared))
+    if checkpoint.config is not None:
+        text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
+        files.append(literal_file(CONFIG, rewritten_json(text, request.config, CONFIG).encode()))
+    elif request.config:
+        raise CheckpointError(f"{checkpoint.root.name}: sizes change, but there is no {CONFIG}")
+    file = parsed.optimizer_file
+    if file is not None:
+        own = (item for item in request.tensors if not item.name and item.key in file.tensors)
+        new = {item.key: (item.dtype, item.shape) for item in own}
+        values, edits = scalar_changes(file, parsed.optimizer, checkpoint, request)
+        values = remaining_values(file, new, values)
+        files.append(lay_out(file, new, edits=edits, values=values))
+    if parsed.copy is not None:
+        files.append(copy_output(parsed.copy, request))
+    return files
+
+
+def _is_other_weights(name: str) -> bool:
+    """Whole-model weights of another format at the top of the directory."""
+    if "/" in name:
+        return False
+    return name.endswith(_OTHER_WEIGHTS) or (name.startswith("pytorch_model") and ".bin" in name)
+
+
+def _optimizer(root: Path, present: tuple[str, ...]) -> tuple[TorchFile | None, OptimizerTree]:
+    """The optimizer's file, parsed; empty without one.
+
+    Raises:
+        CheckpointError: several optimizers, or no optimizer in the file.
+    """
+    found = [name for name in OPTIMIZERS if name in present]
+    further = [n for n in present if n.startswith("optimizer_") and n.endswith((".pt", ".bin"))]
+    if len(found) > 1 or further:
+        raise CheckpointError(
+            f"{root.name}: several optimizers: {', '.join(found + further)}; which parameters each "
+            "numbers is not in them",
+            hint="move those that the run does not resume from out of the directory",
+        )
+    if not found:
+        return None, OptimizerTree()
+    relative = found[0]
+    file = read_torch_file(inside(root, relative, "the directory"), relative)
+    if not is_optimizer(file.tree):
+        raise CheckpointError(f"{relative}: expected an optimizer's state dict: state and param_groups")
+    return file, optimizer_in(file, ())
+
+
+def _optimizer_notes(file: TorchFile | None, optimizer: OptimizerTree) -> list[str]:
+    if file is None:
+        return ["there is no optimizer state in this directory: weights only"]
+    if not optimizer.states:
+        return [f"{file.relative} holds no state: the optimizer has not made a step yet"]
+    return []

@@ -1,0 +1,140 @@
+"""What a Trainer's small files say about the run: steps, schedule, optimizer. No file is executed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.directory import read_json
+from sparkling_cli.formats.model import ParamState
+from sparkling_cli.formats.torchfile import plain, read_attributes, read_torch_file
+
+#: Schedules whose minimum is zero unless their arguments say otherwise.
+_TO_ZERO = frozenset({"cosine", "linear", "cosine_with_restarts"})
+
+
+def run_facts(root: Path, present: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Facts and notes from ``trainer_state.json``, ``scheduler.pt`` and ``training_args.bin``.
+
+    Facts (each only where it is known): ``global_step``, ``max_steps``, ``base_lrs``, ``last_epoch``,
+    ``training_args`` (a few plain values), ``schedule`` = {``type``, ``warmup_steps``, ``peak``, ``minimum``,
+    ``kwargs``}.
+
+    Raises:
+        CheckpointError: ``trainer_state.json`` or the scheduler's file is damaged.
+    """
+    facts: dict[str, Any] = {}
+    notes: list[str] = []
+    if "trainer_state.json" in present:
+        state = read_json(root, "trainer_state.json")
+        for name in ("global_step", "max_steps"):
+            if isinstance(state.get(name), int) and state[name] >= 0:
+                facts[name] = state[name]
+    for name in ("scheduler.pt", "scheduler.bin"):
+        if name in present:
+            facts.update(_scheduler(root, name))
+    if "training_args.bin" in present:
+        try:
+            args = read_attributes(root / "training_args.bin", "training_args.bin")
+        except CheckpointError as error:
+            notes.append(f"{error.message}: the schedule's type and warmup are not known from it")
+        else:
+            facts["training_args"] = {key: args[key] for key in _ARGS if key in args}
+    schedule = _schedule(facts)
+    if schedule:
+        facts["schedule"] = schedule
+    return facts, notes
+
+
+_ARGS = (
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "learning_rate", "max_steps",
+    "num_train_epochs", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
+    "max_grad_norm", "gradient_accumulation_steps", "per_device_train_batch_size", "bf16", "fp16", "seed",
+)  # fmt: skip
+
+
+def _scheduler(root: Path, name: str) -> dict[str, Any]:
+    tree = plain(read_torch_file(root / name, name).tree)
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{name}: expected a scheduler's state dict, found a {type(tree).__name__}")
+    found: dict[str, Any] = {}
+    rates = tree.get("base_lrs")
+    if isinstance(rates, list) and rates and all(isinstance(r, (int, float)) for r in rates):
+        found["base_lrs"] = [float(rate) for rate in rates]
+    if isinstance(tree.get("last_epoch"), int):
+        found["last_epoch"] = tree["last_epoch"]
+    return found
+
+
+def _schedule(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Type, warmup, peak and minimum, as far as they are known."""
+    args = facts.get("training_args", {})
+    rates = facts.get("base_lrs")
+    peak = max(rates) if rates else args.get("learning_rate")
+    schedule: dict[str, Any] = {} if peak is None else {"peak": float(peak)}
+    kind = args.get("lr_scheduler_type")
+    if not isinstance(kind, str):
+        return schedule
+    kwargs = args.get("lr_scheduler_kwargs")
+    schedule["type"] = kind
+    schedule["kwargs"] = dict(kwargs) if isinstance(kwargs, dict) else {}
+    steps = warmup_steps(args, facts.get("max_steps") or args.get("max_steps"))
+    if steps is not None:
+        schedule["warmup_steps"] = steps
+    if kind in _TO_ZERO:
+        schedule["minimum"] = 0.0
+    return schedule
+
+
+def warmup_steps(args: Mapping[str, Any], total: int | None) -> int | None:
+    """Warmup in steps, as the Trainer counts it: below one (or by ``warmup_ratio``) it is a share.
+
+    Args:
+        args: the training arguments.
+        total: steps of the whole run.
+    """
+    steps = args.get("warmup_steps") or 0
+    ratio = args.get("warmup_ratio") or 0.0
+    if not isinstance(steps, (int, float)) or not isinstance(ratio, (int, float)):
+        return None
+    if steps >= 1:
+        return int(steps)
+    share = steps or ratio
+    if not share:
+        return 0
+    return math.ceil(total * share) if total and total > 0 else None
+
+
+def optimizer_class(
+    states: Sequence[ParamState], groups: Sequence[Mapping[str, Any]], args: Mapping[str, Any]
+) -> str | None:
+    """The optimizer's class, from its state's names and its groups' options; None if several fit."""
+    names = frozenset(name for state in states for name in (*state.tensors, *state.scalars)) - {"step"}
+    options = frozenset(option for group in groups for option in group)
+    if "ns_steps" in options or "ns_coefficients" in options:
+        return "Muon" if names <= {"momentum_buffer"} else "Muon with AdamW"
+    if names in ({"exp_avg", "exp_avg_sq"}, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}):
+        decoupled = next((group["decoupled_weight_decay"] for group in groups if _decoupled(group)), None)
+        if decoupled is None:
+            return "AdamW" if str(args.get("optim", "adamw")).startswith("adamw") else None
+        return "AdamW" if decoupled else "Adam"
+    if names == {"momentum_buffer"} and "dampening" in options:
+        return "SGD"
+    if names == {"momentum_buffer", "exp_avg", "exp_avg_sq"} and "dampening" not in options:
+        return "Muon with AdamW"
+    if names == {"exp_avg"}:
+        return "Lion"
+    if names == {"z", "exp_avg_sq"}:
+        return "AdamWScheduleFree"
+    if {"exp_avg_sq_row", "row_var"} & names:
+        return "Adafactor"
+    if "state1" in names:
+        return "8-bit optimizer of bitsandbytes"
+    return None
+
+
+def _decoupled(group: Mapping[str, Any]) -> bool:
+    return isinstance(group.get("decoupled_weight_decay"), bool)

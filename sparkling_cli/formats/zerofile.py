@@ -1,0 +1,126 @@
+"""``zero/optimizer_state.pt`` of a Universal Checkpoint: options, and under ZeRO-3 the one step counter.
+
+ZeRO 1 and 2 have a ``step.pt`` in every parameter's folder. ZeRO-3 has none: on loading, DeepSpeed takes the
+step of the first state in this file for all parameters. Converted from ZeRO-3, the file also holds one rank's
+flat partitions, at the old width; loading reads none of them, so they are left out of a widened file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError, UnsafePickleError
+from sparkling_cli.formats.directory import inside
+from sparkling_cli.formats.model import OutputFile
+from sparkling_cli.formats.statedict import keys_by_path, numbers_of, packed, remaining_values
+from sparkling_cli.formats.torchfile import (
+    REMOVED,
+    TensorNode,
+    TorchFile,
+    TreePath,
+    lay_out,
+    plain,
+    read_torch_file,
+)
+
+OPTIMIZER = "zero/optimizer_state.pt"
+_STATES = ("optimizer_state_dict", "state")
+_FLAT = "fp32_flat_groups"
+#: objects that DeepSpeed keeps beside plain data; they stay inert
+_OWN = frozenset(
+    {
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "torch._tensor._rebuild_from_type_v2",  # flat partitions with marks on them
+    }
+)
+
+
+@dataclass(frozen=True)
+class SharedStep:
+    """The step counters of a file converted from ZeRO-3.
+
+    Attributes:
+        file: the file.
+        value: of the first state, which DeepSpeed takes for all parameters.
+        keys: of counters that are tensors.
+        paths: of counters that are plain numbers.
+    """
+
+    file: TorchFile
+    value: float
+    keys: tuple[str, ...]
+    paths: tuple[TreePath, ...]
+
+
+def read_options(
+    root: Path, present: tuple[str, ...], *, partitioned: bool
+) -> tuple[tuple[Mapping[str, Any], ...], SharedStep | None]:
+    """The optimizer's groups, and under ZeRO-3 its step.
+
+    Args:
+        root: the checkpoint.
+        present: its files.
+        partitioned: whether it was converted from ZeRO-3.
+
+    Raises:
+        CheckpointError: ZeRO-3 without the file or without a step in it: DeepSpeed could not load it.
+        UnsafePickleError: ZeRO-3, and the file is not weights-only-safe; it was not executed.
+    """
+    if OPTIMIZER not in present:
+        if partitioned:
+            raise CheckpointError(f"{root}: {OPTIMIZER} is missing: the conversion was not finished")
+        return (), None
+    try:
+        path = inside(root, OPTIMIZER, "the directory")
+        file = read_torch_file(path, OPTIMIZER, allow=_OWN, without=(_FLAT,))
+    except UnsafePickleError:
+        if partitioned:
+            raise
+        return (), None  # it is carried over as it is: nothing in it is read by size
+    groups = file.tree.get("param_groups") if isinstance(file.tree, dict) else None
+    options = tuple(plain(group) for group in groups) if isinstance(groups, list) else ()
+    return options, _shared_step(root, file) if partitioned else None
+
+
+def _shared_step(root: Path, file: TorchFile) -> SharedStep:
+    tree: Any = file.tree
+    for name in _STATES:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    keys = keys_by_path(file)
+    steps = {}
+    for index, state in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(state, dict) and "step" in state:
+            steps[(*_STATES, index, "step")] = state["step"]
+    tensors = [path for path, value in steps.items() if isinstance(value, TensorNode)]
+    numbers = [path for path, value in steps.items() if type(value) in (int, float)]
+    if not steps or len(tensors) + len(numbers) != len(steps):
+        raise CheckpointError(
+            f"{root / OPTIMIZER}: there is no optimizer_state_dict.state with a step in it, by which "
+            "DeepSpeed resumes under ZeRO-3",
+            hint="convert the checkpoint again: python -m deepspeed.checkpoint.ds_to_universal",
+        )
+    values = numbers_of(file, [keys[path] for path in tensors])
+    first = next(iter(steps))
+    value = values[keys[first]] if first in tensors else float(steps[first])
+    return SharedStep(file, value, tuple(keys[path] for path in tensors), tuple(numbers))
+
+
+def options_output(step: SharedStep, value: float | None) -> OutputFile:
+    """The file without flat partitions, every counter set to ``value`` if that is not None."""
+    file = step.file
+    edits: dict[TreePath, Any] = {}
+    for index, state in file.tree[_STATES[0]][_STATES[1]].items():
+        flat = [name for name, item in state.items() if isinstance(item, TensorNode) and name != "step"]
+        edits.update({(*_STATES, index, name): REMOVED for name in flat})
+    given: dict[str, bytes] = {}
+    if value is not None:
+        given = {key: packed(file.tensors[key].dtype, value) for key in step.keys}
+        edits.update({path: int(value) for path in step.paths})
+    removed = [path for path, new in edits.items() if new is REMOVED]
+    gone = [key for key, path in file.paths.items() if any(path[: len(cut)] == cut for cut in removed)]
+    return lay_out(file, edits=edits, values=remaining_values(file, gone, given))

@@ -1,0 +1,97 @@
+"""Whether a config can be the one of a checkpoint's tensors: asked before a model is built from it.
+
+A contradiction would come to light later too, but only after a search that the wrong sizes make long, or
+in the shape of a model with a million layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.layout.names import skeletons
+from sparkling_cli.storage.tensors import FLOATING
+
+#: Names of a language model's layer count; every layer has at least one tensor.
+_LAYERS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"})
+#: Names of an expert count; the router has that many rows, or each expert has tensors of its own.
+_EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
+
+
+def check_counts(checkpoint: Checkpoint) -> None:
+    """Layers and experts are no more than the tensors can hold.
+
+    Raises:
+        CheckpointError: with the key, its value and what there is.
+    """
+    count = len(checkpoint.tensors)
+    shapes = {tensor.shape for tensor in checkpoint.tensors.values()}  # a few, of any number of tensors
+    widest = max((max(shape, default=1) for shape in shapes), default=1)
+    for key, value in _numbers(checkpoint.config or {}):
+        most = count if key in _LAYERS else max(count, widest) if key in _EXPERTS else None
+        if most is not None and not 0 <= value <= most:
+            raise CheckpointError(
+                f"{checkpoint.root.name}: {checkpoint.config_file} says {key} = {value}, but the checkpoint "
+                f"holds {count} tensors, none of them longer than {widest}",
+                hint="the config belongs to another model, or was damaged: restore it from a copy",
+            )
+
+
+def _numbers(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, float]]:
+    """Keys with a number, of nested configs too."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and depth < 4:
+            yield from _numbers(value, depth + 1)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield key, value
+
+
+def check_tensors(checkpoint: Checkpoint, parameters: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Weights that the model has under the same name have the same sizes there; layers are equally many.
+
+    The order of sizes does not matter here: some classes store a tensor transposed. Nor do kinds of
+    tensors whose names are others on disk.
+
+    Args:
+        checkpoint: the tensors.
+        parameters: names and shapes in the model that its config describes.
+
+    Raises:
+        CheckpointError: with the name and, if it is there, both shapes.
+    """
+    shapes = dict(parameters)
+    _check_layers(checkpoint, set(shapes), set(checkpoint.weights))
+    for name, shape in shapes.items():
+        if name not in checkpoint.weights:
+            continue
+        found = checkpoint.weight(name)
+        if found.dtype in FLOATING and sorted(found.shape) != sorted(shape):
+            raise CheckpointError(
+                f"{checkpoint.root.name}: {checkpoint.config_file} and the tensors disagree: {name!r} has "
+                f"shape {found.shape}, in the config's model it has {tuple(shape)}",
+                hint="the config belongs to another model, or was damaged: restore it from a copy",
+            )
+
+
+def _check_layers(checkpoint: Checkpoint, model: set[str], stored: set[str]) -> None:
+    """A kind of tensor that both have is there for the same layers."""
+    if model == stored:
+        return
+    wanted = dict(zip(model, skeletons(list(model)), strict=True))
+    found = dict(zip(stored, skeletons(list(stored)), strict=True))
+    kinds = set(wanted.values()) & set(found.values())
+    where = f"{checkpoint.root.name}: {checkpoint.config_file} and the tensors disagree"
+    lacking = sorted(name for name in model - stored if wanted[name] in kinds)
+    if lacking:
+        raise CheckpointError(
+            f"{where}: the config's model has {lacking[0]!r}, the checkpoint has only others of its kind",
+            hint="a shard may be missing, or the config belongs to another model",
+        )
+    extra = sorted(name for name in stored - model if found[name] in kinds)
+    if extra:
+        raise CheckpointError(
+            f"{where}: the checkpoint has {extra[0]!r}, the config's model has only others of its kind",
+            hint="the config belongs to another model, or was damaged: restore it from a copy",
+        )

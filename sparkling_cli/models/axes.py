@@ -1,0 +1,310 @@
+"""The axes of a tiny model: which config keys size it, grouped into axes that can grow.
+
+Found by doubling every integer of the config on the meta device and looking at which shapes move.
+Names come from hints (``roles``); what moves is measured.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from sparkling_cli.models.roles import OTHER_MODALITY, Path, get_path, role_of, set_path, walk
+from sparkling_cli.models.shrink import shapes as shapes_of
+from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
+
+Shapes = dict[str, tuple[int, ...]]
+
+#: Roles whose keys size nothing that could be an axis.
+_IGNORED = frozenset({"token", "layers", "shared_layers", "multiple", "top_k", "window", "groups"})
+#: Roles of axes that are never widened, with the reason.
+FROZEN: Mapping[str, str] = {
+    "vocab": "the vocabulary is not a width",
+    "positions": "the number of positions is not a width",
+    "experts": "the number of experts is not a width",
+    "shared_experts": "the number of shared experts is not a width",
+    "qk_rope": "rotary frequencies would move",
+    "head_dim": "attention is scaled by it, and rotary frequencies, where there are any, would move",
+}
+
+
+@dataclass(frozen=True)
+class AxisKey:
+    """One axis of the tiny model.
+
+    Attributes:
+        name: axis name.
+        role: what the keys' names hint at, or None.
+        size: entries in the tiny model.
+        keys: config paths that hold it.
+    """
+
+    name: str
+    role: str | None
+    size: int
+    keys: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Axes of a tiny config, and the way from axis sizes to a config.
+
+    Attributes:
+        config: the tiny config.
+        axes: by name.
+        terms: config path -> names of the axes (and numbers) whose product is its value.
+        shapes: of every tensor of the tiny model's state dict.
+        moved: axis -> shapes with that axis doubled (absent: the class refuses that).
+        refused: axis -> what the class said.
+        coupled: axes that only grow together with hidden.
+    """
+
+    config: ConfigDict
+    axes: dict[str, AxisKey]
+    terms: dict[Path, tuple[str, ...]]
+    shapes: Shapes
+    moved: dict[str, Shapes] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    coupled: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis sizes of the tiny model."""
+        return {name: axis.size for name, axis in self.axes.items()}
+
+    def resized(self, factors: Mapping[str, int]) -> ConfigDict:
+        """The tiny config with some axes multiplied."""
+        config = copy.deepcopy(self.config)
+        for path, names in self.terms.items():
+            if any(name in factors for name in names):
+                value = prod(int(n) if n.isdigit() else self.axes[n].size * factors.get(n, 1) for n in names)
+                old = get_path(config, path)
+                set_path(config, path, [value] * len(old) if isinstance(old, list) else value)
+        return config
+
+
+def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Coordinates:
+    """Measure which keys of a tiny config size its tensors, and name the axes."""
+    base = shapes_of(config, factory)
+    sizing: dict[Path, int] = {}
+    weights: dict[Path, int] = {}
+    idle: set[Path] = set()
+    for path, value in _integers(config):
+        shapes = _doubled(config, {path: 2 * value}, factory)
+        # A key that cannot move alone (heads that must divide hidden) may still be half of an axis.
+        if isinstance(shapes, str) or shapes != base or role_of(path[-1]) in ("heads", "kv_heads"):
+            sizing[path] = value
+            weights[path] = 0 if isinstance(shapes, str) else _moved_dims(base, shapes)
+            if shapes == base:
+                idle.add(path)
+    _drop_unread(sizing, idle)
+    axes, terms = _grouped(_text_first(sizing, weights), idle)
+    found = Coordinates(config, axes, terms, base)
+    for name in list(axes):
+        shapes = _try_shapes(found, {name: 2}, factory)
+        if isinstance(shapes, str):
+            found.refused[name] = shapes
+        else:
+            found.moved[name] = shapes
+            _rebase(found, name)
+    return _coupled(found, factory)
+
+
+def _drop_unread(sizing: dict[Path, int], idle: set[Path]) -> None:
+    """Forget counts of key/value heads that move nothing and are not those of queries: none reads them."""
+    for path in [p for p in idle if role_of(p[-1]) == "kv_heads"]:
+        beside = [p for p in sizing if p[:-1] == path[:-1] and role_of(p[-1]) == "heads"]
+        if all(sizing[p] != sizing[path] for p in beside):
+            del sizing[path]
+            idle.discard(path)
+
+
+def _rebase(found: Coordinates, name: str) -> None:
+    """Count an axis in the largest unit that every dim of it is a multiple of.
+
+    Some classes give the width before a gate halves it: the axis is then half as long as its key says.
+    """
+    axis, shapes = found.axes[name], found.moved[name]
+    if len(axis.keys) != 1 or axis.role not in ("ffn", "expert_ffn", "shared_ffn"):
+        return
+    steps = {
+        b - a
+        for k, one in found.shapes.items()
+        if k in shapes and len(one) == len(shapes[k])
+        for a, b in zip(one, shapes[k], strict=True)
+        if b != a
+    }
+    halves = all(2 * step % axis.size == 0 for step in steps)
+    if not halves or all(step % axis.size == 0 for step in steps):
+        return
+    found.axes[name] = AxisKey(name, axis.role, axis.size // 2, axis.keys)
+    found.terms[axis.keys[0]] = ("2", name)
+
+
+def _moved_dims(base: Shapes, shapes: Shapes) -> int:
+    pairs = [(base[k], shapes[k]) for k in base if k in shapes and len(base[k]) == len(shapes[k])]
+    return sum(a != b for one, two in pairs for a, b in zip(one, two, strict=True))
+
+
+def _text_first(sizing: Mapping[Path, int], weights: Mapping[Path, int]) -> dict[Path, int]:
+    """Keys of the part of the config that holds the vocabulary first; wide-reaching keys first."""
+    text = {p[:-1] for p in sizing if role_of(p[-1]) == "vocab"}
+    order = sorted(sizing, key=lambda p: (p[:-1] not in text, -weights[p]))
+    return {p: sizing[p] for p in order}
+
+
+def _integers(config: Mapping[str, Any]) -> list[tuple[Path, int]]:
+    found = []
+    text = {p[:-1] for p, _ in walk(config) if role_of(p[-1]) == "vocab"}
+    for path, value in walk(config):
+        if role_of(path[-1]) in _IGNORED:
+            continue
+        # In a composite config only the part with the vocabulary is widened.
+        if path[:-1] not in text and (() not in text or OTHER_MODALITY.search(".".join(path[:-1]))):
+            continue
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            value = value[0]
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            found.append((path, value))
+    return found
+
+
+def _doubled(config: ConfigDict, values: Mapping[Path, int], factory: ModelFactory | None) -> Shapes | str:
+    changed = copy.deepcopy(config)
+    for path, value in values.items():
+        old = get_path(config, path)
+        set_path(changed, path, [value] * len(old) if isinstance(old, list) else value)
+    try:
+        return shapes_of(changed, factory)
+    except Exception as error:  # any model code may raise anything
+        return f"{type(error).__name__}: {error}"
+
+
+def _try_shapes(found: Coordinates, factors: Mapping[str, int], factory: ModelFactory | None) -> Shapes | str:
+    try:
+        return shapes_of(found.resized(factors), factory)
+    except Exception as error:  # any model code may raise anything
+        return f"{type(error).__name__}: {error}"
+
+
+def _grouped(
+    sizing: Mapping[Path, int], idle: set[Path]
+) -> tuple[dict[str, AxisKey], dict[Path, tuple[str, ...]]]:
+    axes: dict[str, AxisKey] = {}
+    terms: dict[Path, tuple[str, ...]] = {}
+    hidden: dict[tuple[Path, int], list[Path]] = {}
+    done: set[Path] = set()
+    for path, value in sizing.items():
+        if role_of(path[-1]) == "kv_heads":
+            heads = _partner(path, sizing)
+            if heads is not None and heads not in done:
+                done |= {path, heads}
+                _add_heads(axes, terms, heads, path, sizing)
+        elif role_of(path[-1]) == "hidden":
+            hidden.setdefault((path[:-1], value), []).append(path)
+    for (_, size), paths in hidden.items():
+        name = _fresh(axes, "hidden", paths[0])
+        axes[name] = AxisKey(name, "hidden", size, tuple(paths))
+        terms.update(dict.fromkeys(paths, (name,)))
+        done |= set(paths)
+    for path, value in sizing.items():
+        if path not in done:
+            role = role_of(path[-1])
+            same = [
+                p for p in idle if role == "heads" and sizing[p] == value and path in idle and p not in done
+            ]
+            if len(same) > 1:
+                # Counts that size nothing by themselves cannot be told apart: they grow as one.
+                name = _fresh(axes, "heads", path)
+                axes[name] = AxisKey(name, "heads", value, tuple(sorted(same)))
+                terms.update(dict.fromkeys(same, (name,)))
+                done |= set(same)
+                continue
+            name = _fresh(axes, role if role in _NAMED else path[-1], path)
+            axes[name] = AxisKey(name, role, value, (path,))
+            terms[path] = (name,)
+    return axes, terms
+
+
+#: Roles whose name is the axis's name; other axes are named after their config key.
+_NAMED = frozenset(
+    {"ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "head_dim", "vocab", "experts", "v_dim"}
+    | {"kv_lora", "q_lora", "qk_nope", "qk_rope"}
+)
+
+
+def _add_heads(
+    axes: dict[str, AxisKey],
+    terms: dict[Path, tuple[str, ...]],
+    heads: Path,
+    kv: Path,
+    sizing: Mapping[Path, int],
+) -> None:
+    if sizing[heads] == sizing[kv]:
+        name = _fresh(axes, "heads", heads)
+        axes[name] = AxisKey(name, "heads", sizing[heads], (heads, kv))
+        terms[heads] = terms[kv] = (name,)
+        return
+    name = _fresh(axes, "kv_heads", kv)
+    axes[name] = AxisKey(name, "kv_heads", sizing[kv], (kv,))
+    group = _fresh(axes, "q_per_kv" if name == "kv_heads" else f"{name}_q_per_kv", kv)
+    axes[group] = AxisKey(group, "q_per_kv", sizing[heads] // sizing[kv], (heads,))
+    terms[kv], terms[heads] = (name,), (name, group)
+
+
+def _partner(kv: Path, sizing: Mapping[Path, int]) -> Path | None:
+    """The query-head key that belongs to a kv-head key: the nearest name, in the same config."""
+    found = [
+        p for p in sizing if p[:-1] == kv[:-1] and role_of(p[-1]) == "heads" and sizing[p] % sizing[kv] == 0
+    ]
+    return max(found, key=lambda p: _alike(p[-1], kv[-1]), default=None)
+
+
+def _alike(a: str, b: str) -> tuple[int, int]:
+    """Common prefix, then words in common; ``num_attention_heads`` before ``swa_...``."""
+    common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+    return common, len(set(a.split("_")) & set(b.split("_")))
+
+
+def _fresh(axes: Mapping[str, AxisKey], name: str, path: Path) -> str:
+    for candidate in (name, path[-1], "_".join(path)):
+        clean = "".join(c if c.isalnum() else "_" for c in candidate).strip("_")
+        if clean and clean not in axes:
+            return clean
+    return "_".join(path) + "_" + str(len(axes))
+
+
+def _coupled(found: Coordinates, factory: ModelFactory | None) -> Coordinates:
+    """Find head counts without a head_dim of their own: hidden and heads grow together only."""
+    if "hidden" not in found.axes:
+        return found
+    single = "kv_heads" in found.axes and found.axes["kv_heads"].size == 1
+    # One key/value head cannot be doubled along: its group of queries is.
+    options = ("heads", "q_per_kv") if single else ("heads", "kv_heads")
+    counts = [n for n in options if n in found.axes and not grows(found, n)]
+    if not counts:
+        return found
+    shapes = _try_shapes(found, {"hidden": 2, **dict.fromkeys(counts, 2)}, factory)
+    if isinstance(shapes, str):
+        return found
+    heads = prod(found.axes[n].size for n in ("heads", "kv_heads", "q_per_kv") if n in found.axes)
+    if "head_dim" not in found.axes and found.axes["hidden"].size % heads == 0:
+        width = found.axes["hidden"].size // heads
+        found.axes["head_dim"] = AxisKey("head_dim", "head_dim", width, ())
+    moved = {**found.moved, "hidden": shapes}
+    refused = {k: v for k, v in found.refused.items() if k != "hidden"}
+    return Coordinates(found.config, found.axes, found.terms, found.shapes, moved, refused, tuple(counts))
+
+
+def grows(found: Coordinates, name: str) -> bool:
+    """Whether doubling the axis makes some tensors larger and none smaller."""
+    shapes = found.moved.get(name)
+    if shapes is None or shapes.keys() != found.shapes.keys():
+        return False
+    pairs: Sequence[tuple[int, int]] = [
+        (a, b) for k in shapes for a, b in zip(found.shapes[k], shapes[k], strict=True)
+    ]
+    return any(b > a for a, b in pairs) and all(b >= a for a, b in pairs)

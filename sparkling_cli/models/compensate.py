@@ -1,0 +1,186 @@
+"""Factors that widening hidden needs outside the widened tensors (App. D.1 and embedding multipliers).
+
+A tied head's fan-in factor goes to the norm whose output is the head's input; multipliers that a model
+computes from its hidden size (``sqrt(hidden)`` on embeddings, ``1/hidden`` on logits) are undone where
+they act. Which of these a class needs is tried, like every hypothesis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.layout.expr import TensorLayout
+from sparkling_cli.layout.model import Compensation
+from sparkling_cli.models.families import _tied_heads
+from sparkling_cli.models.proof import Bench
+from sparkling_cli.models.shrink import run
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Compensations = tuple[Compensation, ...]
+_POWERS = (0.0, 0.5, -0.5, 1.0, -1.0)
+
+
+def hypotheses_for(
+    bench: Bench, axes: Sequence[str], layouts: Mapping[str, TensorLayout]
+) -> list[Compensations]:
+    """Compensations to try when ``axes`` (hidden among them) grow, the likeliest first.
+
+    Args:
+        bench: the tiny model.
+        axes: hidden first, then the axes that grow with it.
+        layouts: the likeliest layout of every tensor, for measuring.
+    """
+    axis = axes[0]
+    tied = bool(_tied_heads(bench.model))
+    norm = final_norm(bench)
+    embedding = embedding_name(bench.model)
+    found: list[Compensations] = []
+    for embed_power in _embedding_powers(bench, axes, layouts, embedding):
+        undo = -embed_power if tied else 0.0
+        for head_power in _POWERS if norm else (0.0,):
+            for offset in (0.0, 1.0) if tied or head_power else (0.0,):
+                comps: list[Compensation] = []
+                if embed_power:
+                    names = {embedding, *_tied_heads(bench.model)} if tied else {embedding}
+                    comps += [Compensation(axis, n, power=embed_power) for n in sorted(names)]
+                if norm and (tied or head_power + undo):
+                    comps += _on_norm(norm, axis, tied, head_power + undo, offset)
+                if tuple(comps) not in found:
+                    found.append(tuple(comps))
+    if () not in found:
+        found.append(())
+    return found
+
+
+def _embedding_powers(
+    bench: Bench, axes: Sequence[str], layouts: Mapping[str, TensorLayout], embedding: str
+) -> list[float]:
+    """Exponents p of (d'/d)^p that may undo a multiplier on the embedding, the likeliest first.
+
+    Measured where the first layer is entered and where the embedding is left, as a norm may stand
+    between the two.
+    """
+    if not embedding:
+        return [0.0]
+    first = next((n for n, _ in bench.model.named_modules() if n.endswith(".0") and n.count(".") <= 3), None)
+    owner = embedding.rpartition(".")[0]
+    found = [_power(bench, axes, layouts, first, True)] if first else []
+    found.append(_power(bench, axes, layouts, owner, False))
+    return list(dict.fromkeys(found))
+
+
+def _power(
+    bench: Bench, axes: Sequence[str], layouts: Mapping[str, TensorLayout], module: str, entering: bool
+) -> float:
+    """Exponent that keeps the RMS of what enters or leaves a module when the axes grow; in halves."""
+    before = _rms_at(bench.model, bench.ids, module, entering)
+    powers = []
+    for factor in (2, 3):
+        if math.isinf(bench.error(layouts, dict.fromkeys(axes, factor))):
+            return 0.0
+        after = _rms_at(bench.wide(dict.fromkeys(axes, factor)), bench.ids, module, entering)
+        if before <= 0 or after <= 0:
+            return 0.0
+        powers.append(math.log(before / after) / math.log(factor))
+    near = round(2 * powers[0]) / 2
+    return near if all(abs(p - near) < 0.02 for p in powers) and abs(near) <= 1 else 0.0
+
+
+def _rms_at(model: nn.Module, ids: torch.Tensor, module: str, entering: bool) -> float:
+    """RMS of the first float tensor that enters or leaves a module; 0 if there is none."""
+    import torch
+
+    seen: list[torch.Tensor] = []
+
+    def watch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tensors = (*args, *kwargs.values()) if entering else (output,)
+        seen.extend(t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
+
+    handle = model.get_submodule(module).register_forward_hook(watch, with_kwargs=True)
+    try:
+        run(model, ids)
+    finally:
+        handle.remove()
+    return float(seen[0].to(torch.float64).square().mean().sqrt()) if seen else 0.0
+
+
+def _on_norm(norm: Sequence[str], axis: str, tied: bool, power: float, offset: float) -> list[Compensation]:
+    return [
+        Compensation(axis, n, fan_in=tied, power=power, offset=offset if n.endswith("weight") else 0.0)
+        for n in norm
+    ]
+
+
+def embedding_name(model: nn.Module) -> str:
+    """Name of the token embedding's weight, or an empty string."""
+    import torch
+
+    with_method = getattr(model, "get_input_embeddings", None)
+    try:
+        wanted = with_method() if with_method else None
+    except NotImplementedError:
+        wanted = None
+    for name, module in model.named_modules():
+        chosen = module is wanted or (wanted is None and isinstance(module, torch.nn.Embedding))
+        if chosen and isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+            return f"{name}.weight"
+    return ""
+
+
+def head_module(model: nn.Module, vocab: int) -> nn.Module | None:
+    """The output head: what the model says it is, else the last linear layer of vocabulary size."""
+    import torch
+
+    with_method = getattr(model, "get_output_embeddings", None)
+    try:
+        found = with_method() if with_method else None
+    except NotImplementedError:
+        found = None
+    if isinstance(found, torch.nn.Module):
+        return found
+    heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == vocab]
+    return heads[-1] if heads else None
+
+
+def final_norm(bench: Bench) -> tuple[str, ...]:
+    """Names of the 1-d parameters of the module whose output is the head's input; () if none."""
+    import torch
+
+    model = bench.model
+    head = head_module(model, bench.logits.shape[-1])
+    if head is None:
+        return ()
+    outputs: list[tuple[str, int, torch.Tensor]] = []
+    inputs: list[torch.Tensor] = []
+    handles = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                outputs.append((name, output.data_ptr(), output))
+
+        return hook
+
+    def entering(module: nn.Module, args: Any) -> None:
+        inputs.extend(a for a in args if isinstance(a, torch.Tensor))
+
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.ndim == 1]
+        if own and all(p.ndim == 1 for p in module.parameters(recurse=False)):
+            handles.append(module.register_forward_hook(watch(name)))
+    handles.append(head.register_forward_pre_hook(entering))
+    try:
+        run(model, bench.ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    same = [name for name, pointer, _ in outputs if inputs and pointer == inputs[-1].data_ptr()]
+    chosen = same[-1] if same else outputs[-1][0] if outputs else None
+    if chosen is None:
+        return ()
+    return tuple(f"{chosen}.{n}" for n, _ in model.get_submodule(chosen).named_parameters(recurse=False))

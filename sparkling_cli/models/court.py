@@ -1,0 +1,260 @@
+"""All axes of one tiny model, each proved or refused with a reason; names, labels, disk layouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.expr import TensorLayout
+from sparkling_cli.layout.model import Compensation
+from sparkling_cli.models.attention import split_heads
+from sparkling_cli.models.axes import FROZEN, Coordinates, find_axes, grows
+from sparkling_cli.models.compensate import hypotheses_for
+from sparkling_cli.models.disk import DiskTensor, disk_tensors, to_disk
+from sparkling_cli.models.families import Family, Hypotheses, Options, _tied_heads, hypotheses
+from sparkling_cli.models.labels import label, texts
+from sparkling_cli.models.proof import Bench, widened
+from sparkling_cli.models.search import Verdict, effects, layouts_of, prove
+from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model
+
+#: Roles of the axes that people widen; for these the search tries many layouts, for others a few.
+WIDTHS = frozenset({"hidden", "ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "q_per_kv"})
+MANY, FEW = 64, 8
+
+
+@dataclass(frozen=True)
+class AxisVerdict:
+    """Proved or refused, with what a reader needs to check it."""
+
+    proved: bool
+    reason: str
+    joint: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Everything that the tiny model has taught.
+
+    Attributes:
+        found: its axes and config keys.
+        families: tensor families.
+        layouts: layout of each family, same order.
+        verdicts: axis -> proved or refused.
+        compensations: of all proved axes.
+        disk: tensors on disk, or None where names and layouts are the module's.
+        tied: groups of names that share a storage.
+        notes: what a reader of the layout should know.
+    """
+
+    found: Coordinates
+    families: tuple[Family, ...]
+    layouts: tuple[TensorLayout, ...]
+    verdicts: dict[str, AxisVerdict]
+    compensations: tuple[Compensation, ...]
+    disk: tuple[DiskTensor, ...] | None
+    tied: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+def judge(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Judgement:
+    """Prove every axis of a tiny config's class.
+
+    Raises:
+        LayoutError: the tiny model cannot be run.
+    """
+    found = find_axes(tiny, factory=factory)
+    hyp = hypotheses(found, build_model(tiny, factory=factory))
+    bench = Bench(found, factory=factory)
+    silent = bench.silent()
+    verdicts: dict[str, AxisVerdict] = {}
+    compensations: tuple[Compensation, ...] = ()
+    options = hyp.options
+    for name in sorted(found.axes, key=lambda n: n != "hidden"):
+        verdict, outcome = _try(bench, hyp, options, name, silent)
+        verdicts[name] = verdict
+        if outcome is not None:
+            options = outcome.options
+            compensations += outcome.compensations
+    for name in found.coupled:
+        hidden = verdicts["hidden"]
+        reason = hidden.reason if hidden.proved else f"couples to hidden, which is refused: {hidden.reason}"
+        verdicts[name] = AxisVerdict(hidden.proved, reason, ("hidden",))
+    choice = {v: o[0] for v, o in options.items()}
+    proved = [n for n, v in verdicts.items() if v.proved]
+    layouts = split_heads(bench, hyp.families, texts(hyp.families, choice))
+    widths = [n for n in proved if found.axes[n].role in WIDTHS and n != "hidden"]
+    layouts = label(bench, hyp.families, layouts, widths)
+    by_name = {n: lay for f, lay in zip(hyp.families, layouts, strict=True) for n in f.names}
+    verdicts = _retried(bench, by_name, verdicts, compensations)
+    notes = _silent_notes(hyp, silent, proved)
+    disk = _disk(bench, by_name, verdicts, compensations, notes)
+    return Judgement(
+        found,
+        hyp.families,
+        tuple(layouts),
+        verdicts,
+        compensations,
+        disk,
+        _tied_groups(bench),
+        tuple(notes),
+    )
+
+
+def _try(
+    bench: Bench, hyp: Hypotheses, options: Options, name: str, silent: frozenset[str]
+) -> tuple[AxisVerdict, Verdict | None]:
+    found = bench.found
+    axis = found.axes[name]
+    if axis.role in FROZEN:
+        return AxisVerdict(False, FROZEN[str(axis.role)]), None
+    if name in found.coupled:
+        return AxisVerdict(False, "grows with hidden only"), None
+    if not grows(found, name):
+        said = found.refused.get(name)
+        reason = f"the class refuses twice as many: {said}" if said else "doubling it widens no tensor"
+        return AxisVerdict(False, reason.splitlines()[0][:300]), None
+    axes = [name, *found.coupled] if name == "hidden" else [name]
+    for family in (f for f in hyp.families if any(f.involves(a) for a in axes)):
+        why = _unprovable(family, hyp, options, axes, silent, found.sizes)
+        if why is not None:
+            return AxisVerdict(False, why), None
+    comps: list[tuple[Compensation, ...]] = [()]
+    if name == "hidden":
+        likeliest = layouts_of(hyp.families, {v: o[0] for v, o in options.items()})
+        comps = hypotheses_for(bench, axes, likeliest)
+    limit = MANY if axis.role in WIDTHS else FEW
+    outcome = prove(bench, hyp, options, axes, comps, limit=limit)
+    joint = tuple(axes[1:])
+    if outcome.proved:
+        chosen = layouts_of(hyp.families, {v: o[0] for v, o in outcome.options.items()})
+        idle = bench.idle(chosen, axes, outcome.compensations)
+        if idle is not None:
+            return AxisVerdict(False, f"no width: text does not reach the new entries of {idle}", joint), None
+        reason = f"logits of a tiny random model kept at 2x and 3x (relative error {outcome.error:.1e})"
+        return AxisVerdict(True, reason, joint), outcome
+    best = "no hypothesis ran" if math.isinf(outcome.error) else f"best relative error {outcome.error:.1e}"
+    reason = f"none of {outcome.tried} hypotheses keeps the logits of a tiny random model ({best})"
+    return AxisVerdict(False, reason, joint), None
+
+
+def _unprovable(
+    family: Family,
+    hyp: Hypotheses,
+    options: Options,
+    axes: Sequence[str],
+    silent: frozenset[str],
+    sizes: Mapping[str, int],
+) -> str | None:
+    """Why logits can say nothing about a family, or None.
+
+    Tensors that plain text does not reach (a pooler, cross attention) are widened as their module types
+    say; where those leave a choice, the axis is refused.
+    """
+    for tensor in family.names:
+        why = [w for a, w in hyp.unexplained.get(tensor, {}).items() if a in axes]
+        if why:
+            return f"{tensor}: {why[0]}"
+    if not set(family.names) & silent:
+        return None
+    for variable in (family.way, *family.terms):
+        if len(effects(variable, options[variable], [family], axes, sizes)) > 1:
+            tensor = sorted(set(family.names) & silent)[0]
+            return f"nothing can be proved about {tensor}: logits of plain text do not depend on it"
+    return None
+
+
+def _retried(
+    bench: Bench,
+    layouts: Mapping[str, TensorLayout],
+    verdicts: dict[str, AxisVerdict],
+    compensations: tuple[Compensation, ...],
+) -> dict[str, AxisVerdict]:
+    """All proved axes at once, under the one layout that is left; each alone only if that fails."""
+    proved = [n for n, v in verdicts.items() if v.proved]
+    if not proved or bench.error(layouts, dict.fromkeys(proved, 2), compensations) <= bench.tolerance:
+        return verdicts
+    result = dict(verdicts)
+    for name in proved:
+        kept, error = bench.proves(layouts, [name, *verdicts[name].joint], compensations)
+        if not kept:
+            reason = f"its proof needs a layout that contradicts another axis (error {error:.1e})"
+            result[name] = AxisVerdict(False, reason, verdicts[name].joint)
+    together = ["hidden", *bench.found.coupled] if "hidden" in proved else []
+    for name in proved:
+        if together and name not in together and result[name].proved:
+            error = bench.error(layouts, dict.fromkeys([*together, name], 2), compensations)
+            if error > bench.tolerance:
+                result[name] = AxisVerdict(False, f"not together with hidden (error {error:.1e})")
+    return result
+
+
+def _silent_notes(hyp: Hypotheses, silent: frozenset[str], proved: Sequence[str]) -> list[str]:
+    reached = [
+        f.names[0] for f in hyp.families if set(f.names) & silent and any(f.involves(a) for a in proved)
+    ]
+    if not reached:
+        return []
+    return [
+        f"plain text does not reach {len(reached)} kind(s) of tensor, e.g. {reached[0]}: they are widened as "
+        "their module types say"
+    ]
+
+
+def _tied_groups(bench: Bench) -> tuple[tuple[str, ...], ...]:
+    groups: dict[int, list[str]] = {}
+    for name, tensor in bench.model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    heads = _tied_heads(bench.model)
+    first = {id(t): n for n, t in bench.model.named_parameters()}
+    return tuple(
+        tuple(sorted(g, key=lambda n: (n != first.get(key), n not in heads)))
+        for key, g in groups.items()
+        if len(g) > 1
+    )
+
+
+def _disk(
+    bench: Bench,
+    layouts: Mapping[str, TensorLayout],
+    verdicts: dict[str, AxisVerdict],
+    compensations: tuple[Compensation, ...],
+    notes: list[str],
+) -> tuple[DiskTensor, ...] | None:
+    """Disk layouts, checked by converting a widened model; refusing axes that do not survive it."""
+    import torch
+
+    followers = frozenset(n for g in _tied_groups(bench) for n in g[1:])
+    proved = [n for n, v in verdicts.items() if v.proved]
+    try:
+        tensors = disk_tensors(bench.model, bench.state, layouts, bench.found.sizes, followers)
+        if all(t.name == t.source and t.layout == layouts[t.source] for t in tensors):
+            return None
+        factors = dict.fromkeys(proved, 2)
+        inside = widened(bench.state, layouts, bench.found.sizes, factors, compensations)
+        truth = to_disk(bench.wide(factors), inside)
+        own = to_disk(bench.model, bench.state)
+        renamed = [_on_disk(c, tensors) for c in compensations]
+        there = widened(own, {t.name: t.layout for t in tensors}, bench.found.sizes, factors, renamed)
+        for name, tensor in truth.items():
+            if not torch.equal(there[name], tensor):
+                raise LayoutError(f"{name!r} widened on disk is not what the module would write")
+    except (LayoutError, RuntimeError, KeyError) as error:
+        said = str(error).splitlines()[0]
+        for name in proved:
+            verdicts[name] = AxisVerdict(False, f"on disk: {said}", verdicts[name].joint)
+        notes.append(f"names on disk could not be explained: {said}")
+        return None
+    return tuple(tensors)
+
+
+def _on_disk(c: Compensation, tensors: list[DiskTensor]) -> Compensation:
+    name = next((t.name for t in tensors if t.source == c.tensor), c.tensor)
+    return Compensation(c.axis, name, c.config, c.fan_in, c.power, c.offset)
+
+
+def as_data(verdicts: Mapping[str, AxisVerdict]) -> dict[str, Any]:
+    """Verdicts as plain data."""
+    return {n: {"proved": v.proved, "reason": v.reason, "joint": list(v.joint)} for n, v in verdicts.items()}

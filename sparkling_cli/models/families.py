@@ -1,0 +1,199 @@
+"""Hypotheses about every tensor: what its dims are, which way it points.
+
+Module types give the direction of Linear, Conv1D, Embedding and convolution weights. Raw parameters
+get every direction; fused dims get every order (``terms``). A hypothesis is one option per variable.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.expr import TensorLayout
+from sparkling_cli.layout.names import skeleton
+from sparkling_cli.layout.parse import parse_layout
+from sparkling_cli.models.axes import Coordinates, grows
+from sparkling_cli.models.terms import candidates, grouped_candidates
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: A variable: ("term", module, size, moves) or ("way", tensor).
+Variable = tuple[object, ...]
+Options = dict[Variable, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """All tensors of one name skeleton whose dims answer alike.
+
+    Attributes:
+        names: their names in the tiny model.
+        shape: their shape in the tiny model.
+        moves: per dim, axis -> entries that doubling the axis adds.
+        way: the variable that holds the direction.
+        terms: per dim, the variable that holds its term.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    moves: tuple[Mapping[str, int], ...]
+    way: Variable
+    terms: tuple[Variable, ...]
+
+    def text(self, choice: Mapping[Variable, str]) -> str:
+        """The layout under one option per variable."""
+        return choice[self.way].format(*(choice[t] for t in self.terms))
+
+    def layout(self, choice: Mapping[Variable, str]) -> TensorLayout:
+        """The parsed layout under one option per variable."""
+        return parse_layout(self.text(choice))
+
+    def involves(self, axis: str) -> bool:
+        """Whether growing the axis changes this tensor's shape."""
+        return any(axis in m for m in self.moves)
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """Every family with the options of every variable, the likeliest option first."""
+
+    families: tuple[Family, ...]
+    options: Options
+    unexplained: Mapping[str, Mapping[str, str]]
+    """tensor -> axis -> why no term fits the dim that the axis moves"""
+
+    def default(self) -> dict[Variable, str]:
+        """The first option of every variable."""
+        return {v: o[0] for v, o in self.options.items()}
+
+
+def hypotheses(found: Coordinates, model: nn.Module) -> Hypotheses:
+    """All hypotheses about the tensors of a (meta) model."""
+    roles = {name: axis.role for name, axis in found.axes.items()}
+    tied = _tied_heads(model)
+    grouped: dict[tuple[object, ...], list[str]] = {}
+    moves: dict[str, tuple[dict[str, int], ...]] = {}
+    for name, shape in found.shapes.items():
+        moves[name] = tuple(_moves(found, name, i, n) for i, n in enumerate(shape))
+        key: tuple[object, ...] = (
+            skeleton(name),
+            shape,
+            tuple(tuple(sorted(m.items())) for m in moves[name]),
+        )
+        grouped.setdefault(key, []).append(name)
+    options: Options = {}
+    unexplained: dict[str, dict[str, str]] = {}
+    families = []
+    for key, names in grouped.items():
+        name, shape = names[0], found.shapes[names[0]]
+        terms = []
+        for n, moved in zip(shape, moves[name], strict=True):
+            variable: Variable = ("term", skeleton(name).rpartition(".")[0], n, tuple(sorted(moved.items())))
+            if variable not in options:
+                fits = _parsed_candidates(n, moved, found, roles)
+                options[variable] = tuple(fits or [str(n)])
+            if options[variable] == (str(n),):
+                for axis in moved:
+                    why = f"a dim of {n} entries answers {moved} to doubled axes"
+                    unexplained.setdefault(name, {})[axis] = why
+            terms.append(variable)
+        way: Variable = ("way", *key)
+        options[way] = ways(model, name, shape, _stacked(moves[name], roles), tied=name in tied)
+        families.append(Family(tuple(names), shape, moves[name], way, tuple(terms)))
+    return Hypotheses(tuple(families), options, unexplained)
+
+
+def _parsed_candidates(
+    n: int, moved: Mapping[str, int], found: Coordinates, roles: Mapping[str, str | None]
+) -> list[str]:
+    texts = candidates(n, moved, found.sizes, roles)
+    if found.coupled and set(moved) == {"hidden"}:
+        texts += grouped_candidates(n, found.sizes)
+    fits = []
+    for text in texts:
+        try:
+            parsed = parse_layout(f"scale {text}")
+            if parsed.shape(found.sizes) == (n,):
+                fits.append(text)
+        except LayoutError:
+            continue
+    return list(dict.fromkeys(fits))
+
+
+def _moves(found: Coordinates, name: str, dim: int, n: int) -> dict[str, int]:
+    """What each axis that can grow adds to a dim."""
+    result = {}
+    for axis, shapes in found.moved.items():
+        shape = shapes.get(name)
+        moves = shape is not None and len(shape) > dim and shape[dim] != n
+        if moves and shape is not None and axis not in found.coupled and grows(found, axis):
+            result[axis] = shape[dim] - n
+    return result
+
+
+def _tied_heads(model: nn.Module) -> frozenset[str]:
+    """Names of linear weights that share their storage with an embedding."""
+    import torch
+
+    owners: dict[int, list[str]] = {}
+    embeddings: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{module_name}.{name}" if module_name else name)
+            if isinstance(module, torch.nn.Embedding):
+                embeddings.add(id(parameter))
+    return frozenset(n for key in embeddings for n in owners[key] if len(owners[key]) > 1)
+
+
+def ways(
+    model: nn.Module, name: str, shape: tuple[int, ...], stacked: bool, *, tied: bool
+) -> tuple[str, ...]:
+    """Direction templates for a tensor, the likeliest first; ``{i}`` stands for dim i.
+
+    ``stacked``: the leading dim counts experts.
+    """
+    import torch
+
+    if not shape:
+        return ("",)
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name) if owner_name else model
+    matrix = getattr(owner, "weight", None)
+    if tied:
+        return ("{0} -> {1}",)
+    if len(shape) == 1:
+        follows = leaf.endswith("bias") and matrix is not None and matrix.ndim >= 2
+        return ("bias {0}",) if follows else ("scale {0}",)
+    if len(shape) == 2 and leaf == "weight":
+        if isinstance(owner, torch.nn.Linear):
+            return ("{0} <- {1}",)
+        if isinstance(owner, torch.nn.Embedding) or type(owner).__name__ == "Conv1D":
+            return ("{0} -> {1}",)
+    if isinstance(owner, torch.nn.Conv1d) and leaf == "weight":
+        return ("scale {0} {1} {2}",) if shape[1] == 1 else ("{0} <- {1} {2}",)
+    return _raw_ways(leaf, shape, stacked)
+
+
+def _stacked(moves: tuple[Mapping[str, int], ...], roles: Mapping[str, str | None]) -> bool:
+    """Whether the leading dim counts experts, routed or shared."""
+    return bool(moves and moves[0]) and all(roles[a] in ("experts", "shared_experts") for a in moves[0])
+
+
+def _raw_ways(leaf: str, shape: tuple[int, ...], stacked: bool) -> tuple[str, ...]:
+    """Every direction of a raw parameter; a leading dim of experts may be a stack."""
+    found: dict[str, None] = {}
+    starts = [1, 0] if stacked and len(shape) > 2 else [0, 1] if stacked else [0]
+    for start in starts:
+        stack = " ".join(f"{{{i}}}" for i in range(start))
+        prefix = f"{stack} | " if stack else ""
+        dims = [f"{{{i}}}" for i in range(start, len(shape))]
+        for split, arrow in itertools.product(range(1, len(dims)), ("<-", "->")):
+            text = f"{' '.join(dims[:split])} {arrow} {' '.join(dims[split:])}"
+            found[prefix + text] = None
+        word = "bias" if "bias" in leaf else "scale"
+        found[f"{prefix}{word} {' '.join(dims)}"] = None
+    return tuple(found)

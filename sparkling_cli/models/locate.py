@@ -1,0 +1,184 @@
+"""Which layout holds for a checkpoint, and which parameter each piece of optimizer state belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.errors import CheckpointError, LayoutError
+from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.formats.pause import collector_running
+from sparkling_cli.layout.expr import Role, axis_names
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.models import cache, catalog
+from sparkling_cli.models.catalog import Parameters
+from sparkling_cli.storage.read import TensorSource
+
+if TYPE_CHECKING:
+    from sparkling_cli.manifest import Manifest
+
+
+def find_layout(
+    checkpoint: Checkpoint,
+    *,
+    layout_path: Path | None = None,
+    model: str | None = None,
+    previous: Manifest | None = None,
+) -> ModelLayout:
+    """The layout: a given file, an earlier manifest, a file of the package, or inference, in this order.
+
+    Raises:
+        LayoutError: none of them yields one; says what can be done.
+    """
+    if layout_path is not None and model is not None:
+        raise LayoutError("--layout and --model both say what the model is; give one")
+    if layout_path is not None:
+        from sparkling_cli.layout.packaged import layout_for
+
+        return layout_for(checkpoint, layout_path)
+    if model is None and previous is not None:
+        return previous.model_layout()
+    if model is None:
+        packaged = _packaged(checkpoint)
+        if packaged is not None:
+            return packaged
+    if checkpoint.config is None or (model is None and "model_type" not in checkpoint.config):
+        own = "pass --layout FILE (docs: layout language) or --model package.module:factory"
+        bare = checkpoint.config is None and checkpoint.root.is_dir()
+        raise LayoutError(
+            f"nothing says what model {checkpoint.root} holds: no config of a transformers class, and no "
+            "layout file of the package fits its tensors",
+            hint=f"of a transformers model, copy its config.json into it; else {own}" if bare else own,
+        )
+    from sparkling_cli.models.agreement import check_counts, check_tensors
+    from sparkling_cli.models.infer import infer
+
+    if model is None:
+        check_counts(checkpoint)
+        check_tensors(checkpoint, model_parameters(checkpoint.config, None)[0])
+    return infer(checkpoint.config, model=model)
+
+
+def _alike(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors are the same, byte by byte, read piece by piece."""
+    import torch
+
+    first, second = checkpoint.tensors[one], checkpoint.tensors[other]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with TensorSource(checkpoint) as source:
+        pieces = zip(source.pieces(one), source.pieces(other), strict=True)
+        return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pieces)
+
+
+def _packaged(checkpoint: Checkpoint) -> ModelLayout | None:
+    """The packaged layout that fits; names alone (those of GPT-2, say) do not overrule a config's class."""
+    from sparkling_cli.layout.packaged import find_packaged
+
+    try:
+        return find_packaged(checkpoint, lambda one, other: _alike(checkpoint, one, other))
+    except LayoutError:
+        if "model_type" not in (checkpoint.config or {}):
+            raise
+        return None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json.
+
+    Raises:
+        CheckpointError: unreadable, no JSON, or no mapping.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read the config {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"the config {path} must hold an object, found {type(data).__name__}")
+    return data
+
+
+def named_states(checkpoint: Checkpoint, layout: ModelLayout, *, model: str | None = None) -> Checkpoint:
+    """The checkpoint with optimizer state under parameter names, proved by shapes.
+
+    Formats that name their parameters are returned as they are. Numbers are resolved in the order of
+    the model's own parameters where its class is known, else of the weights in the file.
+
+    Raises:
+        CheckpointError: the numbers cannot be resolved beyond doubt.
+    """
+    if not any(state.param.isdigit() for state in checkpoint.states):
+        return checkpoint
+    from sparkling_cli.formats.optimizer import name_parameters
+
+    config = checkpoint.config or {}
+    if model is None and "model_type" not in config:
+        followers = {name for group in layout.tied for name in group[1:]}
+        parameters = [(n, checkpoint.weight(n).shape) for n in checkpoint.weights if n not in followers]
+        decayed = {n for n, shape in parameters if len(shape) > 1}
+        return name_parameters(checkpoint, parameters, decayed, vocabulary_of(layout, parameters))
+    if model is None:
+        from sparkling_cli.models.agreement import check_counts
+
+        check_counts(checkpoint)
+    parameters, decay = model_parameters(config, model)
+    return name_parameters(checkpoint, parameters, decay, vocabulary_of(layout, parameters))
+
+
+def vocabulary_of(layout: ModelLayout, parameters: Iterable[tuple[str, tuple[int, ...]]]) -> frozenset[str]:
+    """Embeddings and output heads: matrices on the vocabulary, or on an axis that no tensor produces.
+
+    Such an axis (positions) is looked up in, not computed.
+    """
+    produced, consumed = (
+        {
+            axis
+            for pattern in layout.tensors
+            for dim in pattern.dims.dims
+            if dim.role is role
+            for axis in axis_names(dim.expr)
+        }
+        for role in (Role.OUT, Role.IN)
+    )
+    looked_up = {"vocab"} | (consumed - produced)
+    return frozenset(
+        name
+        for name, shape in parameters
+        if len(shape) > 1 and layout.module_table.find(layout.canonical(name)).dims.axes() & looked_up
+    )
+
+
+def model_parameters(config: Mapping[str, Any], model: str | None) -> Parameters:
+    """Names and shapes in ``named_parameters()`` order, and the Trainer's decayed ones; kept like layouts."""
+    proved = catalog.known(config) if model is None else None
+    if proved is not None:
+        return proved.parameters
+    key = hashlib.blake2b(
+        json.dumps([config, model, cache.versions()], sort_keys=True, default=str).encode(), digest_size=16
+    ).hexdigest()
+    found = cache.load("parameters", key) if model is None else None
+    if found is None:
+        found = ask_model(config, model)
+        if model is None:
+            cache.store("parameters", key, found)
+    return [(name, tuple(shape)) for name, shape in found["parameters"]], set(found["decayed"])
+
+
+@collector_running()
+def ask_model(config: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+    """Parameters and decayed names as the model itself, built on the meta device, says them."""
+    from sparkling_cli.models.skeleton import build_model, load_factory, model_errors
+
+    factory = None if model is None else load_factory(model)
+    with model_errors(config, model):
+        from transformers import Trainer
+
+        built = build_model(config, factory=factory)
+    decayed = Trainer.get_decay_parameter_names(None, built)  # uses no state of the trainer
+    return {
+        "parameters": [[name, list(p.shape)] for name, p in built.named_parameters()],
+        "decayed": sorted(decayed),
+    }

@@ -1,0 +1,226 @@
+"""The court: a tiny random model, widened under a hypothesis, must say what it said before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from sparkling_cli.layout.expr import TensorLayout
+from sparkling_cli.layout.model import Compensation
+from sparkling_cli.models.axes import Coordinates
+from sparkling_cli.models.shrink import run, tokens
+from sparkling_cli.models.skeleton import ModelFactory, build_model
+from sparkling_cli.widening.geometry import Fill, Growth, Treatment, view_of
+from sparkling_cli.widening.memory import widen_tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+#: Largest relative error of logits that counts as unchanged. A wrong hypothesis is off by far more: all
+#: parameters are random. Many classes compute norms, routers or softmax in float32 whatever the dtype.
+TOLERANCE = 2e-5
+
+
+class Bench:
+    """One tiny random model and its widened relatives; build once, then ``error`` any number of times."""
+
+    def __init__(self, found: Coordinates, *, factory: ModelFactory | None = None, seed: int = 0) -> None:
+        import torch
+
+        self.found = found
+        self.factory = factory
+        self.ids = tokens(found.config)
+        self._wide: dict[tuple[tuple[str, int], ...], nn.Module] = {}
+        for dtype in (torch.float64, torch.float32):
+            self.dtype = dtype
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.model = build_model(found.config, meta=False, factory=factory).to(dtype)
+                randomize(self.model)
+            try:
+                self.logits = run(self.model, self.ids).to(torch.float64)
+            except (RuntimeError, TypeError):
+                if dtype == torch.float32:
+                    raise
+                continue  # the class mixes dtypes: prove it in float32
+            if bool(torch.isfinite(self.logits).all()):
+                break
+        self.tolerance = TOLERANCE if self.dtype == torch.float64 else 1e-4
+        self.state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    def wide(self, factors: Mapping[str, int]) -> nn.Module:
+        """The model of the widened config (built once per factors), weights to be overwritten."""
+        key = tuple(sorted(factors.items()))
+        if key not in self._wide:
+            model = build_model(self.found.resized(factors), meta=False, factory=self.factory)
+            self._wide[key] = model.to(self.dtype)
+        return self._wide[key]
+
+    def error(
+        self,
+        layouts: Mapping[str, TensorLayout],
+        factors: Mapping[str, int],
+        compensations: Sequence[Compensation] = (),
+    ) -> float:
+        """Largest change of a logit after widening, relative to the largest logit; inf if impossible."""
+        import torch
+
+        try:
+            model = self.wide(factors)
+            self._load(model, layouts, factors, compensations)
+            logits = run(model, self.ids).to(torch.float64)
+        except Exception:  # any model code may raise anything on sizes it does not accept
+            return math.inf
+        if logits.shape != self.logits.shape or not bool(torch.isfinite(logits).all()):
+            return math.inf
+        return float((logits - self.logits).abs().max() / self.logits.abs().max())
+
+    def _load(
+        self,
+        model: nn.Module,
+        layouts: Mapping[str, TensorLayout],
+        factors: Mapping[str, int],
+        compensations: Sequence[Compensation],
+    ) -> None:
+        import torch
+
+        wide = widened(self.state, layouts, self.found.sizes, factors, compensations)
+        with torch.no_grad():
+            for name, target in model.state_dict().items():
+                if target.shape != wide[name].shape:
+                    raise ValueError(f"{name}: {tuple(target.shape)} is not {tuple(wide[name].shape)}")
+                target.copy_(wide[name])
+
+    def unchanged(self, state: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the tiny model says the same with other weights."""
+        import torch
+
+        own = self.model.state_dict()
+        try:
+            with torch.no_grad():
+                for name, tensor in state.items():
+                    own[name].copy_(tensor)
+            logits = run(self.model, self.ids).to(torch.float64)
+        finally:
+            with torch.no_grad():
+                for name, tensor in self.state.items():
+                    own[name].copy_(tensor)
+        change = (logits - self.logits).abs().max() / self.logits.abs().max()
+        return bool(change <= self.tolerance)
+
+    def proves(
+        self,
+        layouts: Mapping[str, TensorLayout],
+        axes: Sequence[str],
+        compensations: Sequence[Compensation] = (),
+    ) -> tuple[bool, float]:
+        """Whether logits survive 2x and 3x copy-copy widening; the larger error of the two."""
+        worst = 0.0
+        for factor in (2, 3):
+            worst = max(worst, self.error(layouts, dict.fromkeys(axes, factor), compensations))
+            if worst > self.tolerance:
+                return False, worst
+        return True, worst
+
+    def silent(self) -> frozenset[str]:
+        """Names of parameters that the logits do not depend on: nothing can be proved about them."""
+        return frozenset(name for name, used in self._used(self.model).items() if not bool(used.any()))
+
+    def idle(
+        self,
+        layouts: Mapping[str, TensorLayout],
+        axes: Sequence[str],
+        compensations: Sequence[Compensation] = (),
+    ) -> str | None:
+        """A parameter whose new entries the logits do not depend on although they do on its old ones.
+
+        Doubling the rows of a table that is looked up by position keeps the logits too: it is no width.
+        """
+        import torch
+
+        factors = dict.fromkeys(axes, 2)
+        wide = self.wide(factors)
+        self._load(wide, layouts, factors, compensations)
+        used = self._used(wide)
+        zero = Treatment(Fill.ZERO, Fill.ZERO, scaling="none")
+        growth = {a: Growth(self.found.sizes[a], 2 * self.found.sizes[a]) for a in axes}
+        for name, there in used.items():
+            view = view_of(layouts[name], self.found.sizes, growth, zero)
+            old = widen_tensor(torch.ones_like(self.state[name]), view) != 0
+            if not bool(old.all()) and bool(there[old].any()) and not bool(there[~old].any()):
+                return name
+        return None
+
+    def _used(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """For every parameter, the entries that the logits depend on."""
+        import torch
+
+        for parameter in model.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(parameter.is_floating_point())
+        found = model(input_ids=self.ids, use_cache=False) if hasattr(model, "config") else model(self.ids)
+        logits = getattr(found, "logits", found)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+        (logits * weights).sum().backward()
+        used = {
+            name: torch.zeros_like(p, dtype=torch.bool) if p.grad is None else p.grad != 0
+            for name, p in model.named_parameters()
+        }
+        for parameter in model.parameters():
+            parameter.grad = None
+        return used
+
+
+def widened(
+    state: Mapping[str, torch.Tensor],
+    layouts: Mapping[str, TensorLayout],
+    sizes: Mapping[str, int],
+    factors: Mapping[str, int],
+    compensations: Sequence[Compensation] = (),
+) -> dict[str, torch.Tensor]:
+    """The widened state dict, copy-copy, with exactly the arithmetic of a plan."""
+    growth = {a: Growth(sizes[a], sizes[a] * f) for a, f in factors.items()}
+    result = {}
+    for name, tensor in state.items():
+        scale, offset, consumed = 1.0, 0.0, set()
+        for c in compensations:
+            if c.tensor == name and c.axis in growth:
+                scale *= factors[c.axis] ** c.power
+                if c.fan_in:
+                    consumed.add(c.axis)
+                offset = c.offset
+        view = view_of(layouts[name], sizes, growth, Treatment(), consumed=frozenset(consumed))
+        if offset == 0.0:
+            result[name] = widen_tensor(tensor, view, scale=scale)
+        else:
+            result[name] = widen_tensor(tensor + offset, view, scale=scale, offset=-offset)
+    return result
+
+
+def randomize(model: nn.Module) -> None:
+    """Overwrite every parameter and float buffer, so that nothing is right by symmetry.
+
+    Constants (norm scales, zero biases, gates) get noise; random matrices get a healthy variance;
+    structured values (state-space decay) stay near what they were.
+    """
+    import torch
+
+    with torch.no_grad():
+        for tensor in {id(t): t for t in model.state_dict().values()}.values():
+            if not tensor.is_floating_point() or tensor.numel() == 0:
+                continue
+            std = float(tensor.std(correction=0))
+            mean = float(tensor.mean())
+            noise = torch.randn(tensor.shape, dtype=torch.float64).to(tensor)
+            if not math.isfinite(std) or not math.isfinite(mean):
+                tensor.copy_(0.3 * noise)
+            elif std < 1e-9 or tensor.ndim < 2:
+                spread = 0.3 if std < 1e-9 else 0.3 * std
+                tensor.add_(spread * noise)
+            elif abs(mean) > 6 * std / math.sqrt(tensor.numel()):
+                tensor.add_(0.1 * std * noise)
+            else:
+                tensor.copy_(noise / math.sqrt(max(tensor.shape[-2:])) * 1.2)

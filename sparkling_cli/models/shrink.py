@@ -1,0 +1,179 @@
+"""A tiny config of the same class, with every kind of layer that the real one has.
+
+The tiny instance stands for the real model in every test, so it must share its structure (layer kinds,
+grouped queries, biases, ties, shared experts) and must not share an accident: its sizes are pairwise
+unambiguous. What a class accepts is found by trying: candidates are built and run, first fit wins.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.models.roles import Path, get_path, role_of, set_path, walk
+from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, text_config
+from sparkling_cli.models.tiny_config import (
+    VARIANTS,
+    Variant,
+    candidate,
+    kept_layers,
+    layer_count,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_MAX_LAYERS = 12
+#: A tiny model must stay tiny, or its proof would take minutes.
+_MAX_ENTRIES = 20_000_000
+#: Layer counts that may fail before a variant is given up; some patterns need a third or fourth layer.
+_PATIENCE = 2
+_INDEXED = re.compile(r"\.(\d+)\.")
+
+
+#: What was tried as a tiny model: the variant's place, and layers more than the fewest possible.
+Trials = list[tuple[int, int]]
+
+
+def shrink(
+    config: Mapping[str, Any], *, factory: ModelFactory | None = None, trials: Trials | None = None
+) -> ConfigDict:
+    """Return a tiny config of the same class whose model builds and runs.
+
+    Args:
+        config: of the real model.
+        factory: the user's own model.
+        trials: a list that is told what was tried, the accepted candidate last.
+
+    Raises:
+        LayoutError: no candidate was accepted; the message holds what the class said.
+    """
+    real = text_config(config, factory=factory)
+    reasons: list[str] = []
+    try:
+        kinds = layer_kinds(build_model(real, factory=factory))
+    except Exception as error:  # a class whose own defaults do not build: let tiny sizes try
+        kinds = frozenset()
+        reasons.append(f"the config itself: {type(error).__name__}: {error}".splitlines()[0])
+    for place, variant in enumerate(VARIANTS):
+        failed = 0
+        for more, tiny in enumerate(_with_layers(real, variant)):
+            if failed > _PATIENCE and layer_count(tiny) < _MAX_LAYERS:
+                continue  # the last try has as many layers as a tiny model may have
+            if trials is not None:
+                trials.append((place, more))
+            try:
+                skeleton = build_model(tiny, factory=factory)
+                if not kinds <= layer_kinds(skeleton):
+                    continue
+                entries = sum(p.numel() for p in skeleton.parameters())
+                if entries > _MAX_ENTRIES:
+                    reasons.append(f"it keeps {entries} entries: some of its sizes are not in its config")
+                    break
+                run(build_model(tiny, meta=False, factory=factory), tokens(tiny))
+                tiny = _explicit(tiny, variant, factory)
+            except Exception as error:  # any model code may raise anything
+                reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+                failed += 1
+                continue
+            return tiny
+    said = "; ".join(dict.fromkeys(reasons)) or "not every kind of layer fits into few layers"
+    raise LayoutError(
+        f"no tiny model of {config.get('model_type', 'this class')!r} could be built and run: {said}",
+        hint="give a layout file (--layout FILE)",
+    )
+
+
+def layer_kinds(model: nn.Module) -> frozenset[frozenset[str]]:
+    """The distinct sets of parameter names below one numbered layer, numbers blanked."""
+    layers: dict[str, set[str]] = {}
+    for name, value in model.state_dict().items():
+        match = _INDEXED.search(name)
+        if match:
+            rest = _INDEXED.sub(".#.", name[match.end() - 1 :])
+            layers.setdefault(name[: match.end()], set()).add(f"{rest}:{value.ndim}")
+    return frozenset(frozenset(v) for v in layers.values())
+
+
+def tokens(config: Mapping[str, Any], *, seed: int = 0) -> torch.Tensor:
+    """Random token ids (1, 11) inside the vocabulary, clear of special ids."""
+    import torch
+
+    vocab = [v for p, v in walk(config) if role_of(p[-1]) == "vocab" and isinstance(v, int) and v]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, min(vocab, default=60), (1, 11), generator=generator)
+
+
+def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, tokens, vocab) of a plain forward pass.
+
+    Raises:
+        LayoutError: the model returns no logits.
+    """
+    import torch
+
+    with torch.no_grad():
+        found = model(input_ids=ids, use_cache=False) if hasattr(model, "config") else model(ids)
+    logits = getattr(found, "logits", found)
+    if isinstance(logits, tuple):
+        logits = logits[0]
+    if not isinstance(logits, torch.Tensor):
+        raise LayoutError("the model's forward(input_ids) returns neither logits nor .logits")
+    return logits
+
+
+def _with_layers(real: ConfigDict, variant: Variant) -> Iterator[ConfigDict]:
+    """Candidates with ever more layers, until every kind of layer fits."""
+    for count in range(max(2, len(kept_layers(real))), _MAX_LAYERS + 1):
+        yield candidate(real, variant, count)
+
+
+def _explicit(tiny: ConfigDict, variant: Variant, factory: ModelFactory | None) -> ConfigDict:
+    """Write sizes that the config leaves to be derived, wherever the class honours them.
+
+    A head_dim or an inner width that has no key of its own would tie axes together that the class can
+    well tell apart.
+    """
+    for path in _derived(tiny):
+        before = shapes(tiny, factory)
+        for value in _explicit_values(path, tiny, variant):
+            changed = copy.deepcopy(tiny)
+            set_path(changed, path, value)
+            try:
+                moved = shapes(changed, factory) != before
+                if moved or role_of(path[-1]) == "kv_heads":
+                    run(build_model(changed, meta=False, factory=factory), tokens(changed))
+            except Exception:  # not accepted: it stays derived
+                continue
+            if moved or role_of(path[-1]) == "kv_heads":
+                tiny = changed
+                break
+    return tiny
+
+
+def _derived(tiny: ConfigDict) -> list[Path]:
+    """Keys that may be written although the config leaves them empty."""
+    found = [p for p, v in walk(tiny) if v is None and role_of(p[-1]) in ("ffn", "head_dim", "kv_heads")]
+    for path, _ in walk(tiny):
+        beside = (*path[:-1], "head_dim")
+        if role_of(path[-1]) == "heads" and get_path(tiny, beside) is None and beside not in found:
+            found.append(beside)
+    return found
+
+
+def _explicit_values(path: Path, tiny: ConfigDict, variant: Variant) -> list[int]:
+    role = str(role_of(path[-1]))
+    if role == "kv_heads":
+        heads = [v for p, v in walk(tiny) if p[:-1] == path[:-1] and role_of(p[-1]) == "heads"]
+        return [v for v in heads[:1] if isinstance(v, int)]
+    size = variant.sizes[role]
+    return [size, size + 4] if role == "head_dim" else [size]
+
+
+def shapes(config: ConfigDict, factory: ModelFactory | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state dict, from a meta build."""
+    return {k: tuple(v.shape) for k, v in build_model(config, factory=factory).state_dict().items()}

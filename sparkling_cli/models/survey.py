@@ -1,0 +1,271 @@
+"""What the installed transformers offers, and which axes of each class are proved.
+
+Each class is judged on a tiny instance of its default config; results are cached one by one, so an
+interrupted survey goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.errors import SpecError
+from sparkling_cli.models import cache
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sparkling_cli.models.court import Judgement
+
+#: Up to so many rows the terminal's table shows every reason.
+_FEW = 12
+
+#: Axis roles in the order of the table's columns.
+COLUMNS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("ffn", frozenset({"ffn", "expert_ffn", "shared_ffn"})),
+    ("hidden", frozenset({"hidden"})),
+    ("heads", frozenset({"heads", "kv_heads", "q_per_kv"})),
+)
+
+
+@dataclass(frozen=True)
+class AxisRow:
+    """One axis of one class."""
+
+    name: str
+    role: str
+    proved: bool
+    reason: str
+    joint: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One model type of the library.
+
+    Attributes:
+        model_type: as in ``config.json``.
+        class_name: the causal LM that it builds.
+        axes: every axis found; empty where no tiny model could be run.
+        failure: why no tiny model could be run.
+        experts: whether the class has routed experts.
+        notes: of the judgement.
+        layout_file: axes that a layout file of the package widens; it comes before inference.
+    """
+
+    model_type: str
+    class_name: str
+    axes: tuple[AxisRow, ...] = ()
+    failure: str = ""
+    experts: bool = False
+    notes: tuple[str, ...] = field(default=())
+    layout_file: tuple[str, ...] = ()
+
+    def proved(self, roles: Iterable[str]) -> tuple[str, ...]:
+        """Names of the proved axes of some roles."""
+        wanted = frozenset(roles)
+        return tuple(a.name for a in self.axes if a.proved and a.role in wanted)
+
+
+def survey(
+    model_types: Sequence[str] | None = None, *, progress: Callable[[str], None] | None = None
+) -> tuple[ClassRow, ...]:
+    """Judge every causal-LM model type of the installed transformers (or some of them).
+
+    Args:
+        model_types: None for all.
+        progress: called with a line per finished model type.
+
+    Raises:
+        SpecError: a model type that the library does not have.
+    """
+    from sparkling_cli.models.skeleton import causal_lm_names
+
+    names = causal_lm_names()
+    unknown = [m for m in model_types or () if m not in names]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], names, n=1)
+        raise SpecError(
+            f"the installed transformers has no causal language model of type {unknown[0]!r}",
+            hint=f"did you mean {close[0]!r}?" if close else "run `sparkling architectures` for all",
+        )
+    rows = []
+    for model_type in model_types if model_types is not None else sorted(names):
+        row = replace(_cached_row(model_type, names[model_type]), layout_file=axes_in_file(model_type))
+        rows.append(row)
+        if progress is not None:
+            proved = [a.name for a in row.axes if a.proved]
+            progress(f"{model_type}: {', '.join(proved) or row.failure or 'nothing proved'}")
+    return tuple(rows)
+
+
+def _cached_row(model_type: str, class_name: str) -> ClassRow:
+    key = cache.key_of("survey", model_type)
+    stored = cache.load("survey", key)
+    if stored is not None:
+        axes = tuple(AxisRow(**{**a, "joint": tuple(a["joint"])}) for a in stored.pop("axes"))
+        tuples = {name: tuple(stored[name]) for name in ("notes", "layout_file")}
+        return ClassRow(**{**stored, **tuples, "axes": axes})
+    row = _judged_row(model_type, class_name)
+    cache.store("survey", key, asdict(row))
+    return row
+
+
+def axes_in_file(model_type: str) -> tuple[str, ...]:
+    """Axes that can be widened by a layout file of the package that is for this model type."""
+    from sparkling_cli.layout.packaged import packaged_data, packaged_names
+
+    for data in map(packaged_data, packaged_names()):
+        if data.get("requires", {}).get("model_type") == model_type:
+            return tuple(name for name, axis in data["axes"].items() if axis.get("widenable"))
+    return ()
+
+
+def _judged_row(model_type: str, class_name: str) -> ClassRow:
+    from sparkling_cli.models.court import judge
+    from sparkling_cli.models.shrink import shrink
+    from sparkling_cli.models.skeleton import default_config
+
+    try:
+        judged = judge(shrink(default_config(model_type)))
+    except Exception as error:  # the library's code may raise anything on its own defaults
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return ClassRow(model_type, class_name, failure=text[:300])
+    axes = judged.found.axes
+    rows = [
+        AxisRow(name, axes[name].role or "", v.proved, v.reason, v.joint)
+        for name, v in judged.verdicts.items()
+    ]
+    rows += _absent(judged)
+    experts = any(a.role == "experts" for a in axes.values())
+    return ClassRow(model_type, class_name, tuple(rows), experts=experts, notes=judged.notes)
+
+
+def _absent(judged: Judgement) -> list[AxisRow]:
+    """A refused row, with the reason, for every column in which the class has no axis at all."""
+    roles = {axis.role for axis in judged.found.axes.values()}
+    rows = []
+    for name, members in COLUMNS:
+        if roles & members:
+            continue
+        reason = f"no key of its config sizes {'an inner width' if name == 'ffn' else name}"
+        times = _times_hidden(judged) if name == "ffn" else None
+        if times is not None:
+            reason = f"its inner width is {times} x hidden in code, it has no key: it grows with hidden only"
+        rows.append(AxisRow(name, name, False, reason))
+    return rows
+
+
+def _times_hidden(judged: Judgement) -> int | None:
+    """The number n of an inner width that is ``(n hidden)``: made by one matrix, used up by another."""
+    from sparkling_cli.layout.expr import Axis, Fixed, Product, Role
+
+    found: dict[int, set[Role]] = {}
+    for layout in judged.layouts:
+        for dim in layout.dims if len(layout.dims) == 2 else ():
+            factors = dim.expr.factors if isinstance(dim.expr, Product) else ()
+            numbers = [f.size for f in factors if isinstance(f, Fixed)]
+            if len(factors) == 2 and len(numbers) == 1 and Axis("hidden") in factors:
+                found.setdefault(numbers[0], set()).add(dim.role)
+    return next((n for n, ways in found.items() if {Role.OUT, Role.IN} <= ways), None)
+
+
+def counts(rows: Iterable[ClassRow]) -> dict[str, int]:
+    """Number of distinct classes with a proved axis, per column."""
+    found: dict[str, set[str]] = {name: set() for name, _ in COLUMNS}
+    for row in rows:
+        for name, roles in COLUMNS:
+            if row.proved(roles):
+                found[name].add(row.class_name)
+    return {name: len(classes) for name, classes in found.items()}
+
+
+def to_data(rows: Sequence[ClassRow]) -> dict[str, Any]:
+    """The survey as plain data for ``--json``."""
+    return {
+        "versions": list(cache.versions()),
+        "proved_classes": counts(rows),
+        "architectures": [asdict(row) for row in rows],
+    }
+
+
+def to_table(rows: Sequence[ClassRow]) -> Table:
+    """The survey for a terminal; reasons for a few classes, counts for many."""
+    from rich.table import Table
+
+    totals = ", ".join(f"{name} {count}" for name, count in counts(rows).items())
+    table = Table(title=f"{len(rows)} model types; classes with the axis proved: {totals}")
+    table.add_column("model type")
+    table.add_column("proved", style="green")
+    table.add_column("refused", style="red")
+    few = len(rows) <= _FEW
+    for row in rows:
+        refused = [f"{a.name}: {a.reason}" if few else a.name for a in row.axes if not a.proved]
+        proved = [_axis_cell(a) for a in row.axes if a.proved]
+        proved += [f"by a layout file: {', '.join(row.layout_file)}"] if row.layout_file else []
+        said = ("\n" if few else ", ").join(refused)
+        table.add_row(row.model_type, ", ".join(proved), row.failure or said)
+    return table
+
+
+def to_markdown(rows: Sequence[ClassRow]) -> str:
+    """The page ``docs/architectures.md``."""
+    classes = {row.class_name for row in rows}
+    totals = counts(rows)
+    lines = [
+        "# Architectures",
+        "",
+        f"Made by `sparkling architectures --markdown > docs/architectures.md` with "
+        f"{', '.join(cache.versions()[1:3])}; a test fails when it is stale. "
+        f"{len(rows)} model types, {len(classes)} classes. Each was judged on a tiny random instance of its "
+        "default config: an axis is *proved* if widening it 2x and 3x keeps the logits, and refused with the "
+        "reason otherwise. A checkpoint's own config is judged in the same way when it is widened, or was "
+        "when the package's catalog was made.",
+        "",
+        "Classes with the axis proved: " + ", ".join(f"{n} {c}" for n, c in totals.items()) + ".",
+        "",
+        "| model type | class | ffn | hidden | heads | other proved axes |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [_table_line(row) for row in rows]
+    lines += ["", "## Refused, and why", ""]
+    for row in rows:
+        lines += _refusals(row)
+    return "\n".join(lines) + "\n"
+
+
+def _table_line(row: ClassRow) -> str:
+    cells = []
+    for _, roles in COLUMNS:
+        axes = [a for a in row.axes if a.role in roles]
+        proved = [_axis_cell(a) for a in axes if a.proved]
+        said = proved or [f"{name} (layout file)" for name in row.layout_file if name in roles]
+        cells.append(", ".join(said) or ("refused" if axes or row.failure else "none"))
+    core = frozenset().union(*(roles for _, roles in COLUMNS))
+    others = [_axis_cell(a) for a in row.axes if a.proved and a.role not in core]
+    others += [f"{name} (layout file)" for name in row.layout_file if name not in core]
+    return f"| {row.model_type} | {row.class_name} | {' | '.join(cells)} | {', '.join(others)} |"
+
+
+def _axis_cell(axis: AxisRow) -> str:
+    return f"{axis.name} (with {', '.join(axis.joint)})" if axis.joint else axis.name
+
+
+def _refusals(row: ClassRow) -> list[str]:
+    """Lines for what the class refuses, leaving out axes that are no widths anywhere."""
+    from sparkling_cli.models.axes import FROZEN
+
+    if row.failure:
+        return [f"- **{row.model_type}**: {row.failure}"]
+    lines = []
+    if row.layout_file:
+        lines = [
+            f"- **{row.model_type}**: its checkpoints get a layout file of the package, which is held to the "
+            f"class by tests and widens {', '.join(row.layout_file)}; what follows is said of inference."
+        ]
+    for axis in row.axes:
+        if not axis.proved and axis.reason not in FROZEN.values():
+            lines.append(f"- **{row.model_type}** `{axis.name}`: {' '.join(axis.reason.split())}")
+    return lines

@@ -1,0 +1,301 @@
+"""One candidate for a tiny config: layers that show every kind, sizes by role, tables renumbered."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparkling_cli.models.roles import TINY_SIZES, Path, get_path, role_of, set_path, walk
+from sparkling_cli.models.skeleton import ConfigDict
+
+_DENSE_PREFIX = re.compile(r"first_k_dense|num_dense_layers|_layer_start_index$")
+#: Sizes that some default configs leave open although the class needs them.
+_FILLABLE = re.compile(r"_heads$|_head_dim$|_budget$|_ratio$|^clip_qkv$")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to choose tiny sizes; tried in order until the class accepts one."""
+
+    sizes: Mapping[str, int]
+    coupled: bool = False
+    """hidden = heads * head_dim, for classes without a head_dim of their own"""
+    grouped: bool = True
+    """keep fewer kv heads than heads where the real config has them"""
+    filled: bool = False
+    """give sizes that the config leaves empty a value from the start"""
+    related: bool = False
+    """keep products of the real config: a head size that is c * hidden / heads stays so"""
+
+
+_POWERS = {
+    **TINY_SIZES,
+    "heads": 8,
+    "kv_heads": 2,
+    "head_dim": 16,
+    "hidden": 64,
+    "ffn": 96,
+    "expert_ffn": 48,
+    "shared_ffn": 80,
+    "experts": 8,
+    "v_dim": 16,
+    "qk_nope": 16,
+    "qk_rope": 8,
+}
+VARIANTS = (
+    Variant(TINY_SIZES),
+    Variant(TINY_SIZES, related=True),
+    Variant(TINY_SIZES, filled=True),
+    Variant(TINY_SIZES, coupled=True),
+    Variant(_POWERS),
+    Variant(_POWERS, related=True, filled=True),
+    Variant(_POWERS, coupled=True),
+    Variant(_POWERS, coupled=True, grouped=False),
+)
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """The largest number of layers that the config names, 0 for none."""
+    counts = [v for p, v in walk(config) if role_of(p[-1]) == "layers" and isinstance(v, int)]
+    return max(counts, default=0)
+
+
+def index_list(path: Path, value: Any, total: int) -> bool:
+    """Whether a list holds layer indices (not one entry per layer)."""
+    if not isinstance(value, list) or not value or not re.search(r"idx|indices|_layers$|layer_ids", path[-1]):
+        return False
+    if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < total for v in value):
+        return False
+    return all(a < b for a, b in itertools.pairwise(value))
+
+
+def layer_table(path: Path) -> int | None:
+    """The layer that a key of a table by layer number stands for (``per_layer.05.head_dim``)."""
+    return next((int(key) for key in path if key.isdigit()), None)
+
+
+def kept_layers(real: Mapping[str, Any]) -> list[int]:
+    """Indices of layers that together show every value of everything that is said per layer."""
+    total = layer_count(real)
+    said: list[list[str]] = [[] for _ in range(total)]
+    for path, value in walk(real):
+        table = layer_table(path)
+        if index_list(path, value, total):
+            for i in range(total):
+                said[i].append(str(i in value))
+        elif isinstance(value, list) and len(value) == total and total > 1:
+            for i in range(total):
+                said[i].append(repr(value[i]))
+        elif table is not None and table < total:
+            said[table].append(f"{path[-1]}={value}")
+        elif role_of(path[-1]) == "shared_layers" and isinstance(value, int) and 0 < value < total:
+            for i in range(total):  # the last ones take keys and values from earlier ones
+                said[i].append(str(i >= total - value))
+    seen: dict[str, int] = {}
+    for i in range(total if any(said) else 0):
+        seen.setdefault(repr(said[i]), i)
+    return sorted(seen.values())
+
+
+def chosen_layers(real: Mapping[str, Any], count: int) -> list[int]:
+    """The real layer that each of ``count`` layers of a tiny model stands for."""
+    total, kept = layer_count(real), kept_layers(real)
+    indices = sorted((kept + [i for i in range(total) if i not in kept])[:count])
+    return indices + [total - 1] * (count - len(indices))
+
+
+def real_path(path: Path, layers: Sequence[int]) -> Path:
+    """A tiny config's path in the real one: keys of tables by layer number are renumbered."""
+    return tuple(
+        str(layers[int(key)]).zfill(len(key)) if key.isdigit() and int(key) < len(layers) else key
+        for key in path
+    )
+
+
+def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
+    """A config with ``count`` layers that show every kind, and the variant's sizes."""
+    tiny = copy.deepcopy(real)
+    total = layer_count(real)
+    indices = chosen_layers(real, count)
+    used: dict[tuple[str, Any], int] = {}
+    nth: dict[str, int] = {}
+    for path, value in walk(real):
+        key = path[-1]
+        if index_list(path, value, total):
+            set_path(tiny, path, [new for new, old in enumerate(indices) if old in value])
+        elif isinstance(value, list) and total > 1 and len(value) == total:
+            set_path(tiny, path, [_element(key, value[i], variant) for i in indices])
+        elif role_of(key) == "shared_layers" and isinstance(value, int):
+            set_path(tiny, path, sum(i >= total - value for i in indices))
+        elif _DENSE_PREFIX.search(key) and isinstance(value, int) and value > 0:
+            set_path(tiny, path, 1)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            new = _integer(real, path, value, variant, count, used, nth)
+            if new is not None:
+                set_path(tiny, path, new)
+        elif value is None and _fills(path, variant):
+            set_path(tiny, path, variant.sizes[str(role_of(key))])
+        elif value is None and variant.filled and _FILLABLE.search(key):
+            set_path(tiny, path, 8 if key.endswith(("dim", "qkv")) else 1 if "kv" in key else 2)
+        elif value is None and key == "layer_types" and variant.filled:
+            set_path(tiny, path, ["full_attention"] * count)
+        elif value is None and role_of(key) == "top_k" and variant.filled:
+            set_path(tiny, path, variant.sizes["top_k"])
+    if variant.related:
+        _relate(real, tiny)
+    if variant.filled:
+        for inner in (v for v in tiny.values() if isinstance(v, dict) and "model_type" in v):
+            inner.setdefault("rope_theta", 10000.0)
+    _renumber(tiny, indices)
+    _plain_rope(tiny)
+    return tiny
+
+
+def _fills(path: Path, variant: Variant) -> bool:
+    return variant.filled and role_of(path[-1]) in ("head_dim", "experts", "shared_experts", "kv_heads")
+
+
+def _relate(real: Mapping[str, Any], tiny: ConfigDict) -> None:
+    """Keep ``size = c * hidden`` and ``size = c * hidden / heads`` where the real config has them."""
+    main = next((p for p, _ in walk(real) if role_of(p[-1]) == "hidden"), None)
+    if main is None:
+        return
+    hidden, small = get_path(real, main), get_path(tiny, main)
+    beside = [(p, v) for p, v in walk(real) if p[:-1] == main[:-1]]
+    paths = [p for p, v in beside if isinstance(v, int) and not isinstance(v, bool)]
+    for path in paths:
+        value = get_path(real, path)
+        wide = re.search(r"hidden_size$|_dim$|_width$", path[-1]) and role_of(path[-1]) != "head_dim"
+        if path != main and wide and value % hidden == 0 and value // hidden in (1, 2, 3, 4):
+            set_path(tiny, path, value // hidden * small)
+    counts = [p for p in paths if re.search(r"heads$|n_head$", p[-1]) and get_path(real, p) > 1]
+    for path in paths:
+        if role_of(path[-1]) not in ("head_dim", "v_dim") or get_path(real, path) <= 1:
+            continue
+        fits = [n for n in counts if get_path(real, path) * get_path(real, n) % hidden == 0]
+        for heads in sorted(fits, key=lambda n: -_shared_words(n[-1], path[-1]))[:1]:
+            times = get_path(real, path) * get_path(real, heads) // hidden
+            number = min(get_path(tiny, heads), 6)
+            set_path(tiny, heads, number)
+            if 1 <= times <= 4 and times * small % number == 0:
+                set_path(tiny, path, times * small // number)
+
+
+def _shared_words(a: str, b: str) -> int:
+    return len(set(a.split("_")) & set(b.split("_")))
+
+
+def _renumber(tiny: ConfigDict, indices: list[int]) -> None:
+    """Tables by layer number follow the layers that were kept."""
+    for key, value in list(tiny.items()):
+        if not isinstance(value, dict):
+            continue
+        if value and all(isinstance(k, str) and k.isdigit() for k in value):
+            width = max(len(k) for k in value)
+            by_number = {int(k): v for k, v in value.items()}
+            tiny[key] = {
+                str(new).zfill(width): copy.deepcopy(by_number[old])
+                for new, old in enumerate(indices)
+                if old in by_number
+            }
+        else:
+            _renumber(value, indices)
+
+
+def _element(key: str, value: Any, variant: Variant) -> Any:
+    role = role_of(key)
+    if isinstance(value, int) and not isinstance(value, bool) and role in variant.sizes and value:
+        return variant.sizes[str(role)]
+    return value
+
+
+def _integer(
+    real: Mapping[str, Any],
+    path: Path,
+    value: int,
+    variant: Variant,
+    count: int,
+    used: dict[tuple[str, Any], int],
+    nth: dict[str, int],
+) -> int | None:
+    """The tiny value of one integer key, or None to keep it."""
+    role = role_of(path[-1])
+    if role == "layers":
+        return count if value > 0 else value
+    if role == "token":
+        return min(value, 3)
+    if role == "groups":
+        return min(value, 2 if path[-1].startswith("n") else 1)
+    if role == "rotary":
+        return min(value, 4)
+    if role is None or role not in variant.sizes or value <= 0:
+        return None
+    if role == "kv_heads":
+        if _equal_heads(real, path, value):
+            role = "heads"  # one count for both, in every layer that says so
+        else:
+            return 1 if value == 1 else variant.sizes["kv_heads" if variant.grouped else "heads"]
+    if role == "hidden" and variant.coupled:
+        return variant.sizes["heads"] * variant.sizes["head_dim"]
+    if role == "head_dim":
+        derived = _latent_head_dim(real, path, value, variant)
+        if derived is not None:
+            return derived
+    if role in ("top_k", "shared_experts", "positions", "window"):
+        return min(value, variant.sizes[role])
+    if (role, value) not in used:
+        base = variant.sizes[role]
+        used[role, value] = _another(role, base, nth.get(role, 0))
+        nth[role] = nth.get(role, 0) + 1
+    return used[role, value]
+
+
+def _another(role: str, base: int, nth: int) -> int:
+    """A further size of a role; of streams no multiple, as classes leave out a projection between equals."""
+    if role != "hidden" or nth == 0:
+        return base * (1 + nth)
+    unit = base // 3 if base % 3 == 0 else base // 2
+    return unit * (5, 7, 11, 13)[min(nth, 4) - 1]
+
+
+def _latent_head_dim(real: Mapping[str, Any], path: Path, value: int, variant: Variant) -> int | None:
+    """A head size that repeats the rotary part, or both parts, of a latent attention's heads."""
+    rope = get_path(real, (*path[:-1], "qk_rope_head_dim"))
+    if not isinstance(rope, int):
+        return None
+    parts = [v for p, v in walk(real) if p[-1] == "qk_nope_head_dim" and isinstance(v, int)]
+    for nth, nope in enumerate(dict.fromkeys(parts)):
+        if value == rope + nope:
+            return variant.sizes["qk_rope"] + variant.sizes["qk_nope"] * (1 + nth)
+    return variant.sizes["qk_rope"] if value == rope else None
+
+
+def _equal_heads(real: Mapping[str, Any], path: Path, value: int) -> bool:
+    """Whether a kv-head count equals the count of query heads beside it."""
+    beside = path[-1].replace("key_value_heads", "attention_heads").replace("kv_heads", "heads")
+    heads = None if beside == path[-1] else get_path(real, (*path[:-1], beside))
+    return bool((heads or get_path(real, (*path[:-1], "num_attention_heads"))) == value)
+
+
+def _plain_rope(tiny: ConfigDict) -> None:
+    """Replace rotary scaling, whose tables are as long as the real head_dim, by plain rotary."""
+    for key, value in list(tiny.items()):
+        if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+            nested = [k for k, v in value.items() if isinstance(v, dict)]
+            for inner in [value[k] for k in nested] or [value]:
+                _plain(inner)
+        elif isinstance(value, dict):
+            _plain_rope(value)
+
+
+def _plain(rope: ConfigDict) -> None:
+    """Only tables of the real head's length must go; scalars of any rotary type fit every size."""
+    tables = [k for k, v in rope.items() if isinstance(v, list)]
+    for key in tables:
+        del rope[key]
+    if tables:
+        rope["rope_type"] = "default"

@@ -1,0 +1,143 @@
+"""The real model as a witness where sizes alone do not tell which of two layouts a tensor has.
+
+In a tiny model no two sizes are equal; in a real one a sliding layer's heads may be as wide as a full
+layer's latent values. Doubling an axis in the real config, on the meta device, says which it is, and
+whether the config that a widening writes builds the model that it writes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.expr import Expr, TensorLayout, axis_names
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.parse import parse_layout
+from sparkling_cli.models.axes import Coordinates, Shapes
+from sparkling_cli.models.roles import get_path, set_path
+from sparkling_cli.models.shrink import shapes as shapes_of
+from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
+from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
+from sparkling_cli.widening.geometry import Growth, Treatment, view_of
+from sparkling_cli.widening.memory import widen_tensor
+
+
+class Witness:
+    """Chooses between layouts of one real tensor; builds the real model again only if it has to."""
+
+    def __init__(
+        self,
+        found: Coordinates,
+        real: ConfigDict,
+        real_shapes: Shapes,
+        sizes: Mapping[str, int],
+        proved: Sequence[str],
+        factory: ModelFactory | None,
+    ) -> None:
+        self.found, self.sizes, self.proved, self.factory = found, sizes, proved, factory
+        self.config, self.shapes = real, real_shapes
+        self._moved: dict[str, Shapes | None] = {}
+
+    def choose(self, name: str, layouts: Sequence[TensorLayout]) -> TensorLayout:
+        """The layout of a tensor among those that fit its shape.
+
+        Raises:
+            LayoutError: they differ in what would grow, and the real model tells them not apart.
+        """
+        if len(layouts) == 1:
+            return layouts[0]
+        left = self._different(layouts)
+        if len(left) > 1:
+            left = self._different([lay for lay in layouts if self._moves_so(name, lay, layouts)])
+        if len(left) != 1:
+            texts = ", ".join(lay.text for lay in layouts)
+            raise LayoutError(
+                f"{name!r} of shape {self.shapes[name]} may have any of the layouts {texts}",
+                hint="give a layout file (--layout FILE)",
+            )
+        return left[0]
+
+    def contradiction(self, layout: ModelLayout, axes: Sequence[str], depth: int) -> str | None:
+        """Why the config of a widened checkpoint would not fit its tensors; None if it does.
+
+        Args:
+            layout: of the real model.
+            axes: doubled together.
+            depth: how many keys lead from the checkpoint's config to the language model's own.
+        """
+        sizes = {a: 2 * n if a in axes else n for a, n in layout.sizes.items()}
+        config = copy.deepcopy(self.config)
+        for key, value in layout.config_sizes(sizes).items():
+            path = tuple(key.split("."))[depth:]
+            old = get_path(config, path)
+            set_path(config, path, [value] * len(old) if isinstance(old, list) else value)
+        try:
+            built = shapes_of(config, self.factory)
+        except Exception as error:  # any model code may raise anything on sizes it does not accept
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            return f"the class refuses twice as many: {said:.300}"
+        if built.keys() != self.shapes.keys():
+            other = sorted(built.keys() ^ self.shapes.keys())[0]
+            return f"a config with twice as many builds a model with other tensors, e.g. {other}"
+        for name, shape in built.items():
+            expected = layout.module_table.find(layout.canonical(name)).dims.shape(sizes)
+            if shape != expected:
+                return f"a config with twice as many makes {name} {shape}, not {expected}"
+        return None
+
+    def _different(self, layouts: Sequence[TensorLayout]) -> list[TensorLayout]:
+        """One layout of each that does the same to this tensor, whatever proved axis grows."""
+        groups: dict[object, TensorLayout] = {}
+        for layout in layouts:
+            key = tuple((dim.role, self._effect(dim.expr)) for dim in layout.dims)
+            groups.setdefault(key, layout)
+        return list(groups.values())
+
+    def _effect(self, expr: Expr) -> object:
+        """For every proved axis in a term, which entry each entry copies when it triples."""
+        import torch
+
+        layout = parse_layout(f"scale {expr}")
+        source = torch.arange(layout.shape(self.sizes)[0], dtype=torch.float64)
+        found = []
+        for axis in sorted(set(axis_names(expr)) & set(self.proved)):
+            growth = {axis: Growth(self.sizes[axis], 3 * self.sizes[axis])}
+            view = view_of(layout, self.sizes, growth, Treatment())
+            found.append((axis, tuple(widen_tensor(source, view).tolist())))
+        return tuple(found)
+
+    def _moves_so(self, name: str, layout: TensorLayout, others: Sequence[TensorLayout]) -> bool:
+        """Whether doubling each axis of any candidate gives the real tensor the shape that this one says."""
+        for axis in sorted({a for lay in others for a in lay.axes()} & set(self.proved)):
+            moved = self._doubled(axis)
+            joint = {axis, *(self.found.coupled if axis == "hidden" else ())}
+            grown = {a: n * 2 if a in joint else n for a, n in self.sizes.items()}
+            if moved is not None and layout.shape(grown) != moved.get(name):
+                return False
+        return True
+
+    def _doubled(self, axis: str) -> Shapes | None:
+        """Shapes of the real model with one axis doubled; None where its code refuses that."""
+        if axis not in self._moved:
+            joint = {axis, *(self.found.coupled if axis == "hidden" else ())}
+            try:
+                self._moved[axis] = shapes_of(self._resized(joint), self.factory)
+            except Exception:  # any model code may raise anything on sizes it does not accept
+                self._moved[axis] = None
+        return self._moved[axis]
+
+    def _resized(self, axes: set[str]) -> ConfigDict:
+        config = copy.deepcopy(self.config)
+        layers = chosen_layers(self.config, layer_count(self.found.config))
+        for path, names in self.found.terms.items():
+            place, known = real_path(path, layers), [n for n in names if n.isdigit() or n in self.sizes]
+            if len(known) < len(names):
+                continue
+            old = get_path(config, place)
+            value = prod(int(n) if n.isdigit() else self.sizes[n] * (2 if n in axes else 1) for n in names)
+            # A size that the config leaves to be derived is said, so that it does not move along.
+            if old is None or any(n in axes for n in names):
+                set_path(config, place, [value] * len(old) if isinstance(old, list) else value)
+        return config

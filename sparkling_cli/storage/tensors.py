@@ -1,0 +1,55 @@
+"""What a stored tensor is: its dtype, its shape, and the boxes of bytes that it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import NamedTuple
+
+#: Bytes per entry of every dtype that a checkpoint may hold, by torch's own names.
+ITEM_BYTES: Mapping[str, int] = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+    "uint16": 2, "uint32": 4, "uint64": 8, "complex64": 8, "complex128": 16,
+}  # fmt: skip
+
+#: dtypes in which new weights can be computed.
+FLOATING = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
+class Extent(NamedTuple):  # a tuple: there are tens of thousands, and dataclasses cost twice as much
+    """A box of a tensor, stored in one piece of one file.
+
+    Attributes:
+        path: file, relative to the checkpoint's root, with forward slashes ("" if the root is the file).
+        offset: first byte.
+        start: the box's first index in the tensor, per dim.
+        shape: the box's size, per dim.
+        strides: entries to skip per dim in the file; None when row-major and contiguous.
+    """
+
+    path: str
+    offset: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in entries, of a contiguous tensor."""
+    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+class StoredTensor(NamedTuple):
+    """A tensor on disk: its boxes tile it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]

@@ -1,0 +1,89 @@
+"""An end-to-end check that shares no code with the proof: save, widen the files, reload, compare logits."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.widening.geometry import Growth, Treatment, view_of
+from sparkling_cli.widening.memory import widen_tensor
+
+
+def shake(model: torch.nn.Module, seed: int = 7) -> torch.nn.Module:
+    """Give every parameter and float buffer values without any symmetry."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                size = 0.25 if tensor.ndim < 2 else 1 / math.sqrt(max(tensor.shape[-2:]))
+                noise = torch.randn(tensor.shape, generator=generator) * size
+                tensor.copy_((tensor if tensor.ndim < 2 else 0 * tensor) + noise)
+    return model.eval()
+
+
+def widen_state(
+    layout: ModelLayout, state: Mapping[str, torch.Tensor], factors: Mapping[str, int], *, on_disk: bool
+) -> dict[str, torch.Tensor]:
+    """Copy-copy widening of named tensors, from the layout alone."""
+    growth = {a: Growth(layout.axes[a].size, layout.axes[a].size * f) for a, f in factors.items()}
+    table = layout.disk_table if on_disk else layout.module_table
+    result = {}
+    for name, tensor in state.items():
+        own = [c for c in layout.compensations if c.tensor == layout.canonical(name) and c.axis in growth]
+        pattern = table.find(layout.canonical(name))
+        consumed = frozenset(c.axis for c in own if c.fan_in)
+        view = view_of(pattern.dims, layout.sizes, growth, Treatment(), consumed=consumed)
+        offset = max((c.offset for c in own), default=0.0)
+        scale = math.prod(factors[c.axis] ** c.power for c in own)
+        result[name] = widen_tensor(tensor + offset, view, scale=scale, offset=-offset)
+    return result
+
+
+def widened_config(
+    layout: ModelLayout, config: Mapping[str, Any], factors: Mapping[str, int]
+) -> dict[str, Any]:
+    """The config with every key of the layout written."""
+    sizes = {a: n * factors.get(a, 1) for a, n in layout.sizes.items()}
+    result = copy.deepcopy(dict(config))
+    for key, value in layout.config_sizes(sizes).items():
+        inner = result
+        *path, last = key.split(".")
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = [value] * len(inner[last]) if isinstance(inner.get(last), list) else value
+    return result
+
+
+def logit_change_through_disk(
+    config: Mapping[str, Any], layout: ModelLayout, factors: Mapping[str, int], folder: Path
+) -> float:
+    """Largest change of a logit, relative to the largest, after widening a saved model's files."""
+    from sparkling_cli.models.skeleton import build_model
+
+    model: Any = shake(build_model(config, meta=False))
+    ids = torch.randint(5, 50, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits.double()
+    model.save_pretrained(folder / "small")
+    written = json.loads((folder / "small" / "config.json").read_text())
+    (folder / "wide").mkdir()
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted((folder / "small").glob("*.safetensors")):
+        state |= load_file(file)
+    wide = {k: v.contiguous() for k, v in widen_state(layout, state, factors, on_disk=True).items()}
+    save_file(wide, folder / "wide" / "model.safetensors", metadata={"format": "pt"})
+    (folder / "wide" / "config.json").write_text(json.dumps(widened_config(layout, written, factors)))
+    reloaded, info = type(model).from_pretrained(folder / "wide", output_loading_info=True)
+    assert not info["missing_keys"], info["missing_keys"]
+    assert not info["mismatched_keys"], info["mismatched_keys"]
+    with torch.no_grad():
+        after = reloaded.eval()(input_ids=ids, use_cache=False).logits.double()
+    return float((after - before).abs().max() / before.abs().max())

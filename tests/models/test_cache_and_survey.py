@@ -1,0 +1,74 @@
+"""Proofs are made once; the survey says per class what is proved and why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparkling_cli.errors import SpecError
+from sparkling_cli.models import cache, survey
+from sparkling_cli.models import infer as module
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_a_second_call_proves_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout comes from the cache, equal to the first."""
+    first = module.infer(CONFIG)
+
+    def never(*args: object) -> None:
+        raise AssertionError("inferred twice")
+
+    monkeypatch.setattr(module, "_inferred", never)
+    assert module.infer(dict(CONFIG)) == first
+    with pytest.raises(AssertionError, match="twice"):
+        module.infer({**CONFIG, "intermediate_size": 48})
+
+
+def test_damaged_entries_are_as_good_as_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache file that is no JSON is ignored; a cache that cannot be written is no error."""
+    monkeypatch.setenv("SPARKLING_CACHE_DIR", str(tmp_path))
+    cache.store("layouts", "key", {"a": 1})
+    assert cache.load("layouts", "key") == {"a": 1}
+    (tmp_path / "layouts" / "key.json").write_text("{")
+    assert cache.load("layouts", "key") is None
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPARKLING_CACHE_DIR", str(tmp_path / "file"))
+    cache.store("layouts", "key", {"a": 1})
+    assert cache.load("layouts", "key") is None
+
+
+def test_the_survey_lists_proved_axes_and_reasons() -> None:
+    """GPT-2 couples hidden to heads; the page says so, counts it, and is made of the same rows."""
+    rows = survey.survey(["gpt2"])
+    assert rows[0].proved({"hidden"}) == ("hidden",)
+    assert survey.counts(rows) == {"ffn": 1, "hidden": 1, "heads": 1}
+    page = survey.to_markdown(rows)
+    assert "| gpt2 | GPT2LMHeadModel | ffn | hidden (with heads) | heads (with hidden) |" in page
+    assert survey.to_data(rows)["architectures"][0]["class_name"] == "GPT2LMHeadModel"
+    assert survey.survey(["gpt2"]) == rows
+
+
+def test_an_axis_that_a_class_does_not_have_has_a_reason() -> None:
+    """GPT-1's inner width is four times hidden in code; no key of its config sizes it."""
+    row = survey.survey(["openai-gpt"])[0]
+    ffn = next(axis for axis in row.axes if axis.name == "ffn")
+    assert not ffn.proved and "4 x hidden in code" in ffn.reason
+    assert "- **openai-gpt** `ffn`: its inner width is 4 x hidden" in survey.to_markdown([row])
+
+
+def test_a_type_that_the_library_lacks_is_refused() -> None:
+    """The error proposes the nearest name."""
+    with pytest.raises(SpecError, match="lama3") as caught:
+        survey.survey(["lama3"])
+    assert "llama" in str(caught.value)
