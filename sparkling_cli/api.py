@@ -77,10 +77,10 @@ def open_source(
 
 def previous_manifest(source: Path) -> Manifest | None:
     """The manifest of an earlier expansion that this checkpoint descends from, if there is one."""
-    from sparkling_cli.execute.commit import sidecar_root
-    from sparkling_cli.manifest import MANIFEST, read_manifest
+    from sparkling_cli.manifest import read_manifest
+    from sparkling_cli.storage.sidecar import MANIFEST, sidecar_root
 
-    path = sidecar_root(source, source.is_file()) / MANIFEST
+    path = sidecar_root(source) / MANIFEST
     return read_manifest(path) if path.is_file() else None
 
 

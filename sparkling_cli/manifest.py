@@ -21,11 +21,10 @@ from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.layout import file as layout_file
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.storage.sidecar import MANIFEST
 from sparkling_cli.widening.geometry import Fill, Growth, Run, View, ViewDim
 
 FORMAT = 1
-#: where it lies in an output directory; ``execute.commit.sidecar_root`` says where for single files.
-MANIFEST = "sparkling/manifest.json"
 
 #: [start, stop, stage): entries of an axis, and the expansion that they were born in (0 = original)
 Births = list[tuple[int, int, int]]

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError
-from sparkling_cli.execute.commit import sidecar_root
 from sparkling_cli.execute.room import reading_back
 from sparkling_cli.formats.pause import collector_running
-from sparkling_cli.manifest import MANIFEST, make_manifest, read_manifest
+from sparkling_cli.manifest import make_manifest, read_manifest
 from sparkling_cli.plan.build import treatment_of
 from sparkling_cli.plan.carried import carried_factors
 from sparkling_cli.report.assemble import assemble
 from sparkling_cli.report.command import Asked
 from sparkling_cli.report.convert import activations_of, learning_rate_of
 from sparkling_cli.report.model import Activations, ReportData
-from sparkling_cli.schedule.rewarmup import REWARMUP, Rewarmup, read_rewarmup
+from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
 from sparkling_cli.schedule.write import plan_rewarmup, rewarmup_files
+from sparkling_cli.storage.sidecar import MANIFEST, REPORT_HTML, REPORT_JSON, REWARMUP, sidecar_root
 
 if TYPE_CHECKING:
     from sparkling_cli.execute.stream import Written
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from sparkling_cli.plan.model import Plan
     from sparkling_cli.spec.model import ExpansionSpec
     from sparkling_cli.widening.geometry import Treatment
-
-REPORT_JSON = "sparkling/report.json"
-REPORT_HTML = "sparkling/report.html"
 
 #: under ``--report auto``, activations of an output with more bytes of weights, or more weight tensors
 #: (experts come into memory one by one), are not measured
@@ -45,7 +42,7 @@ def plan_schedule(plan: Plan, spec: ExpansionSpec) -> tuple[Rewarmup | None, str
             well enough; or fresh bias correction is asked for and impossible.
     """
     source = plan.source
-    sidecars = sidecar_root(source.root, source.root.is_file())
+    sidecars = sidecar_root(source.root)
     path = sidecars / REWARMUP
     previous = read_rewarmup(path) if path.is_file() else None
     manifest = sidecars / MANIFEST

@@ -37,7 +37,6 @@ LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 #: Imports that cross a level or go between rooms of one level, each for a reason.
 ALLOWED = {
     ("layout", "formats"): "packaged layouts are solved from the shapes of an opened checkpoint",
-    ("storage", "formats"): "TensorSource reads an opened checkpoint (type only)",
     ("models", "manifest"): "an earlier output's manifest says its layout (type only)",
 }
 
@@ -79,8 +78,8 @@ def test_imports_run_downwards(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=NAMES)
 def test_modules_stay_readable(path: Path) -> None:
-    """About 350 lines at most."""
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+    """A module is as long as its idea, and an idea that fills 600 lines is several."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
 
 
 def test_help_does_not_import_torch() -> None:

@@ -56,10 +56,9 @@ def show_result(output: Output, result: ExpansionResult) -> None:
     """What was done, the worst layers, the verdict, and where to go on."""
     from rich.text import Text
 
-    from sparkling_cli.execute.commit import sidecar_root
-    from sparkling_cli.outcome import REPORT_HTML
     from sparkling_cli.report.facts import summary_facts
     from sparkling_cli.report.tables import activation_table, verdict_lines
+    from sparkling_cli.storage.sidecar import REPORT_HTML, sidecar_root
 
     facts = summary_facts(result.prepared, result.destination)
     output.show(_summary(facts))
@@ -72,7 +71,7 @@ def show_result(output: Output, result: ExpansionResult) -> None:
     where = shlex.quote(str(result.destination))
     source = shlex.quote(str(result.prepared.plan.source.root))
     output.show(Text(f"written  {where}"), whole=True)
-    page = f"{sidecar_root(result.destination, result.destination.is_file())}/{REPORT_HTML}"
+    page = f"{sidecar_root(result.destination)}/{REPORT_HTML}"
     output.show(Text(f"report   {page}"), whole=True)
     output.show(Text(f"check    sparkling verify {source} {where}"), whole=True)
     if result.report is not None:

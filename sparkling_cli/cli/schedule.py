@@ -76,8 +76,7 @@ def schedule(
 
 
 def _file(source: Path) -> Path:
-    from sparkling_cli.execute.commit import sidecar_root
-    from sparkling_cli.schedule.rewarmup import REWARMUP
+    from sparkling_cli.storage.sidecar import REWARMUP, sidecar_root
 
     if source.is_file() and source.suffix != ".json":
         return sidecar_root(source, True) / REWARMUP

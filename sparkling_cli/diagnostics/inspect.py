@@ -14,13 +14,13 @@ from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
 from sparkling_cli.diagnostics.measurement import ActivationReport, Measurement, plain
 from sparkling_cli.diagnostics.weights import WeightReport, measure_weights
 from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError, SparklingError
-from sparkling_cli.execute.commit import sidecar_root
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.manifest import MANIFEST, read_manifest
+from sparkling_cli.manifest import read_manifest
 from sparkling_cli.plan.build import treatment_of
 from sparkling_cli.plan.carried import carried_factors
 from sparkling_cli.spec.sources import make_spec
+from sparkling_cli.storage.sidecar import MANIFEST, sidecar_root
 from sparkling_cli.widening.geometry import Growth
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> Symme
 
 
 def _manifest_of(checkpoint: Checkpoint) -> Path:
-    return sidecar_root(checkpoint.root, checkpoint.root.is_file()) / MANIFEST
+    return sidecar_root(checkpoint.root) / MANIFEST
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -111,7 +111,7 @@ def parameter_reader(model: nn.Module, source: TensorSource) -> ParameterReader:
     Raises:
         CheckpointError: a parameter is not in the checkpoint, or has another shape there.
     """
-    stored = {name: source.checkpoint.weight(name) for name in source.checkpoint.weights}
+    stored = {name: source.checkpoint.tensors[key] for name, key in source.checkpoint.weights.items()}
     wanted = dict(model.named_parameters(remove_duplicate=False))
     buffers = _persistent_buffers(model)
     everything: dict[str, torch.Tensor] = {**buffers, **wanted}

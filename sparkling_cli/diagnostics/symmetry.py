@@ -21,6 +21,7 @@ from sparkling_cli.layout.expr import Expr, Product, Role, TensorLayout, axis_na
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, read_manifest
 from sparkling_cli.storage.read import TensorSource
+from sparkling_cli.storage.sidecar import MANIFEST, sidecar_root
 from sparkling_cli.storage.tensors import FLOATING
 from sparkling_cli.widening.geometry import Growth, Treatment, ViewDim, view_of
 
@@ -142,7 +143,7 @@ class _Sums:
 
 def _manifest(expanded: Path) -> Manifest:
     if expanded.is_file() and expanded.suffix != ".json":
-        return read_manifest(expanded.with_name(expanded.name + ".sparkling") / "sparkling" / "manifest.json")
+        return read_manifest(sidecar_root(expanded) / MANIFEST)
     return read_manifest(expanded)
 
 

@@ -14,7 +14,7 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.job import RowJob
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.storage.crc import Span, combine, crc32, zeros
-from sparkling_cli.storage.places import Handles, read_range, write_range
+from sparkling_cli.storage.places import Handles, span_of, write_range
 
 _PIECE = 1 << 19
 
@@ -58,7 +58,7 @@ def tensor_spans(jobs: Iterable[tuple[RowJob, tuple[Span, ...]]], handles: Handl
     for job, spans in jobs:
         if not job.target.flat:
             for extent in job.target.extents:
-                span = _reread(handles, extent.path, extent.offset, prod(extent.shape) * job.item)
+                span = span_of(handles, extent.path, extent.offset, prod(extent.shape) * job.item)
                 found.setdefault(extent.path, []).append(span)
             continue
         places = job.target.places
@@ -76,18 +76,6 @@ def tensor_spans(jobs: Iterable[tuple[RowJob, tuple[Span, ...]]], handles: Handl
             moved = Span(place.offset + start - place.start, length, crc)
             found.setdefault(place.path, []).append(moved)
     return found
-
-
-def _reread(handles: Handles, path: str, start: int, length: int) -> Span:
-    import numpy as np
-
-    buffer, crc, at = np.empty(_PIECE, dtype=np.uint8), 0, start
-    while at < start + length:
-        part = buffer[: min(_PIECE, start + length - at)]
-        read_range(handles, path, at, part)
-        crc = combine(crc, crc32(part), len(part))
-        at += len(part)
-    return Span(start, length, crc)
 
 
 def seal(

@@ -18,13 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from sparkling_cli.errors import OutputError
+from sparkling_cli.storage.sidecar import sidecar_root
 
 _SUFFIX = ".sparkling-partial"
-
-
-def sidecar_root(destination: Path, is_file: bool) -> Path:
-    """The folder that ``sparkling/...`` files lie in: a directory itself, ``NAME.sparkling`` of a file."""
-    return destination.with_name(destination.name + ".sparkling") if is_file else destination
 
 
 def partial_of(destination: Path) -> Path:

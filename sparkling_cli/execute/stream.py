@@ -21,16 +21,15 @@ from sparkling_cli.execute.commit import Staging, sync
 from sparkling_cli.execute.flush import Flusher
 from sparkling_cli.execute.job import Job, PartResult, make_job
 from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_paths, source_state
-from sparkling_cli.execute.pool import Pool, processors
+from sparkling_cli.execute.pool import Pool
 from sparkling_cli.execute.room import check_room, disk_error
 from sparkling_cli.execute.team import Alone, Team
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan
 from sparkling_cli.storage.crc import Span, crc32, whole
 from sparkling_cli.storage.places import Handles
-
-#: digests of the small files, the manifest's among them
-DIGESTS = "sparkling/files.crc32"
+from sparkling_cli.storage.pool import processors
+from sparkling_cli.storage.sidecar import DIGESTS, FOLDER
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def _add_sidecars(run: _Run, sidecars: Mapping[str, bytes]) -> None:
     digests = {}
     for path, content in sidecars.items():
         _check_path(path)
-        if PurePosixPath(path).parts[0] != "sparkling":
+        if PurePosixPath(path).parts[0] != FOLDER:
             raise ValueError(f"sidecar file {path!r} does not lie in sparkling/")
         digests[path] = FileDigest(len(content), crc32(content))
     folder = run.staging.sidecars

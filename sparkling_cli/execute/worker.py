@@ -12,6 +12,7 @@ from sparkling_cli.execute.job import Job, Part, PartResult, RowJob
 from sparkling_cli.storage.crc import Span, crc32, merge, zeros
 from sparkling_cli.storage.places import Handles, read, write_range
 from sparkling_cli.storage.places import write as write_boxes
+from sparkling_cli.storage.pool import Stopped
 from sparkling_cli.widening import bfloat16, fill, moments
 from sparkling_cli.widening.entries import count_nonfinite
 from sparkling_cli.widening.kernel import PIECE, Piece
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     from sparkling_cli.widening.kernel import Noise
 
     Array = np.ndarray[Any, Any]
-
-
-class Stopped(Exception):
-    """Work was broken off on request."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,7 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import OutputFile
-
-#: Folder of an earlier expansion's own files: made anew, never carried over.
-SIDECAR = "sparkling"
+from sparkling_cli.storage.sidecar import FOLDER
 
 
 def list_files(root: Path) -> tuple[str, ...]:
@@ -26,8 +24,8 @@ def list_files(root: Path) -> tuple[str, ...]:
     found = []
     for folder, names, files in os.walk(root, onerror=_unreadable):
         base = Path(folder)
-        if base == root and SIDECAR in names:
-            names.remove(SIDECAR)
+        if base == root and FOLDER in names:
+            names.remove(FOLDER)
         for name in names:
             if (base / name).is_symlink():
                 raise CheckpointError(

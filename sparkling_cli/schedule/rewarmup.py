@@ -10,11 +10,10 @@ from typing import Any, Literal
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.schedule.curves import Curve, rewarmed
+from sparkling_cli.storage.sidecar import CURVE, REWARMUP
 
 FORMAT = 1
 #: where it lies in an output directory, and the curve beside it
-REWARMUP = "sparkling/rewarmup.json"
-CURVE = "sparkling/rewarmup.csv"
 
 BiasCorrection = Literal["inherit", "fresh"]
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.schedule.baseline import baseline_of
 from sparkling_cli.schedule.curves import fresh_factor
-from sparkling_cli.schedule.rewarmup import CURVE, REWARMUP, Rewarmup, Stage, add_stage, to_data
+from sparkling_cli.schedule.rewarmup import Rewarmup, Stage, add_stage, to_data
+from sparkling_cli.storage.sidecar import CURVE, REWARMUP
 
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.storage.crc import Span, combine, crc32
 from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, row_major
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 _OPEN_FILES = 64
+_PIECE = 1 << 19
 
 
 class Place(NamedTuple):
@@ -158,8 +160,11 @@ def read(handles: Handles, placement: Placement, start: int, stop: int, out: Arr
         CheckpointError: a file ends early or cannot be read; names it.
     """
     if not placement.flat:
-        for box, part in _boxes(handles, placement, start, stop, out):
-            part[...] = box
+        try:
+            for box, part in _boxes(handles, placement, start, stop, out):
+                part[...] = box
+        except OSError as error:
+            raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
         return
     for place in placement.cut(start, stop):
         read_range(handles, place.path, place.offset, out[place.start - start : place.stop - start])
@@ -184,6 +189,32 @@ def read_range(handles: Handles, path: str, offset: int, out: Array) -> None:
             view, offset = view[count:], offset + count
     except OSError as error:
         raise CheckpointError(f"cannot read {handles.path(path)}: {error.strerror}") from error
+
+
+def span_of(handles: Handles, where: str | Placement, start: int, length: int) -> Span:
+    """A range of a file, or of a tensor's row-major bytes, and its CRC-32; read in pieces.
+
+    Args:
+        handles: the open files.
+        where: path of a file, or a tensor's placement.
+        start: first byte.
+        length: bytes.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    import numpy as np
+
+    buffer, crc, at = np.empty(min(_PIECE, length), dtype=np.uint8), 0, start
+    while at < start + length:
+        part = buffer[: min(_PIECE, start + length - at)]
+        if isinstance(where, str):
+            read_range(handles, where, at, part)
+        else:
+            read(handles, where, at, at + len(part), part)
+        crc = combine(crc, crc32(part), len(part))
+        at += len(part)
+    return Span(start, length, crc)
 
 
 def write(handles: Handles, placement: Placement, start: int, stop: int, data: Array) -> None:

@@ -10,9 +10,8 @@ from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.regions import Births, Region, region_of
 from sparkling_cli.manifest import read_manifest
-from sparkling_cli.schedule.rewarmup import CURVE, REWARMUP, Rewarmup, read_rewarmup
-
-MANIFEST = "sparkling/manifest.json"
+from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
+from sparkling_cli.storage.sidecar import CURVE, MANIFEST, REWARMUP
 
 #: what wrappers put into parameter names, wherever it stands
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})

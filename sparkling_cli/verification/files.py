@@ -8,10 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.manifest import Manifest
-from sparkling_cli.storage.crc import Span, combine, crc32
-from sparkling_cli.storage.places import Handles, read_range
+from sparkling_cli.storage.crc import Span, crc32
 
-_PIECE = 1 << 19
 #: a range of a file that one task reads
 _TASK = 1 << 25
 #: kinds of files that people and loggers leave beside a checkpoint, and that nothing loads
@@ -136,23 +134,6 @@ def gaps(used: list[tuple[int, int]], size: int) -> list[Span] | None:
             found.append(Span(low, min(_TASK, start - low), 0))
         at = stop
     return found
-
-
-def read_span(handles: Handles, path: str, start: int, length: int) -> Span:
-    """A range of a file and its CRC-32.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    import numpy as np
-
-    buffer, crc, at = np.empty(_PIECE, dtype=np.uint8), 0, start
-    while at < start + length:
-        part = buffer[: min(_PIECE, start + length - at)]
-        read_range(handles, path, at, part)
-        crc = combine(crc, crc32(part), len(part))
-        at += len(part)
-    return Span(start, length, crc)
 
 
 def file_size(path: Path) -> int:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import count
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError, SparklingError, VerificationError
-from sparkling_cli.execute.commit import in_the_making, sidecar_root
-from sparkling_cli.execute.stream import DIGESTS
+from sparkling_cli.execute.commit import in_the_making
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.formats.states import WEIGHT_LIKE
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.manifest import MANIFEST, Manifest, TensorEntry, read_manifest
+from sparkling_cli.manifest import Manifest, TensorEntry, read_manifest
 from sparkling_cli.storage.crc import Span, crc32, whole
-from sparkling_cli.storage.places import Handles, Placement
+from sparkling_cli.storage.places import Handles, Placement, span_of
+from sparkling_cli.storage.pool import processors, spread
+from sparkling_cli.storage.sidecar import DIGESTS, MANIFEST, sidecar_root
 from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, StoredTensor
 from sparkling_cli.verification.bundle import Recipes, bundles, examine_bundle
 from sparkling_cli.verification.compare import Found, Subject
@@ -27,10 +29,8 @@ from sparkling_cli.verification.files import (
     file_size,
     gaps,
     list_files,
-    read_span,
 )
 from sparkling_cli.verification.origin import listed, other_source
-from sparkling_cli.verification.pool import spread
 from sparkling_cli.verification.report import VerifyReport
 from sparkling_cli.widening.geometry import View
 
@@ -61,8 +61,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
             f"{output} is no output yet: a run that was killed has left it",
             hint="run the same `sparkling expand` again: it goes on with what is there",
         )
-    is_file = output.is_file()
-    sidecars = sidecar_root(output, is_file)
+    sidecars = sidecar_root(output)
     if not (sidecars / MANIFEST).exists():
         raise CheckpointError(
             f"{output} has no manifest ({MANIFEST}), so nothing can be proved",
@@ -257,22 +256,40 @@ class _Work:
         if self.source is not None:
             tasks += [("carried", path, 0) for path in self.manifest.source.files]
 
-        def work(handles: tuple[Handles, Handles | None], task: tuple[str, Any, int]) -> Any:
-            kind, what, _ = task
+        def look(handles: tuple[Handles, Handles | None], kind: str, what: Any) -> Any:
             output, source = handles
             if kind == "tensors":
                 return examine_bundle(what, output, source, recipes)
             if kind == "gap":
-                return read_span(output, what[0], what[1].start, what[1].length)
+                return span_of(output, what[0], what[1].start, what[1].length)
             assert source is not None
-            return read_span(source, what, 0, file_size(source.path(what)))
+            return span_of(source, what, 0, file_size(source.path(what)))
 
-        def handles() -> tuple[Handles, Handles | None]:
-            return Handles(self.output), None if self.source is None else Handles(self.source)
+        def work(handles: tuple[Handles, Handles | None], number: int) -> Any:
+            try:
+                return look(handles, *tasks[number][:2])
+            except SparklingError as error:
+                return error
 
-        found = spread(tasks, handles, work, lambda task: advance(task[2]))
+        @contextmanager
+        def handles(_index: int, _stopped: object) -> Iterator[tuple[Handles, Handles | None]]:
+            with closing(Handles(self.output)) as output, ExitStack() as stack:
+                if self.source is None:
+                    yield output, None
+                else:
+                    yield output, stack.enter_context(closing(Handles(self.source)))
+
+        found = spread(
+            count(0).__next__,
+            len(tasks),
+            work,
+            handles,
+            threads=min(processors(), 4),
+            done=lambda number, _: advance(tasks[number][2]),
+        )
         spans: dict[str, list[Span]] = {path: [] for path in self.files}
-        for task, result in zip(tasks, found, strict=True):
+        for number, task in enumerate(tasks):
+            result = found[number]
             if isinstance(result, SparklingError):
                 self.faults.append(result.message)
             elif task[0] == "tensors":
@@ -339,7 +356,7 @@ class _Work:
         check = self.files[path]
         try:
             if check.sidecar:
-                content = (sidecar_root(self.output, self.output.is_file()) / path).read_bytes()
+                content = (sidecar_root(self.output) / path).read_bytes()
                 return None if crc32(content) == check.crc32 else f"{path} was changed"
             found = whole(spans, 0, check.size)
         except (OSError, ValueError):

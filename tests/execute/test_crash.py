@@ -19,11 +19,12 @@ from engine_support import doubled, kept, no_sidecar, output_bytes, raw_plan, so
 
 from sparkling_cli.errors import Interrupted, OutputError
 from sparkling_cli.execute import assemble, job, stream, worker
-from sparkling_cli.execute.commit import Staging, partial_of, sidecar_root
+from sparkling_cli.execute.commit import Staging, partial_of
 from sparkling_cli.execute.stream import execute
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan
 from sparkling_cli.storage import places
+from sparkling_cli.storage.sidecar import sidecar_root
 from sparkling_cli.widening.geometry import Fill
 
 Laid = tuple[Plan, tuple[OutputFile, ...]]

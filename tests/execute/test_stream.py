@@ -23,10 +23,11 @@ from engine_support import (
 
 from sparkling_cli.errors import CheckpointError, OutputError
 from sparkling_cli.execute import job as job_module
-from sparkling_cli.execute.commit import partial_of, sidecar_root
+from sparkling_cli.execute.commit import partial_of
 from sparkling_cli.execute.stream import execute
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan
+from sparkling_cli.storage.sidecar import sidecar_root
 from sparkling_cli.storage.tensors import Extent, StoredTensor
 from sparkling_cli.widening.geometry import Fill
 from sparkling_cli.widening.memory import widen_tensor

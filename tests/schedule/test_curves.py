@@ -17,9 +17,10 @@ from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.formats.model import Checkpoint, ParamState
 from sparkling_cli.schedule.baseline import baseline_of
 from sparkling_cli.schedule.curves import Curve, fresh_factor, rewarmed
-from sparkling_cli.schedule.rewarmup import CURVE, REWARMUP, add_stage, from_data, read_rewarmup
+from sparkling_cli.schedule.rewarmup import add_stage, from_data, read_rewarmup
 from sparkling_cli.schedule.write import notes, plan_rewarmup, rewarmup_files
 from sparkling_cli.spec.model import BaselineSpec, ExpansionSpec
+from sparkling_cli.storage.sidecar import CURVE, REWARMUP
 
 getcontext().prec = 60
 

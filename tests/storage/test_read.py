@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.storage import read
+from sparkling_cli.storage import places
 from sparkling_cli.storage.read import TensorSource, read_tensor
 from sparkling_cli.storage.tensors import Extent, StoredTensor
 
@@ -78,9 +78,8 @@ def test_boxes_and_strides(tmp_path_factory: pytest.TempPathFactory, data: st.Da
     assert torch.equal(read_tensor(root, whole, rows=slice(low, high)), tensor[low:high])
 
 
-def test_strided_box_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transposed box much larger than a piece gives the same as one read whole."""
-    monkeypatch.setattr(read, "PIECE", 64)
+def test_strided_box(tmp_path: Path) -> None:
+    """A transposed box, whole and in part."""
     tensor = torch.randn(37, 53)
     write(tmp_path / "t", tensor.t())
     stored = StoredTensor("float32", (37, 53), (Extent("t", 0, (0, 0), (37, 53), (1, 37)),))
@@ -115,7 +114,7 @@ def test_source_over_a_single_file(tmp_path: Path) -> None:
 
 def test_more_files_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor over more files than may be open at once is read all the same."""
-    monkeypatch.setattr(read, "MAX_OPEN", 2)
+    monkeypatch.setattr(places, "_OPEN_FILES", 2)
     tensor = torch.randn(7, 3)
     extents = []
     for row in range(7):
