@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint
     from sparkling_cli.layout.model import ModelLayout
     from sparkling_cli.manifest import Manifest
-    from sparkling_cli.plan.model import Plan
-    from sparkling_cli.prepared import Prepared
+    from sparkling_cli.plan.model import Expansion, Plan
     from sparkling_cli.report.model import ReportData
     from sparkling_cli.verification import VerifyReport
 
@@ -37,16 +36,19 @@ class ExpansionResult:
     """A finished expansion.
 
     Attributes:
-        destination: the output.
-        prepared: what was planned.
+        expansion: what was planned.
         written: digests.
         report: what ``sparkling/report.json`` holds; None on ranks other than the first.
     """
 
-    destination: Path
-    prepared: Prepared
+    expansion: Expansion
     written: Written
     report: ReportData | None
+
+    @property
+    def destination(self) -> Path:
+        """The output."""
+        return self.expansion.destination
 
 
 def open_source(
@@ -88,11 +90,19 @@ def previous_manifest(source: Path) -> Manifest | None:
 def make_plan(
     source: Path | str,
     spec: ExpansionSpec,
+    destination: Path | str | None = None,
     *,
     layout: Path | None = None,
     model: str | None = None,
-) -> Prepared:
+) -> Expansion:
     """Plan an expansion from shapes alone.
+
+    Args:
+        source: the checkpoint.
+        spec: what to do.
+        destination: the output. Default: beside the source, named after the growth.
+        layout: a layout file instead of inference.
+        model: ``package.module:factory`` of a user's own model.
 
     Raises:
         SpecError, CheckpointError, LayoutError: the source, the spec or their union is unsound.
@@ -100,24 +110,31 @@ def make_plan(
     from sparkling_cli.execute.journal import snapshot
     from sparkling_cli.formats.detect import recognized
     from sparkling_cli.outcome import plan_schedule
-    from sparkling_cli.plan.build import build_plan
-    from sparkling_cli.plan.outputs import lay_out
-    from sparkling_cli.plan.totals import totals_of
-    from sparkling_cli.prepared import Prepared
+    from sparkling_cli.plan.build import build_plan, lay_out
+    from sparkling_cli.plan.model import Expansion, Invocation
     from sparkling_cli.report.card import with_card
     from sparkling_cli.schedule.write import notes, remarks
 
+    source = Path(source)
     root, _ = recognized(source)  # a folder of anything else is not walked
     state = snapshot(root)
-    checkpoint, found, previous = open_source(Path(source), layout=layout, model=model)
+    checkpoint, found, previous = open_source(source, layout=layout, model=model)
     plan = build_plan(checkpoint, found, spec)
-    plan, files = with_card(plan, lay_out(plan), previous)
-    schedule = plan_schedule(plan, spec)
-    if schedule[0] is not None:
-        plan = replace(
-            plan, warnings=plan.warnings + notes(schedule[0]), notes=plan.notes + remarks(schedule[0])
-        )
-    return Prepared(plan, files, totals_of(plan, files), previous, spec, schedule, state)
+    rewarmup, missing = plan_schedule(plan, previous)
+    if rewarmup is not None:
+        plan = replace(plan, warnings=plan.warnings + notes(rewarmup), notes=plan.notes + remarks(rewarmup))
+    given = None if destination is None else Path(destination)
+    expansion = Expansion(
+        plan=plan,
+        files=lay_out(plan),
+        destination=given or default_destination(source, plan),
+        invocation=Invocation(source, given, layout, model),
+        previous=previous,
+        rewarmup=rewarmup,
+        rewarmup_missing=missing,
+        source_state=state,
+    )
+    return with_card(expansion)
 
 
 @collector_paused()
@@ -133,7 +150,7 @@ def expand(
     data: Path | None = None,
     report: str = "auto",
     progress: Progress | None = None,
-    prepared: Prepared | None = None,
+    expansion: Expansion | None = None,
     **options: Any,
 ) -> ExpansionResult:
     """Write a wider checkpoint.
@@ -149,7 +166,7 @@ def expand(
         data: text or tokens to measure activations on.
         report: ``full``, ``none``, or ``auto``: activations are measured unless the model is large.
         progress: see :data:`Progress`.
-        prepared: a plan made before by :func:`make_plan`.
+        expansion: a plan made before by :func:`make_plan`.
         options: fields of the spec.
 
     Raises:
@@ -158,15 +175,14 @@ def expand(
     from sparkling_cli.execute.distributed import team_of_processes
     from sparkling_cli.execute.stream import execute
     from sparkling_cli.outcome import sidecar_files
-    from sparkling_cli.report.command import Asked
 
     check_report(report, data)
-    if prepared is None:
-        prepared = make_plan(source, _spec(spec, options), layout=layout, model=model)
-    ready = prepared
-    target = Path(destination) if destination is not None else default_destination(Path(source), ready)
-    given = None if destination is None else Path(destination)
-    asked = Asked(Path(source), given, layout, model, data, report)
+    if expansion is None:
+        expansion = make_plan(source, _spec(spec, options), layout=layout, model=model)
+    if destination is not None:
+        given = replace(expansion.invocation, destination=Path(destination))
+        expansion = replace(expansion, destination=Path(destination), invocation=given)
+    ready = replace(expansion, invocation=replace(expansion.invocation, data=data, report=report))
     reports: list[ReportData] = []
 
     bar = ExitStack()
@@ -178,34 +194,22 @@ def expand(
 
     def sidecar(written: Written) -> Mapping[str, bytes]:
         begin("measuring", None)
-        files, found = sidecar_files(
-            ready.plan,
-            ready.spec,
-            written,
-            ready.previous,
-            target,
-            schedule=ready.schedule,
-            asked=asked,
-            memory=memory,
-        )
+        files, found = sidecar_files(ready, written, memory=memory)
         reports.append(found)
         return files
 
     with bar, team_of_processes() as team:
         advance = begin("writing", ready.totals.bytes_to_write)
         written = execute(
-            ready.plan,
-            ready.files,
-            target,
+            ready,
             memory=memory,
             threads=threads,
             progress=advance,
             sidecar=sidecar,
             check=lambda root: _check_opens(root, ready.plan),
             team=team,
-            state=ready.state,
         )
-    return ExpansionResult(target, ready, written, reports[0] if reports else None)
+    return ExpansionResult(ready, written, reports[0] if reports else None)
 
 
 def check_report(report: str, data: Path | None) -> None:
@@ -298,10 +302,10 @@ def _spec(spec: ExpansionSpec | None, options: Mapping[str, Any]) -> ExpansionSp
     return spec
 
 
-def default_destination(source: Path, prepared: Prepared) -> Path:
+def default_destination(source: Path, plan: Plan) -> Path:
     """``checkpoint-1000-ffn2x`` beside ``checkpoint-1000``."""
     parts = []
-    for name, grown in sorted(prepared.plan.growth.items()):
+    for name, grown in sorted(plan.growth.items()):
         parts.append(f"{name}{grown.target / grown.source:.4g}x")
     source = source.resolve()
     suffix = source.suffix if source.is_file() else ""

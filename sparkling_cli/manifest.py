@@ -20,7 +20,7 @@ from sparkling_cli.execute.stream import Written
 from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.layout import file as layout_file
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.plan.model import Expansion, Recipe, Row
 from sparkling_cli.storage.sidecar import MANIFEST
 from sparkling_cli.widening.geometry import Fill, Growth, Run, View, ViewDim
 
@@ -159,33 +159,32 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"the manifest {path} is damaged: {where}: {first['msg']}") from None
 
 
-def make_manifest(
-    plan: Plan, written: Written, previous: Manifest | None, others: Mapping[str, bytes]
-) -> bytes:
-    """The manifest of an executed plan.
+def make_manifest(expansion: Expansion, written: Written, others: Mapping[str, bytes]) -> bytes:
+    """The manifest of an expansion that was carried out.
 
     Args:
-        plan: what was done.
+        expansion: what was done.
         written: digests of what was read and written.
-        previous: the source's own manifest, when it is an earlier output.
         others: the other files of the ``sparkling/`` folder.
     """
-    views = _ViewTable()
-    tensors = _tensors(plan.rows, views, written)
+    plan, previous = expansion.plan, expansion.previous
+    spec = plan.spec.as_data()
+    views: list[View] = []
+    tensors = _tensors(plan.rows, {recipe: _common(recipe, views) for recipe in plan.recipes}, written)
     stages = [] if previous is None else [stage.model_dump(mode="json") for stage in previous.stages]
     stages.append(
         {
             "stage": len(stages) + 1,
             "step": plan.source.facts.get("global_step"),
             "growth": {name: [g.source, g.target] for name, g in sorted(plan.growth.items())},
-            "spec": dict(plan.spec),
+            "spec": spec,
         }
     )
     before = {} if previous is None else previous.births()
     data = {
         "format_version": FORMAT,
         "tool": {"name": "sparkling-cli", "version": __version__},
-        "spec": dict(plan.spec),
+        "spec": spec,
         "layout": _layout_after(plan.layout, plan.growth),
         "axes": {name: {"births": b} for name, b in sorted(births_after(plan.growth, before).items())},
         "stages": stages,
@@ -195,7 +194,7 @@ def make_manifest(
             "tensors": dict(written.sources),
             "files": {name: _digest(written, name) for name in plan.source.carried if name in written.files},
         },
-        "views": [_view(view) for view in views.views],
+        "views": [_view(view) for view in views],
     }
     files = {
         "files": {
@@ -228,51 +227,38 @@ def _layout_after(layout: ModelLayout, growth: Mapping[str, Growth]) -> dict[str
     return data
 
 
-class _ViewTable:
-    """Numbers views; rows share view objects, so identity is asked before equality."""
-
-    def __init__(self) -> None:
-        self.views: list[View] = []
-        self._by_id: dict[int, int] = {}
-
-    def number(self, view: View) -> int:
-        if id(view) not in self._by_id:
-            if view not in self.views:
-                self.views.append(view)
-            self._by_id[id(view)] = self.views.index(view)
-        return self._by_id[id(view)]
-
-
-def _tensors(rows: tuple[Row, ...], views: _ViewTable, written: Written) -> str:
-    """All :class:`TensorEntry` as JSON text; what many have in common is put into words once."""
+def _tensors(rows: tuple[Row, ...], common: Mapping[Recipe, str], written: Written) -> str:
+    """All :class:`TensorEntry` as JSON text: what a recipe says, and names and digest of every row."""
     quoted = json.JSONEncoder().encode
-    common: dict[tuple[Any, ...], str] = {}
     entries = []
     for row in rows:
-        mark = (id(row.view), row.slot, row.dtype, row.shape, row.scale, row.offset, row.zero)
-        said = common.get(mark)
-        if said is None:
-            said = common[mark] = _text(_common(row, views))[1:-1]
         stream = "" if row.stream == row.name else f',"stream":{quoted(row.stream)}'
         crc = written.tensors[row.key]
-        entries.append(f'{quoted(row.key)}:{{"name":{quoted(row.name)},{said}{stream},"crc32":{crc}}}')
+        entry = f'{{"name":{quoted(row.name)},{common[row.recipe]}{stream},"crc32":{crc}}}'
+        entries.append(f"{quoted(row.key)}:{entry}")
     return "{" + ",".join(entries) + "}"
 
 
-def _common(row: Row, views: _ViewTable) -> dict[str, Any]:
-    """The entry of a row without its names and digest."""
-    untouched = all(dim.identity for dim in row.view)
+def _common(recipe: Recipe, views: list[View]) -> str:
+    """The entry of a tensor without its names and digest, as JSON text without braces.
+
+    Args:
+        recipe: of the tensor.
+        views: the views so far; that of the recipe is added.
+    """
+    if not recipe.untouched and recipe.view not in views:
+        views.append(recipe.view)
     entry: dict[str, Any] = {
-        "slot": row.slot,
-        "view": None if untouched else views.number(row.view),
-        "dtype": row.dtype,
-        "shape": list(row.shape),
+        "slot": recipe.slot,
+        "view": None if recipe.untouched else views.index(recipe.view),
+        "dtype": recipe.dtype,
+        "shape": list(recipe.shape),
     }
-    if row.scale != 1.0 or row.offset != 0.0:
-        entry |= {"scale": row.scale, "offset": row.offset}
-    if row.zero:
+    if recipe.scale != 1.0 or recipe.offset != 0.0:
+        entry |= {"scale": recipe.scale, "offset": recipe.offset}
+    if recipe.zero:
         entry["zero"] = True
-    return entry
+    return _text(entry)[1:-1]
 
 
 def _view(view: View) -> list[dict[str, Any]]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError
 from sparkling_cli.execute.room import reading_back
 from sparkling_cli.formats.pause import collector_running
-from sparkling_cli.manifest import make_manifest, read_manifest
-from sparkling_cli.plan.build import treatment_of
-from sparkling_cli.plan.carried import carried_factors
+from sparkling_cli.manifest import make_manifest
+from sparkling_cli.plan.build import carried_factors
+from sparkling_cli.plan.model import Expansion
 from sparkling_cli.report.assemble import assemble
-from sparkling_cli.report.command import Asked
-from sparkling_cli.report.convert import activations_of, learning_rate_of
+from sparkling_cli.report.convert import activations_of
 from sparkling_cli.report.model import Activations, ReportData
 from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
 from sparkling_cli.schedule.write import plan_rewarmup, rewarmup_files
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from sparkling_cli.execute.stream import Written
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
-    from sparkling_cli.spec.model import ExpansionSpec
-    from sparkling_cli.widening.geometry import Treatment
 
 #: under ``--report auto``, activations of an output with more bytes of weights, or more weight tensors
 #: (experts come into memory one by one), are not measured
@@ -34,19 +30,21 @@ AUTO_LIMIT, AUTO_TENSORS = 1 << 30, 10_000
 AUTO_WORK = 2e11
 
 
-def plan_schedule(plan: Plan, spec: ExpansionSpec) -> tuple[Rewarmup | None, str]:
+def plan_schedule(plan: Plan, manifest: Manifest | None) -> tuple[Rewarmup | None, str]:
     """The re-warmup, or why there is none.
+
+    Args:
+        plan: the expansion.
+        manifest: the source's own, when it is an earlier output.
 
     Raises:
         SpecError: the user described a schedule, or the run has optimizer state, and it is not known
             well enough; or fresh bias correction is asked for and impossible.
     """
-    source = plan.source
-    sidecars = sidecar_root(source.root)
-    path = sidecars / REWARMUP
+    source, spec = plan.source, plan.spec
+    path = sidecar_root(source.root) / REWARMUP
     previous = read_rewarmup(path) if path.is_file() else None
-    manifest = sidecars / MANIFEST
-    number = 1 + len(read_manifest(manifest).stages) if manifest.is_file() else 1
+    number = 1 + len(manifest.stages) if manifest is not None else 1
     described = any(value is not None for value in spec.baseline.model_dump().values())
     try:
         return plan_rewarmup(source, spec, previous, number=number), ""
@@ -57,57 +55,20 @@ def plan_schedule(plan: Plan, spec: ExpansionSpec) -> tuple[Rewarmup | None, str
 
 
 def sidecar_files(
-    plan: Plan,
-    spec: ExpansionSpec,
-    written: Written,
-    previous: Manifest | None,
-    destination: Path,
-    *,
-    schedule: tuple[Rewarmup | None, str],
-    asked: Asked,
-    memory: int,
+    expansion: Expansion, written: Written, *, memory: int
 ) -> tuple[Mapping[str, bytes], ReportData]:
     """All small files of an output, the manifest last, and the report's facts."""
-    rewarmup, missing = schedule
-    measured, reason = _measure(
-        plan,
-        written,
-        treatment_of(spec),
-        data=asked.data,
-        model=asked.model,
-        report=asked.report,
-        memory=memory,
-    )
-    facts = assemble(
-        plan,
-        written,
-        previous,
-        destination.name,
-        asked,
-        activations=measured,
-        activations_missing=reason,
-        learning_rate=None if rewarmup is None else learning_rate_of(rewarmup),
-        learning_rate_missing=missing,
-    )
     from sparkling_cli.report.html import render
 
-    files = {} if rewarmup is None else dict(rewarmup_files(rewarmup))
+    facts = assemble(expansion, written, *_measure(expansion, written, memory))
+    files = {} if expansion.rewarmup is None else dict(rewarmup_files(expansion.rewarmup))
     files[REPORT_JSON] = facts.to_json()
     files[REPORT_HTML] = render(facts)
-    files[MANIFEST] = make_manifest(plan, written, previous, files)
+    files[MANIFEST] = make_manifest(expansion, written, files)
     return files, facts
 
 
-def _measure(
-    plan: Plan,
-    written: Written,
-    treatment: Treatment,
-    *,
-    data: Path | None,
-    model: str | None,
-    report: str,
-    memory: int,
-) -> tuple[Activations | None, str]:
+def _measure(expansion: Expansion, written: Written, memory: int) -> tuple[Activations | None, str]:
     """Activations of source and output on the same tokens, or why they were not measured."""
     from math import prod
 
@@ -116,6 +77,8 @@ def _measure(
     from sparkling_cli.formats.detect import open_checkpoint
     from sparkling_cli.storage.tensors import ITEM_BYTES
 
+    plan, asked = expansion.plan, expansion.invocation
+    data, report = asked.data, asked.report
     weights = [row for row in plan.rows if not row.slot]
     size = sum(prod(row.shape) * ITEM_BYTES[row.dtype] for row in weights)
     if report == "none":
@@ -128,7 +91,7 @@ def _measure(
     assert written.root is not None  # the output is complete, but not in place yet
     sequences, length = SEQUENCES, LENGTH
     if report == "auto" and data is None:
-        parameters = sum(prod(row.shape) + prod(row.source.shape) for row in weights)
+        parameters = sum(prod(row.shape) + prod(row.recipe.before) for row in weights)
         sequences, length = affordable(parameters)
     with reading_back(written.root):
         output = open_checkpoint(written.root)
@@ -138,17 +101,17 @@ def _measure(
                 plan.source,
                 output,
                 data=data,
-                model=model,
+                model=asked.model,
                 memory=memory,
                 sequences=sequences,
                 length=length,
-                carried=carried_factors(plan.layout, plan.growth, treatment),
+                carried=carried_factors(plan.layout, plan.growth, plan.treatment),
             )
     except (LayoutError, MissingDependencyError) as error:
         if report == "full":
             raise
         return None, error.message
-    grown = {row.name for row in weights if row.shape != row.source.shape}
+    grown = {row.name for row in weights if row.shape != row.recipe.before}
     return activations_of(found, tokens=found.count, widened=grown), ""
 
 

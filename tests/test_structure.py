@@ -24,7 +24,7 @@ LEVELS = [
     {"execute"},
     {"models", "manifest", "schedule"},
     {"compute", "training"},
-    {"diagnostics", "verification", "prepared"},
+    {"diagnostics", "verification"},
     {"report"},
     {"outcome"},
     {"api"},
@@ -37,6 +37,8 @@ LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 #: Imports that cross a level or go between rooms of one level, each for a reason.
 ALLOWED = {
     ("layout", "formats"): "packaged layouts are solved from the shapes of an opened checkpoint",
+    ("plan", "manifest"): "an expansion carries the source's own manifest along (type only)",
+    ("plan", "schedule"): "an expansion carries its re-warmup along (type only)",
     ("models", "manifest"): "an earlier output's manifest says its layout (type only)",
 }
 

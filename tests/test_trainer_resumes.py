@@ -143,7 +143,7 @@ def test_a_directory_without_optimizer_state(dense_checkpoint: Path, tmp_path: P
     for name in ("config.json", "model.safetensors"):
         (source / name).write_bytes((dense_checkpoint / name).read_bytes())
     result = api.expand(source, tmp_path / "wide", axes=AXES["ffn"], report="none")
-    assert any("no optimizer state" in note for note in result.prepared.plan.notes)
+    assert any("no optimizer state" in note for note in result.expansion.plan.notes)
     assert load_file(tmp_path / "wide/model.safetensors")["model.layers.0.mlp.up_proj.weight"].shape[0] == 336
 
 

@@ -115,28 +115,23 @@ def expand(
     )
     budget = parse_bytes(memory, "--memory", least=LEAST_MEMORY)
     api.check_report(report, data)
-    prepared = api.make_plan(source, chosen, layout=layout, model=model)
-    target = destination or api.default_destination(source, prepared)
+    expansion = api.make_plan(source, chosen, destination, layout=layout, model=model)
     if dry_run:
-        check_destination(prepared.plan.source.root, target)
-        facts = plan_facts(prepared, target)
+        check_destination(expansion.plan.source.root, expansion.destination)
+        facts = plan_facts(expansion)
         output.data("expand", {"dry_run": True, **facts})
-        show_plan(output, prepared, target, facts)
+        show_plan(output, expansion, facts)
         return
-    for warning in prepared.plan.warnings:
+    for warning in expansion.plan.warnings:
         output.warn(warning)
     result = api.expand(
         source,
-        destination,
-        chosen,
-        layout=layout,
         memory=budget,
         threads=threads,
         data=data,
-        model=model,
         report=report,
         progress=output.progress,
-        prepared=prepared,
+        expansion=expansion,
     )
     if result.report is not None:
         output.data("expand", {"dry_run": False, **result.report.model_dump(mode="json")})

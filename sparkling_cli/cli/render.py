@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.report.resume import MODULE, call
@@ -13,27 +12,27 @@ if TYPE_CHECKING:
 
     from sparkling_cli.api import ExpansionResult
     from sparkling_cli.cli.console import Output
-    from sparkling_cli.prepared import Prepared
+    from sparkling_cli.plan.model import Expansion
 
 
-def show_plan(output: Output, prepared: Prepared, destination: Path, facts: dict[str, Any]) -> None:
+def show_plan(output: Output, expansion: Expansion, facts: dict[str, Any]) -> None:
     """The whole plan; with ``--verbose`` every kind of tensor, state included.
 
     Args:
         output: where to.
-        prepared: the plan.
-        destination: of the output.
+        expansion: the plan.
         facts: what ``plan_facts`` says of them.
     """
     from rich.text import Text
 
+    destination, states = expansion.destination, expansion.plan.source.states
     output.show(_summary(facts))
     output.show(_kinds(facts["kinds"], everything=output.verbose))
     for key, value in facts["config"].items():
         output.show(f"config  {key} = {value}")
     output.show(Text(f"output  {destination}"), whole=True)
-    output.show(f"optimizer state  {facts['spec']['optimizer'] if prepared.plan.source.states else 'none'}")
-    output.show(Text(_rewarmup(prepared)))
+    output.show(f"optimizer state  {facts['spec']['optimizer'] if states else 'none'}")
+    output.show(Text(_rewarmup(expansion)))
     _remarks(output, facts)
     room = facts["bytes"]["free"] - facts["bytes"]["to_write"]
     if room < 0:
@@ -41,11 +40,10 @@ def show_plan(output: Output, prepared: Prepared, destination: Path, facts: dict
     output.show("Nothing was written (--dry-run).")
 
 
-def _rewarmup(prepared: Prepared) -> str:
-    schedule, missing = prepared.schedule
-    if schedule is None:
-        return f"re-warmup  none: {missing}"
-    stage = schedule.stages[-1]
+def _rewarmup(expansion: Expansion) -> str:
+    if expansion.rewarmup is None:
+        return f"re-warmup  none: {expansion.rewarmup_missing}"
+    stage = expansion.rewarmup.stages[-1]
     return (
         f"re-warmup  of new entries in {stage.steps:,} steps from step {stage.expansion_step:,}, "
         f"to {stage.rho:g} x {stage.eta_e:.3e} = {stage.curve.peak:.3e}"
@@ -60,7 +58,7 @@ def show_result(output: Output, result: ExpansionResult) -> None:
     from sparkling_cli.report.tables import activation_table, verdict_lines
     from sparkling_cli.storage.sidecar import REPORT_HTML, sidecar_root
 
-    facts = summary_facts(result.prepared, result.destination)
+    facts = summary_facts(result.expansion)
     output.show(_summary(facts))
     if result.report is not None:
         if result.report.activations is not None:
@@ -69,7 +67,7 @@ def show_result(output: Output, result: ExpansionResult) -> None:
             output.show(line)
     _remarks(output, facts | {"warnings": []})
     where = shlex.quote(str(result.destination))
-    source = shlex.quote(str(result.prepared.plan.source.root))
+    source = shlex.quote(str(result.expansion.plan.source.root))
     output.show(Text(f"written  {where}"), whole=True)
     page = f"{sidecar_root(result.destination)}/{REPORT_HTML}"
     output.show(Text(f"report   {page}"), whole=True)
@@ -81,7 +79,7 @@ def show_result(output: Output, result: ExpansionResult) -> None:
 
 def _train_on(result: ExpansionResult, where: str) -> list[str]:
     """How the training side takes the output up: by its format, if there is a schedule."""
-    plan = result.prepared.plan
+    plan = result.expansion.plan
     if result.report is None or result.report.learning_rate is None:
         if not plan.source.states:
             return []

@@ -17,8 +17,7 @@ from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependency
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.manifest import read_manifest
-from sparkling_cli.plan.build import treatment_of
-from sparkling_cli.plan.carried import carried_factors
+from sparkling_cli.plan.build import carried_factors, treatment_of
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.sidecar import MANIFEST, sidecar_root
 from sparkling_cli.widening.geometry import Growth

@@ -7,7 +7,7 @@ threads or processes, so finished tasks can be kept after a crash and shared out
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import OutputFile
-from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.plan.model import Plan, Recipe, Row
 from sparkling_cli.storage.crc import Span
 from sparkling_cli.storage.places import Placement
 from sparkling_cli.storage.tensors import Extent
@@ -43,12 +43,12 @@ class RowJob:
     __slots__ = ("item", "kernel", "nbytes", "row", "simple", "source", "target")
 
     def __init__(self, row: Row, kernel: Kernel | None, extents: tuple[Extent, ...]) -> None:
-        stored = row.source
+        recipe = row.recipe
         self.row, self.kernel = row, kernel
-        self.source = Placement(row.dtype, stored.shape, stored.extents, row.key)
-        self.target = Placement(row.dtype, row.shape, extents, row.key)
+        self.source = Placement(recipe.dtype, recipe.before, row.source.extents, row.key)
+        self.target = Placement(recipe.dtype, recipe.shape, extents, row.key)
         self.item = self.target.item
-        self.nbytes = prod(row.shape) * self.item
+        self.nbytes = prod(recipe.shape) * self.item
         self.simple = (
             kernel is not None
             and kernel.split < 0
@@ -144,8 +144,8 @@ def make_job(plan: Plan, files: tuple[OutputFile, ...]) -> Job:
             if extent.path != file.path:
                 extent = extent._replace(path=file.path)
             where[key] = (*where[key], extent) if key in where else (extent,)
-    kernels: dict[tuple[int, str, float, float], Kernel] = {}
-    rows = tuple([RowJob(row, _kernel(row, kernels), where.pop(row.key, ())) for row in plan.rows])
+    kernels = _kernels(plan.recipes)
+    rows = tuple([RowJob(row, kernels[row.recipe], where.pop(row.key, ())) for row in plan.rows])
     unknown = where.keys()
     if unknown:
         raise CheckpointError(f"the output has tensors that the plan does not make: {sorted(unknown)[:5]}")
@@ -167,12 +167,16 @@ def _seams(files: tuple[OutputFile, ...]) -> dict[tuple[str, int], Seam]:
     return found
 
 
-def _kernel(row: Row, kernels: dict[tuple[int, str, float, float], Kernel]) -> Kernel | None:
-    if row.zero:
-        return None
-    # rows share views, and to hash one costs more than all the rest
-    mark = (id(row.view), row.dtype, row.scale, row.offset)
-    kernel = kernels.get(mark)
-    if kernel is None:
-        kernel = kernels[mark] = compile_kernel(row.view, row.dtype, row.scale, row.offset, PIECE)
-    return kernel
+def _kernels(recipes: Iterable[Recipe]) -> dict[Recipe, Kernel | None]:
+    """The kernel of every recipe; recipes that differ in name alone share one, so their rows go together."""
+    made: dict[tuple[object, ...], Kernel] = {}
+    found: dict[Recipe, Kernel | None] = {}
+    for recipe in recipes:
+        if recipe.zero:
+            found[recipe] = None
+            continue
+        settings = (recipe.view, recipe.dtype, recipe.scale, recipe.offset)
+        if settings not in made:
+            made[settings] = compile_kernel(*settings, PIECE)
+        found[recipe] = made[settings]
+    return found

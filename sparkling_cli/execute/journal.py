@@ -12,7 +12,6 @@ from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from sparkling_cli import __version__
 from sparkling_cli.errors import CheckpointError
@@ -74,16 +73,9 @@ def fingerprint(job: Job) -> str:
     def note(*items: object) -> None:
         digest.update(repr(items).encode())
 
-    note(__version__, str(plan.source.root.resolve()), sorted(plan.spec.items(), key=str), plan.seed)
-    recipes: dict[tuple[Any, ...], int] = {}  # what many rows have in common; views are told by identity
-    lines = []
-    for row in plan.rows:
-        mark = (row.dtype, row.shape, row.scale, row.offset, row.zero, id(row.view))
-        number = recipes.get(mark)
-        if number is None:
-            number = recipes[mark] = len(recipes)
-            note(number, mark[:-1], row.view)
-        lines.append(f"{row.key}\0{row.stream}\0{number}\n")
+    note(__version__, str(plan.source.root.resolve()), plan.spec, plan.recipes)
+    numbers = {recipe: number for number, recipe in enumerate(plan.recipes)}
+    lines = [f"{row.key}\0{row.stream}\0{numbers[row.recipe]}\n" for row in plan.rows]
     digest.update("".join(lines).encode(errors="surrogatepass"))
     paths = source_paths(plan)
     for path, state in source_state(plan.source.root, paths).items():

@@ -24,8 +24,7 @@ from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, s
 from sparkling_cli.execute.pool import Pool
 from sparkling_cli.execute.room import check_room, disk_error
 from sparkling_cli.execute.team import Alone, Team
-from sparkling_cli.formats.model import OutputFile
-from sparkling_cli.plan.model import Plan
+from sparkling_cli.plan.model import Expansion, Plan
 from sparkling_cli.storage.crc import Span, crc32, whole
 from sparkling_cli.storage.places import Handles
 from sparkling_cli.storage.pool import processors
@@ -64,9 +63,7 @@ class _Run:
 
 
 def execute(
-    plan: Plan,
-    files: tuple[OutputFile, ...],
-    destination: Path,
+    expansion: Expansion,
     *,
     memory: int = 1 << 30,
     threads: int | None = None,
@@ -74,14 +71,12 @@ def execute(
     sidecar: Callable[[Written], Mapping[str, bytes]],
     check: Callable[[Path], None] | None = None,
     team: Team | None = None,
-    state: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> Written:
-    """Make the output at ``destination``, wholly or not at all.
+    """Make the output of an expansion at its destination, wholly or not at all.
 
     Args:
-        plan: what to do.
-        files: the output's files, laid out by the format.
-        destination: a path where nothing exists.
+        expansion: what to do; nothing may exist at its destination, and the source must still be in the state
+            that it was in when it was opened.
         memory: bytes that pieces in flight may take; decides the number of threads where it is small. A
             larger output is not kept in the page cache.
         threads: worker threads; by default one per core, at most four.
@@ -90,7 +85,6 @@ def execute(
             with ``sparkling/``.
         check: called with the finished output before it appears; raises if it cannot be opened.
         team: the ranks to work with.
-        state: of the source's files before the plan was made; they must still have it at the end.
 
     Raises:
         OutputError: the output cannot be written there, or the disk is full or failing.
@@ -98,11 +92,11 @@ def execute(
         Interrupted: Ctrl-C or SIGTERM.
     """
     team = team or Alone()
-    with signals.interrupts(destination) as raised, _one_torch_thread(plan):
-        run = _begin(plan, files, destination, team, memory, threads, progress)
+    with signals.interrupts(expansion.destination) as raised, _one_torch_thread(expansion.plan):
+        run = _begin(expansion, team, memory, threads, progress)
         try:
             run.resumed = team.lead(lambda: _prepare(run))
-            return _carry_out(run, sidecar, check, raised, state)
+            return _carry_out(run, sidecar, check, raised, expansion.source_state)
         except OSError as error:
             raise disk_error(error, run.job, run.staging) from error
         except KeyboardInterrupt as error:
@@ -112,21 +106,20 @@ def execute(
 
 
 def _begin(
-    plan: Plan,
-    files: tuple[OutputFile, ...],
-    destination: Path,
+    expansion: Expansion,
     team: Team,
     memory: int,
     threads: int | None,
     progress: Callable[[int], None] | None,
 ) -> _Run:
     """Check everything that can be checked without touching the disk's contents."""
+    plan, files = expansion.plan, expansion.files
     job = make_job(plan, files)
     for path in (*(file.path for file in files), *plan.source.carried):
         _check_path(path)
     is_file = any(file.path == "" for file in files)
     staged: list[Staging] = []
-    team.step(lambda: staged.append(Staging(plan.source.root, destination, is_file=is_file)))
+    team.step(lambda: staged.append(Staging(plan.source.root, expansion.destination, is_file=is_file)))
     marks = team.step(lambda: fingerprint(job))
     if len(set(marks)) > 1:
         raise OutputError(
@@ -169,7 +162,7 @@ def _carry_out(
     sidecar: Callable[[Written], Mapping[str, bytes]],
     check: Callable[[Path], None] | None,
     raised: signals.Raised,
-    state: Mapping[str, tuple[int, int, int]] | None,
+    state: Mapping[str, tuple[int, int, int]],
 ) -> Written:
     job, team = run.job, run.team
     before = state or source_state(job.plan.source.root, source_paths(job.plan))
@@ -275,7 +268,7 @@ def _refuse_changed(root: Path, before: Mapping[str, tuple[int, int, int]]) -> N
 
 
 def _refuse_nonfinite(job: Job, results: list[PartResult]) -> None:
-    if job.plan.spec.get("allow_nonfinite"):
+    if job.plan.spec.allow_nonfinite:
         return
     counts: dict[int, int] = {}
     for result in results:
@@ -320,7 +313,7 @@ def _one_torch_thread(plan: Plan) -> Iterator[None]:
 
     torch is needed for float16 only, and takes its time to import.
     """
-    if not any(row.dtype == "float16" for row in plan.rows):
+    if not any(recipe.dtype == "float16" for recipe in plan.recipes):
         yield
         return
     import torch

@@ -148,7 +148,7 @@ class Worker:
         return spans[-1].crc if whole else None
 
     def _noise_of(self, stream: str) -> Noise:
-        return partial(fill.normal, self.around.job.plan.seed, stream)
+        return partial(fill.normal, self.around.job.plan.spec.seed, stream)
 
     def _random_of(self, row: int) -> tuple[Noise, float]:
         return self._noise_of(self.around.job.rows[row].row.stream), self.around.deviations[row]

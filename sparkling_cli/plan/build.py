@@ -1,19 +1,21 @@
-"""Checkpoint + layout + spec -> plan: one row per output tensor, from shapes alone."""
+"""Checkpoint + layout + spec -> plan: recipes, and one row per output tensor, from shapes alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from math import sqrt
 
 from sparkling_cli.errors import CheckpointError, LayoutError, SpecError
-from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.formats.detect import format_of
+from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest
 from sparkling_cli.formats.states import StateKind, state_kind
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
+from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.plan.advice import notes_for, warnings_for
-from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.plan.model import Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
 from sparkling_cli.plan.state_checks import check_numbers, check_pairs
@@ -33,14 +35,10 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
         CheckpointError: optimizer state that cannot be widened.
     """
     growth = resolve_growth(spec, layout)
-    views = _Views(layout, growth, treatment_of(spec), spec)
+    recipes = _Recipes(layout, growth, treatment_of(spec), spec)
     weights, renamed = weights_of(checkpoint, layout, spec.names)
-    rows = _weight_rows(weights, views)
-    for state in checkpoint.states:
-        if not layout.module_table.has(layout.canonical(state.param)):
-            raise CheckpointError(f"optimizer state of {state.param!r}, which is no parameter of the model")
-        for slot, key in state.tensors.items():
-            rows.append(_state_row(state.param, slot, key, checkpoint.tensors[key], views))
+    rows = _weight_rows(weights, recipes)
+    rows += _state_rows(checkpoint, recipes)
     check_pairs(checkpoint)
     if not spec.allow_nonfinite:
         check_numbers(checkpoint)
@@ -53,15 +51,32 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
     return Plan(
         source=checkpoint,
         layout=layout,
-        spec=spec.as_data(),
+        spec=spec,
         growth=growth,
+        treatment=recipes.treatment,
+        recipes=recipes.all,
         rows=tuple(rows),
-        config=_config(checkpoint, layout, growth, views),
+        config=_config(checkpoint, recipes),
         scalars=scalars,
-        seed=spec.seed,
         notes=notes_for(checkpoint, layout, spec, growth, renamed),
         warnings=warnings_for(checkpoint, spec),
     )
+
+
+def lay_out(plan: Plan) -> tuple[OutputFile, ...]:
+    """Every output file of a plan, by the source's own format."""
+    declared = tuple(
+        Declared(
+            key=row.key,
+            name="" if row.slot else row.name,
+            dtype=row.dtype,
+            shape=row.shape,
+            source_file=row.source.extents[0].path if row.source.extents else "",
+        )
+        for row in plan.rows
+    )
+    request = OutputRequest(declared, plan.config, plan.scalars)
+    return format_of(plan.source.format).outputs(plan.source, request)
 
 
 def treatment_of(spec: ExpansionSpec) -> Treatment:
@@ -70,78 +85,109 @@ def treatment_of(spec: ExpansionSpec) -> Treatment:
     return Treatment(_FILLS[fan_out], _FILLS[fan_in], spec.scaling)
 
 
-def sizes_after(layout: ModelLayout, growth: Mapping[str, Growth]) -> dict[str, int]:
-    """Axis sizes after widening."""
-    return {**layout.sizes, **{name: g.target for name, g in growth.items()}}
-
-
 @dataclass(frozen=True)
-class _Views:
-    """Views of patterns, made once each: 40,000 tensors share a few dozen."""
+class _Recipes:
+    """Recipes of patterns, made once each: 40,000 tensors share a few dozen."""
 
     layout: ModelLayout
     growth: Mapping[str, Growth]
     treatment: Treatment
     spec: ExpansionSpec
+    _made: dict[tuple[object, ...], Recipe] = field(default_factory=dict)
 
-    @cached_property
-    def _made(self) -> dict[tuple[str, frozenset[str], str], tuple[View, tuple[int, ...]]]:
-        return {}
+    @property
+    def all(self) -> tuple[Recipe, ...]:
+        """Every recipe that was asked for."""
+        return tuple(self._made.values())
 
-    @cached_property
-    def _recipes(self) -> dict[str, _Recipe]:
-        return {}
-
-    def recipe(self, pattern: TensorPattern, name: str) -> _Recipe:
-        """What becomes of a weight, worked out once for all weights of a pattern.
+    def weight(self, pattern: TensorPattern, name: str, dtype: str, slot: str = "") -> Recipe:
+        """What becomes of a weight, or of state that is a copy of it.
 
         Args:
             pattern: stands for the weight.
-            name: of the weight; only in a pattern of a compensated tensor's skeleton it makes a difference.
+            name: of the weight in the module; it may have compensations that others of its pattern lack.
+            dtype: as stored.
+            slot: "" for weights, else the state's name.
+
+        Raises:
+            CheckpointError: new weights of this dtype cannot be computed.
         """
-        found = self._recipes.get(pattern.name)
-        if found is None:
-            view, shape = self.of(pattern, self.layout.shape_of(pattern), name, "")
-            scale, offset = self.factor(name)
-            changed = scale != 1.0 or offset != 0.0 or not all(dim.identity for dim in view)
-            found = _Recipe(self.layout.shape_of(pattern), view, shape, scale, offset, changed)
-            if pattern.template.key not in self._compensations:
-                self._recipes[pattern.name] = found
-        return found
+        found = self.compensations(name, pattern)
+        mark = (slot, pattern.name, dtype, *found)
+        if mark not in self._made:
+            view = self._view(pattern, found)
+            scale, offset = self._factor(found)
+            recipe = Recipe(
+                slot=slot,
+                dtype=dtype,
+                before=self.layout.shape_of(pattern),
+                shape=target_shape(view),
+                view=view,
+                scale=scale,
+                offset=offset,
+                pattern=None if slot else pattern,
+            )
+            changed = scale != 1.0 or offset != 0.0 or not recipe.untouched
+            if changed and not slot and dtype not in FLOATING:
+                raise CheckpointError(
+                    f"{name!r} is stored as {dtype}, in which new weights cannot be computed",
+                    hint="dequantize the checkpoint to bfloat16 or float32 first",
+                )
+            self._made[mark] = recipe
+        return self._made[mark]
+
+    def moment(self, pattern: TensorPattern, name: str, dtype: str, slot: str) -> Recipe:
+        """What becomes of a moment of a parameter: see :func:`state_view`."""
+        found = self.compensations(name, pattern)
+        mark = (slot, pattern.name, dtype, *found)
+        if mark not in self._made:
+            optimizer = self.spec.optimizer
+            view = state_view(self._view(pattern, found), optimizer)
+            self._made[mark] = Recipe(
+                slot=slot,
+                dtype=dtype,
+                before=self.layout.shape_of(pattern),
+                shape=target_shape(view),
+                view=view,
+                scale=self._factor(found)[0] if optimizer == "asymmetric-scaled" else 1.0,
+                zero=optimizer == "drop",
+            )
+        return self._made[mark]
+
+    def unchanged(self, slot: str, stored: StoredTensor) -> Recipe:
+        """Every byte stays as it is."""
+        mark = (slot, stored.dtype, stored.shape)
+        if mark not in self._made:
+            dims = parse_layout("scale " + " ".join(map(str, stored.shape)) if stored.shape else "")
+            view = view_of(dims, {}, {}, Treatment())
+            self._made[mark] = Recipe(slot, stored.dtype, stored.shape, stored.shape, view)
+        return self._made[mark]
 
     @cached_property
-    def _compensations(self) -> dict[str, list[Compensation]]:
+    def _compensated(self) -> dict[str, list[Compensation]]:
+        """Skeleton of a name -> compensations whose tensors have it, for axes that grow."""
         found: dict[str, list[Compensation]] = {}
         for item in self.layout.compensations:
             if item.tensor and item.axis in self.growth and self.spec.scaling != "none":
                 found.setdefault(skeleton(NameTemplate(item.tensor).key), []).append(item)
         return found
 
-    def compensations(self, name: str) -> list[Compensation]:
+    def compensations(self, name: str, pattern: TensorPattern) -> tuple[Compensation, ...]:
         """Factors that this tensor carries for the axes that grow."""
-        return [
-            c for c in self._compensations.get(skeleton(name), ()) if NameTemplate(c.tensor).matches(name)
-        ]
+        if pattern.template.key not in self._compensated:
+            return ()
+        return tuple(
+            item for item in self._compensated[skeleton(name)] if NameTemplate(item.tensor).matches(name)
+        )
 
-    def of(
-        self, pattern: TensorPattern, shape: tuple[int, ...], name: str, slot: str
-    ) -> tuple[View, tuple[int, ...]]:
-        """View and target shape of a tensor; its source shape is checked."""
-        consumed = frozenset(c.axis for c in self.compensations(name) if c.fan_in)
-        key = (pattern.layout, consumed, slot)
-        if key not in self._made:
-            view = view_of(pattern.dims, self.layout.sizes, self.growth, self.treatment, consumed=consumed)
-            if slot:
-                view = state_view(view, self.spec.optimizer)
-            self._made[key] = (view, target_shape(view))
-        if shape != self.layout.shape_of(pattern):
-            self.layout.check_one(name, pattern, shape)
-        return self._made[key]
+    def _view(self, pattern: TensorPattern, compensations: Iterable[Compensation]) -> View:
+        consumed = frozenset(item.axis for item in compensations if item.fan_in)
+        return view_of(pattern.dims, self.layout.sizes, self.growth, self.treatment, consumed=consumed)
 
-    def factor(self, name: str) -> tuple[float, float]:
+    def _factor(self, compensations: Iterable[Compensation]) -> tuple[float, float]:
         """``(scale, offset)`` of a tensor's compensations: ``c (w + o) - o = c w + (c - 1) o``."""
         scale, offset = 1.0, 0.0
-        for item in self.compensations(name):
+        for item in compensations:
             grown = self.growth[item.axis]
             power = (grown.target / grown.source) ** item.power
             scale *= power
@@ -178,96 +224,64 @@ def state_view(view: View, optimizer: str) -> View:
     )
 
 
-class _Recipe(NamedTuple):
-    """What becomes of a weight of shape ``source``: see :class:`~sparkling_cli.plan.model.Row`."""
-
-    source: tuple[int, ...]
-    view: View
-    shape: tuple[int, ...]
-    scale: float
-    offset: float
-    changed: bool
-
-
-def _weight_rows(weights: Iterable[Weight], views: _Views) -> list[Row]:
+def _weight_rows(weights: Iterable[Weight], recipes: _Recipes) -> list[Row]:
     """A row per weight."""
     rows = []
     for key, name, module, stored, pattern, stream in weights:
-        source, view, shape, scale, offset, changed = views.recipe(pattern, module)
-        if stored.shape != source:
-            views.layout.check_one(name, pattern, stored.shape)
-        dtype = stored.dtype
-        if changed and dtype not in FLOATING:
-            raise CheckpointError(
-                f"{name!r} is stored as {dtype}, in which new weights cannot be computed",
-                hint="dequantize the checkpoint to bfloat16 or float32 first",
-            )
-        rows.append(Row(key, name, "", stored, dtype, shape, view, scale, offset, False, stream, pattern))
+        recipe = recipes.weight(pattern, module, stored.dtype)
+        if stored.shape != recipe.before:
+            recipes.layout.check_one(name, pattern, stored.shape)
+        rows.append(Row(key, name, stored, recipe, stream))
     return rows
 
 
-def _state_row(param: str, slot: str, key: str, stored: StoredTensor, views: _Views) -> Row:
-    pattern = views.layout.module_table.find(views.layout.canonical(param))
-    weight_shape = pattern.dims.shape(views.layout.sizes)
-    kind = state_kind(slot, stored.shape, weight_shape)
-    optimizer = views.spec.optimizer
-    if kind is StateKind.SCALAR:
-        return _unchanged(param, slot, key, stored)
-    if kind is StateKind.OTHER:
-        return _unwidened(param, slot, key, stored, pattern, views)
-    like_weight = kind is StateKind.WEIGHT
-    view, shape = views.of(pattern, stored.shape, param, "" if like_weight else slot_class(optimizer))
-    scale, offset = views.factor(param) if like_weight or optimizer == "asymmetric-scaled" else (1.0, 0.0)
-    return Row(
-        key=key,
-        name=param,
-        slot=slot,
-        source=stored,
-        dtype=stored.dtype,
-        shape=shape,
-        view=view,
-        scale=scale,
-        offset=offset if like_weight else 0.0,
-        zero=optimizer == "drop" and not like_weight,
-        stream=views.layout.canonical(param),
-    )
+def _state_rows(checkpoint: Checkpoint, recipes: _Recipes) -> Iterator[Row]:
+    """A row per state tensor.
+
+    Raises:
+        CheckpointError: state of no parameter, or that cannot be widened.
+    """
+    layout = recipes.layout
+    for state in checkpoint.states:
+        name = layout.canonical(state.param)
+        if not layout.module_table.has(name):
+            raise CheckpointError(f"optimizer state of {state.param!r}, which is no parameter of the model")
+        pattern = layout.module_table.find(name)
+        for slot, key in state.tensors.items():
+            stored = checkpoint.tensors[key]
+            recipe = _state_recipe(state.param, slot, stored, pattern, recipes)
+            yield Row(key, state.param, stored, recipe, name)
 
 
-def slot_class(optimizer: str) -> str:
-    """Views of moments are shared by all state names under one treatment."""
-    return f"moment:{optimizer}"
+def _state_recipe(
+    param: str, slot: str, stored: StoredTensor, pattern: TensorPattern, recipes: _Recipes
+) -> Recipe:
+    """What becomes of one state tensor.
+
+    Raises:
+        CheckpointError: state of another shape than its parameter's, where that grows.
+    """
+    weight_shape = recipes.layout.shape_of(pattern)
+    match state_kind(slot, stored.shape, weight_shape):
+        case StateKind.WEIGHT:
+            return recipes.weight(pattern, param, stored.dtype, slot)
+        case StateKind.MOMENT:
+            return recipes.moment(pattern, param, stored.dtype, slot)
+        case StateKind.OTHER if pattern.dims.axes() & set(recipes.growth):
+            raise CheckpointError(
+                f"optimizer state {slot!r} of {param!r} has shape {stored.shape}, the parameter has "
+                f"{weight_shape}: factored or quantized state cannot be widened",
+                hint="expand a directory without the optimizer file, and restart the optimizer",
+            )
+        case _:
+            return recipes.unchanged(slot, stored)
 
 
-def _unwidened(
-    param: str, slot: str, key: str, stored: StoredTensor, pattern: TensorPattern, views: _Views
-) -> Row:
-    """State of another shape than its parameter's can only be carried over where nothing grows."""
-    if pattern.dims.axes() & set(views.growth):
-        raise CheckpointError(
-            f"optimizer state {slot!r} of {param!r} has shape {stored.shape}, the parameter has "
-            f"{pattern.dims.shape(views.layout.sizes)}: factored or quantized state cannot be widened",
-            hint="expand a directory without the optimizer file, and restart the optimizer",
-        )
-    return _unchanged(param, slot, key, stored)
-
-
-def _unchanged(param: str, slot: str, key: str, stored: StoredTensor) -> Row:
-    identity = view_of(_plain(stored.shape), {}, {}, Treatment())
-    return Row(key, param, slot, stored, stored.dtype, stored.shape, identity, stream=param)
-
-
-def _plain(shape: tuple[int, ...]):  # type: ignore[no-untyped-def]
-    from sparkling_cli.layout.parse import parse_layout
-
-    return parse_layout("scale " + " ".join(map(str, shape)) if shape else "")
-
-
-def _config(
-    checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str, Growth], views: _Views
-) -> dict[str, object]:
-    """Config keys whose value changes, and keys that were implied before and must now be said."""
+def _config(checkpoint: Checkpoint, recipes: _Recipes) -> dict[str, object]:
+    """Config keys whose value changes, and keys that were implied before and must now be written."""
+    layout, growth = recipes.layout, recipes.growth
     before = layout.config_sizes(layout.sizes)
-    after = layout.config_sizes(sizes_after(layout, growth))
+    after = layout.config_sizes({**layout.sizes, **{name: g.target for name, g in growth.items()}})
     found = _flat(checkpoint.config or {})
     changed: dict[str, object] = {}
     for key, value in after.items():
@@ -275,14 +289,14 @@ def _config(
             old = found.get(key)
             changed[key] = [value] * len(old) if isinstance(old, list) else value
     for item in layout.compensations:
-        if item.config and item.axis in growth and views.spec.scaling != "none":
+        if item.config and item.axis in growth and recipes.spec.scaling != "none":
             old = found.get(item.config)
             if not isinstance(old, (int, float)):
                 raise LayoutError(f"config key {item.config!r} must be a number to be scaled, found {old!r}")
             grown = growth[item.axis]
             factor = (grown.target / grown.source) ** item.power
             changed[item.config] = float(changed.get(item.config, old)) * (  # type: ignore[arg-type]
-                factor * (views.treatment.alpha(grown) if item.fan_in else 1.0)
+                factor * (recipes.treatment.alpha(grown) if item.fan_in else 1.0)
             )
     return changed
 
@@ -297,3 +311,32 @@ def _items(config: Mapping[str, object], prefix: str) -> Iterator[tuple[str, obj
             yield from _items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def carried_factors(
+    layout: ModelLayout, growth: Mapping[str, Growth], treatment: Treatment
+) -> dict[str, float]:
+    """Linear layer -> factor that its input got in its weight's stead.
+
+    A tied head cannot take its own fan-in factor; the final norm takes it (App. D.1). Norm and head are
+    one map then: r of the head is comparable after multiplication by this factor, in RMS over channels.
+    """
+    factors: dict[str, float] = {}
+    for item in layout.compensations:
+        grown = growth.get(item.axis)
+        if grown is None or not item.fan_in or not item.tensor or treatment.scaling == "none":
+            continue
+        view = view_of(
+            parse_layout(f"scale {item.axis}"),
+            {item.axis: grown.source},
+            {item.axis: grown},
+            treatment,
+            consumed=frozenset({item.axis}),
+        )
+        squares = sum(run.length * run.scale**2 for run in view[0].runs)
+        factor = sqrt(squares / grown.target) * (grown.target / grown.source) ** item.power
+        for group in layout.tied:
+            for name in group:
+                module = name.removesuffix(".weight")
+                factors[module] = factors.get(module, 1.0) * factor
+    return factors

@@ -1,52 +1,110 @@
-"""The plan's types. A plan is made from shapes alone."""
+"""The plan's types: recipes, rows that refer to them, and the expansion that carries all of it along.
+
+A plan is made from shapes alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.formats.model import Checkpoint, OutputFile
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
+from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import StoredTensor
-from sparkling_cli.widening.geometry import Growth, View
+from sparkling_cli.widening.geometry import Fill, Growth, Treatment, View, scale_range
+
+if TYPE_CHECKING:
+    from sparkling_cli.manifest import Manifest
+    from sparkling_cli.plan.totals import Totals
+    from sparkling_cli.schedule.rewarmup import Rewarmup
 
 
-class Row(NamedTuple):
-    """What happens to one tensor.
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What happens to every tensor of one kind: tens of thousands of tensors share a few dozen recipes.
 
     The source is read as ``view`` (its dims split at flattened factors); entry by entry the target is
     ``scale * run_scales * source + offset``, in float32 (float64 for float64), rounded once to
     ``dtype``; new entries whose fill is zero are 0, random ones are ``std * N(0, 1)`` with the
     source tensor's standard deviation times the fan-in scale of their columns.
 
+    Two recipes are equal only if they are one object, so a recipe is a key of dictionaries at no cost.
+
     Attributes:
-        key: key of the output tensor.
-        name: weight name in the output, or the parameter's module name for state.
-        slot: "" for a weight, else the state's name (``exp_avg``).
-        source: where the source's bytes are.
+        slot: "" for weights, else the state's name (``exp_avg``).
         dtype: of source and target.
-        shape: of the target.
+        before: shape of the source.
+        shape: shape of the target.
         view: sizes and runs, per view dim.
         scale: factor on all entries (compensations).
         offset: see :class:`~sparkling_cli.layout.model.Compensation`; already folded: added after scale.
         zero: the whole tensor becomes zero (dropped state).
-        stream: name of the random stream (the parameter's name): the same on disk and in state.
-        pattern: of the layout, that stands for a weight; None for state.
+        pattern: of the layout, that stands for the weights; None for state.
     """
 
-    key: str
-    name: str
     slot: str
-    source: StoredTensor
     dtype: str
+    before: tuple[int, ...]
     shape: tuple[int, ...]
     view: View
     scale: float = 1.0
     offset: float = 0.0
     zero: bool = False
-    stream: str = ""
     pattern: TensorPattern | None = None
+
+    @property
+    def untouched(self) -> bool:
+        """Every entry stays where it is; ``scale`` and ``offset`` may still change its value."""
+        return all(dim.identity for dim in self.view)
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The smallest and the largest factor of any entry."""
+        low, high = scale_range(self.view)
+        return self.scale * low, self.scale * high
+
+    @property
+    def fills(self) -> tuple[Fill, ...]:
+        """How new entries are filled."""
+        found = {run.fill for dim in self.view for run in dim.runs if run.new}
+        return tuple(sorted(found, key=lambda fill: fill.name))
+
+
+class Row(NamedTuple):
+    """What happens to one tensor.
+
+    Attributes:
+        key: key of the output tensor.
+        name: weight name in the output, or the parameter's module name for state.
+        source: where the source's bytes are.
+        recipe: what becomes of them.
+        stream: name of the random stream (the parameter's name): the same on disk and in state.
+    """
+
+    key: str
+    name: str
+    source: StoredTensor
+    recipe: Recipe
+    stream: str
+
+    @property
+    def slot(self) -> str:
+        """See :class:`Recipe`."""
+        return self.recipe.slot
+
+    @property
+    def dtype(self) -> str:
+        """See :class:`Recipe`."""
+        return self.recipe.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the target."""
+        return self.recipe.shape
 
 
 @dataclass(frozen=True)
@@ -56,22 +114,77 @@ class Plan:
     Attributes:
         source: the opened checkpoint.
         layout: the model's layout.
-        spec: the resolved spec as plain data (for the manifest).
+        spec: what was asked for.
         growth: axis -> sizes before and after, axes that grow only.
+        treatment: the spec's fills and scaling.
+        recipes: what becomes of tensors, each once.
         rows: every output tensor, in the output's order.
         config: config key -> new value.
         scalars: state scalars to overwrite.
-        seed: of random fills.
         notes: what the user should know; warnings: what the user should act on.
     """
 
     source: Checkpoint
     layout: ModelLayout
-    spec: Mapping[str, Any]
+    spec: ExpansionSpec
     growth: Mapping[str, Growth]
+    treatment: Treatment
+    recipes: tuple[Recipe, ...]
     rows: tuple[Row, ...]
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What was asked for beside the spec, paths as they were given.
+
+    Attributes:
+        source: the checkpoint.
+        destination: the output; None where its name was left to the tool.
+        layout: a layout file.
+        model: a user's own model.
+        data: what activations are measured on.
+        report: auto, full or none.
+    """
+
+    source: Path
+    destination: Path | None = None
+    layout: Path | None = None
+    model: str | None = None
+    data: Path | None = None
+    report: str = "auto"
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """All that is known before the first byte is written: what execution, outcome and report work from.
+
+    Attributes:
+        plan: what will be done.
+        files: the output's files, laid out by the format.
+        destination: where the output will appear.
+        invocation: what was asked for.
+        previous: the source's own manifest, when it is an earlier output.
+        rewarmup: the re-warmup of new entries; None where ``rewarmup_missing`` says why.
+        rewarmup_missing: why there is none.
+        source_state: size, time of change and inode of the source's files before they were opened.
+    """
+
+    plan: Plan
+    files: tuple[OutputFile, ...]
+    destination: Path
+    invocation: Invocation
+    previous: Manifest | None = None
+    rewarmup: Rewarmup | None = None
+    rewarmup_missing: str = ""
+    source_state: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    @cached_property
+    def totals(self) -> Totals:
+        """Parameters and bytes before and after."""
+        from sparkling_cli.plan.totals import totals_of
+
+        return totals_of(self.plan, self.files)

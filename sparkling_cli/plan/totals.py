@@ -53,7 +53,7 @@ def content_of(plan: Plan, *, after: bool) -> Content:
     counted: set[str] = set()
     parameters = weights = states = 0
     for row in plan.rows:
-        entries = prod(row.shape if after else row.source.shape)
+        entries = prod(row.shape if after else row.recipe.before)
         if row.slot:
             states += entries * ITEM_BYTES[row.dtype]
             continue
@@ -74,5 +74,5 @@ def totals_of(plan: Plan, files: tuple[OutputFile, ...]) -> Totals:
         bytes_after=after.weight_bytes + after.state_bytes,
         bytes_to_write=sum(file.size for file in files),
         tensors=len(plan.rows),
-        widened=sum(row.shape != row.source.shape for row in plan.rows),
+        widened=sum(row.shape != row.recipe.before for row in plan.rows),
     )

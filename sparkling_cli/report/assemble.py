@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 from zlib import crc32
@@ -12,9 +13,10 @@ from sparkling_cli.execute.stream import Written
 from sparkling_cli.layout.expr import Role
 from sparkling_cli.layout.model import TensorPattern
 from sparkling_cli.manifest import Manifest
-from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.plan.model import Expansion, Plan, Recipe, Row
 from sparkling_cli.plan.totals import Content, content_of
-from sparkling_cli.report.command import Asked, command_of
+from sparkling_cli.report.command import command_of
+from sparkling_cli.report.convert import learning_rate_of
 from sparkling_cli.report.facts import active_parameters
 from sparkling_cli.report.model import (
     Activations,
@@ -30,30 +32,31 @@ from sparkling_cli.report.model import (
 )
 from sparkling_cli.report.verdict import verdict
 from sparkling_cli.storage.tensors import ITEM_BYTES
-from sparkling_cli.widening.geometry import scale_range
 
 
 def assemble(
-    plan: Plan,
-    written: Written,
-    previous: Manifest | None,
-    destination: str,
-    asked: Asked,
-    *,
-    activations: Activations | None,
-    activations_missing: str,
-    learning_rate: LearningRate | None,
-    learning_rate_missing: str,
+    expansion: Expansion, written: Written, activations: Activations | None, activations_missing: str
 ) -> ReportData:
-    """Everything that a report says about one expansion."""
+    """Everything that a report says about one expansion.
+
+    Args:
+        expansion: what was done.
+        written: digests of what was read and written.
+        activations: of source and output on the same tokens.
+        activations_missing: why they were not measured.
+    """
+    plan, previous = expansion.plan, expansion.previous
+    spec = plan.spec.as_data()
+    learning_rate = None if expansion.rewarmup is None else learning_rate_of(expansion.rewarmup)
+    learning_rate_missing = expansion.rewarmup_missing
     optimizer = _optimizer(plan)
     active = active_parameters(plan) or {}
     return ReportData(
         source=plan.source.root.name,
-        destination=destination,
+        destination=expansion.destination.name,
         model=plan.layout.name,
-        command=command_of(plan.spec, asked),
-        spec=dict(plan.spec),
+        command=command_of(plan.spec, expansion.invocation),
+        spec=spec,
         axes=tuple(_axes(plan, previous)),
         tensors=tuple(_tensors(plan)),
         before=_size(content_of(plan, after=False), active.get("before")),
@@ -68,7 +71,7 @@ def assemble(
         notes=plan.notes,
         warnings=plan.warnings,
         verdict=verdict(
-            dict(plan.spec),
+            spec,
             activations,
             activations_missing,
             learning_rate,
@@ -84,7 +87,7 @@ def assemble(
 def keeps_function(plan: Plan) -> bool:
     """Whether this widening leaves the model's function as it is: copies, scaled, by whole factors."""
     whole = all(grown.target % grown.source == 0 for grown in plan.growth.values())
-    return plan.spec["init"] == "copy-copy" and plan.spec["scaling"] != "none" and whole
+    return plan.spec.init == "copy-copy" and plan.spec.scaling != "none" and whole
 
 
 def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:
@@ -102,32 +105,32 @@ def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:
 
 def _tensors(plan: Plan) -> Sequence[TensorChange]:
     """One entry per pattern of which any axis grew."""
-    groups: dict[str, list[Row]] = {}
-    patterns: dict[str, TensorPattern] = {}
-    for row in plan.rows:
-        if row.pattern is not None and row.shape != row.source.shape:
-            groups.setdefault(row.pattern.name, []).append(row)
-            patterns[row.pattern.name] = row.pattern
-    return [_tensor(pattern, groups[name]) for name, pattern in patterns.items()]
+    counts = Counter(row.recipe for row in plan.rows)
+    found: dict[str, TensorChange] = {}
+    for recipe in plan.recipes:
+        if recipe.pattern is not None and recipe.shape != recipe.before:
+            change = _tensor(recipe, recipe.pattern, counts[recipe])
+            known = found.setdefault(change.name, change)
+            if known is not change:  # of another dtype, or with a compensation
+                found[change.name] = known.model_copy(update={"count": known.count + change.count})
+    return list(found.values())
 
 
-def _tensor(pattern: TensorPattern, rows: list[Row]) -> TensorChange:
-    row = rows[0]
+def _tensor(recipe: Recipe, pattern: TensorPattern, count: int) -> TensorChange:
     dims = [dim.role for dim in pattern.dims.dims]
-    grown = sorted({dim.dim for dim in row.view if dim.source != dim.target})
+    grown = sorted({dim.dim for dim in recipe.view if dim.source != dim.target})
     roles = {dims[i] for i in grown}
-    low, high = scale_range(row.view)
     side = {Role.OUT: "fan-out", Role.IN: "fan-in"}
     return TensorChange(
         name=pattern.name,
         layout=pattern.layout,
-        before=row.source.shape,
-        after=row.shape,
+        before=recipe.before,
+        after=recipe.shape,
         new_dims=tuple(grown),
         role="both" if len(roles) > 1 else side.get(next(iter(roles)), "elementwise"),  # type: ignore[arg-type]
-        scale=(row.scale * low, row.scale * high),
-        fill=tuple(sorted({r.fill.name.lower() for d in row.view for r in d.runs if r.new})),
-        count=len(rows),
+        scale=recipe.scales,
+        fill=tuple(fill.name.lower() for fill in recipe.fills),
+        count=count,
     )
 
 
@@ -150,7 +153,7 @@ def _optimizer(plan: Plan) -> OptimizerSummary | None:
     pairs = [g.get("betas") for g in plan.source.param_groups]
     betas = [pair[1] for pair in pairs if isinstance(pair, (tuple, list)) and len(pair) == 2]
     return OptimizerSummary(
-        treatment=plan.spec["optimizer"],
+        treatment=plan.spec.optimizer,
         name=plan.source.facts.get("optimizer_class"),
         slots=tuple(_slot(name, rows) for name, rows in slots.items()),
         beta2=float(max(betas)) if betas else None,
@@ -159,7 +162,7 @@ def _optimizer(plan: Plan) -> OptimizerSummary | None:
 
 def _slot(name: str, rows: list[Row]) -> StateSlot:
     entries = sum(prod(row.shape) for row in rows)
-    kept = sum(0 if row.zero else prod(row.source.shape) for row in rows)
+    kept = sum(0 if row.recipe.zero else prod(row.recipe.before) for row in rows)
     size = sum(prod(row.shape) * ITEM_BYTES[row.dtype] for row in rows)
     return StateSlot(slot=name, tensors=len(rows), entries=entries, kept=kept, bytes=size)
 

@@ -16,19 +16,15 @@ from sparkling_cli import __version__
 from sparkling_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from sparkling_cli.formats.model import OutputFile
-    from sparkling_cli.manifest import Manifest
-    from sparkling_cli.plan.model import Plan
+    from sparkling_cli.plan.model import Expansion
 
 README = "README.md"
 BEGIN = "<!-- sparkling: how this checkpoint was made -->"
 END = "<!-- sparkling: end -->"
 
 
-def with_card(
-    plan: Plan, files: tuple[OutputFile, ...], previous: Manifest | None
-) -> tuple[Plan, tuple[OutputFile, ...]]:
-    """The plan and its output files with the README among them.
+def with_card(expansion: Expansion) -> Expansion:
+    """The expansion with the README among its output files.
 
     Only directories with a README or a ``config.json`` get one; in other formats nobody would look.
 
@@ -37,22 +33,21 @@ def with_card(
     """
     from sparkling_cli.formats.model import OutputFile
 
-    source = plan.source
+    source = expansion.plan.source
     has_one = README in source.carried
     if source.root.is_file() or not (has_one or "config.json" in source.config_file):
-        return plan, files
+        return expansion
     existing = ""
     if has_one:
         try:
             existing = (source.root / README).read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot extend {source.root / README}: {error}") from None
-    text = extended(existing, section(plan, previous), source.root.name).encode(errors="replace")
+    text = extended(existing, section(expansion), source.root.name).encode(errors="replace")
     carried = tuple(path for path in source.carried if path != README)
-    return replace(plan, source=replace(source, carried=carried)), (
-        *files,
-        OutputFile(path=README, size=len(text), literals=((0, text),)),
-    )
+    readme = OutputFile(path=README, size=len(text), literals=((0, text),))
+    plan = replace(expansion.plan, source=replace(source, carried=carried))
+    return replace(expansion, plan=plan, files=(*expansion.files, readme))
 
 
 def extended(existing: str, section: str, name: str) -> str:
@@ -65,8 +60,9 @@ def extended(existing: str, section: str, name: str) -> str:
     return existing.rstrip("\n") + "\n\n" + section
 
 
-def section(plan: Plan, previous: Manifest | None) -> str:
+def section(expansion: Expansion) -> str:
     """The section itself, between its marks."""
+    plan = expansion.plan
     spec = plan.spec
     lines = [
         BEGIN,
@@ -79,12 +75,12 @@ def section(plan: Plan, previous: Manifest | None) -> str:
         "",
         "| expansion | step | axis | before | after | new weights | optimizer state |",
         "|---|---|---|---|---|---|---|",
-        *_rows(plan, previous),
+        *_rows(expansion),
         "",
         f"- Source: `{plan.source.root.name}` ({plan.layout.name}).",
-        f"- Scaling of fan-in weights: `{spec['scaling']}`. Seed of random fills: {spec['seed']}.",
-        f"- Re-warmup of new entries: to {spec['rewarmup']['rho']:g} times the learning rate at the "
-        f"expansion, over {spec['rewarmup']['steps']:,} steps, where a schedule is known "
+        f"- Scaling of fan-in weights: `{spec.scaling}`. Seed of random fills: {spec.seed}.",
+        f"- Re-warmup of new entries: to {spec.rewarmup.rho:g} times the learning rate at the "
+        f"expansion, over {spec.rewarmup.steps:,} steps, where a schedule is known "
         "(`sparkling/rewarmup.json`).",
         "- What was measured: `sparkling/report.html`. Every tensor's origin and checksum: "
         "`sparkling/manifest.json`; `sparkling verify SOURCE THIS` proves them.",
@@ -94,16 +90,17 @@ def section(plan: Plan, previous: Manifest | None) -> str:
     return "\n".join(lines)
 
 
-def _rows(plan: Plan, previous: Manifest | None) -> Iterable[str]:
+def _rows(expansion: Expansion) -> Iterable[str]:
+    plan, previous = expansion.plan, expansion.previous
     number = 0
     for stage in previous.stages if previous is not None else ():
         number = stage.stage
         for axis, (before, after) in sorted(stage.growth.items()):
             yield _row(number, stage.step, axis, before, after, stage.spec["init"], stage.spec["optimizer"])
     step = plan.source.facts.get("global_step")
-    treatment = plan.spec["optimizer"] if plan.source.states else "none in the source"
+    treatment = plan.spec.optimizer if plan.source.states else "none in the source"
     for axis, grown in sorted(plan.growth.items()):
-        yield _row(number + 1, step, axis, grown.source, grown.target, plan.spec["init"], treatment)
+        yield _row(number + 1, step, axis, grown.source, grown.target, plan.spec.init, treatment)
 
 
 def _row(number: int, step: int | None, axis: str, before: int, after: int, init: str, optimizer: str) -> str:

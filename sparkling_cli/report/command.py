@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sparkling_cli.plan.model import Invocation
+from sparkling_cli.spec.model import ExpansionSpec
 
 #: spec field -> its default and its option
 _OPTIONS: Mapping[str, tuple[Any, str]] = {
@@ -33,34 +35,14 @@ _BASELINE: Mapping[str, tuple[Any, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What was asked for beside the spec, paths as they were given.
-
-    Attributes:
-        source: the checkpoint.
-        destination: the output; None where its name was left to the tool.
-        layout: a layout file.
-        model: a user's own model.
-        data: what activations are measured on.
-        report: auto, full or none.
-    """
-
-    source: Path
-    destination: Path | None
-    layout: Path | None = None
-    model: str | None = None
-    data: Path | None = None
-    report: str = "auto"
-
-
-def command_of(spec: Mapping[str, Any], asked: Asked) -> str:
+def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
     """The command that does the same again, where it was given.
 
     Relative paths stand as they were given. Of absolute ones only as much is kept as tells source and
     output apart: an output neither depends on where on a machine it lies, nor tells.
     """
-    words = ["sparkling", "expand", *_places(asked.source, asked.destination)]
+    spec = chosen.as_data()
+    words = ["sparkling", "expand", *_places(invocation.source, invocation.destination)]
     axes = spec["axes"]
     for axis in axes:
         words += ["--axis", axis["axis"]]
@@ -69,10 +51,10 @@ def command_of(spec: Mapping[str, Any], asked: Asked) -> str:
     words += [*_given(spec, _OPTIONS), *_given(spec["rewarmup"], _REWARMUP)]
     words += _given(spec.get("baseline", {}), _BASELINE)
     words += ["--allow-nonfinite"] if spec.get("allow_nonfinite") else []
-    for option, path in (("--layout", asked.layout), ("--data", asked.data)):
+    for option, path in (("--layout", invocation.layout), ("--data", invocation.data)):
         words += [option, _place(path)] if path is not None else []
-    words += ["--model", asked.model] if asked.model is not None else []
-    words += ["--report", asked.report] if asked.report != "auto" else []
+    words += ["--model", invocation.model] if invocation.model is not None else []
+    words += ["--report", invocation.report] if invocation.report != "auto" else []
     return shlex.join(words)
 
 

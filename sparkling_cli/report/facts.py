@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.names import skeletons
-from sparkling_cli.widening.geometry import scale_range
 
 if TYPE_CHECKING:
-    from sparkling_cli.plan.model import Plan, Row
-    from sparkling_cli.prepared import Prepared
+    from sparkling_cli.plan.model import Expansion, Plan, Recipe
 
 
-def plan_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:
+def plan_facts(expansion: Expansion) -> dict[str, Any]:
     """The whole plan: its summary, and tensors by kind."""
-    return {**summary_facts(prepared, destination), "kinds": list(tensor_kinds(prepared.plan))}
+    return {**summary_facts(expansion), "kinds": list(tensor_kinds(expansion.plan))}
 
 
-def summary_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:
+def summary_facts(expansion: Expansion) -> dict[str, Any]:
     """Axes, parameters, bytes to write against free space, config changes, notes."""
     from sparkling_cli.execute.room import free_bytes
     from sparkling_cli.plan.resolve import whole_heads
 
-    plan, totals = prepared.plan, prepared.totals
+    plan, totals, destination = expansion.plan, expansion.totals, expansion.destination
     heads = whole_heads(dict(plan.growth), plan.layout)
     grown = {**plan.growth, **({} if heads is None else {"heads": heads})}
     return {
@@ -47,7 +45,7 @@ def summary_facts(prepared: Prepared, destination: Path) -> dict[str, Any]:
         "config": dict(plan.config),
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
-        "spec": dict(plan.spec),
+        "spec": plan.spec.as_data(),
     }
 
 
@@ -65,21 +63,19 @@ def active_parameters(plan: Plan) -> dict[str, int] | None:
 
 def tensor_kinds(plan: Plan) -> Iterator[dict[str, Any]]:
     """Tensors that differ only in their indices, one entry for all: shapes, factor, fills, count."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row, name in zip(plan.rows, skeletons([row.name for row in plan.rows]), strict=True):
-        key = (name, row.slot, row.shape, row.scale, row.offset, id(row.view))
-        groups.setdefault(key, []).append(row)
-    for (name, *_), rows in groups.items():
-        row = rows[0]
-        low, high = scale_range(row.view)
+    names = skeletons([row.name for row in plan.rows])
+    kinds: Counter[tuple[str, Recipe]] = Counter(
+        (name, row.recipe) for name, row in zip(names, plan.rows, strict=True)
+    )
+    for (name, recipe), count in kinds.items():
         yield {
             "name": name,
-            "slot": row.slot,
-            "count": len(rows),
-            "before": list(row.source.shape),
-            "after": list(row.shape),
-            "dtype": row.dtype,
-            "scale": [row.scale * low, row.scale * high],
-            "fill": sorted({run.fill.name.lower() for dim in row.view for run in dim.runs if run.new}),
-            "zero": row.zero,
+            "slot": recipe.slot,
+            "count": count,
+            "before": list(recipe.before),
+            "after": list(recipe.shape),
+            "dtype": recipe.dtype,
+            "scale": list(recipe.scales),
+            "fill": [fill.name.lower() for fill in recipe.fills],
+            "zero": recipe.zero,
         }

@@ -7,17 +7,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from sparkling_cli.execute import stream
 from sparkling_cli.execute.stream import Written
 from sparkling_cli.formats.model import Checkpoint, Checksum, OutputFile
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.plan.model import Plan, Row
+from sparkling_cli.plan.model import Expansion, Invocation, Plan, Recipe, Row
+from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, Extent, StoredTensor
-from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
+from sparkling_cli.widening.geometry import Fill, Run, Treatment, View, ViewDim
 from sparkling_cli.widening.memory import target_shape, widen_tensor
 
 SCALES = (1.0, 0.5, 0.7071067811865476, 1 / 3, 1.25)
@@ -102,10 +105,12 @@ def raw_plan(
     checkpoint = Checkpoint(folder, "raw", stored, {}, carried=tuple(sorted(carried or {})))
     made = []
     for key, (_, view, options) in rows.items():
-        made.append(
-            Row(key, key, "", stored[key], stored[key].dtype, target_shape(view), view, stream=key, **options)  # type: ignore[arg-type]
-        )
-    plan = Plan(checkpoint, ModelLayout("raw", {}, ()), spec or {}, {}, tuple(made), {}, seed=seed)
+        kind = stored[key]
+        recipe = Recipe("", kind.dtype, kind.shape, target_shape(view), view, **options)  # type: ignore[arg-type]
+        made.append(Row(key, key, kind, recipe, key))
+    chosen = ExpansionSpec(axes=(AxisSpec(axis="ffn", factor=2),), seed=seed, **(spec or {}))  # type: ignore[arg-type]
+    recipes, layout = tuple(row.recipe for row in made), ModelLayout("raw", {}, ())
+    plan = Plan(checkpoint, layout, chosen, {}, Treatment(), recipes, tuple(made))
     return plan, (_laid_out("sub/a.bin", made[::2]), _laid_out("b.bin", made[1::2], last=True))
 
 
@@ -121,12 +126,19 @@ def _laid_out(path: str, rows: list[Row], *, last: bool = False) -> OutputFile:
     return OutputFile(path, at, tuple(literals), tuple(tensors), tuple(checksums), last)
 
 
+def execute(plan: Plan, files: tuple[OutputFile, ...], destination: Path, **options: Any) -> Written:
+    """Carry a raw plan out."""
+    expansion = Expansion(plan, files, destination, Invocation(plan.source.root))
+    return stream.execute(expansion, **options)
+
+
 def expected(plan: Plan, row: Row, tensor: torch.Tensor) -> bytes:
     """The bytes of an output tensor by the reference arithmetic."""
-    if row.zero:
+    recipe = row.recipe
+    if recipe.zero:
         return bytes(prod(row.shape) * ITEM_BYTES[row.dtype])
     wide = widen_tensor(
-        tensor, row.view, scale=row.scale, offset=row.offset, seed=plan.seed, stream=row.stream
+        tensor, recipe.view, scale=recipe.scale, offset=recipe.offset, seed=plan.spec.seed, stream=row.stream
     )
     return to_bytes(wide)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_support import doubled, no_sidecar, raw_plan
+from engine_support import doubled, execute, no_sidecar, raw_plan
 
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError, OutputError
 from sparkling_cli.execute import commit
-from sparkling_cli.execute.stream import Written, execute
+from sparkling_cli.execute.stream import Written
 from sparkling_cli.formats import detect
 from sparkling_cli.formats.directory import list_files
 from sparkling_cli.formats.model import OutputFile
@@ -138,7 +138,7 @@ def test_an_output_that_cannot_be_read_back(
     """It is the output's fault, not the source's."""
     source = tmp_path / "checkpoint-3"
     shutil.copytree(tiny_checkpoint("llama"), source)
-    prepared = api.make_plan(source, make_spec({"axes": [{"axis": "ffn", "factor": 2}]}))
+    expansion = api.make_plan(source, make_spec({"axes": [{"axis": "ffn", "factor": 2}]}))
 
     def unreadable(_: Path) -> None:
         raise CheckpointError("model.safetensors: cannot be read: Input/output error")
@@ -147,7 +147,7 @@ def test_an_output_that_cannot_be_read_back(
         with monkeypatch.context() as patch:
             patch.setattr(detect, "open_checkpoint", unreadable)
             with pytest.raises(OutputError, match=r"cannot be read back .*model\.safetensors"):
-                api.expand(source, tmp_path / "dst", prepared=prepared, report=report)
+                api.expand(source, tmp_path / "dst", expansion=expansion, report=report)
         assert names(tmp_path) == ["checkpoint-3"]
 
 
@@ -196,11 +196,11 @@ def test_a_source_that_changes_behind_the_plan(
     """A trainer that saves over the checkpoint while its layout is inferred: old headers, new tensors."""
     source = tmp_path / "checkpoint-3"
     shutil.copytree(tiny_checkpoint("llama"), source)
-    prepared = api.make_plan(source, make_spec({"axes": [{"axis": "ffn", "factor": 2}]}))
+    expansion = api.make_plan(source, make_spec({"axes": [{"axis": "ffn", "factor": 2}]}))
     (source / "new.txt").write_text("of no matter")
     (source / name).write_bytes((source / name).read_bytes())
     with pytest.raises(CheckpointError, match="was changed while it was read"):
-        api.expand(source, tmp_path / "dst", prepared=prepared, report="none")
+        api.expand(source, tmp_path / "dst", expansion=expansion, report="none")
     assert names(tmp_path) == ["checkpoint-3"]
 
 

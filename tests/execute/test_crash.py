@@ -15,12 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_support import doubled, kept, no_sidecar, output_bytes, raw_plan, source_shape
+from engine_support import doubled, execute, kept, no_sidecar, output_bytes, raw_plan, source_shape
 
 from sparkling_cli.errors import Interrupted, OutputError
 from sparkling_cli.execute import assemble, job, stream, worker
 from sparkling_cli.execute.commit import Staging, partial_of
-from sparkling_cli.execute.stream import execute
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan
 from sparkling_cli.storage import places

@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine_support import doubled, kept, no_sidecar, raw_plan, source_shape
+from engine_support import doubled, execute, kept, no_sidecar, raw_plan, source_shape
 
 from sparkling_cli.errors import SparklingError
 from sparkling_cli.execute import job
 from sparkling_cli.execute.distributed import team_of_processes
 from sparkling_cli.execute.job import Part, PartResult
-from sparkling_cli.execute.stream import execute
 from sparkling_cli.execute.worker import Worker
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan

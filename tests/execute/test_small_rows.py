@@ -14,6 +14,7 @@ import pytest
 import torch
 from engine_support import (
     doubled,
+    execute,
     expected,
     kept,
     no_sidecar,
@@ -30,7 +31,6 @@ from sparkling_cli.execute import bundle
 from sparkling_cli.execute import job as job_module
 from sparkling_cli.execute.commit import Staging
 from sparkling_cli.execute.job import make_job
-from sparkling_cli.execute.stream import execute
 from sparkling_cli.execute.worker import Worker
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.formats.torchfile.writer import Part, Slot, lay_out_archive

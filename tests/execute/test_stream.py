@@ -11,6 +11,7 @@ import pytest
 import torch
 from engine_support import (
     doubled,
+    execute,
     expected,
     kept,
     no_sidecar,
@@ -24,7 +25,6 @@ from engine_support import (
 from sparkling_cli.errors import CheckpointError, OutputError
 from sparkling_cli.execute import job as job_module
 from sparkling_cli.execute.commit import partial_of
-from sparkling_cli.execute.stream import execute
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan
 from sparkling_cli.storage.sidecar import sidecar_root
@@ -67,7 +67,7 @@ def test_bytes_checksums_digests(tmp_path: Path, threads: int, monkeypatch: pyte
     for row in plan.rows:
         assert found[row.key] == expected(plan, row, rows[row.key][0]), row.key
         assert written.tensors[row.key] == crc32(found[row.key])
-        if not row.zero:
+        if not row.recipe.zero:
             assert written.sources[row.key] == crc32(to_bytes(rows[row.key][0]))
     assert "dropped" not in written.sources
     on_disk = {
@@ -262,7 +262,7 @@ def test_nonfinite_is_refused_unless_allowed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"1 tensor\(s\).*bad \(1 entries\)"):
         execute(plan, files, tmp_path / "dst", sidecar=no_sidecar)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
-    plan = replace(plan, spec={"allow_nonfinite": True})
+    plan = replace(plan, spec=plan.spec.model_copy(update={"allow_nonfinite": True}))
     execute(plan, files, tmp_path / "dst", sidecar=no_sidecar)
     found = output_bytes(tmp_path / "dst", plan, files)["bad"]
     assert found == to_bytes(torch.cat([bad, bad]))

@@ -135,7 +135,7 @@ def test_state_keeps_old_entries_unscaled_and_resets_new_ones() -> None:
     made = plan(checkpoint(), ("ffn", 2), ("hidden", 2))
     moment = row(made, "s.gu")
     assert moment.shape == (3, 24, 8)
-    for dim in moment.view:
+    for dim in moment.recipe.view:
         assert all(run.scale == 1.0 for run in dim.runs)
         assert all(run.fill is Fill.ZERO for run in dim.runs if run.new)
 
@@ -143,11 +143,11 @@ def test_state_keeps_old_entries_unscaled_and_resets_new_ones() -> None:
 def test_other_treatments() -> None:
     """asymmetric-scaled keeps the factors, copy copies, drop zeroes everything and the step."""
     scaled = row(plan(checkpoint(), ("hidden", 2), optimizer="asymmetric-scaled"), "s.gu")
-    assert {run.scale for run in scaled.view[-1].runs} == {0.5}
+    assert {run.scale for run in scaled.recipe.view[-1].runs} == {0.5}
     copied = row(plan(checkpoint(), ("hidden", 2), optimizer="copy"), "s.gu")
-    assert all(run.fill is Fill.COPY for dim in copied.view for run in dim.runs)
+    assert all(run.fill is Fill.COPY for dim in copied.recipe.view for run in dim.runs)
     dropped = plan(checkpoint(), ("hidden", 2), optimizer="drop")
-    assert row(dropped, "s.gu").zero and not row(dropped, "s.z").zero
+    assert row(dropped, "s.gu").recipe.zero and not row(dropped, "s.z").recipe.zero
     assert dropped.scalars == {"layers.1.mlp.gate_up.step": 0.0, "norm.weight.step": 0.0}
 
 
@@ -157,13 +157,15 @@ def test_a_tied_head_is_compensated_on_a_one_plus_w_norm(factor: float, alpha: f
     made = plan(checkpoint(), ("hidden", factor))
     for key in ("norm.weight", "s.z"):
         norm = row(made, key)
-        assert [run.scale for run in norm.view[0].runs] == pytest.approx([alpha] * len(norm.view[0].runs))
-        assert norm.scale == 1.0
-        assert norm.offset == pytest.approx(alpha - 1, rel=1e-12)
+        assert [run.scale for run in norm.recipe.view[0].runs] == pytest.approx(
+            [alpha] * len(norm.recipe.view[0].runs)
+        )
+        assert norm.recipe.scale == 1.0
+        assert norm.recipe.offset == pytest.approx(alpha - 1, rel=1e-12)
     moment = row(made, "s.norm")
-    assert (moment.scale, moment.offset) == (1.0, 0.0)
-    assert {run.scale for run in moment.view[0].runs} == {1.0}
-    assert {run.scale for run in row(made, "embed.weight").view[1].runs} == {1.0}
+    assert (moment.recipe.scale, moment.recipe.offset) == (1.0, 0.0)
+    assert {run.scale for run in moment.recipe.view[0].runs} == {1.0}
+    assert {run.scale for run in row(made, "embed.weight").recipe.view[1].runs} == {1.0}
 
 
 def test_config_changes_nested_and_implied_keys() -> None:

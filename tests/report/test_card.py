@@ -11,28 +11,31 @@ import pytest
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.plan.model import Plan
+from sparkling_cli.plan.model import Expansion, Invocation, Plan
 from sparkling_cli.report.card import BEGIN, END, with_card
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
-from sparkling_cli.widening.geometry import Growth
+from sparkling_cli.widening.geometry import Growth, Treatment
 
 FRONT = "---\nlicense: apache-2.0\ntags:\n- tiny\n---\n\n# My model\n\nIt tells stories.\n"
 
 
-def plan_for(root: Path, *carried: str, config_file: str = "config.json") -> Plan:
-    """A plan of which the card asks no more than this."""
+def expansion_of(
+    root: Path, *carried: str, config_file: str = "config.json", previous: Any = None
+) -> Expansion:
+    """An expansion of which the card asks no more than this."""
     checkpoint = Checkpoint(
         root=root, format="trainer", tensors={}, weights={}, config={}, config_file=config_file,
         carried=tuple(carried), facts={"global_step": 600},
     )  # fmt: skip
-    spec = ExpansionSpec(axes=(AxisSpec(axis="ffn", factor=2.0),)).as_data()
-    return Plan(checkpoint, ModelLayout("LlamaForCausalLM", {}, ()), spec, {"ffn": Growth(168, 336)}, (), {})
+    spec = ExpansionSpec(axes=(AxisSpec(axis="ffn", factor=2.0),))
+    layout, growth = ModelLayout("LlamaForCausalLM", {}, ()), {"ffn": Growth(168, 336)}
+    plan = Plan(checkpoint, layout, spec, growth, Treatment(), (), ())
+    return Expansion(plan, (), root / "wide", Invocation(root), previous)
 
 
-def readme(plan: Plan, previous: Any = None) -> str:
+def readme(expansion: Expansion) -> str:
     """The README that would be written."""
-    _, files = with_card(plan, (), previous)
-    (file,) = files
+    (file,) = with_card(expansion).files
     assert file.path == "README.md"
     ((offset, content),) = file.literals
     assert (offset, len(content)) == (0, file.size)
@@ -42,28 +45,28 @@ def readme(plan: Plan, previous: Any = None) -> str:
 def test_a_readme_is_extended_and_its_front_matter_kept(tmp_path: Path) -> None:
     """Every byte of the source's README stays; the section follows; the file is no longer carried."""
     (tmp_path / "README.md").write_text(FRONT)
-    plan = plan_for(tmp_path, "README.md", "config.json")
-    text = readme(plan)
+    expansion = expansion_of(tmp_path, "README.md", "config.json")
+    text = readme(expansion)
     assert text.startswith(FRONT.rstrip("\n"))
     assert "| 1 | 600 | ffn | 168 | 336 | copy-copy |" in text
-    assert with_card(plan, (), None)[0].source.carried == ("config.json",)
+    assert with_card(expansion).plan.source.carried == ("config.json",)
 
 
 def test_without_a_readme_a_new_one_is_made(tmp_path: Path) -> None:
     """A heading and the section."""
-    text = readme(plan_for(tmp_path))
+    text = readme(expansion_of(tmp_path))
     assert text.startswith("# ")
     assert text.count(BEGIN) == text.count(END) == 1
 
 
 def test_a_second_expansion_replaces_the_section_by_one_that_lists_both(tmp_path: Path) -> None:
     """What stands before and after the section stays as it is."""
-    first = readme(plan_for(tmp_path))
+    first = readme(expansion_of(tmp_path))
     (tmp_path / "README.md").write_text(FRONT + first + "\n## Evaluation\n")
     stage = SimpleNamespace(
         stage=1, step=300, growth={"ffn": (84, 168)}, spec={"init": "zero-copy", "optimizer": "asymmetric"}
     )
-    text = readme(plan_for(tmp_path, "README.md"), SimpleNamespace(stages=(stage,)))
+    text = readme(expansion_of(tmp_path, "README.md", previous=SimpleNamespace(stages=(stage,))))
     assert text.count(BEGIN) == text.count(END) == 1
     assert text.startswith(FRONT)
     assert text.endswith("\n## Evaluation\n")
@@ -73,12 +76,12 @@ def test_a_second_expansion_replaces_the_section_by_one_that_lists_both(tmp_path
 
 def test_formats_where_nobody_looks_get_none(tmp_path: Path) -> None:
     """No README in a directory without one and without config.json, nor beside a single file."""
-    plan = plan_for(tmp_path, config_file="train_config")
-    assert with_card(plan, (), None) == (plan, ())
+    expansion = expansion_of(tmp_path, config_file="train_config")
+    assert with_card(expansion) is expansion
 
 
 def test_a_readme_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     """It is neither dropped nor mangled."""
     (tmp_path / "README.md").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match=r"README\.md"):
-        with_card(plan_for(tmp_path, "README.md"), (), None)
+        with_card(expansion_of(tmp_path, "README.md"))
