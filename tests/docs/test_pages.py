@@ -21,9 +21,13 @@ RUNNABLE = [
 ]
 
 
+#: Pages outside docs/, which the repository's host shows.
+OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+
+
 def name_of(page: Path) -> str:
-    """Path below docs/."""
-    return str(page.relative_to(ROOT / "docs"))
+    """Path below docs/, or the name of a page outside."""
+    return page.name if page in OUTSIDE else str(page.relative_to(ROOT / "docs"))
 
 
 @pytest.mark.slow
@@ -80,7 +84,7 @@ def test_commands_stand_in_blocks_that_are_run(page: Path) -> None:
             assert len(block.reason.split()) >= 3, block.reason
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", PAGES + OUTSIDE, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     """Every relative link has its file, and its heading where it names one."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
