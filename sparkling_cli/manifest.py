@@ -20,7 +20,10 @@ from sparkling_cli.execute.stream import Written
 from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.layout import file as layout_file
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.plan.build import treatment_of
 from sparkling_cli.plan.model import Expansion, Recipe, Row
+from sparkling_cli.plan.symmetry import with_fills
+from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.sidecar import MANIFEST
 from sparkling_cli.widening.geometry import Fill, Growth, Run, View, ViewDim
 
@@ -122,6 +125,12 @@ class Manifest(_Data):
     def births(self) -> dict[str, Births]:
         """Axis -> births, for every axis that ever grew."""
         return {name: history.births for name, history in self.axes.items()}
+
+    def growth(self, stage: int | None = None) -> dict[str, Growth]:
+        """The axes that grew in an expansion, the last one by default."""
+        found = self.stages[-1 if stage is None else stage - 1]
+        grown = {axis: Growth(before, after) for axis, (before, after) in found.growth.items()}
+        return with_fills(grown, self.model_layout(), treatment_of(make_spec(found.spec)))
 
     def view(self, entry: TensorEntry) -> View | None:
         """The view of a tensor, None if it is untouched."""

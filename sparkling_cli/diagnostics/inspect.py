@@ -20,7 +20,6 @@ from sparkling_cli.manifest import read_manifest
 from sparkling_cli.plan.build import carried_factors, treatment_of
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.sidecar import MANIFEST, sidecar_root
-from sparkling_cli.widening.geometry import Growth
 
 if TYPE_CHECKING:
     from sparkling_cli.diagnostics.symmetry import SymmetryReport
@@ -155,8 +154,8 @@ def _carried(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, float]:
     if not found.is_file() or _shapes(checkpoint) == _shapes(other):
         return {}
     manifest = read_manifest(found)
-    growth = {axis: Growth(*sizes) for axis, sizes in manifest.stages[-1].growth.items()}
-    return carried_factors(manifest.model_layout(), growth, treatment_of(make_spec(manifest.spec)))
+    treatment = treatment_of(make_spec(manifest.spec))
+    return carried_factors(manifest.model_layout(), manifest.growth(), treatment)
 
 
 def _open(path: Path, model: str | None, layout: Path | None) -> Checkpoint:

@@ -153,10 +153,9 @@ def _growth(
     """Growth of the wanted expansion, as sizes now allow: later growth of the same axis counts as old."""
     last = max(s.stage for s in manifest.stages)
     wanted = last if stage is None else stage
-    found = [s for s in manifest.stages if s.stage == wanted]
-    if not found:
+    if not any(s.stage == wanted for s in manifest.stages):
         raise CheckpointError(f"there is no expansion {stage}; the manifest has {len(manifest.stages)}")
-    grown = {axis: Growth(a, b) for axis, (a, b) in found[0].growth.items()}
+    grown = manifest.growth(wanted)
     for axis, growth in grown.items():
         if layout.sizes[axis] != growth.target:
             raise CheckpointError(

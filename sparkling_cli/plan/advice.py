@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.state_checks import stateless_warning
+from sparkling_cli.plan.symmetry import locked_axes
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
 
@@ -43,28 +44,30 @@ def notes_for(
     return tuple(notes)
 
 
-def warnings_for(checkpoint: Checkpoint, spec: ExpansionSpec) -> tuple[str, ...]:
+def warnings_for(
+    checkpoint: Checkpoint, spec: ExpansionSpec, growth: Mapping[str, Growth]
+) -> tuple[str, ...]:
     """What calls for a decision."""
     state = spec.optimizer if checkpoint.states else None
-    found = (symmetry_warning(state, spec.init, checkpoint.format), stateless_warning(checkpoint))
+    found = (symmetry_warning(growth, state, checkpoint.format), stateless_warning(checkpoint))
     return tuple(warning for warning in found if warning is not None)
 
 
-def symmetry_warning(optimizer: str | None, init: str, form: str) -> str | None:
+def symmetry_warning(growth: Mapping[str, Growth], optimizer: str | None, form: str) -> str | None:
     """The one sentence on copies that no optimizer state tells from their sources; None where they part.
 
     Args:
+        growth: of the plan.
         optimizer: what becomes of the state; None where there is none.
-        init: of new entries.
         form: the checkpoint's format.
     """
-    if init != "copy-copy" or optimizer in ("asymmetric", "asymmetric-scaled"):
+    if not locked_axes(growth, optimizer):
         return None
     if optimizer is None:
         there = "copy optimizer.pt into the checkpoint" if form == TRAINER else "widen with the state"
         return (
             "there is no optimizer state: under a fresh optimizer copies and their sources get equal updates "
-            f"and stay equal for ever; {there}, or choose --init zero-copy or random-copy"
+            f"and stay equal for ever; {there}, or choose --init random-copy"
         )
     word = "copied" if optimizer == "copy" else "dropped"
     return (

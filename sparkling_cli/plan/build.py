@@ -19,6 +19,7 @@ from sparkling_cli.plan.model import Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
 from sparkling_cli.plan.state_checks import check_numbers, check_pairs
+from sparkling_cli.plan.symmetry import check_pair, with_fills
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
 from sparkling_cli.widening.geometry import Fill, Growth, Treatment, View, target_shape, view_of
@@ -35,6 +36,8 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
         CheckpointError: optimizer state that cannot be widened.
     """
     growth = resolve_growth(spec, layout)
+    check_pair(growth, layout, treatment_of(spec))
+    growth = with_fills(growth, layout, treatment_of(spec))
     recipes = _Recipes(layout, growth, treatment_of(spec), spec)
     weights, renamed = weights_of(checkpoint, layout, spec.names)
     rows = _weight_rows(weights, recipes)
@@ -59,7 +62,7 @@ def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec)
         config=_config(checkpoint, recipes),
         scalars=scalars,
         notes=notes_for(checkpoint, layout, spec, growth, renamed),
-        warnings=warnings_for(checkpoint, spec),
+        warnings=warnings_for(checkpoint, spec, growth),
     )
 
 

@@ -71,7 +71,7 @@ def assemble(
         notes=plan.notes,
         warnings=plan.warnings,
         verdict=verdict(
-            spec,
+            plan.growth,
             activations,
             activations_missing,
             learning_rate,
@@ -87,7 +87,8 @@ def assemble(
 def keeps_function(plan: Plan) -> bool:
     """Whether this widening leaves the model's function as it is: copies, scaled, by whole factors."""
     whole = all(grown.target % grown.source == 0 for grown in plan.growth.values())
-    return plan.spec.init == "copy-copy" and plan.spec.scaling != "none" and whole
+    copied = all(grown.copied for grown in plan.growth.values())
+    return copied and plan.spec.scaling != "none" and whole
 
 
 def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:

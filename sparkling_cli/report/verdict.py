@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from sparkling_cli.plan.advice import symmetry_warning
 from sparkling_cli.report.model import (
@@ -16,13 +15,14 @@ from sparkling_cli.report.model import (
     Verdict,
 )
 from sparkling_cli.report.svg import signed
+from sparkling_cli.widening.geometry import Growth
 
 #: A loss that jumps by more than this at the boundary is worth a look when the widening keeps the function.
 LOSS_TOLERANCE = 0.01
 
 
 def verdict(
-    spec: dict[str, Any],
+    growth: Mapping[str, Growth],
     activations: Activations | None,
     activations_missing: str,
     learning_rate: LearningRate | None,
@@ -36,7 +36,7 @@ def verdict(
     """The verdict on an expansion.
 
     Args:
-        spec: as asked for.
+        growth: of the plan's axes.
         activations: measured before and after, if they were.
         activations_missing: why not.
         learning_rate: the re-warmup, if the baseline is known.
@@ -48,7 +48,7 @@ def verdict(
     """
     findings = [
         *_signal(activations, activations_missing, keeps_function),
-        *_symmetry(optimizer, str(spec.get("init")), form),
+        *_symmetry(optimizer, growth, form),
         *_schedule(learning_rate, learning_rate_missing),
     ]
     said = {finding.text for finding in findings}
@@ -112,14 +112,16 @@ def _loss(activations: Activations, keeps_function: bool) -> Iterator[Finding]:
         )
 
 
-def _symmetry(optimizer: OptimizerSummary | None, init: str, form: str) -> Iterator[Finding]:
-    if init != "copy-copy":
+def _symmetry(
+    optimizer: OptimizerSummary | None, growth: Mapping[str, Growth], form: str
+) -> Iterator[Finding]:
+    if not any(grown.copied for grown in growth.values()):
         yield Finding(
             level="good",
             text="New entries start different from their sources, so nothing is locked to a copy.",
         )
         return
-    warning = symmetry_warning(None if optimizer is None else optimizer.treatment, init, form)
+    warning = symmetry_warning(growth, None if optimizer is None else optimizer.treatment, form)
     if warning is not None:
         yield Finding(level="attention", text=sentence(warning))
         return

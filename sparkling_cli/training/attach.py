@@ -242,7 +242,7 @@ class _Attached:
                 f"{type(self.optimizer).__name__} has no state at step {self.step}: old and new entries "
                 "start alike, and copies will not part from their sources. Load the optimizer state of the "
                 "expanded checkpoint before the first step (weights without state: expand with --init "
-                "zero-copy or random-copy)",
+                "random-copy)",
                 stacklevel=4,
             )
 

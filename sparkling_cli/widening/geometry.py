@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from itertools import product
 from math import sqrt
 
 from sparkling_cli.layout.expr import (
@@ -24,6 +25,7 @@ from sparkling_cli.layout.expr import (
     Role,
     Sum,
     TensorLayout,
+    axis_names,
     size_of,
 )
 
@@ -41,7 +43,7 @@ class Run:
     """``target[target : target+length]`` comes from ``source[source : source+length]``.
 
     ``scale`` multiplies the run's entries; ``fill`` and ``new`` say what becomes of new entries;
-    ``shield`` marks parts of a packing that zero fill leaves copied.
+    ``shield`` marks parts (q, k, gate) that zero fill leaves copied, whichever factor of their dim grows.
     """
 
     target: int
@@ -73,10 +75,18 @@ View = tuple[ViewDim, ...]
 
 @dataclass(frozen=True)
 class Growth:
-    """An axis that grows from ``source`` to ``target`` entries; new entry t copies (t-d) mod d."""
+    """An axis that grows from ``source`` to ``target`` entries; new entry t copies (t-d) mod d.
+
+    Attributes:
+        source: entries before.
+        target: entries after.
+        copied: all that meets on the axis is copied: every producer's new rows and every consumer's new
+            columns. A fact about the fills used (see ``plan.symmetry``), not about the pair asked for.
+    """
 
     source: int
     target: int
+    copied: bool = True
 
     def multiplicities(self) -> tuple[tuple[int, int, int], ...]:
         """``(start, stop, m)``: how often the sources start..stop-1 occur after widening."""
@@ -84,14 +94,15 @@ class Growth:
         spans = ((0, extra, times + 1), (extra, self.source, times))
         return tuple(span for span in spans if span[0] < span[1])
 
-    def alpha(self, *, both_copied: bool) -> float:
+    @property
+    def alpha(self) -> float:
         """The fan-in factor.
 
-        ``sqrt(d / sum_j m_j^2)`` when the producer's rows and the consumer's columns are copies of the
-        same sources: the general form of Eq. 16-17, equal to them for d' <= 2d and for every integer
-        factor. ``sqrt(d/d')`` otherwise (Eq. 14; App. B for zero).
+        ``sqrt(d / sum_j m_j^2)`` where producers' rows and consumers' columns are copies of the same
+        sources: the general form of Eq. 16-17, equal to them for d' <= 2d and for every integer factor.
+        ``sqrt(d/d')`` otherwise (Eq. 14; App. B for zero).
         """
-        if not both_copied:
+        if not self.copied:
             return sqrt(self.source / self.target)
         total = sum((stop - start) * m * m for start, stop, m in self.multiplicities())
         return sqrt(self.source / total)
@@ -107,9 +118,7 @@ class Treatment:
 
     def alpha(self, growth: Growth) -> float:
         """The factor on every fan-in column, 1 when scaling is off (``none``)."""
-        if self.scaling == "none":
-            return 1.0
-        return growth.alpha(both_copied=self.fan_out is Fill.COPY and self.fan_in is Fill.COPY)
+        return 1.0 if self.scaling == "none" else growth.alpha
 
     @property
     def per_column(self) -> bool:
@@ -164,6 +173,29 @@ def scale_range(view: View) -> tuple[float, float]:
     return low, high
 
 
+def fills_on(
+    layout: TensorLayout, axis: str, sizes: Mapping[str, int], treatment: Treatment
+) -> tuple[frozenset[Fill], frozenset[Fill]]:
+    """How new entries of an axis are filled in one tensor: as producer, and as consumer of the axis.
+
+    Empty where the tensor does not produce, or does not consume, the axis. Elementwise tensors do neither.
+    """
+    produced: set[Fill] = set()
+    consumed: set[Fill] = set()
+    grown = {axis: Growth(sizes[axis], 2 * sizes[axis])}
+    view = view_of(layout, sizes, grown, treatment)
+    for index, dim in enumerate(layout.dims):
+        found = {Role.OUT: produced, Role.BIAS: produced, Role.IN: consumed}.get(dim.role)
+        if found is None or axis not in axis_names(dim.expr):
+            continue
+        factors = [[(r.new, r.fill, r.shield) for r in d.runs] for d in view if d.dim == index]
+        for runs in product(*(dict.fromkeys(factor) for factor in factors)):
+            if any(new for new, _, _ in runs):
+                shield = any(shield for _, _, shield in runs)
+                found.add(Fill.COPY if shield else max(fill for _, fill, _ in runs))
+    return frozenset(produced), frozenset(consumed)
+
+
 def _storage_shape(view: View, sizes: list[int]) -> tuple[int, ...]:
     shape: dict[int, int] = {}
     for dim, size in zip(view, sizes, strict=True):
@@ -192,14 +224,15 @@ def _runs(
     label: str | None,
 ) -> tuple[Run, ...]:
     label = expr.label or label
-    if isinstance(expr, Fixed):
-        return (Run(0, 0, expr.size),)
-    if isinstance(expr, Axis):
-        if expr.name in PACKINGS:
-            return _packing_runs(expr.name, dim, treatment)
-        if expr.name not in growth:
-            return (Run(0, 0, size_of(expr, sizes)),)
-        return _grown_runs(expr.name, growth[expr.name], dim, treatment, consumed, label)
+    zeroed = treatment.fan_out is Fill.ZERO and dim.role in (Role.OUT, Role.BIAS)
+    if isinstance(expr, (Axis, Fixed)):
+        shield = zeroed and label in NONLINEAR_LABELS
+        if isinstance(expr, Axis) and expr.name in PACKINGS and zeroed:
+            parts = enumerate(PACKINGS[expr.name])
+            return tuple(Run(i, i, 1, shield=part in NONLINEAR_LABELS) for i, part in parts)
+        if isinstance(expr, Axis) and expr.name in growth:
+            return _grown_runs(expr.name, growth[expr.name], dim, treatment, consumed, shield)
+        return (Run(0, 0, size_of(expr, sizes), shield=shield),)
     inner = [
         _runs(e, dim, sizes, growth, treatment, consumed, label)
         for e in (expr.factors if isinstance(expr, Product) else expr.parts)
@@ -216,20 +249,13 @@ def _runs(
     return runs
 
 
-def _packing_runs(name: str, dim: Dim, treatment: Treatment) -> tuple[Run, ...]:
-    parts = PACKINGS[name]
-    if dim.role not in (Role.OUT, Role.BIAS) or treatment.fan_out is not Fill.ZERO:
-        return (Run(0, 0, len(parts)),)
-    return tuple(Run(i, i, 1, shield=part in NONLINEAR_LABELS) for i, part in enumerate(parts))
-
-
 def _grown_runs(
     name: str,
     growth: Growth,
     dim: Dim,
     treatment: Treatment,
     consumed: frozenset[str],
-    label: str | None,
+    shield: bool,
 ) -> tuple[Run, ...]:
     """Runs of one growing axis: the old entries, then copies of them in their order, repeatedly."""
     fan_in = dim.role is Role.IN or (dim.role is Role.SCALE and name in consumed)
@@ -237,9 +263,7 @@ def _grown_runs(
     if dim.role is Role.IN:
         fill = treatment.fan_in
     elif dim.role in (Role.OUT, Role.BIAS):
-        fill = treatment.fan_out
-        if fill is Fill.ZERO and label in NONLINEAR_LABELS:
-            fill = Fill.COPY
+        fill = Fill.COPY if shield else treatment.fan_out
     spans = [(0, growth.source, treatment.alpha(growth) if fan_in else 1.0)]
     if fan_in and treatment.per_column:
         spans = [(start, stop, 1.0 / m) for start, stop, m in growth.multiplicities()]
@@ -250,7 +274,7 @@ def _grown_runs(
             length = min(stop - start, growth.target - at)
             if length > 0:
                 new = at >= growth.source
-                runs.append(Run(at, start, length, new, scale, fill if new else Fill.COPY))
+                runs.append(Run(at, start, length, new, scale, fill if new else Fill.COPY, shield))
                 at += length
     return tuple(runs)
 
@@ -281,7 +305,7 @@ def _flattened(outer: tuple[Run, ...], inner: tuple[Run, ...], width: int) -> tu
             new=o.new or r.new,
             scale=o.scale * r.scale,
             fill=max(o.fill, r.fill) if not (o.shield or r.shield) else Fill.COPY,
-            shield=False,
+            shield=o.shield or r.shield,
         )
         for o in outer
         for i in range(o.length)

@@ -19,6 +19,7 @@ from sparkling_cli.report.model import (
     TensorChange,
 )
 from sparkling_cli.report.verdict import verdict
+from sparkling_cli.widening.geometry import Growth
 
 SPEC = {
     "axes": [{"axis": "ffn", "factor": 2.0, "to": None}],
@@ -182,7 +183,7 @@ def report(*, good: bool = True, layers: int = 24, bare: bool = False) -> Report
         ),
         warnings=warnings,
         verdict=verdict(
-            SPEC,
+            {"ffn": Growth(128, 256)},
             measured,
             missing,
             rate,

@@ -14,7 +14,8 @@ from sparkling_cli.report.html import render
 from sparkling_cli.report.model import ReportData
 from sparkling_cli.report.svg import signed
 from sparkling_cli.report.verdict import verdict
-from tests.report.samples import SPEC, activations, learning_rate, report
+from sparkling_cli.widening.geometry import Growth
+from tests.report.samples import activations, learning_rate, report
 
 VOID = {"meta", "link", "br", "wbr", "img"}
 
@@ -155,7 +156,7 @@ def test_what_is_not_finite_is_said_and_drawn_as_a_gap() -> None:
 def judged(**changes: object) -> tuple[str, str]:
     """Level and all words of a verdict."""
     given = {
-        "spec": SPEC,
+        "growth": {"ffn": Growth(128, 256)},
         "activations": activations(),
         "activations_missing": "",
         "learning_rate": learning_rate(),
@@ -199,10 +200,9 @@ def test_a_loss_jump_is_no_fault_where_the_function_is_not_kept() -> None:
     assert "does not predict" in words
 
 
-@pytest.mark.parametrize("init", ["zero-copy", "random-copy", "random-random"])
-def test_dropped_state_locks_copies_only(init: str) -> None:
+def test_dropped_state_locks_copies_only() -> None:
     """Entries that start different are not locked to their sources."""
-    level, words = judged(spec={**SPEC, "init": init}, optimizer=None)
+    level, words = judged(growth={"ffn": Growth(128, 256, copied=False)}, optimizer=None)
     assert level == "good"
     assert "not" in words
 

@@ -20,24 +20,23 @@ SIZES = {"ffn": 6, "hidden": 4, "kv_heads": 2, "q_per_kv": 3, "head_dim": 5, "ex
 def test_alpha_is_equation_16_up_to_twice(d: int, wide: int) -> None:
     """``1/sqrt(1+3c)`` for 0 < c <= 1."""
     c = (wide - d) / d
-    assert isclose(Growth(d, wide).alpha(both_copied=True), 1 / sqrt(1 + 3 * c), rel_tol=1e-12)
+    assert isclose(Growth(d, wide).alpha, 1 / sqrt(1 + 3 * c), rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("times", [2, 3, 4, 7])
 def test_alpha_is_the_reciprocal_of_whole_factors(times: int) -> None:
     """``1/(1+c)`` at every integer factor (Eq. 17)."""
-    assert isclose(Growth(12, 12 * times).alpha(both_copied=True), 1 / times, rel_tol=1e-12)
+    assert isclose(Growth(12, 12 * times).alpha, 1 / times, rel_tol=1e-12)
 
 
 def test_alpha_beyond_twice_at_a_fraction() -> None:
     """At 2.5x half of the sources occur three times, half twice: sum of squares 6.5 per source."""
-    assert isclose(Growth(10, 25).alpha(both_copied=True), sqrt(1 / 6.5), rel_tol=1e-12)
+    assert isclose(Growth(10, 25).alpha, sqrt(1 / 6.5), rel_tol=1e-12)
 
 
 def test_alpha_otherwise_is_equation_14() -> None:
     """``sqrt(d/d')`` for random, zero, or one side copied."""
-    for pair in [(Fill.ZERO, Fill.COPY), (Fill.RANDOM, Fill.ZERO), (Fill.RANDOM, Fill.RANDOM)]:
-        assert isclose(Treatment(*pair).alpha(Growth(4, 10)), sqrt(0.4), rel_tol=1e-12)
+    assert isclose(Growth(4, 10, copied=False).alpha, sqrt(0.4), rel_tol=1e-12)
 
 
 def index_of(dim: ViewDim) -> list[int]:

@@ -1,0 +1,76 @@
+"""Which axes' new entries are copies of their sources, and whether they will part from them.
+
+Two equal channels get equal gradients (Eq. 20, 40); where their optimizer state is equal too, they stay
+equal for ever. That and the fan-in factor follow from the fills used in the tensors that meet on an axis,
+which need not be the pair asked for: q, k and gate are copied where zero is asked for, and under more query
+heads per group v does not grow at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sparkling_cli.errors import SpecError
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.widening.geometry import Fill, Growth, Treatment, fills_on
+
+#: treatments under which new entries start from other optimizer state than their sources
+PARTING = frozenset({"asymmetric", "asymmetric-scaled"})
+
+
+def with_fills(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Treatment) -> dict[str, Growth]:
+    """The growth with ``copied`` as the fills on each axis say."""
+    copied = {axis: all(fills <= {Fill.COPY} for fills in _fills(axis, layout, treatment)) for axis in growth}
+    return {axis: replace(grown, copied=copied[axis]) for axis, grown in growth.items()}
+
+
+def check_pair(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Treatment) -> None:
+    """Every axis can have the initialization pair.
+
+    Raises:
+        SpecError: in some block nothing that produces an axis takes the fill asked for.
+    """
+    for axis in growth:
+        *produced, _ = _fills(axis, layout, treatment)
+        if treatment.fan_out is Fill.COPY or (produced and all(treatment.fan_out in f for f in produced)):
+            continue
+        wanted = treatment.fan_out.name.lower()
+        also = ", or widen kv_heads, with which v grows" if axis == "q_per_kv" else ""
+        raise SpecError(
+            f"axes.{axis}: init {wanted!r} for producers is not possible in {layout.name}: all that produces "
+            "this axis is copied (q, k and gate are never zeroed, and no v or up grows along), so its new "
+            "entries would be copies",
+            hint=f"use --init random-copy, or copy-copy with the optimizer's state{also}",
+        )
+
+
+def _fills(axis: str, layout: ModelLayout, treatment: Treatment) -> list[set[Fill]]:
+    """Fills of an axis's new entries: a set per block that produces it, and last one of all consumers."""
+    produced: dict[str, set[Fill]] = {}
+    consumed: set[Fill] = set()
+    for pattern in layout.tensors:
+        if axis in pattern.dims.axes():
+            out, into = fills_on(pattern.dims, axis, layout.sizes, treatment)
+            consumed |= into
+            if out:
+                produced.setdefault(_block(pattern.name), set()).update(out)
+    return [*produced.values(), consumed]
+
+
+def _block(name: str) -> str:
+    """The block that a tensor works in: its module's parent, or the module of a raw parameter."""
+    owner, _, leaf = name.rpartition(".")
+    return owner.rpartition(".")[0] if leaf in ("weight", "bias") else owner
+
+
+def locked_axes(growth: Mapping[str, Growth], optimizer: str | None) -> tuple[str, ...]:
+    """Axes whose copies and sources get equal updates, and so stay equal for ever.
+
+    Args:
+        growth: of a plan: with the fills that are used.
+        optimizer: the treatment of the optimizer's state; None where there is none.
+    """
+    if optimizer in PARTING:
+        return ()
+    return tuple(axis for axis, grown in growth.items() if grown.copied)
