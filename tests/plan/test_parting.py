@@ -113,7 +113,7 @@ def test_copies_part_or_the_tool_says_that_they_will_not(small: Path, tmp_path: 
                 assert pair.split("-")[0] in error.message, name
                 assert "--init random-copy" in str(error.hint), name
                 continue
-            warned = any("stay equal for ever" in text for text in result.prepared.plan.warnings)
+            warned = any("stay equal for ever" in text for text in result.expansion.plan.warnings)
             weights = trained(tmp_path / name, tmp_path / f"{name}-trained")
             found = measure_symmetry(tmp_path / f"{name}-trained", tmp_path / name)
             for row in found.layers:
@@ -141,7 +141,7 @@ def test_more_query_heads_per_group_cannot_start_at_zero(tmp_path: Path) -> None
     result = api.expand(
         tmp_path / "small", tmp_path / "wide", axes=[{"axis": "kv_heads", "factor": 2}], init="zero-copy"
     )
-    assert not any(growth.copied for growth in result.prepared.plan.growth.values())
+    assert not any(growth.copied for growth in result.expansion.plan.growth.values())
 
 
 def test_a_fused_part_keeps_its_rule_whichever_factor_grows(tmp_path: Path) -> None:
