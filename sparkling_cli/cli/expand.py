@@ -45,6 +45,9 @@ def expand(
     min_lr: Annotated[float | None, typer.Option(help="Baseline final learning rate.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Baseline warmup steps.")] = None,
     decay_steps: Annotated[int | None, typer.Option(help="Baseline decay steps (wsd).")] = None,
+    decay: Annotated[
+        str | None, typer.Option(help="Shape of that decay: cosine (default), linear, 1-sqrt.")
+    ] = None,
     total_steps: Annotated[int | None, typer.Option(help="Baseline total steps.")] = None,
     expansion_step: Annotated[int | None, typer.Option(help="Optimizer step of this checkpoint.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of random fills (0).")] = None,
@@ -108,6 +111,7 @@ def expand(
                 "minimum": min_lr,
                 "warmup_steps": warmup_steps,
                 "decay_steps": decay_steps,
+                "decay": decay,
                 "total_steps": total_steps,
                 "expansion_step": expansion_step,
             },

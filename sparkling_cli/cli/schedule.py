@@ -111,11 +111,12 @@ def _facts(rewarmup: Rewarmup, chosen: list[int]) -> dict[str, Any]:
     from sparkling_cli.schedule.rewarmup import to_data
 
     data = to_data(rewarmup)
+    rates = [{"eta_e": stage.eta_e, "peak": stage.curve.peak} for stage in rewarmup.stages]
     return {
-        "expansion_step": data["expansion_step"],
-        "total_steps": data["total_steps"],
+        "expansion_step": rewarmup.expansion_step,
+        "total_steps": rewarmup.baseline.total_steps,
         "baseline": data["baseline"],
-        "stages": data["stages"],
+        "stages": [{**stage, **more} for stage, more in zip(data["stages"], rates, strict=True)],
         "curve": [
             {
                 "step": step,

@@ -13,6 +13,8 @@ from pydantic import BaseModel, Field
 from sparkling_cli.cli.documents import Data, Document
 from sparkling_cli.cli.schemas_inspect import Inspect
 from sparkling_cli.report.model import ReportData
+from sparkling_cli.schedule.curves import Curve
+from sparkling_cli.schedule.rewarmup import RewarmupFile, StageData
 
 
 class Change(Data):
@@ -124,31 +126,11 @@ class ComputePlan(Document):
     convention: str
 
 
-class Curve(Data):
-    """A learning-rate curve (Eq. 25-26 for cosine)."""
+class RewarmupStage(StageData):
+    """One expansion's re-warmup (Eq. 27-28), and the rates that follow."""
 
-    type: Literal["cosine", "linear", "constant", "wsd"]
-    peak: float
-    minimum: float
-    initial: float
-    warmup_steps: int
-    total_steps: int
-    decay_steps: int
-    decay: Literal["cosine", "linear", "1-sqrt"]
-
-
-class RewarmupStage(Data):
-    """One expansion's re-warmup (Eq. 27-28)."""
-
-    stage: int
-    expansion_step: int
-    rho: float
-    steps: int
-    eta_e: float
-    peak: float
-    curve: Annotated[Curve, Field(description="by steps since the expansion")]
-    bias_correction: Literal["inherit", "fresh"]
-    betas: list[float] | None
+    eta_e: Annotated[float, Field(description="the old entries' rate at the expansion")]
+    peak: Annotated[float, Field(description="what new entries re-warm to")]
 
 
 class CurvePoint(Data):
@@ -169,27 +151,6 @@ class Schedule(Document):
     baseline: Curve
     stages: list[RewarmupStage]
     curve: list[CurvePoint]
-
-
-class RewarmupSteps(Data):
-    """Step by step from ``first`` on; per stage eta_new and eta_new / eta_old."""
-
-    first: int
-    eta_old: list[float]
-    stages: dict[str, dict[Literal["eta_new", "ratio"], list[float]]]
-
-
-class RewarmupFile(Data):
-    """``sparkling/rewarmup.json``."""
-
-    format_version: Literal[1]
-    expansion_step: int
-    total_steps: int
-    baseline: Curve
-    stages: list[RewarmupStage]
-    curve_file: str
-    notes: list[str]
-    curve: RewarmupSteps
 
 
 class Layout(Document):

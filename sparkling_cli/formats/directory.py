@@ -130,7 +130,9 @@ def read_json(root: Path, relative: str) -> dict[str, Any]:
     return value
 
 
-def read_sidecar(path: Path, what: str, *, version: int, hint: str) -> dict[str, Any]:
+def read_sidecar(
+    path: Path, what: str, *, version: int, hint: str, earlier: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """A JSON document of an output's ``sparkling/`` folder, of the version that this program reads.
 
     Args:
@@ -138,6 +140,7 @@ def read_sidecar(path: Path, what: str, *, version: int, hint: str) -> dict[str,
         what: it is, for messages ("manifest").
         version: the ``format_version`` that is expected.
         hint: why there may be none.
+        earlier: versions that are read too.
 
     Raises:
         CheckpointError: there is none, it is damaged, or of another version.
@@ -152,7 +155,7 @@ def read_sidecar(path: Path, what: str, *, version: int, hint: str) -> dict[str,
         raise CheckpointError(f"the {what} {path} is damaged: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"the {what} {path} is damaged: an object is expected")
-    if data.get("format_version") != version:
+    if data.get("format_version") not in (version, *earlier):
         raise CheckpointError(
             f"the {what} {path} has format_version {data.get('format_version')!r}; "
             f"this version reads {version}"

@@ -19,9 +19,9 @@ _TO_ZERO = frozenset({"cosine", "linear", "cosine_with_restarts"})
 def run_facts(root: Path, present: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Facts and notes from ``trainer_state.json``, ``scheduler.pt`` and ``training_args.bin``.
 
-    Facts (each only where it is known): ``global_step``, ``max_steps``, ``base_lrs``, ``last_epoch``,
-    ``training_args`` (a few plain values), ``schedule`` = {``type``, ``warmup_steps``, ``peak``, ``minimum``,
-    ``kwargs``}.
+    Facts (each only where it is known): ``global_step``, ``max_steps``, ``base_lrs``, ``last_lrs``,
+    ``last_epoch``, ``training_args`` (a few plain values), ``schedule`` = {``type``, ``warmup_steps``,
+    ``peak``, ``minimum``, ``kwargs``}.
 
     Raises:
         CheckpointError: ``trainer_state.json`` or the scheduler's file is damaged.
@@ -61,9 +61,10 @@ def _scheduler(root: Path, name: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise CheckpointError(f"{name}: expected a scheduler's state dict, found a {type(tree).__name__}")
     found: dict[str, Any] = {}
-    rates = tree.get("base_lrs")
-    if isinstance(rates, list) and rates and all(isinstance(r, (int, float)) for r in rates):
-        found["base_lrs"] = [float(rate) for rate in rates]
+    for fact, field in (("base_lrs", "base_lrs"), ("last_lrs", "_last_lr")):
+        rates = tree.get(field)
+        if isinstance(rates, list) and rates and all(isinstance(r, (int, float)) for r in rates):
+            found[fact] = [float(rate) for rate in rates]
     if isinstance(tree.get("last_epoch"), int):
         found["last_epoch"] = tree["last_epoch"]
     return found

@@ -30,6 +30,7 @@ _BASELINE: Mapping[str, tuple[Any, str]] = {
     "minimum": (None, "--min-lr"),
     "warmup_steps": (None, "--warmup-steps"),
     "decay_steps": (None, "--decay-steps"),
+    "decay": (None, "--decay"),
     "total_steps": (None, "--total-steps"),
     "expansion_step": (None, "--expansion-step"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from math import isfinite
+from math import inf, isfinite
 from typing import TYPE_CHECKING
 
 from sparkling_cli.report.charts import thin
@@ -90,7 +90,7 @@ def learning_rate_of(rewarmup: Rewarmup, window: tuple[int, int] | None = None) 
         0,
         total,
         baseline.warmup_steps,
-        total - baseline.decay_steps,
+        *(int(step) for step in (baseline.fall[0], sum(baseline.fall)) if step < inf),
         *(s.expansion_step for s in rewarmup.stages),
         *(s.expansion_step + s.steps for s in rewarmup.stages),
     }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from math import isclose
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from sparkling_cli.errors import SpecError
-from sparkling_cli.schedule.curves import Curve
+from sparkling_cli.schedule.curves import HALF_WAVE, Curve
 
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint
@@ -14,28 +18,18 @@ if TYPE_CHECKING:
 
 #: no run has as many steps; a damaged file may say so
 _STEPS = 10**12
-#: transformers' names -> ours, for the names that need nothing more
-_SAME: Mapping[str, str] = {
-    "cosine": "cosine",
-    "cosine_with_min_lr": "cosine",
-    "linear": "linear",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "warmup_stable_decay": "wsd",
-    "wsd": "wsd",
-    "polynomial": "linear",
-    "cosine_with_restarts": "cosine",
-}
-
-_PASS = {
-    "type": "--schedule cosine|linear|constant|wsd",
+#: field of the spec's baseline -> its option on the command line
+OPTIONS: Mapping[str, str] = {
+    "type": "--schedule",
     "peak": "--peak-lr",
     "minimum": "--min-lr",
     "warmup_steps": "--warmup-steps",
+    "decay_steps": "--decay-steps",
+    "decay": "--decay",
     "total_steps": "--total-steps",
     "expansion_step": "--expansion-step",
-    "decay_steps": "--decay-steps",
 }
+_DESCRIBE = f"describe what remains of it by {OPTIONS['type']} and the options beside it"
 
 
 def baseline_of(checkpoint: Checkpoint, given: BaselineSpec) -> tuple[Curve, int]:
@@ -44,116 +38,226 @@ def baseline_of(checkpoint: Checkpoint, given: BaselineSpec) -> tuple[Curve, int
     What ``given`` states wins over what the trainer's files say.
 
     Args:
-        checkpoint: its ``facts`` may hold ``global_step``, ``max_steps`` and ``schedule`` (``type``,
-            ``warmup_steps``, ``peak``, ``minimum``, ``kwargs``).
+        checkpoint: its ``facts`` may hold ``global_step``, ``max_steps``, ``base_lrs``, ``last_lrs``,
+            ``last_epoch`` and ``schedule`` (``type``, ``warmup_steps``, ``peak``, ``minimum``, ``kwargs``).
         given: from the spec; all None = read everything.
 
     Raises:
-        SpecError: something is known from neither, or the two do not make a schedule that goes on.
+        SpecError: something is known from neither, the two do not make a schedule that goes on, or the
+            scheduler's own record of its last rate contradicts what was read.
+    """
+    stated = {k: v for k, v in given.model_dump().items() if v is not None}
+    read = known(checkpoint, stated)
+    values = {"initial": 0.0, "minimum": 0.0, **read, **stated}
+    needed = ["type", "peak", "total_steps", "expansion_step", "warmup_steps", "minimum"]
+    if values.get("type") == "wsd":
+        needed.append("decay_steps")
+    missing = [name for name in needed if values.get(name) is None]
+    if missing:
+        raise SpecError(
+            f"{_name(checkpoint)}: the learning-rate schedule's {', '.join(missing)} cannot be read from "
+            f"this checkpoint{_of_what(values)}",
+            hint="pass " + ", ".join(_with_choices(name) for name in missing),
+        )
+    step = int(values.pop("expansion_step"))
+    try:
+        curve = Curve(**{f.name: values[f.name] for f in fields(Curve) if values.get(f.name) is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise SpecError(
+            f"{_name(checkpoint)}: the schedule's {field} is damaged: {first['msg']}", hint=_DESCRIBE
+        ) from None
+    _check(curve, step)
+    if not stated.keys() & {"type", "peak", "minimum", "warmup_steps", "decay_steps", "decay", "total_steps"}:
+        _check_record(checkpoint, curve)
+    return curve, step
+
+
+def known(checkpoint: Checkpoint, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a curve, and ``expansion_step``, as far as the trainer's files say them.
+
+    None stands for what the run's schedule has and the files do not say.
+
+    Raises:
+        SpecError: the run's schedule cannot be computed in advance, and ``stated`` has none in its place.
     """
     facts = checkpoint.facts
-    stated = {k: v for k, v in given.model_dump().items() if v is not None}
-    read: dict[str, Any] = {}
     schedule = facts.get("schedule") or {}
-    if schedule and given.type in (None, _SAME.get(schedule.get("type") or "")):
-        read = _translate(schedule, stated)
-    elif schedule.get("peak") is not None:
-        read = {"peak": schedule["peak"]}
+    read: dict[str, Any] = {}
+    name: str | None = schedule.get("type")
+    if name is not None and name in _READ:
+        found = {"warmup_steps": schedule.get("warmup_steps"), **_READ[name](_Source(checkpoint, stated))}
+        if stated.get("type") in (None, found["type"]):
+            read = found
+    elif name is not None and "type" not in stated:
+        why = (
+            "follows a metric, so that its rates cannot be known in advance"
+            if name in _BY_METRIC
+            else "is not one that is known here"
+        )
+        raise SpecError(
+            f"the run's schedule {name!r} {why}",
+            hint=f"{_DESCRIBE}; schedules that are read: {', '.join(sorted(_READ))}",
+        )
+    elif name is None and "type" not in stated:
+        read = {"warmup_steps": schedule.get("warmup_steps")}
+    if schedule.get("peak") is not None:
+        read["peak"] = schedule["peak"]
     if facts.get("max_steps"):
         read["total_steps"] = int(facts["max_steps"])
     if facts.get("global_step") is not None:
         read["expansion_step"] = int(facts["global_step"])
-    values = {"initial": 0.0, "minimum": 0.0, **{k: v for k, v in read.items() if v is not None}, **stated}
-    curve_type = values.get("type")
-    needed = ["type", "peak", "total_steps", "expansion_step", "warmup_steps"]
-    if curve_type == "wsd":
-        needed.append("decay_steps")
-    missing = [name for name in needed if values.get(name) is None]
-    if missing:
-        raise _unknown(checkpoint, missing)
-    step = int(values.pop("expansion_step"))
-    fields = ("type", "peak", "minimum", "initial", "warmup_steps", "total_steps", "decay_steps", "decay")
-    curve = Curve(**{name: values[name] for name in fields if values.get(name) is not None})
-    _check(curve, step)
-    return curve, step
+    return read
 
 
-def _translate(schedule: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformers schedule as fields of a curve."""
-    name = schedule.get("type")
-    if name is None:
-        return {"peak": schedule.get("peak"), "warmup_steps": schedule.get("warmup_steps")}
-    kwargs = dict(schedule.get("kwargs") or {})
-    if name not in _SAME:
-        raise SpecError(
-            f"the run's schedule {name!r} is not one that re-warmup is defined for",
-            hint=f"describe what remains of it by {_PASS['type']} and the options beside it; "
-            f"known schedules: {', '.join(sorted(_SAME))}",
-        )
-    peak = stated.get("peak", schedule.get("peak"))
-    read: dict[str, Any] = {
-        "type": _SAME[name],
-        "peak": peak,
-        "minimum": schedule.get("minimum"),
-        "warmup_steps": 0 if name == "constant" else schedule.get("warmup_steps"),
-    }
-    cycles = kwargs.get("num_cycles")
-    plain = 1 if name == "cosine_with_restarts" else 0.5
-    if cycles not in (None, plain):
-        raise SpecError(
-            f"the run's schedule {name!r} has num_cycles={cycles}; re-warmup is defined for {plain}",
-            hint=f"describe what remains of it by {_PASS['type']} and the options beside it",
-        )
-    if name == "polynomial":
-        if kwargs.get("power", 1.0) != 1.0:
+#: transformers' schedules that look at a metric
+_BY_METRIC = frozenset({"reduce_lr_on_plateau", "greedy"})
+
+
+class _Source:
+    """A run's schedule as its files have it, completed by what is stated."""
+
+    def __init__(self, checkpoint: Checkpoint, stated: Mapping[str, Any]) -> None:
+        facts = checkpoint.facts
+        self.schedule: Mapping[str, Any] = facts["schedule"]
+        self.kwargs: Mapping[str, Any] = self.schedule.get("kwargs") or {}
+        self.warmup_steps: int | None = self.schedule.get("warmup_steps")
+        self.peak: float | None = stated.get("peak", self.schedule.get("peak"))
+        self.decay_steps = stated.get("decay_steps", self.number("num_decay_steps"))
+        self.total_steps: int | None = stated.get("total_steps", facts.get("max_steps"))
+        rates = facts.get("base_lrs") or (self.peak,)
+        asked = (facts.get("training_args") or {}).get("learning_rate")
+        #: the optimizer's default rate, by which transformers divides absolute ones; where parameter groups
+        #: have rates of their own, it is the one that was asked for, if a group has it, else not known
+        self.default = rates[0] if len(set(rates)) == 1 else asked if asked in rates else None
+        self.stated_peak = "peak" in stated
+
+    def number(self, name: str, default: float | None = None) -> float | None:
+        """A number among the schedule's own arguments; None counts as not given.
+
+        Raises:
+            SpecError: it is no number.
+        """
+        value = self.kwargs.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, (int, float)):
             raise SpecError(
-                f"the run's schedule 'polynomial' has power={kwargs['power']}; only power 1 is known",
-                hint=f"describe what remains of it by {_PASS['type']} and the options beside it",
+                f"lr_scheduler_kwargs: {name} must be a number, found {value!r:.40}", hint=_DESCRIBE
             )
-        read["minimum"] = kwargs.get("lr_end", 1e-7)
-    if name == "cosine_with_min_lr" and peak is not None:
-        if kwargs.get("min_lr") is not None:
-            read["minimum"] = float(kwargs["min_lr"])
-        elif kwargs.get("min_lr_rate") is not None:
-            read["minimum"] = float(kwargs["min_lr_rate"]) * float(peak)
-    if _SAME[name] == "wsd":
-        read |= _wsd(kwargs, peak)
-    return read
+        return float(value)
+
+    def share(self, ratio: float | None) -> float | None:
+        """So much of the peak."""
+        return None if ratio is None or self.peak is None else ratio * self.peak
+
+    def rate(self, value: float | None) -> float | None:
+        """An absolute rate, on the scale of the peak."""
+        if value is None or self.peak is None or self.stated_peak:
+            return value
+        return value * (self.peak / self.default) if self.default else None
 
 
-def _wsd(kwargs: Mapping[str, Any], peak: float | None) -> dict[str, Any]:
-    if kwargs.get("warmup_type", "linear") != "linear":
-        raise SpecError(
-            f"the run's schedule has warmup_type={kwargs['warmup_type']!r}; only 'linear' is known",
-            hint=f"describe what remains of it by {_PASS['type']} and the options beside it",
-        )
-    read: dict[str, Any] = {"decay_steps": kwargs.get("num_decay_steps"), "decay": kwargs.get("decay_type")}
-    ratio = float(kwargs.get("min_lr_ratio", 0.0) or 0.0)
-    if peak is not None:
-        # transformers warms up from the floor, not from zero, when there is one
-        read["minimum"] = read["initial"] = ratio * float(peak)
-    return read
+def _cosine(source: _Source) -> dict[str, Any]:
+    return {
+        "type": "cosine",
+        "cycles": source.number("num_cycles", HALF_WAVE),
+        "minimum": source.schedule.get("minimum") or 0.0,
+    }
 
 
-def _unknown(checkpoint: Checkpoint, missing: list[str]) -> SpecError:
-    where = checkpoint.root.name or str(checkpoint.root)
-    return SpecError(
-        f"{where}: the learning-rate schedule's {', '.join(missing)} cannot be read from this checkpoint",
-        hint="pass " + ", ".join(_PASS[name] for name in missing),
-    )
+def _cosine_with_minimum(source: _Source) -> dict[str, Any]:
+    ratio = source.share(source.number("min_lr_rate"))
+    return {**_cosine(source), "minimum": source.rate(source.number("min_lr")) if ratio is None else ratio}
+
+
+def _early_cosine(source: _Source) -> dict[str, Any]:
+    """What is named ``cosine_warmup_with_min_lr``: everything is one step early."""
+    found = {**_cosine_with_minimum(source), "lead": 1}
+    first, steps = source.number("warmup_lr_rate"), source.warmup_steps
+    if first is not None and steps is not None and steps > 1:
+        # at the step before the first one, so that the first has ``warmup_lr_rate`` of the peak
+        found["initial"] = source.share(first - (1 - first) / (steps - 1))
+    return found
+
+
+def _restarts(source: _Source) -> dict[str, Any]:
+    cycles = source.number("num_cycles", 1)
+    return {"type": "cosine"} if cycles == 1 else {"type": "cosine_with_restarts", "cycles": cycles}
+
+
+def _polynomial(source: _Source) -> dict[str, Any]:
+    power = source.number("power", 1.0)
+    kind = {"type": "linear"} if power == 1 else {"type": "polynomial", "power": power}
+    return {**kind, "minimum": source.rate(source.number("lr_end", 1e-7))}
+
+
+def _inverse_sqrt(source: _Source) -> dict[str, Any]:
+    timescale = source.number("timescale")
+    default = source.warmup_steps or 10_000
+    return {"type": "inverse_sqrt", "timescale": default if timescale is None else timescale}
+
+
+def _wsd(source: _Source) -> dict[str, Any]:
+    stable, decay = source.number("num_stable_steps"), source.decay_steps
+    start = None
+    if source.warmup_steps is not None and stable is not None:
+        start = source.warmup_steps + stable
+    elif source.total_steps is not None and decay is not None:
+        start = source.total_steps - decay
+    floor = source.share(source.number("min_lr_ratio", 0.0))
+    return {
+        "type": "wsd",
+        "decay_steps": decay,
+        "decay_start": start,
+        "decay": source.kwargs.get("decay_type") or "cosine",
+        "warmup": source.kwargs.get("warmup_type") or "linear",
+        "cycles": source.number("num_cycles", HALF_WAVE),
+        "minimum": floor,
+        "initial": floor,  # the warmup begins at the floor
+    }
+
+
+#: transformers' names -> the fields of the curve; warmup and peak are read for all alike
+_READ: Mapping[str, Callable[[_Source], dict[str, Any]]] = {
+    "cosine": _cosine,
+    "cosine_with_min_lr": _cosine_with_minimum,
+    "cosine_warmup_with_min_lr": _early_cosine,
+    "cosine_with_restarts": _restarts,
+    "linear": lambda _: {"type": "linear"},
+    "constant": lambda _: {"type": "constant", "warmup_steps": 0},
+    "constant_with_warmup": lambda _: {"type": "constant"},
+    "polynomial": _polynomial,
+    "inverse_sqrt": _inverse_sqrt,
+    "warmup_stable_decay": _wsd,
+    "wsd": _wsd,
+}
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    return checkpoint.root.name or str(checkpoint.root)
+
+
+def _of_what(values: Mapping[str, Any]) -> str:
+    return f" ({values['type']})" if values.get("type") else ""
+
+
+def _with_choices(field: str) -> str:
+    return OPTIONS[field] + (" cosine|linear|constant|wsd" if field == "type" else "")
 
 
 def _check(curve: Curve, step: int) -> None:
     if max(abs(n) for n in (step, curve.total_steps, curve.warmup_steps, curve.decay_steps)) >= _STEPS:
         raise SpecError(
             f"the schedule's numbers of steps are beyond {_STEPS:,}; the trainer's files may be damaged",
-            hint=f"pass {_PASS['total_steps']} with the true length of the run",
+            hint=f"pass {OPTIONS['total_steps']} with the true length of the run",
         )
     if curve.warmup_steps > curve.total_steps:
         raise SpecError(f"warmup_steps {curve.warmup_steps} exceed total_steps {curve.total_steps}")
     if curve.minimum > curve.peak:
         raise SpecError(f"the minimum rate {curve.minimum:g} exceeds the peak {curve.peak:g}")
-    if curve.warmup_steps + curve.decay_steps > curve.total_steps:
+    if curve.decay_start is None and curve.warmup_steps + curve.decay_steps > curve.total_steps:
         raise SpecError(
             f"warmup ({curve.warmup_steps}) and decay ({curve.decay_steps}) exceed total_steps "
             f"{curve.total_steps}"
@@ -161,10 +265,31 @@ def _check(curve: Curve, step: int) -> None:
     if step >= curve.total_steps:
         raise SpecError(
             f"the run is over: expansion at step {step} of {curve.total_steps}",
-            hint=f"pass {_PASS['total_steps']} with the length of the run that goes on",
+            hint=f"pass {OPTIONS['total_steps']} with the length of the run that goes on",
         )
     if curve(step) <= 0:
         raise SpecError(
             f"the learning rate at the expansion step {step} is zero; re-warmup needs one above zero",
             hint="expand after the first steps of the warmup",
         )
+
+
+def _check_record(checkpoint: Checkpoint, curve: Curve) -> None:
+    """The curve gives the rates that the scheduler itself wrote down when the checkpoint was saved.
+
+    Raises:
+        SpecError: it does not: the run's scheduler is another one than its arguments describe.
+    """
+    facts = checkpoint.facts
+    at, base, last = (facts.get(name) for name in ("last_epoch", "base_lrs", "last_lrs"))
+    if at is None or not base or not last or len(base) != len(last):
+        return
+    share = curve(at) / curve.peak
+    for rate, found in zip(base, last, strict=True):
+        if not isclose(share * rate, found, rel_tol=1e-5, abs_tol=1e-9 * curve.peak):
+            raise SpecError(
+                f"{_name(checkpoint)}: at step {at} the scheduler's file has the learning rate {found:.6g}, "
+                f"the schedule of the training arguments ({facts['schedule'].get('type')}) gives "
+                f"{share * rate:.6g}: the run was on another scheduler than these describe",
+                hint=_DESCRIBE,
+            )

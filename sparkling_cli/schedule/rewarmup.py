@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import read_sidecar
-from sparkling_cli.schedule.curves import Curve, rewarmed
-from sparkling_cli.storage.sidecar import CURVE, REWARMUP
+from sparkling_cli.schedule.curves import Curve, Rewarmed, rewarmed
+from sparkling_cli.storage.sidecar import REWARMUP
 
-FORMAT = 1
-#: where it lies in an output directory, and the curve beside it
+FORMAT: Literal[2] = 2
+#: earlier versions that are still read
+EARLIER = (1,)
 
 BiasCorrection = Literal["inherit", "fresh"]
 
@@ -24,23 +28,35 @@ class Stage:
 
     Attributes:
         stage: number of the expansion, from 1.
-        expansion_step: te, optimizer steps done before it.
-        rho: peak of the new entries' rate over eta_e.
-        steps: tau_w.
-        eta_e: the baseline's rate at te.
-        curve: the new entries' rate by steps since te (Eq. 27).
+        curve: the new entries' rate by steps since the expansion (Eq. 27).
         bias_correction: ``fresh`` corrects the new entries' first Adam updates.
         betas: Adam's, at the expansion, if known.
     """
 
     stage: int
-    expansion_step: int
-    rho: float
-    steps: int
-    eta_e: float
-    curve: Curve
+    curve: Rewarmed
     bias_correction: BiasCorrection = "inherit"
     betas: tuple[float, float] | None = None
+
+    @property
+    def expansion_step(self) -> int:
+        """te, optimizer steps done before the expansion."""
+        return self.curve.expansion_step
+
+    @property
+    def rho(self) -> float:
+        """Peak of the new entries' rate over eta_e."""
+        return self.curve.rho
+
+    @property
+    def steps(self) -> int:
+        """tau_w."""
+        return self.curve.steps
+
+    @property
+    def eta_e(self) -> float:
+        """The baseline's rate at te."""
+        return self.curve.eta_e
 
     def eta_new(self, step: int) -> float:
         """The new entries' rate at a step of the whole run, te <= step."""
@@ -49,7 +65,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Rewarmup:
-    """The baseline and the stages, oldest first."""
+    """The baseline and the stages, oldest first; every stage's curve is made from this baseline."""
 
     baseline: Curve
     stages: tuple[Stage, ...]
@@ -89,11 +105,12 @@ def add_stage(
     betas: tuple[float, float] | None = None,
     number: int | None = None,
 ) -> Rewarmup:
-    """The re-warmups after one more expansion; earlier stages keep their curves.
+    """The re-warmups after one more expansion; earlier stages go on where they are.
 
     Args:
         previous: the re-warmups of earlier expansions.
-        baseline: the old entries' curve.
+        baseline: the old entries' curve. Where it is another one than before (a longer run), the earlier
+            stages' curves follow from it too.
         expansion_step: te.
         rho: peak over eta_e.
         steps: tau_w.
@@ -102,73 +119,115 @@ def add_stage(
         number: of the expansion; by default one more than the last.
     """
     earlier = () if previous is None else previous.stages
-    stage = Stage(
-        stage=number if number is not None else 1 + (earlier[-1].stage if earlier else 0),
-        expansion_step=expansion_step,
-        rho=rho,
-        steps=steps,
-        eta_e=baseline(expansion_step),
-        curve=rewarmed(baseline, expansion_step, rho, steps),
-        bias_correction=bias_correction,
-        betas=betas,
-    )
-    return Rewarmup(baseline, (*earlier, stage))
+    made = [
+        Stage(s.stage, rewarmed(baseline, s.expansion_step, s.rho, s.steps), s.bias_correction, s.betas)
+        for s in earlier
+    ]
+    number = number if number is not None else 1 + (earlier[-1].stage if earlier else 0)
+    made.append(Stage(number, rewarmed(baseline, expansion_step, rho, steps), bias_correction, betas))
+    return Rewarmup(baseline, tuple(made))
 
 
-def to_data(rewarmup: Rewarmup) -> dict[str, Any]:
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StageData(_Data):
+    """One expansion's re-warmup: all that its curve follows from, given the baseline."""
+
+    stage: Annotated[int, Field(description="number of the expansion, from 1")]
+    expansion_step: Annotated[int, Field(description="optimizer steps done before the expansion (te)")]
+    rho: Annotated[float, Field(description="peak of the new entries' rate / rate at expansion")]
+    steps: Annotated[int, Field(description="re-warmup steps (tau_w)")]
+    bias_correction: BiasCorrection = "inherit"
+    betas: tuple[float, float] | None = None
+
+
+class RewarmupFile(_Data):
+    """``sparkling/rewarmup.json``: the closed form; step by step it is in ``rewarmup.csv``."""
+
+    format_version: Literal[2]
+    baseline: Annotated[Curve, Field(description="the old entries' learning rate")]
+    stages: Annotated[tuple[StageData, ...], Field(min_length=1, description="oldest first")]
+    notes: tuple[str, ...] = ()
+
+
+def to_data(rewarmup: Rewarmup, notes: tuple[str, ...] = ()) -> dict[str, Any]:
     """Plain data for the JSON file."""
-    return {
-        "format_version": FORMAT,
-        "expansion_step": rewarmup.expansion_step,
-        "total_steps": rewarmup.baseline.total_steps,
-        "baseline": rewarmup.baseline.as_data(),
-        "stages": [
-            {
-                "stage": s.stage,
-                "expansion_step": s.expansion_step,
-                "rho": s.rho,
-                "steps": s.steps,
-                "eta_e": s.eta_e,
-                "peak": s.curve.peak,
-                "curve": s.curve.as_data(),
-                "bias_correction": s.bias_correction,
-                "betas": None if s.betas is None else list(s.betas),
-            }
-            for s in rewarmup.stages
-        ],
-        "curve_file": CURVE.rpartition("/")[2],
-    }
+    stages = tuple(
+        StageData(
+            stage=s.stage,
+            expansion_step=s.expansion_step,
+            rho=s.rho,
+            steps=s.steps,
+            bias_correction=s.bias_correction,
+            betas=s.betas,
+        )
+        for s in rewarmup.stages
+    )
+    file = RewarmupFile(format_version=FORMAT, baseline=rewarmup.baseline, stages=stages, notes=notes)
+    return file.model_dump(mode="json")
 
 
-def from_data(data: Mapping[str, Any], where: str) -> Rewarmup:
+def from_data(data: Mapping[str, Any], where: str, *, replacing: bool = False) -> Rewarmup:
     """The inverse of :func:`to_data`.
 
+    Args:
+        data: of this version, or of an earlier one.
+        where: the file, for messages.
+        replacing: only earlier expansions' parameters are wanted, as the last one's are written anew.
+
     Raises:
-        CheckpointError: it is of another version, or a field is missing or malformed.
+        CheckpointError: it is of another version, a field is missing or malformed, or an earlier version's
+            curve is one that this version would compute otherwise.
     """
     version = data.get("format_version")
-    if version != FORMAT:
+    if version not in (FORMAT, *EARLIER):
         raise CheckpointError(f"{where} has format_version {version!r}; this version reads {FORMAT}")
     try:
+        file = RewarmupFile.model_validate(data if version == FORMAT else _from_version_1(data))
+        baseline = file.baseline
         stages = tuple(
-            Stage(
-                stage=int(s["stage"]),
-                expansion_step=int(s["expansion_step"]),
-                rho=float(s["rho"]),
-                steps=int(s["steps"]),
-                eta_e=float(s["eta_e"]),
-                curve=Curve(**s["curve"]),
-                bias_correction=s["bias_correction"],
-                betas=None if s["betas"] is None else (float(s["betas"][0]), float(s["betas"][1])),
-            )
-            for s in data["stages"]
+            Stage(s.stage, rewarmed(baseline, s.expansion_step, s.rho, s.steps), s.bias_correction, s.betas)
+            for s in file.stages
         )
-        return Rewarmup(Curve(**data["baseline"]), stages)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error}") from None
+        if version != FORMAT and not replacing:
+            _check_version_1(data, stages, where)
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise CheckpointError(f"{where} is damaged: {reason}") from None
+    return Rewarmup(baseline, stages)
 
 
-def read_rewarmup(path: Path) -> Rewarmup:
+def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    fields = StageData.model_fields
+    stages = [{name: stage[name] for name in fields} for stage in data["stages"]]
+    return {"format_version": FORMAT, "baseline": data["baseline"], "stages": stages}
+
+
+def _check_version_1(data: Mapping[str, Any], stages: tuple[Stage, ...], where: str) -> None:
+    """Version 1 stored a curve per expansion. Training must not go on with other rates than it began with.
+
+    Raises:
+        CheckpointError: this version's curve differs (``wsd``; a baseline that changed between expansions).
+    """
+    for stored, stage in zip(data["stages"], stages, strict=True):
+        before = Curve(**stored["curve"])
+        span = stage.curve.baseline.total_steps - stage.expansion_step
+        for since in {0, span, *range(0, span, max(1, span // 997))}:
+            if not isclose(before(since), stage.curve(since), rel_tol=1e-9, abs_tol=1e-9 * stage.curve.peak):
+                raise CheckpointError(
+                    f"{where}: written by an earlier version, with a curve that this version does not make "
+                    f"(expansion {stage.stage}, {stage.curve.baseline.type})",
+                    hint="write it anew: sparkling schedule CKPT --write, with the options that describe the "
+                    "run's schedule; or train on with the version that wrote it",
+                )
+
+
+def read_rewarmup(path: Path, *, replacing: bool = False) -> Rewarmup:
     """A ``rewarmup.json``, or the one of an output directory.
 
     Raises:
@@ -177,5 +236,5 @@ def read_rewarmup(path: Path) -> Rewarmup:
     if path.is_dir():
         path = path / REWARMUP
     hint = "`sparkling expand` writes one when the source run's schedule is known"
-    data = read_sidecar(path, "re-warmup schedule", version=FORMAT, hint=hint)
-    return from_data(data, str(path))
+    data = read_sidecar(path, "re-warmup schedule", version=FORMAT, earlier=EARLIER, hint=hint)
+    return from_data(data, str(path), replacing=replacing)

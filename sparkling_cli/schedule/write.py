@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.schedule.baseline import baseline_of
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint
     from sparkling_cli.spec.model import ExpansionSpec
 
-#: at this b2 and above, inherited bias correction makes new entries' first updates several times as long
+#: at this beta2 and above, inherited bias correction makes new entries' first updates several times as long
 LONG_MEMORY = 0.99
 
 
@@ -59,7 +59,7 @@ def plan_rewarmup(
 
 
 def adam_betas(checkpoint: Checkpoint) -> tuple[float, float] | None:
-    """(b1, b2) of an Adam-family optimizer (one whose state has a second moment and a step), else None.
+    """(beta1, beta2) of an Adam-family optimizer (one whose state has a second moment and a step), else None.
 
     Raises:
         CheckpointError: a group's betas are no two numbers in [0, 1).
@@ -88,13 +88,15 @@ def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
     """What a user should know about the last stage's schedule."""
     stage = rewarmup.stages[-1]
     found = []
+    one_fall = rewarmup.baseline.is_one_fall(stage.expansion_step)
     remaining = rewarmup.baseline.total_steps - stage.expansion_step
     if stage.steps >= remaining:
+        never = "falls again" if one_fall else f"becomes {stage.rho:g} times the old entries'"
         found.append(
             f"re-warmup takes {stage.steps} steps but only {remaining} remain: the new entries' rate never "
-            f"falls again (try --rewarmup-steps {max(1, remaining // 10)})"
+            f"{never} (try --rewarmup-steps {max(1, remaining // 10)})"
         )
-    if stage.expansion_step < rewarmup.baseline.warmup_steps:
+    if stage.expansion_step < rewarmup.baseline.warmup_steps and one_fall:
         found.append(
             f"the expansion at step {stage.expansion_step} lies inside the warmup "
             f"({rewarmup.baseline.warmup_steps} steps): the new entries' peak, rho times the rate at that "
@@ -103,9 +105,9 @@ def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
     if stage.betas is not None and stage.betas[1] >= LONG_MEMORY and stage.bias_correction == "inherit":
         worst = max(1 / fresh_factor(*stage.betas, k) for k in range(1, 200))
         found.append(
-            f"b2 = {stage.betas[1]:g}: the step counter is shared with the old entries, so the new entries' "
-            f"first updates are up to {worst:.1f} times as long as a fresh Adam's. That parts copies from "
-            "their sources sooner, and ended lower where it was measured; should the loss spike, "
+            f"beta2 = {stage.betas[1]:g}: the step counter is shared with the old entries, so the new "
+            f"entries' first updates are up to {worst:.1f} times as long as a fresh Adam's. That parts "
+            "copies from their sources sooner, and ended lower where it was measured; should the loss spike, "
             "--bias-correction fresh takes it out"
         )
     return tuple(found)
@@ -125,27 +127,8 @@ def remarks(rewarmup: Rewarmup) -> tuple[str, ...]:
 
 def rewarmup_files(rewarmup: Rewarmup) -> dict[str, bytes]:
     """The two files, by their paths in the output."""
-    data: dict[str, Any] = {**to_data(rewarmup), "notes": list(notes(rewarmup))}
-    head = json.dumps(data, indent=2, allow_nan=False)[:-2]
-    steps = json.dumps(_steps(rewarmup), separators=(",", ":"), allow_nan=False)
-    text = f'{head},\n  "curve": {steps}\n}}\n'
+    text = json.dumps(to_data(rewarmup, notes(rewarmup)), indent=2, allow_nan=False) + "\n"
     return {REWARMUP: text.encode(), CURVE: b"".join(csv_chunks(rewarmup))}
-
-
-def _steps(rewarmup: Rewarmup) -> dict[str, Any]:
-    """Step by step: ``eta_old``, and per stage ``eta_new`` and ``ratio``; entry i is step ``first + i``."""
-    rows = list(rewarmup.rows())
-    return {
-        "first": rewarmup.expansion_step,
-        "eta_old": [old for _, old, _ in rows],
-        "stages": {
-            str(stage.stage): {
-                "eta_new": [pairs[i][0] for _, _, pairs in rows],
-                "ratio": [pairs[i][1] for _, _, pairs in rows],
-            }
-            for i, stage in enumerate(rewarmup.stages)
-        },
-    }
 
 
 def csv_chunks(rewarmup: Rewarmup, lines: int = 4096) -> Iterator[bytes]:

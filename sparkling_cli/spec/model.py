@@ -10,6 +10,7 @@ InitPair = Literal["copy-copy", "zero-copy", "random-copy", "random-zero", "rand
 Scaling = Literal["rms", "function", "none"]
 OptimizerTreatment = Literal["asymmetric", "asymmetric-scaled", "copy", "drop"]
 BaselineType = Literal["cosine", "linear", "constant", "wsd"]
+DecayShape = Literal["cosine", "linear", "1-sqrt"]
 
 
 class _Strict(BaseModel):
@@ -51,6 +52,7 @@ class BaselineSpec(_Strict):
     initial: Annotated[float | None, Field(ge=0, description="learning rate at step 0")] = None
     warmup_steps: Annotated[int | None, Field(ge=0)] = None
     decay_steps: Annotated[int | None, Field(ge=0, description="length of the decay of wsd")] = None
+    decay: Annotated[DecayShape | None, Field(description="shape of that decay; default: cosine")] = None
     total_steps: Annotated[int | None, Field(ge=1)] = None
     expansion_step: Annotated[int | None, Field(ge=0)] = None
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable
 from decimal import Decimal, getcontext
+from math import cos, pi
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.formats.model import Checkpoint, ParamState
@@ -77,19 +80,43 @@ def test_cosine_without_a_floor_ends_at_zero() -> None:
     assert base(500) == 0.0
 
 
-HF: list[tuple[str, dict[str, Any]]] = [
-    ("cosine", {}),
-    ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
-    ("cosine_with_min_lr", {"min_lr": 2e-5}),
-    ("linear", {}),
-    ("constant", {}),
-    ("constant_with_warmup", {}),
-    ("cosine_with_restarts", {}),
-    ("polynomial", {}),
-    ("warmup_stable_decay", {"num_decay_steps": 40}),
-    ("warmup_stable_decay", {"num_decay_steps": 60, "decay_type": "linear", "min_lr_ratio": 0.05}),
-    ("warmup_stable_decay", {"num_decay_steps": 30, "decay_type": "1-sqrt", "min_lr_ratio": 0.1}),
-]
+#: every schedule of transformers' table that does not follow a metric, with arguments that change it
+KWARGS: dict[str, list[dict[str, Any]]] = {
+    "linear": [{}],
+    "constant": [{}],
+    "constant_with_warmup": [{}],
+    "cosine": [{}, {"num_cycles": 1.5}, {"num_cycles": 0.25}],
+    "cosine_with_min_lr": [{"min_lr_rate": 0.1}, {"min_lr": 2e-5}, {"min_lr": 2e-5, "num_cycles": 2.5}],
+    "cosine_warmup_with_min_lr": [
+        {"min_lr_rate": 0.1},
+        {"min_lr": 2e-5, "warmup_lr_rate": 0.3},
+        {"min_lr_rate": 0.05, "warmup_lr_rate": 0.01, "num_cycles": 1.5},
+    ],
+    "cosine_with_restarts": [{}, {"num_cycles": 3}],
+    "polynomial": [{}, {"lr_end": 1e-5}, {"power": 2.0}, {"power": 0.5, "lr_end": 1e-6}],
+    "inverse_sqrt": [{}, {"timescale": 500}],
+    "warmup_stable_decay": [
+        {"num_decay_steps": 40},
+        {"num_decay_steps": 60, "decay_type": "linear", "min_lr_ratio": 0.05},
+        {"num_decay_steps": 30, "decay_type": "1-sqrt", "min_lr_ratio": 0.1},
+        {"num_decay_steps": 60, "num_stable_steps": 50, "min_lr_ratio": 0.1},
+        {"num_decay_steps": 60, "num_stable_steps": 20, "decay_type": "linear"},
+        {"num_decay_steps": 0, "num_stable_steps": 60, "min_lr_ratio": 0.2},
+        {"num_decay_steps": 400, "num_stable_steps": 10},
+        {"num_decay_steps": 195},
+        {"num_decay_steps": 90, "num_cycles": 1.5, "min_lr_ratio": 0.1},
+        {"num_decay_steps": 40, "warmup_type": "cosine", "min_lr_ratio": 0.1},
+        {"num_decay_steps": 40, "warmup_type": "1-sqrt"},
+    ],
+}
+BY_METRIC = {"reduce_lr_on_plateau", "greedy"}
+HF = [(name, kwargs) for name, several in KWARGS.items() for kwargs in several]
+
+
+def test_the_whole_table_is_covered() -> None:
+    """No schedule of the installed transformers is left out of the comparison, but those by a metric."""
+    names = {name.value for name in TYPE_TO_SCHEDULER_FUNCTION}
+    assert names - BY_METRIC == set(KWARGS)
 
 
 def checkpoint(**facts: Any) -> Checkpoint:
@@ -100,20 +127,156 @@ def checkpoint(**facts: Any) -> Checkpoint:
     )
 
 
-@pytest.mark.parametrize(("name", "kwargs"), HF)
-def test_baselines_are_transformers_schedules(name: str, kwargs: dict[str, Any]) -> None:
-    """What is read of a run's facts gives the rates that transformers' own scheduler gives, step by step."""
-    peak, warmup, total = 7e-4, 13, 200
+def real_rates(name: str, kwargs: dict[str, Any], peak: float, warmup: int, total: int) -> list[float]:
+    """The rates that transformers' own scheduler gives, for every number of steps done."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     scheduler = get_scheduler(name, optimizer, warmup, total, dict(kwargs))
-    facts = {"type": name, "warmup_steps": warmup, "peak": peak, "minimum": None, "kwargs": kwargs}
-    source = checkpoint(global_step=50, max_steps=total, schedule=facts)
-    curve, step = baseline_of(source, BaselineSpec())
-    assert step == 50
-    for t in range(total + 1):
-        assert curve(t) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-19)
+    rates = []
+    for _ in range(total + 1):
+        rates.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
+    return rates
+
+
+def source_of(name: str, kwargs: dict[str, Any], peak: float, warmup: int, total: int, at: int) -> Checkpoint:
+    """A checkpoint whose training arguments ask for that schedule."""
+    schedule = {"type": name, "warmup_steps": warmup, "peak": peak, "minimum": None, "kwargs": kwargs}
+    return checkpoint(global_step=at, max_steps=total, schedule=schedule)
+
+
+@pytest.mark.parametrize("warmup", [13, 2, 0])
+@pytest.mark.parametrize(("name", "kwargs"), HF)
+def test_baselines_are_transformers_schedules(name: str, kwargs: dict[str, Any], warmup: int) -> None:
+    """What is read of a run's facts gives the rates that transformers' own scheduler gives, step by step."""
+    peak, total = 7e-4, 200
+    curve, step = baseline_of(source_of(name, kwargs, peak, warmup, total, 5), BaselineSpec())
+    assert step == 5
+    assert curve.total_steps == total
+    for t, rate in enumerate(real_rates(name, kwargs, peak, warmup, total)):
+        assert curve(t) == pytest.approx(rate, rel=1e-12, abs=1e-19)
+
+
+def remaining_fall(name: str, kwargs: dict[str, Any], total: int, te: int) -> Callable[[float], float] | None:
+    """The shape of what remains, if it is one fall that ends with the run."""
+
+    def cosine(x: float) -> float:
+        return (1 + cos(pi * x)) / 2
+
+    if name in ("linear", "polynomial"):
+        return lambda x: (1 - x) ** float(kwargs.get("power", 1.0))
+    if name.startswith("cosine"):
+        return None if "num_cycles" in kwargs else cosine
+    if {"num_stable_steps", "num_cycles"} & set(kwargs) or te < total - kwargs.get("num_decay_steps", 0):
+        return None
+    return {"linear": lambda x: 1 - x, "1-sqrt": None}.get(kwargs.get("decay_type", ""), cosine)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), HF)
+@pytest.mark.parametrize("te", [20, 90, 165])
+def test_the_ratio_is_no_accident(name: str, kwargs: dict[str, Any], te: int) -> None:
+    """On the real scheduler's rates: Eq. 27-28 where one fall remains, else rho after the re-warmup.
+
+    Written out here from the rates of the scheduler itself, not from the curve under test.
+    """
+    peak, warmup, total, rho, tau = 7e-4, 13, 200, 1.3, 8
+    real = real_rates(name, kwargs, peak, warmup, total)
+    if real[te] == 0:
+        pytest.skip("the rate at the expansion is zero: refused")
+    curve, _ = baseline_of(source_of(name, kwargs, peak, warmup, total, te), BaselineSpec())
+    made = add_stage(None, curve, te, rho=rho, steps=tau)
+    shape = remaining_fall(name, kwargs, total, te)
+    ratio_of_floor = kwargs.get("min_lr_rate", kwargs.get("min_lr_ratio", 0.0))
+    floor = kwargs.get("min_lr", peak * ratio_of_floor)
+    if name == "polynomial":
+        floor = kwargs.get("lr_end", 1e-7)
+    for t in range(te, total):
+        ratio = made.ratio(made.stages[0], t)
+        if real[t] == 0:
+            assert ratio == 1.0
+        elif shape is None:
+            assert ratio == pytest.approx(1 + 0.3 * min(1, (t - te) / tau), rel=1e-12)
+        elif t - te < tau:
+            assert ratio * real[t] == pytest.approx(real[te] * (1 + 0.3 * (t - te) / tau), rel=1e-12)
+        else:
+            left = shape((t - te - tau) / (total - te - tau))
+            wanted = floor + (rho * real[te] - floor) * left
+            assert ratio * real[t] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_stable_phase_of_a_given_length() -> None:
+    """Warmup 2, stable 4, decay 6 of 20 steps: the decay is 6 to 12, and the ratio 1.3 throughout it."""
+    kwargs = {"num_stable_steps": 4, "num_decay_steps": 6, "min_lr_ratio": 0.1}
+    source = source_of("warmup_stable_decay", kwargs, 1e-3, 2, 20, 4)
+    spec = ExpansionSpec(**SPEC, rewarmup={"steps": 2})
+    made = plan_rewarmup(source, spec)
+    assert [made.baseline(t) for t in (4, 5, 6)] == [1e-3] * 3
+    assert made.baseline(9) == pytest.approx(0.55e-3)
+    assert [made.baseline(t) for t in range(12, 21)] == pytest.approx([1e-4] * 9)
+    ratios = [made.ratio(made.stages[0], t) for t in range(4, 21)]
+    assert ratios == pytest.approx([1.0, 1.15] + [1.3] * 15)
+
+
+@pytest.mark.parametrize("name", sorted(BY_METRIC))
+def test_schedules_that_follow_a_metric(name: str) -> None:
+    """They cannot be known in advance; a described one takes their place."""
+    source = checkpoint(global_step=5, max_steps=90, schedule={"type": name, "peak": 1e-3, "kwargs": {}})
+    with pytest.raises(SpecError, match=f"{name}.*metric"):
+        baseline_of(source, BaselineSpec())
+    curve, _ = baseline_of(source, BaselineSpec(type="constant", warmup_steps=0))
+    assert curve(60) == 1e-3
+
+
+def test_absolute_rates_under_rates_by_group() -> None:
+    """Transformers divides ``min_lr`` by the optimizer's default rate, whatever its groups have."""
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (2e-3, 1e-3)]
+    optimizer = torch.optim.SGD(groups, lr=1e-3)
+    scheduler = get_scheduler("cosine_with_min_lr", optimizer, 10, 100, {"min_lr": 1e-4})
+    facts: dict[str, Any] = {
+        "global_step": 5, "max_steps": 100, "base_lrs": [2e-3, 1e-3],
+        "schedule": {
+            "type": "cosine_with_min_lr", "warmup_steps": 10, "peak": 2e-3, "kwargs": {"min_lr": 1e-4},
+        },
+    }  # fmt: skip
+    curve, _ = baseline_of(checkpoint(**facts, training_args={"learning_rate": 1e-3}), BaselineSpec())
+    for t in range(100):
+        assert curve(t) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+    with pytest.raises(SpecError, match="minimum cannot be read"):
+        baseline_of(checkpoint(**facts, training_args={"learning_rate": 5e-3}), BaselineSpec())
+
+
+def test_the_schedulers_own_record_is_believed() -> None:
+    """A run whose scheduler was not made from its training arguments is no cosine, whatever these say."""
+    facts: dict[str, Any] = {
+        "global_step": 50, "max_steps": 200, "last_epoch": 50, "base_lrs": [1e-3, 2e-3], "schedule": SCHEDULE,
+    }  # fmt: skip
+    right = 0.5 * (1 + cos(pi * 40 / 190))
+    curve, _ = baseline_of(checkpoint(**facts, last_lrs=[1e-3 * right, 2e-3 * right]), BaselineSpec())
+    assert curve(50) == pytest.approx(1e-3 * right)
+    with pytest.raises(SpecError, match=r"at step 50 .* another scheduler"):
+        baseline_of(checkpoint(**facts, last_lrs=[1e-3, 2e-3]), BaselineSpec())
+    described = BaselineSpec(type="constant", warmup_steps=10)
+    assert baseline_of(checkpoint(**facts, last_lrs=[1e-3, 2e-3]), described)[0].type == "constant"
+
+
+@pytest.mark.parametrize(("decay", "half"), [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - 0.5**0.5)])
+def test_a_described_decay(decay: str, half: float) -> None:
+    """``--schedule wsd --decay linear``: the shape of the last steps, for trainers that write no schedule."""
+    given = BaselineSpec(
+        type="wsd",
+        peak=2e-3,
+        warmup_steps=10,
+        total_steps=100,
+        decay_steps=40,
+        decay=decay,
+        expansion_step=30,
+    )
+    curve, _ = baseline_of(checkpoint(), given)
+    assert curve(60) == 2e-3
+    assert curve(80) == pytest.approx(2e-3 * half)
+    assert curve(100) == 0.0
 
 
 def test_other_shapes_begin_anew() -> None:
@@ -185,7 +348,7 @@ SPEC = {"axes": [{"axis": "ffn", "factor": 2}]}
 
 
 def test_files_hold_the_curve_step_by_step(tmp_path: Path) -> None:
-    """JSON and CSV agree with each other and with the equations, and read back as they were."""
+    """The CSV has the curve that follows from the JSON, and the JSON reads back as it was."""
     spec = ExpansionSpec(**SPEC, rewarmup={"rho": 1.3, "steps": 20, "bias_correction": "fresh"})
     made = plan_rewarmup(checkpoint(global_step=50, max_steps=200, schedule=SCHEDULE), spec)
     files = rewarmup_files(made)
@@ -193,14 +356,16 @@ def test_files_hold_the_curve_step_by_step(tmp_path: Path) -> None:
     assert from_data(data, "x") == made
     rows = list(csv.DictReader(io.StringIO(files[CURVE].decode())))
     assert [int(r["step"]) for r in rows] == list(range(50, 201))
+    stage = made.stages[0]
     for i, row in enumerate(rows):
         t = int(row["step"])
-        assert float(row["eta_old"]) == data["curve"]["eta_old"][i] == made.baseline(t)
-        assert float(row["eta_new"]) == data["curve"]["stages"]["1"]["eta_new"][i]
-        assert float(row["ratio"]) == data["curve"]["stages"]["1"]["ratio"][i]
+        assert float(row["eta_old"]) == made.baseline(t)
+        assert float(row["eta_new"]) == stage.eta_new(t)
+        assert float(row["ratio"]) == made.ratio(stage, t)
         assert float(row["correction"]) == fresh_factor(0.9, 0.999, i + 1)
         if float(row["eta_old"]) > 0:
             assert float(row["ratio"]) == float(row["eta_new"]) / float(row["eta_old"])
+    assert len(files[REWARMUP]) < 1000  # the closed form, however long the run
     assert float(rows[0]["ratio"]) == 1.0
     assert float(rows[20]["eta_new"]) == pytest.approx(1.3 * made.baseline(50))
     (tmp_path / "sparkling").mkdir()
@@ -221,10 +386,10 @@ def test_a_second_expansion_keeps_the_first_ones_curve() -> None:
 
 
 def test_users_are_told() -> None:
-    """Notes on b2 = 0.999 and on a re-warmup that outlasts the run."""
+    """Notes on beta2 = 0.999 and on a re-warmup that outlasts the run."""
     short = checkpoint(global_step=150, max_steps=200, schedule=SCHEDULE)
     said = notes(plan_rewarmup(short, ExpansionSpec(**SPEC)))
-    assert any("b2 = 0.999" in n and "6.6" in n for n in said)
+    assert any("beta2 = 0.999" in n and "6.6" in n for n in said)
     assert any("only 50 remain" in n for n in said)
 
 
@@ -239,3 +404,32 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         from_data({"format_version": 9}, "x")
     with pytest.raises(CheckpointError, match="KeyError"):
         from_data({"format_version": 1}, "x")
+    with pytest.raises(CheckpointError, match="baseline: Field required"):
+        from_data({"format_version": 2, "stages": []}, "x")
+
+
+def version_1(curve: Curve, stage_curve: dict[str, Any], te: int) -> dict[str, Any]:
+    """What version 0.1.0 wrote, its per-step arrays and notes left out."""
+    names = ("type", "peak", "minimum", "initial", "warmup_steps", "total_steps", "decay_steps", "decay")
+    old = {name: getattr(curve, name) for name in names}
+    stage = {
+        "stage": 1, "expansion_step": te, "rho": 1.3, "steps": 20, "eta_e": curve(te),
+        "peak": 1.3 * curve(te), "curve": {**old, **stage_curve},
+        "bias_correction": "inherit", "betas": [0.9, 0.95],
+    }  # fmt: skip
+    return {"format_version": 1, "expansion_step": te, "baseline": old, "stages": [stage], "curve_file": "x"}
+
+
+def test_files_of_the_former_version() -> None:
+    """They are read, with the curve that they were written with; else there is an error that says so."""
+    te, rest = 100, {"warmup_steps": 20, "total_steps": 300}
+    for kind in ("cosine", "linear", "constant"):
+        base = Curve(kind, 1e-3, 1e-5, 0.0, 10, 400)  # type: ignore[arg-type]
+        rates = {"initial": base(te), "peak": 1.3 * base(te)}
+        found = from_data(version_1(base, {**rates, **rest}, te), "x")
+        assert found == add_stage(None, base, te, rho=1.3, steps=20, betas=(0.9, 0.95))
+    wsd = Curve("wsd", 1e-3, 1e-4, 0.0, 10, 400, 100)
+    stored = version_1(wsd, {"initial": 1e-3, "peak": 1.3e-3, **rest}, te)
+    with pytest.raises(CheckpointError, match=r"earlier version(.|\n)*--write"):
+        from_data(stored, "x")
+    assert from_data(stored, "x", replacing=True).baseline == wsd
