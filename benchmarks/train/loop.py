@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import re
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments, get_s
 from benchmarks.train.data import Text, batch, heldout_blocks
 
 FLOOR = 0.01
+#: steps after the expansion at which a run is measured besides (the small and the wide one: after the half)
+EARLY = (0, 50, 100, 250, 500)
+#: bytes of the held-out text that are measured along a run; the end of the run is measured on all of it
+CURVE = 98_304
+#: shares of the small model's run at which it leaves a checkpoint to expand
+SHARES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Run:
     """The constants of all runs of one proof.
 
     ``size`` names the models' widths (``models.SIZES``); lengths are in optimizer steps, a step takes
-    rows x length tokens.
+    rows x length tokens. ``schedule`` is ``cosine``, or ``wsd``: constant, and a cosine over the last fifth.
     """
 
     size: str = "pilot"
@@ -38,60 +45,101 @@ class Run:
     eval_every: int = 500
     compile: bool = True
     beta2: float = 0.95
-
-    @property
-    def middle(self) -> int:
-        """The step of the expansion."""
-        return self.steps // 2
+    schedule: str = "cosine"
+    tau_w: int = 25
+    device: str = "cpu"
 
     @property
     def label(self) -> str:
-        """What sets these runs apart from others of the same model; names the folder of their results."""
-        return f"{self.size}-{self.steps}steps-lr{self.lr:g}-b{self.beta2:g}"
+        """What sets these runs apart from others of the same model; names the file of their results."""
+        schedule = "" if self.schedule == "cosine" else f"-{self.schedule}"
+        return f"{self.size}-{self.steps}steps-lr{self.lr:g}-b{self.beta2:g}-tau{self.tau_w}{schedule}"
+
+    @classmethod
+    def of_label(cls, label: str) -> Run:
+        """The constants that a label names; the others are those of the size.
+
+        Raises:
+            ValueError: it is no label.
+        """
+        form = r"(\w+)-(\d+)steps-lr(.+)-b([\d.]+)-tau(\d+)(?:-(\w+))?"
+        found = re.fullmatch(form, label)
+        if found is None:
+            raise ValueError(f"{label!r} is no label of runs, e.g. {cls().label!r}")
+        size, steps, lr, beta2, tau_w, schedule = found.groups()
+        given = {"steps": int(steps), "lr": float(lr), "beta2": float(beta2), "tau_w": int(tau_w)}
+        return preset(size, schedule=schedule, **given)
+
+    def at(self, share: float) -> int:
+        """The step at which this share of the run is done."""
+        return int(self.steps * share)
+
+    def measured(self, start: int) -> frozenset[int]:
+        """The steps at which a run from ``start`` on is measured."""
+        regular = range(start, self.steps, self.eval_every)
+        early = ((start or self.at(0.5)) + more for more in EARLY)
+        return frozenset(s for s in (*regular, *early, self.steps) if s <= self.steps)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Arithmetic of the forward pass: bf16 on an accelerator, as it comes on a CPU."""
+        return nullcontext() if self.device == "cpu" else torch.autocast(self.device, torch.bfloat16)
 
 
-def preset(size: str, steps: int | None, lr: float | None, beta2: float, compile_: bool) -> Run:
-    """The constants of a size: ``pilot`` for results, the others for a look within minutes.
+#: what differs from ``Run``'s own values, by size
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "pilot": {},
+    "quick": {"steps": 1200, "rows": 16, "length": 64, "eval_every": 300},
+    "micro": {"steps": 1200, "rows": 8, "length": 64, "eval_every": 300},
+    "horizon": {"steps": 24_000, "rows": 4, "length": 64, "eval_every": 1000, "tau_w": 250},
+    "gpu": {"steps": 4000, "rows": 64, "length": 512, "lr": 1e-3, "eval_every": 250, "tau_w": 100},
+}
 
-    The peak rate, 2e-3, is the best of 1e-3, 2e-3, 4e-3 and 8e-3 for the small model at pilot size and of
-    the last three at quick size: the small model's rate is kept (App. D.2).
+
+def preset(size: str, **given: Any) -> Run:
+    """The constants of a size, with those that are given (None: not given) in their place.
+
+    ``pilot`` and ``horizon`` are for results, ``gpu`` for a machine with one, the others for a look within
+    minutes. The peak rate, 2e-3, is the best of 1e-3, 2e-3, 4e-3 and 8e-3 for the small model at pilot size
+    and of the last three at quick size: the small model's rate is kept (App. D.2).
     """
-    rate = 2e-3 if lr is None else lr
-    if size == "pilot":
-        steps = 3000 if steps is None else steps
-        every = max(1, steps // 6)
-        return Run(
-            steps=steps, warmup=steps * 3 // 100, lr=rate, eval_every=every, beta2=beta2, compile=compile_
-        )
-    steps = 1200 if steps is None else steps
-    rows = 16 if size == "quick" else 8
-    return Run(
-        size, steps, steps // 20, rate, rows=rows, length=64, eval_every=300, beta2=beta2, compile=compile_
-    )
+    run = replace(Run(size=size), **PRESETS[size])
+    run = replace(run, **{name: value for name, value in given.items() if value is not None})
+    share = 0.05 if size in ("quick", "micro") else 0.03
+    return replace(run, warmup=int(run.steps * share), eval_every=max(1, min(run.eval_every, run.steps // 4)))
 
 
 @dataclass
 class Log:
-    """What a run measured: losses in nats per byte, by optimizer step."""
+    """What a run measured, by optimizer step.
+
+    Attributes:
+        train: mean training loss since the measurement before, nats per byte.
+        heldout: loss on the first part of the held-out text, nats per byte.
+        cosine: mean cosine between new channels and their sources.
+        final: loss at the end on all of the held-out text.
+    """
 
     train: dict[int, float] = field(default_factory=dict)
     heldout: dict[int, float] = field(default_factory=dict)
+    cosine: dict[int, float] = field(default_factory=dict)
+    final: float = float("nan")
 
-    def save(self, path: Path, **extra: object) -> None:
-        """Write as JSON; appears whole or not at all."""
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({**asdict(self), **extra}, indent=1))
-        part.rename(path)
+    def rounded(self) -> dict[str, Any]:
+        """As plain data with six digits after the point."""
+        curves = {"train": self.train, "heldout": self.heldout, "cosine": self.cosine}
+        rounded = {name: {s: round(v, 6) for s, v in curve.items()} for name, curve in curves.items()}
+        return {"final": round(self.final, 6), **rounded}
 
 
 def arguments(run: Run, folder: str = "run") -> TrainingArguments:
     """The arguments with which the Trainer itself would do this run."""
+    kind, options = _schedule(run)
     return TrainingArguments(
         output_dir=folder,
         max_steps=run.steps,
         learning_rate=run.lr,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": FLOOR},
+        lr_scheduler_type=kind,
+        lr_scheduler_kwargs=options,
         warmup_steps=run.warmup,
         per_device_train_batch_size=run.rows,
         adam_beta2=run.beta2,
@@ -102,47 +150,48 @@ def arguments(run: Run, folder: str = "run") -> TrainingArguments:
     )
 
 
+def _schedule(run: Run) -> tuple[str, dict[str, Any]]:
+    if run.schedule == "cosine":
+        return "cosine_with_min_lr", {"min_lr_rate": FLOOR}
+    if run.schedule == "wsd":
+        return "warmup_stable_decay", {"num_decay_steps": run.steps // 5, "min_lr_ratio": FLOOR}
+    raise ValueError(f"schedule {run.schedule!r}: cosine or wsd")
+
+
 def make_scheduler(run: Run, optimizer: Optimizer) -> LambdaLR:
-    """The baseline: warmup, then a cosine to a hundredth of the peak."""
+    """The baseline: warmup, then down to a hundredth of the peak."""
+    kind, options = _schedule(run)
     return get_scheduler(
-        "cosine_with_min_lr",
+        kind,
         optimizer,
         num_warmup_steps=run.warmup,
         num_training_steps=run.steps,
-        scheduler_specific_kwargs={"min_lr_rate": FLOOR},
+        scheduler_specific_kwargs=options,
     )
 
 
 @torch.no_grad()
-def heldout_loss(model: PreTrainedModel, text: Text, length: int) -> float:
-    """Mean cross-entropy over the held-out blocks, nats per byte."""
-    blocks = heldout_blocks(text, length)
+def heldout_loss(model: PreTrainedModel, text: Text, run: Run, *, whole: bool) -> float:
+    """Mean cross-entropy over the held-out text, or its first part, nats per byte."""
+    blocks = heldout_blocks(text, run.length)[: (None if whole else CURVE // run.length)]
     model.eval()
     total = 0.0
     for part in blocks.split(64):
-        logits = model(input_ids=part, use_cache=False).logits
+        ids = part.to(run.device)
+        with run.autocast():
+            logits = model(input_ids=ids, use_cache=False).logits
         total += nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
+            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
         ).item()
     model.train()
-    return total / (blocks.shape[0] * (length - 1))
+    return total / (blocks.shape[0] * (run.length - 1))
 
 
-def train(
-    run: Run,
-    text: Text,
-    seed: int,
-    model: PreTrainedModel,
-    forward: Callable[..., Any],
-    optimizer: Optimizer,
-    scheduler: LambdaLR,
-    start: int,
-    *,
-    at_step: Callable[[int], None] | None = None,
-) -> Log:
-    """Train from optimizer step ``start`` to the end of the schedule.
+@dataclass
+class Training:
+    """One run from step ``start`` to the end of its schedule; stopped anywhere, it goes on where it was.
 
-    Args:
+    Attributes:
         run: lengths and rates.
         text: what to train and measure on.
         seed: of the order of the data.
@@ -151,30 +200,88 @@ def train(
         optimizer: over its parameters.
         scheduler: at step ``start``.
         start: optimizer steps done before.
+        kept: a file that holds the state since the last measurement; None: nothing is kept.
+        cosine: measures the copies of the model as it is; None: there are none.
         at_step: called with the number of steps done, before the next one (for checkpoints).
     """
-    log = Log()
-    model.train()
-    recent: list[float] = []
-    for step in range(start, run.steps):
-        if at_step is not None:
-            at_step(step)
-        if (step - start) % run.eval_every == 0:
-            log.heldout[step] = heldout_loss(model, text, run.length)
-            print(f"{time.strftime('%H:%M:%S')} step {step}: held-out {log.heldout[step]:.4f}", flush=True)
-        ids = batch(text, seed, step, run.rows, run.length)
-        loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+
+    run: Run
+    text: Text
+    seed: int
+    model: PreTrainedModel
+    forward: Callable[..., Any]
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    start: int = 0
+    kept: Path | None = None
+    cosine: Callable[[], float] | None = None
+    at_step: Callable[[int], None] | None = None
+    log: Log = field(default_factory=Log)
+    seconds: float = 0.0
+
+    def resume(self) -> int:
+        """Take up the state in ``kept``, if there is one; the number of steps done."""
+        if self.kept is None or not self.kept.exists():
+            return self.start
+        state = torch.load(self.kept, weights_only=False)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.log, self.seconds = state["log"], state["seconds"]
+        return int(state["step"])
+
+    def finish(self, step: int) -> Log:
+        """Train from ``step`` (what ``resume`` returned) to the end."""
+        run, measured = self.run, self.run.measured(self.start)
+        began = time.perf_counter() - self.seconds
+        self.model.train()
+        recent: list[float] = []
+        while True:
+            if step in measured and step not in self.log.heldout:
+                self._measure(step, recent)
+                self.seconds = time.perf_counter() - began
+                self._keep(step)
+            if self.at_step is not None:
+                self.at_step(step)
+            if step == run.steps:
+                self.log.final = heldout_loss(self.model, self.text, run, whole=True)
+                return self.log
+            recent.append(self._step(step))
+            step += 1
+
+    def _step(self, step: int) -> float:
+        ids = batch(self.text, self.seed, step, self.run.rows, self.run.length).to(self.run.device)
+        with self.run.autocast():
+            loss = self.forward(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), run.clip)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        recent.append(loss.item())
-        if len(recent) == 10:
-            log.train[step + 1] = sum(recent) / len(recent)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.run.clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return float(loss.item())
+
+    def _measure(self, step: int, recent: list[float]) -> None:
+        self.log.heldout[step] = heldout_loss(self.model, self.text, self.run, whole=False)
+        if recent:
+            self.log.train[step] = sum(recent) / len(recent)
             recent.clear()
-    log.heldout[run.steps] = heldout_loss(model, text, run.length)
-    return log
+        if self.cosine is not None:
+            self.log.cosine[step] = self.cosine()
+
+    def _keep(self, step: int) -> None:
+        if self.kept is None:
+            return
+        state = {
+            "step": step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "log": self.log,
+            "seconds": self.seconds,
+        }
+        part = self.kept.with_suffix(".part")
+        torch.save(state, part)
+        part.rename(self.kept)
 
 
 def save_checkpoint(
@@ -186,7 +293,7 @@ def save_checkpoint(
     torch.save(optimizer.state_dict(), directory / "optimizer.pt")
     torch.save(scheduler.state_dict(), directory / "scheduler.pt")
     torch.save(arguments(run), directory / "training_args.bin")
-    state = TrainerState(global_step=step, max_steps=run.steps, save_steps=run.middle)
+    state = TrainerState(global_step=step, max_steps=run.steps, save_steps=step)
     state.save_to_json(str(directory / "trainer_state.json"))
 
 

@@ -25,12 +25,16 @@ class Size:
     hidden: int
     ffn: int
     head_dim: int
+    heads: int = 4
+    context: int = 128
 
 
 #: (kind, size) -> widths; ``pilot`` is the size at which the acceptance numbers were set
 SIZES: Mapping[tuple[str, str], Size] = {
     ("dense", "pilot"): Size(4, 96, 128, 24),
     ("moe", "pilot"): Size(3, 64, 48, 24),
+    ("dense", "horizon"): Size(2, 48, 64, 12),
+    ("dense", "gpu"): Size(12, 512, 1024, 64, heads=8, context=512),
     ("dense", "quick"): Size(2, 64, 64, 16),
     ("dense", "micro"): Size(2, 48, 48, 12),
     ("moe", "micro"): Size(2, 32, 24, 12),
@@ -51,16 +55,18 @@ def config(kind: str, size: Size, ffn: int, hidden: int) -> PreTrainedConfig:
     common: dict[str, Any] = {
         "vocab_size": 256,
         "num_hidden_layers": size.layers,
-        "num_attention_heads": 4,
+        "num_attention_heads": size.heads,
         "head_dim": size.head_dim,
         "hidden_size": hidden,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": size.context,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": None,
     }
     if kind == "dense":
-        return LlamaConfig(intermediate_size=ffn, num_key_value_heads=4, tie_word_embeddings=False, **common)
+        return LlamaConfig(
+            intermediate_size=ffn, num_key_value_heads=size.heads, tie_word_embeddings=False, **common
+        )
     return Qwen3MoeConfig(
         intermediate_size=4 * ffn,
         moe_intermediate_size=ffn,
@@ -91,11 +97,11 @@ def reusable(model: PreTrainedModel, compile_: bool) -> tuple[PreTrainedModel, A
     return kept, forward
 
 
-def fresh(kind: str, size: str, axes: tuple[str, ...], seed: int) -> PreTrainedModel:
-    """A freshly initialized model, twice as wide along ``axes``."""
+def fresh(kind: str, size: str, axes: tuple[str, ...], factor: float, seed: int) -> PreTrainedModel:
+    """A freshly initialized model, ``factor`` times as wide along ``axes``."""
     torch.manual_seed(seed)
     small = SIZES[kind, size]
-    ffn = small.ffn * (2 if "ffn" in axes else 1)
-    hidden = small.hidden * (2 if "hidden" in axes else 1)
+    ffn = int(small.ffn * (factor if "ffn" in axes else 1))
+    hidden = int(small.hidden * (factor if "hidden" in axes else 1))
     made = config(kind, small, ffn, hidden)
     return (LlamaForCausalLM if kind == "dense" else Qwen3MoeForCausalLM)(made)

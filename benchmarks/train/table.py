@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,25 +9,28 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from benchmarks.train.jobs import Store, Widening
 from benchmarks.train.treatments import TREATMENTS
 
 NAMES: Mapping[str, str] = {
     "small": "small model, not expanded",
     "wide": "wide model, from scratch",
+    "wide-compute": "wide model, from scratch, for the compute of the expanded run",
     **{name: treatment.says for name, treatment in TREATMENTS.items()},
 }
 
 
 @dataclass(frozen=True)
 class Results:
-    """Finished runs of one setting: name -> seed -> what the run logged."""
+    """Finished runs of one setting: name -> seed -> what the run measured."""
 
     setting: str
+    widening: Widening
     runs: Mapping[str, Mapping[int, Mapping[str, Any]]]
 
     def final(self, name: str) -> dict[int, float]:
-        """Final held-out loss by seed."""
-        return {seed: float(last(log["heldout"])) for seed, log in self.runs.get(name, {}).items()}
+        """Loss at the end by seed, on all of the held-out text."""
+        return {seed: float(log["final"]) for seed, log in self.runs.get(name, {}).items()}
 
     def paired(self, name: str, other: str) -> list[float]:
         """Differences of final losses in the seeds that both have."""
@@ -36,24 +38,21 @@ class Results:
         return [a[seed] - b[seed] for seed in sorted(a) if seed in b]
 
 
-def last(curve: Mapping[str, float]) -> float:
-    """The value at the largest step."""
-    return curve[max(curve, key=int)]
-
-
-def load(folder: Path) -> list[Results]:
-    """Every setting under the results of one size."""
+def load(path: Path) -> list[Results]:
+    """Every setting in one file of results, by kind, optimizer and widening."""
+    records = Store(path).read()
     found = []
-    for setting in sorted(folder.glob("*-*")):
-        axes = sorted({p.name for p in setting.glob("seed*/*") if p.is_dir() and p.name != "small"})
-        for axis in axes:
-            runs: dict[str, dict[int, Any]] = {}
-            for seed in sorted(setting.glob("seed*")):
-                number = int(seed.name.removeprefix("seed"))
-                for path in [seed / "small.json", *sorted((seed / axis).glob("*.json"))]:
-                    if path.exists():
-                        runs.setdefault(path.stem, {})[number] = json.loads(path.read_text())
-            found.append(Results(f"{setting.name}-{axis}", runs))
+    expanded = (job for job in sorted(records) if job.name not in ("small", "wide"))
+    for kind, optimizer, axes in dict.fromkeys((job.kind, job.optimizer, job.axes) for job in expanded):
+        widening = Widening.parse(axes)
+        whole = str(Widening(widening.axes, widening.factor))
+        serves = {"": ("small",), whole: ("wide",)}
+        runs: dict[str, dict[int, Any]] = {}
+        for job, record in records.items():
+            same = (job.kind, job.optimizer) == (kind, optimizer)
+            if same and (job.axes == axes or job.name in serves.get(job.axes, ())):
+                runs.setdefault(job.name, {})[job.seed] = record
+        found.append(Results(f"{kind}-{optimizer}-{axes}", widening, runs))
     return found
 
 
@@ -76,7 +75,7 @@ def table(results: Results) -> str:
     order = [name for name in NAMES if results.runs.get(name)]
     for name in sorted(order, key=lambda n: statistics.fmean(results.final(n).values())):
         logs = results.runs[name]
-        locked = [log["symmetry"]["locked"] for log in logs.values() if "symmetry" in log]
+        locked = [log["locked"] for log in logs.values() if "locked" in log]
         above = results.paired(name, "sparkling") if name != "sparkling" else []
         lines.append(
             f"| {NAMES[name]} | {len(logs)} | {mean_error(list(results.final(name).values()))} "
@@ -136,15 +135,12 @@ def plot(results: Results, path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(folder: Path, markdown: Path | None) -> None:
+def report(path: Path, markdown: Path | None) -> None:
     """Print every setting's table, plot it, and write all into a Markdown file if asked to."""
     parts = []
-    for results in load(folder):
-        if not results.runs:
-            continue
-        image = folder / f"{folder.name}-{results.setting}.svg"
-        plot(results, image)
-        parts.append(f"### {folder.name}: {results.setting}\n\n{table(results)}\n")
+    for results in load(path):
+        plot(results, path.with_name(f"{path.stem}-{results.setting}.svg"))
+        parts.append(f"### {path.stem}: {results.setting}\n\n{table(results)}\n")
         print(parts[-1])
     if markdown is not None:
         markdown.write_text("\n".join(parts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from benchmarks.train import models, optim
-from benchmarks.train.base import middle
+from benchmarks.train.base import checkpoint
 from benchmarks.train.data import Text
-from benchmarks.train.loop import Run, load_checkpoint, make_scheduler, train
+from benchmarks.train.jobs import Job, Widening
+from benchmarks.train.loop import Run, Training, load_checkpoint, make_scheduler
 from sparkling_cli.api import expand
-from sparkling_cli.diagnostics.symmetry import measure_symmetry
+from sparkling_cli.diagnostics.symmetry import SymmetryReport, measure_symmetry
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.training import read_history, rewarm
 
@@ -54,57 +54,57 @@ TREATMENTS: Mapping[str, Treatment] = {
     "fresh": Treatment("SPARKLING with fresh bias correction", {"rewarmup": {"bias_correction": "fresh"}}),
 }
 
-TAU_W = 25
 
+def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job) -> dict[str, Any]:
+    """Expand the small model's checkpoint below ``base`` and train the result to the end of the schedule.
 
-def go_on(
-    base: Path, out: Path, run: Run, text: Text, optimizer: str, axes: tuple[str, ...], name: str, seed: int
-) -> None:
-    """Expand the middle checkpoint under ``base`` and train the result to the end of the schedule.
-
-    Writes ``<name>.json`` into ``out`` and keeps the trained weights beside it.
+    Returns what was measured; the work is done in ``folder`` and cleared away.
     """
     logging.set_verbosity_error()
-    treatment = TREATMENTS[name]
-    wide = out / name / "expanded"
-    shutil.rmtree(out / name, ignore_errors=True)
-    wide.parent.mkdir(parents=True)
-    rewarmup = {"steps": TAU_W, **treatment.options.get("rewarmup", {})}
-    options = {k: v for k, v in treatment.options.items() if k != "rewarmup"}
-    spec = ExpansionSpec(
-        axes=[{"axis": axis, "factor": 2} for axis in axes], rewarmup=rewarmup, seed=seed, **options
-    )
-    began = time.perf_counter()
-    expand(middle(base), wide, spec, report="none", threads=1)
-    expanding = time.perf_counter() - began
+    treatment, widening = TREATMENTS[job.name], Widening.parse(job.axes)
+    work = folder / job.name
+    wide, now, kept = work / "expanded", work / "now", work / "kept.pt"
+    if not kept.exists():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        source = checkpoint(base, run.at(widening.share))
+        expand(source, wide, _spec(treatment, widening, run, job.seed), report="none", threads=1)
 
-    model = AutoModelForCausalLM.from_pretrained(wide)
+    model = AutoModelForCausalLM.from_pretrained(wide).to(run.device)
     model, forward = models.reusable(model, run.compile)
-    opt = optim.make(optimizer, model, run.lr, run.beta2)
+    opt = optim.make(job.optimizer, model, run.lr, run.beta2)
     scheduler = make_scheduler(run, opt)
     start = load_checkpoint(wide, opt, scheduler)
-    assert start == run.middle
+    assert start == run.at(widening.share)
+
+    def symmetry() -> SymmetryReport:
+        model.save_pretrained(now)
+        return measure_symmetry(now, wide)
+
+    training = Training(
+        run, text, job.seed, model, forward, opt, scheduler, start, kept, lambda: symmetry().cosine
+    )
+    step = training.resume()
     if treatment.warm == "new":
-        rewarm(opt, model, wide)
+        rewarm(opt, model, wide, step=step)
     elif treatment.warm == "all":
         _rewarm_everything(wide, run, scheduler)
-    log = train(run, text, seed, model, forward, opt, scheduler, start)
-    trained = out / name / "trained"
-    model.save_pretrained(trained)
-    meter = measure_symmetry(trained, wide)
-    log.save(
-        out / f"{name}.json",
-        seconds=time.perf_counter() - began,
-        expanding=expanding,
-        loss_after_expansion=log.heldout[start],
-        symmetry={
-            "cosine": meter.cosine,
-            "distance": meter.distance,
-            "locked": meter.locked,
-        },
-        parameters=sum(p.numel() for p in model.parameters()),
-    )
-    shutil.rmtree(out / name)
+    log = training.finish(step)
+    locked = symmetry().locked
+    shutil.rmtree(work)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(training.seconds),
+        "locked": round(locked, 4),
+        **log.rounded(),
+    }
+
+
+def _spec(treatment: Treatment, widening: Widening, run: Run, seed: int) -> ExpansionSpec:
+    rewarmup = {"steps": run.tau_w, **treatment.options.get("rewarmup", {})}
+    options = {k: v for k, v in treatment.options.items() if k != "rewarmup"}
+    axes = [{"axis": axis, "factor": widening.factor} for axis in widening.axes]
+    return ExpansionSpec(axes=axes, rewarmup=rewarmup, seed=seed, **options)
 
 
 def _rewarm_everything(wide: Path, run: Run, scheduler: Any) -> None:
