@@ -109,6 +109,7 @@ def make_plan(
     """
     from sparkling_cli.execute.journal import snapshot
     from sparkling_cli.formats.detect import recognized
+    from sparkling_cli.formats.trainer_facts import without_outdated
     from sparkling_cli.outcome import plan_schedule
     from sparkling_cli.plan.build import build_plan, lay_out
     from sparkling_cli.plan.model import Expansion, Invocation
@@ -119,6 +120,7 @@ def make_plan(
     root, _ = recognized(source)  # a folder of anything else is not walked
     state = snapshot(root)
     checkpoint, found, previous = open_source(source, layout=layout, model=model)
+    checkpoint, anew = without_outdated(checkpoint)
     plan = build_plan(checkpoint, found, spec)
     rewarmup, missing = plan_schedule(plan, previous)
     if rewarmup is not None:
@@ -126,7 +128,7 @@ def make_plan(
     given = None if destination is None else Path(destination)
     expansion = Expansion(
         plan=plan,
-        files=lay_out(plan),
+        files=(*lay_out(plan), *anew),
         destination=given or default_destination(source, plan),
         invocation=Invocation(source, given, layout, model),
         previous=previous,

@@ -1,19 +1,73 @@
-"""What a Trainer's small files say about the run: steps, schedule, optimizer. No file is executed."""
+"""What a Trainer's small files say about the run: steps, schedule, optimizer; and what of it no longer fits.
+
+No file is executed.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.directory import read_json
-from sparkling_cli.formats.model import ParamState
+from sparkling_cli.formats.directory import literal_file, read_json, rewritten_json
+from sparkling_cli.formats.model import Checkpoint, OutputFile, ParamState
 from sparkling_cli.formats.torchfile import plain, read_attributes, read_torch_file
 
 #: Schedules whose minimum is zero unless their arguments say otherwise.
 _TO_ZERO = frozenset({"cosine", "linear", "cosine_with_restarts"})
+
+
+STATE = "trainer_state.json"
+#: what trainer_state.json says of the best checkpoint so far, which has the model at its old size
+_BEST = ("best_model_checkpoint", "best_metric", "best_global_step")
+ADAPTER = "adapter_config.json"
+
+
+def without_outdated(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[OutputFile, ...]]:
+    """The checkpoint without carried files that speak of the model at its old size, and their successors.
+
+    The Trainer's state names the best checkpoint so far, which ``load_best_model_at_end`` loads at the end of
+    the run: cleared. Adapters in folders of their own fit the old size alone: left out.
+
+    Returns:
+        The checkpoint, with notes on what was done; and the files that are written anew.
+
+    Raises:
+        CheckpointError: the state is no JSON, or an adapter lies beside the weights.
+    """
+    root, carried = checkpoint.root, checkpoint.carried
+    if ADAPTER in carried:
+        raise CheckpointError(
+            f"{root.name}: {ADAPTER} lies beside the weights: what the model computes includes an adapter, "
+            "which fits the model at its old size alone",
+            hint="merge it into the weights (peft: merge_and_unload) and save these, or move the adapter_* "
+            "files out of the directory",
+        )
+    notes, files = [], []
+    folders = {name.rpartition("/")[0] for name in carried if name.endswith(f"/{ADAPTER}")}
+    adapters = {name for name in carried if name.rpartition("/")[0] in folders}
+    notes += [
+        f"{folder}/ is left out: an adapter for the model at its old size" for folder in sorted(folders)
+    ]
+    if STATE in carried:
+        best = {name: value for name in _BEST if (value := read_json(root, STATE).get(name)) is not None}
+        if best:
+            text = (root / STATE).read_text(encoding="utf-8")
+            files.append(literal_file(STATE, rewritten_json(text, dict.fromkeys(best), STATE).encode()))
+            values = {**best, _BEST[0]: str(best.get(_BEST[0])).replace("\\", "/").rpartition("/")[2]}
+            listed = ", ".join(f"{name} {values[name]}" for name in best)
+            notes.append(
+                f"{STATE}: {listed}: of the model at its old size; cleared, so that load_best_model_at_end "
+                "chooses among the checkpoints from here on"
+            )
+    dropped = {file.path for file in files} | adapters
+    if not dropped:
+        return checkpoint, ()
+    kept = tuple(name for name in carried if name not in dropped)
+    return replace(checkpoint, carried=kept, notes=(*checkpoint.notes, *notes)), tuple(files)
 
 
 def run_facts(root: Path, present: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -28,8 +82,8 @@ def run_facts(root: Path, present: Sequence[str]) -> tuple[dict[str, Any], list[
     """
     facts: dict[str, Any] = {}
     notes: list[str] = []
-    if "trainer_state.json" in present:
-        state = read_json(root, "trainer_state.json")
+    if STATE in present:
+        state = read_json(root, STATE)
         for name in ("global_step", "max_steps"):
             if isinstance(state.get(name), int) and state[name] >= 0:
                 facts[name] = state[name]
