@@ -34,13 +34,15 @@ How to read it:
   bfloat16 are widened without importing torch, hence negative figures).
 - Ratios are taken within a round, whose measurements follow each other; medians over the rounds are shown.
 
-## A public rival
+## Other tools
 
-No public tool was found that widens a checkpoint with its optimizer state, or that widens the weights of
-any architecture:
+No general tool was found that widens a checkpoint with its optimizer state, or that widens the weights of
+any architecture. Two research codes keep optimizer state, each for one architecture:
 
 | candidate | what it is |
 |---|---|
+| [staged-training][s] | a paper's code: doubles a GPT-2 in its own script, both moments of Adam with it |
+| [MSG][g] | a paper's code: grows a BERT in its own script; old moments are kept, new ones zero |
 | `mergekit` (PyPI) | merges models of one shape, stacks layers; growing the width is [asked for][m] |
 | `gromo` (PyPI) | grows layers of a PyTorch model while it trains; reads no checkpoint directory |
 | `mup` (PyPI) | parametrization across widths; copies no weights |
@@ -48,9 +50,11 @@ any architecture:
 | Net2Net, bert2BERT, LiGO, LEMON | papers; under these names PyPI has no tool for it |
 | `transformers` | `resize_token_embeddings` grows the vocabulary only |
 
+[s]: https://github.com/allenai/staged-training
+[g]: https://github.com/cofe-ai/MSG
 [m]: https://github.com/arcee-ai/mergekit/issues/320
 
-What can be compared is the way that bytes go. `mergekit` reads and writes weights tensor by tensor; its
+What can be compared is how fast bytes are moved. `mergekit` reads and writes weights tensor by tensor; its
 `passthrough` copies them as they are. On a checkpoint without optimizer it was asked to copy what `expand`
 had written, so it writes the same bytes and computes nothing.
 """

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_support import doubled, execute, no_sidecar, raw_plan
 
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError, OutputError
@@ -24,6 +23,7 @@ from sparkling_cli.formats.torchfile import read_torch_file
 from sparkling_cli.plan.model import Plan
 from sparkling_cli.spec.sources import make_spec
 from tests.conftest import TinyCheckpoint
+from tests.execute.engine_support import doubled, execute, no_sidecar, raw_plan
 
 Laid = tuple[Plan, tuple[OutputFile, ...]]
 

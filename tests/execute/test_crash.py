@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_support import doubled, execute, kept, no_sidecar, output_bytes, raw_plan, source_shape
 
 from sparkling_cli.errors import Interrupted, OutputError
 from sparkling_cli.execute import assemble, job, stream, worker
@@ -25,6 +24,15 @@ from sparkling_cli.plan.model import Plan
 from sparkling_cli.storage import places
 from sparkling_cli.storage.sidecar import sidecar_root
 from sparkling_cli.widening.geometry import Fill
+from tests.execute.engine_support import (
+    doubled,
+    execute,
+    kept,
+    no_sidecar,
+    output_bytes,
+    raw_plan,
+    source_shape,
+)
 
 Laid = tuple[Plan, tuple[OutputFile, ...]]
 

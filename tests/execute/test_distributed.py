@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_support import doubled, execute, kept, no_sidecar, raw_plan, source_shape
 
 from sparkling_cli.errors import SparklingError
 from sparkling_cli.execute import job
@@ -25,6 +24,7 @@ from sparkling_cli.execute.worker import Worker
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan
 from sparkling_cli.widening.geometry import Fill
+from tests.execute.engine_support import doubled, execute, kept, no_sidecar, raw_plan, source_shape
 
 forked = multiprocessing.get_context("fork")
 

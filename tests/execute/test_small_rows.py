@@ -12,17 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_support import (
-    doubled,
-    execute,
-    expected,
-    kept,
-    no_sidecar,
-    output_bytes,
-    random_tensor,
-    raw_plan,
-    source_shape,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +26,17 @@ from sparkling_cli.formats.torchfile.writer import Part, Slot, lay_out_archive
 from sparkling_cli.plan.model import Plan
 from sparkling_cli.storage.tensors import ITEM_BYTES, Extent
 from sparkling_cli.widening.geometry import Fill
+from tests.execute.engine_support import (
+    doubled,
+    execute,
+    expected,
+    kept,
+    no_sidecar,
+    output_bytes,
+    random_tensor,
+    raw_plan,
+    source_shape,
+)
 
 #: what mixtures of experts are made of: grown outside, grown inside and scaled, a router, a norm
 KINDS = (

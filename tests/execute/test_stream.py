@@ -9,7 +9,17 @@ from zlib import crc32
 
 import pytest
 import torch
-from engine_support import (
+
+from sparkling_cli.errors import CheckpointError, OutputError
+from sparkling_cli.execute import job as job_module
+from sparkling_cli.execute.commit import partial_of
+from sparkling_cli.formats.model import OutputFile
+from sparkling_cli.plan.model import Plan
+from sparkling_cli.storage.sidecar import sidecar_root
+from sparkling_cli.storage.tensors import Extent, StoredTensor
+from sparkling_cli.widening.geometry import Fill
+from sparkling_cli.widening.memory import widen_tensor
+from tests.execute.engine_support import (
     doubled,
     execute,
     expected,
@@ -21,16 +31,6 @@ from engine_support import (
     source_shape,
     to_bytes,
 )
-
-from sparkling_cli.errors import CheckpointError, OutputError
-from sparkling_cli.execute import job as job_module
-from sparkling_cli.execute.commit import partial_of
-from sparkling_cli.formats.model import OutputFile
-from sparkling_cli.plan.model import Plan
-from sparkling_cli.storage.sidecar import sidecar_root
-from sparkling_cli.storage.tensors import Extent, StoredTensor
-from sparkling_cli.widening.geometry import Fill
-from sparkling_cli.widening.memory import widen_tensor
 
 
 def tensors() -> dict[str, tuple[torch.Tensor, tuple, dict[str, object]]]:  # type: ignore[type-arg]

@@ -8,15 +8,6 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from engine_support import (
-    as_array,
-    doubled,
-    kept,
-    random_tensor,
-    source_shape,
-    to_bytes,
-    views,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +18,15 @@ from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
 from sparkling_cli.widening.kernel import compile_kernel
 from sparkling_cli.widening.memory import target_shape, widen_tensor
 from sparkling_cli.widening.moments import standard_deviation
+from tests.execute.engine_support import (
+    as_array,
+    doubled,
+    kept,
+    random_tensor,
+    source_shape,
+    to_bytes,
+    views,
+)
 
 
 def by_pieces(tensor: torch.Tensor, view: View, piece: int, scale: float = 1.0, offset: float = 0.0) -> bytes:
