@@ -25,9 +25,11 @@ from sparkling_cli.plan.model import Expansion, Recipe, Row
 from sparkling_cli.plan.symmetry import with_fills
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.sidecar import MANIFEST
-from sparkling_cli.widening.geometry import Fill, Growth, Run, View, ViewDim
+from sparkling_cli.widening.geometry import Growth
 
-FORMAT = 1
+FORMAT = 2
+#: Earlier ones that can be read: 1 also said what became of every tensor, which follows from the rest.
+_EARLIER = (1,)
 
 #: [start, stop, stage): entries of an axis, and the expansion that they were born in (0 = original)
 Births = list[tuple[int, int, int]]
@@ -69,39 +71,16 @@ class SourceEntry(_Data):
 
 
 class TensorEntry(_Data):
-    """One output tensor: see :class:`~sparkling_cli.plan.model.Row`; ``view`` is None if untouched."""
+    """One output tensor: see :class:`~sparkling_cli.plan.model.Row`.
+
+    What became of it is not written down: it follows from spec, layout and axes, and ``verify`` works it out.
+    """
 
     name: str
     slot: str
-    view: int | None
     dtype: str
     shape: tuple[int, ...]
-    scale: float = 1.0
-    offset: float = 0.0
-    zero: bool = False
-    stream: str = ""
     crc32: int
-
-
-class RunEntry(_Data):
-    """See :class:`~sparkling_cli.widening.geometry.Run`."""
-
-    target: int
-    source: int
-    length: int
-    new: bool
-    scale: float
-    fill: str
-    shield: bool
-
-
-class ViewEntry(_Data):
-    """See :class:`~sparkling_cli.widening.geometry.ViewDim`."""
-
-    dim: int
-    source: int
-    target: int
-    runs: tuple[RunEntry, ...]
 
 
 class Manifest(_Data):
@@ -114,7 +93,6 @@ class Manifest(_Data):
     axes: dict[str, AxisHistory]
     stages: tuple[Stage, ...]
     source: SourceEntry
-    views: tuple[tuple[ViewEntry, ...], ...]
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
 
@@ -132,23 +110,6 @@ class Manifest(_Data):
         grown = {axis: Growth(before, after) for axis, (before, after) in found.growth.items()}
         return with_fills(grown, self.model_layout(), treatment_of(make_spec(found.spec)))
 
-    def view(self, entry: TensorEntry) -> View | None:
-        """The view of a tensor, None if it is untouched."""
-        if entry.view is None:
-            return None
-        return tuple(
-            ViewDim(
-                dim.source,
-                dim.target,
-                tuple(
-                    Run(r.target, r.source, r.length, r.new, r.scale, Fill[r.fill.upper()], r.shield)
-                    for r in dim.runs
-                ),
-                dim.dim,
-            )
-            for dim in self.views[entry.view]
-        )
-
 
 def read_manifest(path: Path) -> Manifest:
     """A manifest file, or the one of an output directory.
@@ -159,13 +120,25 @@ def read_manifest(path: Path) -> Manifest:
     if path.is_dir():
         path = path / MANIFEST
     hint = "only outputs of `sparkling expand` have one"
-    data = read_sidecar(path, "manifest", version=FORMAT, hint=hint)
+    data = read_sidecar(path, "manifest", version=FORMAT, earlier=_EARLIER, hint=hint)
     try:
+        if data["format_version"] in _EARLIER:
+            data = _without(data, "views")
+            data["tensors"] = {
+                key: _without(entry, "view", "scale", "offset", "zero", "stream")
+                for key, entry in data["tensors"].items()
+            }
         return Manifest.model_validate(data)
+    except (AttributeError, KeyError, TypeError):
+        raise CheckpointError(f"the manifest {path} is damaged: it has no table of tensors") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"the manifest {path} is damaged: {where}: {first['msg']}") from None
+
+
+def _without(data: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in keys}
 
 
 def make_manifest(expansion: Expansion, written: Written, others: Mapping[str, bytes]) -> bytes:
@@ -178,8 +151,7 @@ def make_manifest(expansion: Expansion, written: Written, others: Mapping[str, b
     """
     plan, previous = expansion.plan, expansion.previous
     spec = plan.spec.as_data()
-    views: list[View] = []
-    tensors = _tensors(plan.rows, {recipe: _common(recipe, views) for recipe in plan.recipes}, written)
+    tensors = _tensors(plan.rows, {recipe: _common(recipe) for recipe in plan.recipes}, written)
     stages = [] if previous is None else [stage.model_dump(mode="json") for stage in previous.stages]
     stages.append(
         {
@@ -203,7 +175,6 @@ def make_manifest(expansion: Expansion, written: Written, others: Mapping[str, b
             "tensors": dict(written.sources),
             "files": {name: _digest(written, name) for name in plan.source.carried if name in written.files},
         },
-        "views": [_view(view) for view in views],
     }
     files = {
         "files": {
@@ -241,56 +212,15 @@ def _tensors(rows: tuple[Row, ...], common: Mapping[Recipe, str], written: Writt
     quoted = json.JSONEncoder().encode
     entries = []
     for row in rows:
-        stream = "" if row.stream == row.name else f',"stream":{quoted(row.stream)}'
         crc = written.tensors[row.key]
-        entry = f'{{"name":{quoted(row.name)},{common[row.recipe]}{stream},"crc32":{crc}}}'
+        entry = f'{{"name":{quoted(row.name)},{common[row.recipe]},"crc32":{crc}}}'
         entries.append(f"{quoted(row.key)}:{entry}")
     return "{" + ",".join(entries) + "}"
 
 
-def _common(recipe: Recipe, views: list[View]) -> str:
-    """The entry of a tensor without its names and digest, as JSON text without braces.
-
-    Args:
-        recipe: of the tensor.
-        views: the views so far; that of the recipe is added.
-    """
-    if not recipe.untouched and recipe.view not in views:
-        views.append(recipe.view)
-    entry: dict[str, Any] = {
-        "slot": recipe.slot,
-        "view": None if recipe.untouched else views.index(recipe.view),
-        "dtype": recipe.dtype,
-        "shape": list(recipe.shape),
-    }
-    if recipe.scale != 1.0 or recipe.offset != 0.0:
-        entry |= {"scale": recipe.scale, "offset": recipe.offset}
-    if recipe.zero:
-        entry["zero"] = True
-    return _text(entry)[1:-1]
-
-
-def _view(view: View) -> list[dict[str, Any]]:
-    return [
-        {
-            "dim": dim.dim,
-            "source": dim.source,
-            "target": dim.target,
-            "runs": [
-                {
-                    "target": r.target,
-                    "source": r.source,
-                    "length": r.length,
-                    "new": r.new,
-                    "scale": r.scale,
-                    "fill": r.fill.name.lower(),
-                    "shield": r.shield,
-                }
-                for r in dim.runs
-            ],
-        }
-        for dim in view
-    ]
+def _common(recipe: Recipe) -> str:
+    """The entry of a tensor without its names and digest, as JSON text without braces."""
+    return _text({"slot": recipe.slot, "dtype": recipe.dtype, "shape": list(recipe.shape)})[1:-1]
 
 
 def _digest(written: Written, name: str) -> dict[str, int]:

@@ -1,20 +1,34 @@
-"""One tensor of an output, read piece by piece: its CRC-32, and whether it follows from the source."""
+"""Tensors of an output, read once: their CRC-32, and whether they follow from the source.
+
+Large tensors are read piece by piece; small ones that are neighbours in both checkpoints are read together.
+What an entry must be comes from ``widening.reference``: a tensor is a grid of boxes of one kind each, and
+tensors of one kind share it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.storage.crc import Span, crc32
-from sparkling_cli.storage.places import Handles, Placement, read
+from sparkling_cli.storage.places import Handles, Place, Placement, read, read_range
 from sparkling_cli.storage.tensors import ITEM_BYTES
-from sparkling_cli.verification.arithmetic import as_doubles, bits_dtype, both_nan, computed, wide_dtype
-from sparkling_cli.verification.tables import DimTable, Tables, faults, tensor_tables
-from sparkling_cli.widening import moments
-from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
+from sparkling_cli.widening import fill, moments
+from sparkling_cli.widening.reference import (
+    COPY,
+    FILL_NAMES,
+    RANDOM,
+    ZERO,
+    Along,
+    Wanted,
+    as_numbers,
+    bits_dtype,
+    computed,
+    drawn,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +37,12 @@ if TYPE_CHECKING:
 
 #: entries of the target that are looked at together
 _ENTRIES = 1 << 17
+#: bytes of the output, and of the source, that are read together
+_WINDOW = 1 << 20
+#: a small tensor with more boxes than this is read as large ones are
+_BOXES = 64
+#: bytes between neighbours that are read along
+_GAP = 4096
 
 
 class Subject(NamedTuple):
@@ -30,13 +50,7 @@ class Subject(NamedTuple):
 
     Attributes:
         key: its key.
-        dtype: of source and target.
-        shape: of the target.
-        view: how it was widened; None if it is a copy.
-        scale: factor on all entries.
-        offset: added after scaling.
-        zero: the whole tensor is zero.
-        reset: optimizer state whose new entries are zero and whose old ones are kept.
+        wanted: what it must be.
         seed: of random entries.
         stream: of random entries.
         target: where its bytes are.
@@ -44,13 +58,7 @@ class Subject(NamedTuple):
     """
 
     key: str
-    dtype: str
-    shape: tuple[int, ...]
-    view: View | None
-    scale: float
-    offset: float
-    zero: bool
-    reset: bool
+    wanted: Wanted
     seed: int
     stream: str
     target: Placement
@@ -59,7 +67,7 @@ class Subject(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the target."""
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
+        return prod(self.wanted.shape) * self.target.item
 
 
 class Found(NamedTuple):
@@ -70,61 +78,150 @@ class Found(NamedTuple):
     fault: str | None
 
 
-def examine(subject: Subject, output: Handles, source: Handles | None) -> Found:
-    """Read a tensor of the output once, and what it comes from.
+class _Box(NamedTuple):
+    """Rows and columns of the target whose entries are of one kind, and the source's that they come from.
+
+    Attributes:
+        rows: of the target.
+        columns: of the target.
+        top: first row of the source.
+        left: first column of the source.
+        how: they are filled; ``COPY`` also for old entries.
+        factor: on the entries; None where they are the source's, bit by bit.
+    """
+
+    rows: slice
+    columns: slice
+    top: int
+    left: int
+    how: int
+    factor: Any
+
+
+def bundles(subjects: Sequence[Subject]) -> list[tuple[Subject, ...]]:
+    """All subjects in their order; small ones that are neighbours on both sides stand together."""
+    found: list[list[Subject]] = []
+    last: tuple[Place, Place] | None = None
+    room = 0
+    for subject in subjects:
+        places = _places(subject)
+        size = 0 if places is None else max(place.stop for place in places) + _GAP
+        room -= size
+        if places and last and room >= 0 and all(map(_follows, places, last)):
+            found[-1].append(subject)
+        else:
+            found.append([subject])
+            room = _WINDOW - size
+        last = places
+    return [tuple(bundle) for bundle in found]
+
+
+def _follows(place: Place, last: Place) -> bool:
+    """Whether a place lies behind another with hardly a gap."""
+    return place.path == last.path and 0 <= place.offset - last.offset - last.stop <= _GAP
+
+
+def _places(subject: Subject) -> tuple[Place, Place] | None:
+    """Where a small subject and its source are; None if it is no matter of one place each, or not small."""
+    target, source = subject.target.places, None if subject.source is None else subject.source.places
+    if source is None or subject.wanted.zero or len(target) != 1 or len(source) != 1:
+        return None
+    small = max(target[0].stop, source[0].stop) <= _WINDOW - _GAP and _grid(subject.wanted) is not None
+    return (target[0], source[0]) if small else None
+
+
+def examine(bundle: Sequence[Subject], output: Handles, source: Handles | None) -> list[Found]:
+    """Read the tensors of a bundle once, and what they come from.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
-    item = ITEM_BYTES[subject.dtype]
-    if subject.source is None or source is None or subject.zero:
-        return _alone(subject, output, item)
-    if subject.view is None and subject.scale == 1.0 and subject.offset == 0.0:
-        return _copied(subject, output, source, item)
-    tables = tables_of(subject)
-    fault = faults(tables, reset=subject.reset)
-    misfit = misfit_of(subject, tables)
-    if misfit is not None:
-        return Found([], [], misfit)
-    spread = _spread(subject, source, item) if is_random(tables) else 0.0
-    found = Found([], [], fault)
-    for rows, columns in _chunks(tables):
-        at = (rows.start * len(tables.column.source) + columns.start) * item
-        count = (rows.stop - rows.start) * (columns.stop - columns.start)
-        seen = _read(output, subject.target, at, count * item, found.target)
-        wrong = _unequal(subject, tables, rows, columns, seen, source, spread, found.source)
-        if wrong and found.fault is None:
-            found = found._replace(fault=wrong)
+    if len(bundle) == 1 or source is None:
+        return [_examine_one(subject, output, source) for subject in bundle]
+    new = _neighbours(output, [subject.target.places[0] for subject in bundle])
+    old = _neighbours(source, [subject.source.places[0] for subject in bundle if subject.source is not None])
+    found = []
+    for subject, after, before in zip(bundle, new, old, strict=True):
+        wanted, grid = subject.wanted, _grid(subject.wanted)
+        assert grid is not None
+        kind = bits_dtype(subject.target.item)
+        seen = after.view(kind).reshape(len(wanted.row.source), len(wanted.column.source))
+        there = before.view(kind).reshape(wanted.row.size, wanted.column.size)
+        spread = _deviation(iter([before]), wanted.dtype) if wanted.random else 0.0
+        fault = _fault(subject, grid, seen, (0, 0), there, (0, 0), spread)
+        spans = [Span(0, len(data), crc32(data)) for data in (after, before)]
+        found.append(Found(spans[:1], spans[1:], fault))
     return found
 
 
-def _alone(subject: Subject, output: Handles, item: int) -> Found:
+def _neighbours(handles: Handles, places: Sequence[Place]) -> list[Array]:
+    """The bytes of neighbouring places, read at once; each aligned to its entries."""
+    import numpy as np
+
+    first, last = places[0].offset, places[-1].offset + places[-1].stop
+    lead = first % 64  # as aligned in memory as in the file
+    buffer = np.empty(lead + last - first, dtype=np.uint8)
+    read_range(handles, places[0].path, first, buffer[lead:])
+    starts = [lead + place.offset - first for place in places]
+    return [buffer[at : at + place.stop] for at, place in zip(starts, places, strict=True)]
+
+
+def _examine_one(subject: Subject, output: Handles, source: Handles | None) -> Found:
+    wanted, item = subject.wanted, subject.target.item
+    if subject.source is None or source is None or wanted.zero:
+        return _alone(subject, output)
+    if wanted.same:
+        return _copied(subject, output, source)
+    spread = _deviation(_blocks(subject.source, source), wanted.dtype) if wanted.random else 0.0
+    width = len(wanted.column.source)
+    found = Found([], [], None)
+    for rows, columns in _chunks(wanted):
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        at = (rows.start * width + columns.start) * item
+        data = _read(output, subject.target, at, prod(shape) * item, found.target)
+        whole = shape[1] == width
+        boxes = _boxes(wanted, [rows], _parts(wanted) if whole else [columns])
+        corner = (int(wanted.row.source[rows.start]), 0 if whole else boxes[0].left)
+        there: Array = data[:0]
+        if any(box.how != ZERO for box in boxes):
+            size = (shape[0], wanted.column.size if whole else shape[1])
+            start = (corner[0] * wanted.column.size + corner[1]) * item
+            spans: list[Span] = []
+            there = _read(source, subject.source, start, prod(size) * item, spans)
+            there = there.view(bits_dtype(item)).reshape(size)
+            if not wanted.row.new[rows.start] and (whole or not wanted.column.new[columns.start]):
+                found.source.extend(spans)
+        seen = data.view(bits_dtype(item)).reshape(shape)
+        fault = _fault(subject, boxes, seen, (rows.start, columns.start), there, corner, spread)
+        if fault and found.fault is None:
+            found = found._replace(fault=fault)
+    return found
+
+
+def _alone(subject: Subject, output: Handles) -> Found:
     """Only the output's own bytes, and that they are zero where the whole tensor must be."""
-    spans: list[Span] = []
-    fault = None
-    total = prod(subject.shape) * item
-    for at in range(0, total, _ENTRIES * item):
-        data = _read(output, subject.target, at, min(_ENTRIES * item, total - at), spans)
-        if subject.zero and data.any():
-            fault = "a dropped tensor is not zero"
-    return Found(spans, [], fault)
+    found = Found([], [], None)
+    step = _ENTRIES * subject.target.item
+    for at in range(0, subject.nbytes, step):
+        data = _read(output, subject.target, at, min(step, subject.nbytes - at), found.target)
+        if subject.wanted.zero and data.any():
+            found = found._replace(fault="a dropped tensor is not zero")
+    return found
 
 
-def _copied(subject: Subject, output: Handles, source: Handles, item: int) -> Found:
+def _copied(subject: Subject, output: Handles, source: Handles) -> Found:
     import numpy as np
 
     assert subject.source is not None
     found = Found([], [], None)
-    total = prod(subject.shape) * item
-    if prod(subject.source.shape) * item != total:
-        return Found([], [], "the source has another size than the output, which should be a copy")
-    for at in range(0, total, _ENTRIES * item):
-        size = min(_ENTRIES * item, total - at)
+    step = _ENTRIES * subject.target.item
+    for at in range(0, subject.nbytes, step):
+        size = min(step, subject.nbytes - at)
         seen = _read(output, subject.target, at, size, found.target)
-        wanted = _read(source, subject.source, at, size, found.source)
-        if not np.array_equal(seen, wanted) and found.fault is None:
-            place = at + int(np.argmax(seen != wanted))
-            found = found._replace(fault=f"entry {place // item} is not the source's")
+        there = _read(source, subject.source, at, size, found.source)
+        if not np.array_equal(seen, there) and found.fault is None:
+            place = (at + int(np.argmax(seen != there))) // subject.target.item
+            found = found._replace(fault=_words(subject, place, COPY))
     return found
 
 
@@ -143,199 +240,154 @@ def _read(handles: Handles, placement: Placement, start: int, size: int, spans: 
     return data
 
 
-def tables_of(subject: Subject) -> Tables:
-    """What every entry must be, index by index."""
-    view = subject.view
-    if view is None:  # scaled as a whole
-        view = tuple(ViewDim(n, n, (Run(0, 0, n),), dim) for dim, n in enumerate(subject.shape))
-    return _tables(view, subject.dtype)
-
-
-@lru_cache(maxsize=64)
-def _tables(view: View, dtype: str) -> Tables:
-    return tensor_tables(view, wide_dtype(dtype))
-
-
-def misfit_of(subject: Subject, tables: Tables) -> str | None:
-    """Why output or source cannot have the sizes that the manifest says, if so."""
-    if prod(subject.shape) != len(tables.row.source) * len(tables.column.source):
-        return "the manifest's shape and view disagree"
-    if subject.source is not None and prod(subject.source.shape) != tables.row.size * tables.column.size:
-        return "the source has another size than the manifest's view"
-    return None
-
-
-def is_random(tables: Tables) -> bool:
-    """Some entries are random."""
-    return any((table.fill == Fill.RANDOM).any() for table in (tables.row, tables.column))
-
-
-def _chunks(tables: Tables) -> Iterator[tuple[slice, slice]]:
+def _chunks(wanted: Wanted) -> Iterator[tuple[slice, slice]]:
     """Boxes in row-major order whose source rows (or, in one row, columns) are neighbours."""
-    width = len(tables.column.source)
+    width = len(wanted.column.source)
     if width > _ENTRIES:
-        for row in range(len(tables.row.source)):
-            for columns in stretches(tables.column, _ENTRIES):
+        for row in range(len(wanted.row.source)):
+            for columns in _stretches(wanted.column, _ENTRIES):
                 yield slice(row, row + 1), columns
         return
-    for rows in stretches(tables.row, max(_ENTRIES // max(width, 1), 1)):
+    for rows in _stretches(wanted.row, max(_ENTRIES // max(width, 1), 1)):
         yield rows, slice(0, width)
 
 
-def stretches(table: DimTable, longest: int) -> Iterator[slice]:
+def _stretches(side: Along, longest: int) -> Iterator[slice]:
     """Ranges of one kind in which each source index is the one before plus one."""
     import numpy as np
 
-    kind = 2 * table.fill.astype(np.int16) + table.new
-    breaks = np.flatnonzero((np.diff(table.source) != 1) | (np.diff(kind) != 0)) + 1
-    edges = [0, *breaks.tolist(), len(table.source)]
+    kind = 4 * side.fill.astype(np.int16) + side.new
+    breaks = np.flatnonzero((np.diff(side.source) != 1) | (np.diff(kind) != 0)) + 1
+    edges = [0, *breaks.tolist(), len(side.source)]
     for start, stop in pairwise(edges):
         for at in range(start, stop, longest):
             yield slice(at, min(at + longest, stop))
 
 
-def _unequal(
+@lru_cache(maxsize=512)
+def _parts(wanted: Wanted) -> tuple[slice, ...]:
+    """The columns, in ranges of one kind each."""
+    return tuple(_stretches(wanted.column, _ENTRIES))
+
+
+@lru_cache(maxsize=512)
+def _grid(wanted: Wanted) -> list[_Box] | None:
+    """The boxes of a small tensor; None if they are too many to be worth it."""
+    rows = list(_stretches(wanted.row, len(wanted.row.source)))
+    columns = list(_stretches(wanted.column, len(wanted.column.source)))
+    return _boxes(wanted, rows, columns) if len(rows) * len(columns) <= _BOXES else None
+
+
+def _boxes(wanted: Wanted, rows: Sequence[slice], columns: Sequence[slice]) -> list[_Box]:
+    return [_box(wanted, high, wide) for high in rows for wide in columns]
+
+
+def _box(wanted: Wanted, rows: slice, columns: slice) -> _Box:
+    row, column = wanted.row, wanted.column
+    how = max(int(row.fill[rows.start]), int(column.fill[columns.start]))
+    factor = None if how == ZERO else wanted.factor(rows, columns)
+    if how == COPY and wanted.offset == 0.0 and factor is not None and (factor == 1).all():
+        factor = None
+    return _Box(rows, columns, int(row.source[rows.start]), int(column.source[columns.start]), how, factor)
+
+
+def _fault(
     subject: Subject,
-    tables: Tables,
-    rows: slice,
-    columns: slice,
+    boxes: Sequence[_Box],
     seen: Array,
-    source: Handles,
+    at: tuple[int, int],
+    there: Array,
+    corner: tuple[int, int],
     spread: float,
-    spans: list[Span],
 ) -> str | None:
-    """The first entry of a box that is not what it must be, in words."""
-    row, column = tables.row, tables.column
-    width = len(column.source)
-    item = ITEM_BYTES[subject.dtype]
-    found = seen.view(bits_dtype(item)).reshape(rows.stop - rows.start, columns.stop - columns.start)
-    whole = columns.stop - columns.start == width
-    parts = _column_parts(tables) if whole else (columns,)
-    old: Array | None = None
-    left = 0
-    for part in parts:
-        how = Fill(max(int(row.fill[rows.start]), int(column.fill[part.start])))
-        here = found[:, part.start - columns.start : part.stop - columns.start]
-        if how is Fill.ZERO and not (keeps(row, rows) and keeps(column, part)):
-            if here.any():
-                return told(subject, here != 0, rows, part, width, how)
-            continue
-        if old is None:
-            old, left = _source_rows(subject, tables, rows, columns, whole, source, spans)
-        first = int(column.source[part.start]) - left
-        box = old[:, first : first + part.stop - part.start]
-        factor = factors_of(subject, tables, rows, part)
-        wrong = wrong_entries(subject, factor, (rows, part, width), here, box, how, spread)
-        if wrong is not None:
-            return told(subject, wrong, rows, part, width, how)
-    return None
-
-
-def keeps(table: DimTable, places: slice) -> bool:
-    """The range holds old entries."""
-    return not bool(table.new[places.start])
-
-
-@lru_cache(maxsize=64)
-def _column_parts(tables: Tables) -> tuple[slice, ...]:
-    return tuple(stretches(tables.column, _ENTRIES))
-
-
-def told(subject: Subject, wrong: Array, rows: slice, part: slice, width: int, how: Fill) -> str:
-    """The first wrong entry of a box, in words."""
-    import numpy as np
-
-    y, x = (int(n) for n in np.argwhere(wrong)[0])
-    place = np.unravel_index((rows.start + y) * width + part.start + x, subject.shape)
-    kind = {Fill.COPY: "old or copied", Fill.RANDOM: "random", Fill.ZERO: "zero"}[how]
-    return f"entry {tuple(int(p) for p in place)} ({kind}) is not what the source and the manifest give"
-
-
-def _source_rows(
-    subject: Subject,
-    tables: Tables,
-    rows: slice,
-    columns: slice,
-    whole: bool,
-    source: Handles,
-    spans: list[Span],
-) -> tuple[Array, int]:
-    """Source rows of a box as integers, and their first column; CRCs are noted of rows that are kept."""
-    assert subject.source is not None
-    row, column = tables.row, tables.column
-    item = ITEM_BYTES[subject.dtype]
-    top, count = int(row.source[rows.start]), rows.stop - rows.start
-    left = 0 if whole else int(column.source[columns.start])
-    width = column.size if whole else columns.stop - columns.start
-    noted: list[Span] = []
-    data = _read(source, subject.source, (top * column.size + left) * item, count * width * item, noted)
-    if keeps(row, rows) and (whole or keeps(column, columns)):
-        spans.extend(noted)
-    return data.view(bits_dtype(item)).reshape(count, width), left
-
-
-def wrong_entries(
-    subject: Subject,
-    factor: Array,
-    place: tuple[slice, slice, int],
-    found: Array,
-    old: Array,
-    how: Fill,
-    spread: float,
-) -> Array | None:
-    """Which entries of a box of one kind are not what they must be; None if all are.
+    """The first entry that is not what it must be, in words.
 
     Args:
         subject: the tensor.
-        factor: on the box's entries, or one for all.
-        place: the box's rows and columns, and the number of columns of the whole tensor.
-        found: the box's entries.
-        old: the entries that they come from.
-        how: new ones are filled.
+        boxes: that tile ``seen``.
+        seen: entries of the output, as integers.
+        at: row and column of its first entry in the tensor.
+        there: entries of the source that they come from.
+        corner: row and column of its first entry in the source.
         spread: standard deviation of the source.
     """
     import numpy as np
 
-    rows, part, width = place
-    copied = how is Fill.COPY and subject.offset == 0.0
-    if copied and (factor == 1).all():
-        wrong: Array = found != old
-        return wrong if wrong.any() else None
-    wanted = computed(subject, old, factor, how, spread, rows, part, width)
-    if copied and (factor == 1).any():
-        wanted = np.where(factor == 1, old, wanted)
-    wrong = found != wanted
-    if not wrong.any():
-        return None
-    wrong &= ~both_nan(found, wanted, subject.dtype)
-    return wrong if wrong.any() else None
+    wanted = subject.wanted
+    for box in boxes:
+        height, width = box.rows.stop - box.rows.start, box.columns.stop - box.columns.start
+        top, left = box.rows.start - at[0], box.columns.start - at[1]
+        here = seen[top : top + height, left : left + width]
+        if box.how == ZERO:
+            wrong = here != 0
+        else:
+            top, left = box.top - corner[0], box.left - corner[1]
+            old = there[top : top + height, left : left + width]
+            wrong = here != (old if box.factor is None else _made(subject, box, old, spread))
+            if box.factor is not None and wrong.any():
+                wrong &= ~_both_nan(here, _made(subject, box, old, spread), wanted.dtype)
+        if wrong.any():
+            y, x = (int(n) for n in np.argwhere(wrong)[0])
+            place = (box.rows.start + y) * len(wanted.column.source) + box.columns.start + x
+            return _words(subject, place, box.how)
+    return None
 
 
-def factors_of(subject: Subject, tables: Tables, rows: slice, columns: slice) -> Array:
-    """Products of all factors, one after the other in the order of the dims; one number if it is one."""
+def _made(subject: Subject, box: _Box, old: Array, spread: float) -> Array:
+    """What the entries of a box must be, as integers; those that nothing is done to keep their bits."""
     import numpy as np
 
-    wide = np.dtype(wide_dtype(subject.dtype)).type
-    factor: Array = np.full((1, 1), wide(subject.scale))
-    for scale in tables.row.scales:
-        factor = factor * scale[rows][:, None]
-    for scale in tables.column.scales:
-        factor = factor * scale[columns][None, :]
-    return factor[:1, :1] if (factor == factor[0, 0]).all() else factor
+    wanted = subject.wanted
+    if box.how == RANDOM:
+        width = len(wanted.column.source)
+        numbers = _numbers(subject, box.rows, box.columns, width)
+        return drawn(numbers, spread, box.factor, wanted.dtype)
+    made = computed(old, box.factor, wanted.offset, wanted.dtype)
+    untouched = box.factor == 1
+    return np.where(untouched, old, made) if wanted.offset == 0.0 and untouched.any() else made
 
 
-def _spread(subject: Subject, source: Handles, item: int) -> float:
-    """Standard deviation of the whole source."""
+def _numbers(subject: Subject, rows: slice, columns: slice, width: int) -> Array:
+    """The stream's numbers of a box: of one row only its columns, else of whole rows."""
+    if rows.stop - rows.start == 1:
+        first = rows.start * width
+        return fill.normal(subject.seed, subject.stream, first + columns.start, first + columns.stop)[None, :]
+    found = fill.normal(subject.seed, subject.stream, rows.start * width, rows.stop * width)
+    return found.reshape(-1, width)[:, columns]
+
+
+def _words(subject: Subject, place: int, how: int) -> str:
+    """An entry by its place in the flattened tensor, and that it is wrong."""
     import numpy as np
 
-    assert subject.source is not None
-    total = prod(subject.source.shape)
+    where = tuple(int(n) for n in np.unravel_index(place, subject.wanted.shape))
+    kind = "old or copied" if how == COPY else FILL_NAMES[how]
+    return f"entry {where} ({kind}) is not what the source and the spec give"
 
-    def blocks() -> Iterator[moments.Moments]:
-        for at in range(0, total, moments.BLOCK):
-            size = min(moments.BLOCK, total - at)
-            data = np.empty(size * item, dtype=np.uint8)
-            read(source, subject.source, at * item, (at + size) * item, data)  # type: ignore[arg-type]
-            yield moments.block_moments(as_doubles(data, subject.dtype))
 
-    return moments.deviation(blocks())
+def _both_nan(found: Array, wanted: Array, dtype: str) -> Array:
+    """Entries that are NaN on both sides: the payload of a computed NaN is nobody's promise."""
+    import numpy as np
+
+    return np.isnan(as_numbers(found, dtype)) & np.isnan(as_numbers(wanted, dtype))
+
+
+def _blocks(placement: Placement, handles: Handles) -> Iterator[Array]:
+    """The bytes of a tensor, block by block."""
+    import numpy as np
+
+    total, step = prod(placement.shape) * placement.item, moments.BLOCK * placement.item
+    for at in range(0, total, step):
+        data = np.empty(min(step, total - at), dtype=np.uint8)
+        read(handles, placement, at, at + len(data), data)
+        yield data
+
+
+def _deviation(pieces: Iterator[Array], dtype: str) -> float:
+    """Standard deviation of a whole tensor that is read in pieces of whole blocks."""
+    step = moments.BLOCK * ITEM_BYTES[dtype]
+    return moments.deviation(
+        moments.block_moments(as_numbers(piece[at : at + step], dtype))
+        for piece in pieces
+        for at in range(0, len(piece), step)
+    )

@@ -1,38 +1,31 @@
-"""``verify``: every byte of an output, every tensor, every promise of its manifest."""
+"""``verify``: every byte of an output, every tensor, every promise of its spec."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
 from itertools import count
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from sparkling_cli.errors import CheckpointError, SparklingError, VerificationError
+from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError, VerificationError
 from sparkling_cli.execute.commit import in_the_making
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.formats.states import WEIGHT_LIKE
+from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, TensorEntry, read_manifest
 from sparkling_cli.storage.crc import Span, crc32, whole
 from sparkling_cli.storage.places import Handles, Placement, span_of
 from sparkling_cli.storage.pool import processors, spread
 from sparkling_cli.storage.sidecar import DIGESTS, MANIFEST, sidecar_root
-from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, StoredTensor
-from sparkling_cli.verification.bundle import Recipes, bundles, examine_bundle
-from sparkling_cli.verification.compare import Found, Subject
-from sparkling_cli.verification.files import (
-    FileCheck,
-    check_small_files,
-    file_size,
-    gaps,
-    list_files,
-)
+from sparkling_cli.storage.tensors import FLOATING, StoredTensor
+from sparkling_cli.verification.compare import Found, Subject, bundles, examine
+from sparkling_cli.verification.files import FileCheck, check_small_files, file_size, gaps, list_files
 from sparkling_cli.verification.origin import listed, other_source
 from sparkling_cli.verification.report import VerifyReport
-from sparkling_cli.widening.geometry import View
+from sparkling_cli.verification.rules import Derivation, assembled
+from sparkling_cli.widening.reference import Wanted
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -41,8 +34,9 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
     """Prove an output.
 
     Without a source: every file has the size and CRC-32 that were written, none is missing or extra, every
-    tensor has its CRC-32. With it: every tensor follows from the source's bytes bit by bit, by an index
-    formula of its own; optimizer state is zero where new and untouched where old.
+    tensor has its CRC-32 and the shape that spec, layout and axes give. With it: every tensor follows from
+    the source's bytes bit by bit, as spec, layout and axes say (``verification.rules``), by index tables of
+    its own (``widening.reference``); no tensor of the source is lost.
 
     Args:
         source: the checkpoint that was widened; None to look at the output alone.
@@ -75,8 +69,13 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
         raise VerificationError(error.message) from error
     files = list_files(output, sidecars, manifest, skip={MANIFEST, DIGESTS})
     _stop_at(files.faults + [_unwritten(path) for path in files.unwritten], output, movable=not files.faults)
-    origin = None if source is None else _open_source(source, output, manifest)
-    work = _Work(output, manifest, files.checks, source, origin)
+    try:
+        derivation = Derivation(manifest)
+    except SparklingError as error:
+        raise VerificationError(f"the manifest of {output} is unsound: {error.message}") from error
+    _stop_at(derivation.faults(), output)
+    origin = None if source is None else _Origin(source, output, manifest, derivation.layout)
+    work = _Work(output, manifest, files.checks, derivation, origin)
     shown = progress("verifying", work.total) if progress else nullcontext(lambda _n: None)
     with shown as advance:
         faults = work.run(advance)
@@ -88,10 +87,14 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
         nbytes=sum(check.size for check in files.checks.values()),
         tensors=len(manifest.tensors),
         derived=0 if origin is None else len(manifest.tensors),
-        moments=0 if origin is None else sum(subject.reset for subject in work.subjects),
+        moments=0 if origin is None else sum(_reset(subject.wanted) for subject in work.subjects),
         source="" if source is None else source.name,
         extras=tuple(files.extras),
     )
+
+
+def _reset(wanted: Wanted) -> bool:
+    return wanted.moment == "asymmetric" and not wanted.same and wanted.dtype in FLOATING
 
 
 def _unwritten(path: str) -> str:
@@ -107,63 +110,76 @@ def _stop_at(faults: list[str], output: Path, *, movable: bool = False) -> None:
     raise VerificationError(f"{output} is not what was written:\n  {listed(faults)}", hint=hint)
 
 
-def _open_source(source: Path, output: Path, manifest: Manifest) -> Mapping[str, StoredTensor]:
-    """Where every output tensor's source is, by output key.
+class _Origin:
+    """The checkpoint that was widened.
+
+    Attributes:
+        root: its folder or file.
+        checkpoint: as its format opens it.
+        tensors: output key -> what the tensor was made from.
 
     Raises:
         CheckpointError: the source cannot be opened.
         VerificationError: it is not the checkpoint that the manifest names, or lacks a tensor.
     """
-    from sparkling_cli.formats.detect import open_checkpoint
 
-    checkpoint = open_checkpoint(source)
-    if checkpoint.format != manifest.source.format:
-        fault = f"it is of format {checkpoint.format}, the output was made from {manifest.source.format}"
-        raise other_source(source, output, manifest, [fault])
-    found = dict(checkpoint.tensors)
-    if any(key not in found for key in manifest.tensors):
-        found.update(_renamed(checkpoint, manifest, source, output))
-    missing = [key for key in manifest.tensors if key not in found]
-    if missing:
-        fault = f"it lacks {len(missing)} tensor(s) of the output, the first: {missing[0]!r}"
-        raise other_source(source, output, manifest, [fault])
-    entries: dict[int, int] = {}  # of a source, by view
-    sizes = [k for k, entry in manifest.tensors.items() if not _fits(found[k], entry, manifest, entries)]
-    if sizes:
-        fault = f"{len(sizes)} of its tensors have other sizes than what was widened, the first: {sizes[0]!r}"
-        raise other_source(source, output, manifest, [fault])
-    return found
+    def __init__(self, root: Path, output: Path, manifest: Manifest, layout: ModelLayout) -> None:
+        from sparkling_cli.formats.detect import open_checkpoint
 
-
-def _fits(stored: StoredTensor, entry: TensorEntry, manifest: Manifest, entries: dict[int, int]) -> bool:
-    if entry.view is None:
-        return stored.dtype == entry.dtype and prod(stored.shape) == prod(entry.shape)
-    if entry.view not in entries:
-        entries[entry.view] = prod(dim.source for dim in manifest.view(entry) or ())
-    return stored.dtype == entry.dtype and prod(stored.shape) == entries[entry.view]
+        self.root = root
+        self.checkpoint = found = open_checkpoint(root)
+        if found.format != manifest.source.format:
+            fault = f"it is of format {found.format}, the output was made from {manifest.source.format}"
+            raise other_source(root, output, manifest, [fault])
+        self.tensors = dict(found.tensors)
+        used: set[str] = set()
+        if any(key not in self.tensors for key in manifest.tensors):
+            made, used = assembled(found, layout)
+            self.tensors |= made
+        missing = [key for key in manifest.tensors if key not in self.tensors]
+        if missing:
+            fault = f"it lacks {len(missing)} tensor(s) of the output, the first: {missing[0]!r}"
+            raise other_source(root, output, manifest, [fault])
+        self.lost = [key for key in found.tensors if key not in manifest.tensors and key not in used]
 
 
-def _renamed(
-    checkpoint: Checkpoint, manifest: Manifest, source: Path, output: Path
-) -> dict[str, StoredTensor]:
-    """Sources of weights that stand under module names in the output."""
-    from sparkling_cli.plan.naming import weights_of
+class _Meanings:
+    """What the tensors of an output are, as its own format and the layout say.
 
-    layout = _layout_before(manifest)
-    try:
-        weights, _ = weights_of(checkpoint, layout, "module")
-    except SparklingError as error:
-        fault = f"it does not fit the output's layout: {error.message}"
-        raise other_source(source, output, manifest, [fault]) from error
-    return {weight.key: weight.stored for weight in weights}
+    Attributes:
+        dims: key of a weight -> its layout.
+    """
 
+    def __init__(self, output: Checkpoint, layout: ModelLayout) -> None:
+        self._weights: dict[str, str] = {}
+        for name, key in output.weights.items():
+            self._weights.setdefault(key, name)  # of tied names that share their bytes, the first
+        self._states = {
+            key: (state.param, slot) for state in output.states for slot, key in state.tensors.items()
+        }
+        names = [layout.canonical(name) for name in self._weights.values()]
+        found = layout.disk_table.look_up(names)
+        if None in found:
+            found = layout.module_table.look_up(names)
+        pairs = zip(self._weights, found, strict=True)
+        self.dims = {key: pattern.dims for key, pattern in pairs if pattern is not None}
 
-def _layout_before(manifest: Manifest) -> ModelLayout:
-    layout = manifest.model_layout()
-    axes = dict(layout.axes)
-    for name, (before, _) in manifest.stages[-1].growth.items():
-        axes[name] = replace(axes[name], size=before)
-    return replace(layout, axes=axes)
+    def faults(self, manifest: Manifest) -> list[str]:
+        """Where the manifest takes a tensor for another one than it is."""
+        found = []
+        named: dict[str, str] = {}
+        for key, entry in manifest.tensors.items():
+            param, slot = self._states.get(key, (entry.name, entry.slot))
+            if slot != entry.slot:
+                found.append(f"tensor {key!r} is state {slot!r}, the manifest says {entry.slot!r}")
+            elif key in self._weights and (entry.slot or self._weights[key] != entry.name):
+                found.append(f"tensor {key!r} is the weight {self._weights[key]!r}, not {entry.name!r}")
+            elif not entry.slot and key not in self.dims and key in self._weights:
+                found.append(f"tensor {key!r}: no pattern of the layout stands for {entry.name!r}")
+            elif entry.slot and named.setdefault(param, entry.name) != entry.name:
+                found.append(f"tensor {key!r}: parameter {param} is {named[param]!r} and {entry.name!r}")
+        owners = list(named.values())
+        return found if len(set(owners)) == len(owners) else [*found, "two parameters have one name"]
 
 
 class _Work:
@@ -174,80 +190,90 @@ class _Work:
         output: Path,
         manifest: Manifest,
         files: Mapping[str, FileCheck],
-        source: Path | None,
-        origin: Mapping[str, StoredTensor] | None,
+        derivation: Derivation,
+        origin: _Origin | None,
     ) -> None:
-        self.output, self.manifest, self.files, self.source = output, manifest, files, source
+        self.output, self.manifest, self.files, self.derivation = output, manifest, files, derivation
+        self.origin = origin
+        self.source = None if origin is None else origin.root
         self.faults: list[str] = []
         self.source_faults: list[str] = []
         self.output_faults: list[str] = []
         self.subjects: list[Subject] = []
-        self._views: dict[int | None, View | None] = {}
-        stored = self._stored()
-        for key, entry in manifest.tensors.items():
-            try:
-                self.subjects.append(self._subject(key, entry, stored[key], origin))
-            except (CheckpointError, KeyError) as error:
-                self.output_faults.append(f"tensor {key!r}: {error}")
         self.total = sum(check.size for check in files.values())
+        self._judge_names()
 
-    def _stored(self) -> Mapping[str, StoredTensor]:
-        """The output's tensors, as its own format finds them."""
+    def _judge_names(self) -> None:
+        """Every tensor is there and is what spec and layout say, all but its bytes."""
         from sparkling_cli.formats.detect import open_checkpoint
 
         try:
-            found = open_checkpoint(self.output).tensors
+            found = open_checkpoint(self.output)
         except SparklingError as error:
             self.output_faults.append(f"it does not open: {error.message}")
-            return {}
-        extra = [key for key in found if key not in self.manifest.tensors]
+            return
+        extra = [key for key in found.tensors if key not in self.manifest.tensors]
         if extra:
             self.output_faults.append(
                 f"{len(extra)} tensor(s) that were not written, the first: {extra[0]!r}"
             )
-        return found
+        if self.origin is not None:
+            lost = self.origin.lost
+            if lost:
+                self.output_faults.append(
+                    f"{len(lost)} tensor(s) of the source are lost, the first: {lost[0]!r}"
+                )
+            before = self.origin.checkpoint.config
+            self.output_faults += self.derivation.config_faults(before, found.config)
+        meanings = _Meanings(found, self.derivation.layout)
+        self.output_faults += meanings.faults(self.manifest)
+        for key, entry in self.manifest.tensors.items():
+            try:
+                self.subjects.append(self._subject(key, entry, found.tensors[key], meanings))
+            except (CheckpointError, LayoutError) as error:
+                self.output_faults.append(f"tensor {key!r}: {error.message}")
+            except KeyError:
+                self.output_faults.append(f"tensor {key!r} is missing")
 
-    def _subject(
-        self,
-        key: str,
-        entry: TensorEntry,
-        stored: StoredTensor,
-        origin: Mapping[str, StoredTensor] | None,
-    ) -> Subject:
+    def _subject(self, key: str, entry: TensorEntry, stored: StoredTensor, meanings: _Meanings) -> Subject:
         if stored.dtype != entry.dtype or stored.shape != entry.shape:
             raise CheckpointError(
                 f"it is {stored.dtype} {stored.shape}, {entry.dtype} {entry.shape} was written"
             )
         placed = None
-        if origin is not None:
-            source = origin[key]
-            if source.dtype != entry.dtype:
-                raise CheckpointError(f"its source is {source.dtype}, it is {entry.dtype}")
+        source = self._shrunk(stored, entry, meanings.dims.get(key))
+        if self.origin is not None:
+            source = self.origin.tensors[key]
             placed = Placement(source.dtype, source.shape, source.extents, key)
-        if entry.view not in self._views:
-            self._views[entry.view] = self.manifest.view(entry)
-        view = self._views[entry.view]
-        asymmetric = self.manifest.spec.get("optimizer") == "asymmetric"
-        moment = asymmetric and entry.slot != "" and view is not None and entry.slot not in WEIGHT_LIKE
-        return Subject(
-            key=key,
-            dtype=entry.dtype,
-            shape=entry.shape,
-            view=view,
-            scale=entry.scale,
-            offset=entry.offset,
-            zero=entry.zero,
-            reset=moment and entry.dtype in FLOATING,
-            seed=int(self.manifest.spec.get("seed", 0)),
-            stream=entry.stream or entry.name,
-            target=Placement(stored.dtype, stored.shape, stored.extents, key),
-            source=placed,
-        )
+        if source.dtype != entry.dtype:
+            raise CheckpointError(f"its source is {source.dtype}, it is {entry.dtype}")
+        name = self.derivation.layout.canonical(entry.name)
+        if entry.slot:
+            wanted = self.derivation.state(entry.name, entry.slot, source)
+        else:
+            wanted = self.derivation.weight(name, meanings.dims[key], source.dtype)
+        if wanted.before != source.shape:
+            raise CheckpointError(f"its source has shape {source.shape}, the layout says {wanted.before}")
+        if wanted.shape != stored.shape:
+            raise CheckpointError(f"it has shape {stored.shape}, spec and layout give {wanted.shape}")
+        target = Placement(stored.dtype, stored.shape, stored.extents, key)
+        return Subject(key, wanted, self.derivation.spec.seed, name, target, placed)
+
+    def _shrunk(self, stored: StoredTensor, entry: TensorEntry, dims: TensorLayout | None) -> StoredTensor:
+        """What a tensor was made from, as far as its own shape tells; for an output without its source."""
+        layout = self.derivation.layout
+        if entry.slot:
+            dims = layout.module_table.find(layout.canonical(entry.name)).dims
+        sizes = {**layout.sizes, **{axis: after for axis, (_, after) in self.derivation.rules.growth.items()}}
+        if dims is None or dims.shape(sizes) != stored.shape:
+            return stored
+        return stored._replace(shape=dims.shape(layout.sizes))
 
     def run(self, advance: Callable[[int], None]) -> list[str]:
         """Read everything; what does not hold, in the output's order."""
+        if self.output_faults and not self.subjects:
+            return self.output_faults
         covered, parts = self._parts()
-        recipes = Recipes()
         tasks: list[tuple[str, Any, int]] = [
             ("tensors", bundle, sum(subject.nbytes for subject in bundle))
             for bundle in bundles(self.subjects)
@@ -259,7 +285,7 @@ class _Work:
         def look(handles: tuple[Handles, Handles | None], kind: str, what: Any) -> Any:
             output, source = handles
             if kind == "tensors":
-                return examine_bundle(what, output, source, recipes)
+                return examine(what, output, source)
             if kind == "gap":
                 return span_of(output, what[0], what[1].start, what[1].length)
             assert source is not None
@@ -328,7 +354,7 @@ class _Work:
         try:
             if whole(found.target, 0, size) != self.manifest.tensors[subject.key].crc32:
                 self.output_faults.append(f"tensor {subject.key!r} has not the CRC-32 that was written")
-            if subject.source is not None and not subject.zero:
+            if subject.source is not None and not subject.wanted.zero:
                 self._judge_source(subject, found)
         except ValueError as error:
             if found.fault is None:
@@ -343,7 +369,7 @@ class _Work:
 
     def _judge_source(self, subject: Subject, found: Found) -> None:
         assert subject.source is not None
-        size = prod(subject.source.shape) * ITEM_BYTES[subject.dtype]
+        size = prod(subject.source.shape) * subject.source.item
         written = self.manifest.source.tensors.get(subject.key)
         if written is not None and whole(found.source, 0, size) != written:
             self.source_faults.append(f"the source of tensor {subject.key!r} is not what was widened")

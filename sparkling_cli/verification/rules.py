@@ -1,0 +1,230 @@
+"""What an output must be, worked out from its spec, its layout and the sizes of its axes.
+
+The manifest is believed in what was asked for, in the layout, in births and in the names of optimizer state;
+whatever follows from these is worked out here and by ``widening.reference``, never read from what the plan
+made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from math import ceil, isclose
+from typing import Any
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.formats.states import StateKind, state_kind
+from sparkling_cli.layout.expr import TensorLayout
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.names import NameTemplate
+from sparkling_cli.layout.parse import parse_layout
+from sparkling_cli.manifest import Manifest
+from sparkling_cli.spec.sources import make_spec
+from sparkling_cli.storage.tensors import StoredTensor
+from sparkling_cli.widening.reference import Rules, Wanted, copied_axes
+
+
+class Derivation:
+    """What follows from a manifest.
+
+    Attributes:
+        spec: what was asked for.
+        layout: with the sizes before widening.
+        rules: of the arithmetic.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self.spec = make_spec(manifest.stages[-1].spec)
+        after = manifest.model_layout()
+        growth = dict(manifest.stages[-1].growth)
+        axes = {
+            name: replace(info, size=growth[name][0]) if name in growth else info
+            for name, info in after.axes.items()
+        }
+        self.layout: ModelLayout = replace(after, axes=axes)
+        fan_out, fan_in = self.spec.init.split("-")
+        rules = Rules(self.layout.sizes, growth, fan_out, fan_in, self.spec.scaling)
+        layouts = [pattern.dims for pattern in self.layout.tensors]
+        self.rules = replace(rules, copied=copied_axes(rules, layouts))
+        self._made: dict[tuple[object, ...], Wanted] = {}
+
+    def faults(self) -> list[str]:
+        """Where the manifest's own sizes and births are not what its spec gives."""
+        if self._manifest.spec != self._manifest.stages[-1].spec:
+            return ["the manifest's spec is not that of its last stage"]
+        sizes = self._manifest.model_layout().sizes
+        found = []
+        for axis, (before, after) in self.rules.growth.items():
+            births = self._manifest.births().get(axis, [])
+            stage = self._manifest.stages[-1].stage
+            if sizes.get(axis) != after or not births or tuple(births[-1]) != (before, after, stage):
+                found.append(f"axis {axis!r} grew from {before} to {after}, its births are {births}")
+        return found + self._unasked()
+
+    def _unasked(self) -> list[str]:
+        """Growth that the spec does not ask for, or that is not as much."""
+        found = []
+        growth, before = self.rules.growth, self.layout.sizes
+        asked = {self.layout.aliases.get(axis.axis, axis.axis): axis for axis in self.spec.axes}
+        grouped = "heads" not in before and "q_per_kv" in before
+        for grown in growth:
+            if grown not in asked and not (grown == "q_per_kv" and grouped and "heads" in asked):
+                found.append(f"axis {grown!r} grew, which was not asked for")
+        for name, axis in asked.items():
+            parts = ("kv_heads", "q_per_kv") if name == "heads" and grouped else (name,)
+            old = new = 1
+            for part in parts:
+                old *= before.get(part, 0)
+                new *= growth[part][1] if part in growth else before.get(part, 0)
+            step = self.spec.multiple_of if name not in ("heads", "kv_heads", "q_per_kv") else None
+            exact = old * (axis.factor or 0.0)
+            wanted = axis.to or (ceil(exact / step - 1e-9) * step if step else round(exact))
+            if new != wanted:
+                found.append(f"axis {axis.axis!r} has {new} entries, the spec gives {wanted}")
+        return found
+
+    def weight(self, name: str, dims: TensorLayout, dtype: str) -> Wanted:
+        """What a weight must be, or optimizer state that is a copy of it.
+
+        Args:
+            name: of the weight, where tied the first one of its group.
+            dims: its layout.
+            dtype: as stored.
+        """
+        scale, offset, consumed = self._compensated(name)
+        return self._wanted(dims, dtype, consumed=consumed, scale=scale, offset=offset)
+
+    def state(self, param: str, slot: str, stored: StoredTensor) -> Wanted:
+        """What a piece of optimizer state must be.
+
+        Raises:
+            LayoutError: the parameter is none of the model's, or the state cannot have been widened.
+        """
+        name = self.layout.canonical(param)
+        pattern = self.layout.module_table.find(name)
+        kind = state_kind(slot, stored.shape, self.layout.shape_of(pattern))
+        if kind is StateKind.WEIGHT:
+            return self.weight(name, pattern.dims, stored.dtype)
+        if kind is StateKind.MOMENT:
+            treatment = self.spec.optimizer
+            scale, _, consumed = (
+                self._compensated(name) if treatment == "asymmetric-scaled" else (1.0, 0, frozenset())
+            )
+            return self._wanted(pattern.dims, stored.dtype, consumed=consumed, scale=scale, moment=treatment)
+        if kind is StateKind.OTHER and pattern.dims.axes() & set(self.rules.growth):
+            raise LayoutError(f"state {slot!r} of {param!r} has another shape than its parameter, which grew")
+        return self.carried(stored)
+
+    def carried(self, stored: StoredTensor) -> Wanted:
+        """The same bytes as before."""
+        text = "scale " + " ".join(map(str, stored.shape)) if stored.shape else ""
+        return self._wanted(parse_layout(text), stored.dtype)
+
+    def _wanted(self, dims: TensorLayout, dtype: str, **options: Any) -> Wanted:
+        key = (dims.text, dtype, *sorted(options.items()))
+        if key not in self._made:
+            self._made[key] = Wanted(dims, self.rules, dtype, **options)
+        return self._made[key]
+
+    @cached_property
+    def _items(self) -> list[tuple[NameTemplate, Any]]:
+        """Compensations that apply, with the names that they are for."""
+        if self.spec.scaling == "none":
+            return []
+        grown = [c for c in self.layout.compensations if c.axis in self.rules.growth and c.tensor]
+        return [(NameTemplate(item.tensor), item) for item in grown]
+
+    def _compensated(self, name: str) -> tuple[float, float, frozenset[str]]:
+        """A tensor's factor and offset, and the axes whose fan-in factor it carries, entry by entry.
+
+        What becomes ``c (w + o) - o`` is multiplied by ``c``, and ``(c - 1) o`` is added (App. D.1, for norms
+        that compute ``1 + w``).
+        """
+        scale, offset, consumed = 1.0, 0.0, set()
+        for template, item in self._items:
+            if template.matches(name):
+                before, after = self.rules.growth[item.axis]
+                power = (after / before) ** item.power
+                scale *= power
+                if item.fan_in:
+                    consumed.add(item.axis)
+                if item.offset:
+                    whole = power * (float(self.rules.factors(item.axis)[0]) if item.fan_in else 1.0)
+                    offset += (whole - 1.0) * item.offset
+        return scale, offset, frozenset(consumed)
+
+    def config_faults(self, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
+        """Config keys of the output that are not what its sizes give.
+
+        Args:
+            before: the source's config.
+            after: the output's.
+        """
+        if after is None:
+            return []
+        sizes = {**self.layout.sizes, **{axis: grown[1] for axis, grown in self.rules.growth.items()}}
+        found = []
+        for key, value in self.layout.config_sizes(sizes).items():
+            seen = _value(after, key)
+            if any(one != value for one in (seen if isinstance(seen, list) else [seen])):
+                found.append(f"the config says {key} = {seen!r}, the axes give {value}")
+        factors: dict[str, float] = {}
+        for item in self.layout.compensations:
+            if item.config and item.axis in self.rules.growth and self.spec.scaling != "none":
+                old, new = self.rules.growth[item.axis]
+                own = (new / old) ** item.power
+                own *= float(self.rules.factors(item.axis)[0]) if item.fan_in else 1.0
+                factors[item.config] = factors.get(item.config, 1.0) * own
+        for key, factor in factors.items():
+            old_value, seen = _value(before or {}, key), _value(after, key)
+            if isinstance(old_value, (int, float)) and not (
+                isinstance(seen, (int, float)) and isclose(seen, old_value * factor, rel_tol=1e-9)
+            ):
+                found.append(f"the config says {key} = {seen!r}, {old_value} times {factor:g} is expected")
+        return found
+
+
+def _value(config: Mapping[str, Any], dotted: str) -> Any:
+    found: Any = config
+    for step in dotted.split("."):
+        found = found.get(step) if isinstance(found, Mapping) else None
+    return found
+
+
+def assembled(checkpoint: Checkpoint, layout: ModelLayout) -> tuple[dict[str, StoredTensor], set[str]]:
+    """Weights under the module's names, made of those on disk as the layout's ``assembly`` says.
+
+    Returns:
+        Module name -> tensor, and the keys of what they are made of.
+    """
+    places: dict[str, dict[tuple[tuple[int, ...], int], StoredTensor]] = {}
+    used: set[str] = set()
+    for text, parts in layout.assembly.items():
+        whole = NameTemplate(text)
+        for number, part in enumerate(map(NameTemplate, parts)):
+            for name, key in checkpoint.weights.items():
+                indices = part.indices(name)
+                if indices is not None:
+                    at = dict(zip(part.axes, indices, strict=True))
+                    stack = tuple(at[axis] for axis in part.axes if axis not in whole.axes)
+                    places.setdefault(whole.fill(at), {})[stack, number] = checkpoint.tensors[key]
+                    used.add(key)
+    return {name: _stacked(parts) for name, parts in places.items()}, used
+
+
+def _stacked(parts: Mapping[tuple[tuple[int, ...], int], StoredTensor]) -> StoredTensor:
+    """Tensors that lie behind each other on their first dim, and are stacked before it."""
+    first = next(iter(parts.values()))
+    depth = len(next(iter(parts))[0])
+    counts = tuple(1 + max(stack[dim] for stack, _ in parts) for dim in range(depth))
+    extents, ends = [], dict.fromkeys((stack for stack, _ in parts), 0)
+    for (stack, _), stored in sorted(parts.items(), key=lambda item: item[0]):
+        for extent in stored.extents:
+            strides = None if extent.strides is None else (0,) * depth + extent.strides
+            start = (*stack, extent.start[0] + ends[stack], *extent.start[1:])
+            extents.append(extent._replace(start=start, shape=(1,) * depth + extent.shape, strides=strides))
+        ends[stack] += stored.shape[0]
+    return StoredTensor(first.dtype, (*counts, max(ends.values()), *first.shape[1:]), tuple(extents))
