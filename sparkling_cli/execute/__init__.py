@@ -1,5 +1,5 @@
 """Carry a plan out: stream every row from the source's extents into the output's.
 
-``memory`` the arithmetic on whole tensors (small models, proofs), ``kernel`` the same piece by piece,
-``fill`` random entries, ``stream`` the loop over rows, ``commit`` all or nothing.
+``job`` the tasks, ``pool`` and ``worker`` who does them, ``stream`` the order of events, ``commit`` all or
+nothing.
 """

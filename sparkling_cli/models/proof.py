@@ -11,8 +11,7 @@ from sparkling_cli.layout.model import Compensation
 from sparkling_cli.models.axes import Coordinates
 from sparkling_cli.models.shrink import run, tokens
 from sparkling_cli.models.skeleton import ModelFactory, build_model
-from sparkling_cli.widening.geometry import Fill, Growth, Treatment, view_of
-from sparkling_cli.widening.memory import widen_tensor
+from sparkling_cli.widening.reference import Rules, Wanted, widened_array
 
 if TYPE_CHECKING:
     import torch
@@ -144,11 +143,11 @@ class Bench:
         wide = self.wide(factors)
         self._load(wide, layouts, factors, compensations)
         used = self._used(wide)
-        zero = Treatment(Fill.ZERO, Fill.ZERO, scaling="none")
-        growth = {a: Growth(self.found.sizes[a], 2 * self.found.sizes[a]) for a in axes}
+        growth = {a: (self.found.sizes[a], 2 * self.found.sizes[a]) for a in axes}
+        zero = Rules(self.found.sizes, growth, "zero", "zero", "none")
         for name, there in used.items():
-            view = view_of(layouts[name], self.found.sizes, growth, zero)
-            old = widen_tensor(torch.ones_like(self.state[name]), view) != 0
+            ones = torch.ones(self.state[name].shape).numpy()
+            old = torch.from_numpy(widened_array(ones, Wanted(layouts[name], zero, "float32"))) != 0
             if not bool(old.all()) and bool(there[old].any()) and not bool(there[~old].any()):
                 return name
         return None
@@ -181,8 +180,11 @@ def widened(
     factors: Mapping[str, int],
     compensations: Sequence[Compensation] = (),
 ) -> dict[str, torch.Tensor]:
-    """The widened state dict, copy-copy, with exactly the arithmetic of a plan."""
-    growth = {a: Growth(sizes[a], sizes[a] * f) for a, f in factors.items()}
+    """The widened state dict, copy-copy, by the reference's arithmetic."""
+    import torch
+
+    growth = {a: (sizes[a], sizes[a] * f) for a, f in factors.items()}
+    rules = Rules(sizes, growth, copied=frozenset(growth))
     result = {}
     for name, tensor in state.items():
         scale, offset, consumed = 1.0, 0.0, set()
@@ -192,11 +194,12 @@ def widened(
                 if c.fan_in:
                     consumed.add(c.axis)
                 offset = c.offset
-        view = view_of(layouts[name], sizes, growth, Treatment(), consumed=frozenset(consumed))
-        if offset == 0.0:
-            result[name] = widen_tensor(tensor, view, scale=scale)
-        else:
-            result[name] = widen_tensor(tensor + offset, view, scale=scale, offset=-offset)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        wanted = Wanted(
+            layouts[name], rules, dtype, consumed=frozenset(consumed), scale=scale, offset=-offset
+        )
+        shifted = tensor + offset if offset else tensor
+        result[name] = torch.from_numpy(widened_array(shifted.numpy(), wanted))
     return result
 
 

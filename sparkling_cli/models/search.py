@@ -12,8 +12,7 @@ from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.families import Family, Hypotheses, Options, Variable
 from sparkling_cli.models.proof import Bench
-from sparkling_cli.widening.geometry import Growth, Treatment, view_of
-from sparkling_cli.widening.memory import widen_tensor
+from sparkling_cli.widening.reference import Rules, Wanted
 
 _LIKELY = 3
 Choice = dict[Variable, str]
@@ -125,12 +124,8 @@ def _effect(
         parsed = parse_layout(option.format(*(f"d{i}" for i in range(len(family.shape)))))
         grown = [any(a in m for a in axes) for m in family.moves]
         return tuple(d.role is Role.IN for d, g in zip(parsed.dims, grown, strict=True) if g)
-    import torch
-
-    growth = {a: Growth(sizes[a], 3 * sizes[a]) for a in axes}
-    layout = parse_layout(f"scale {option}")
-    source = torch.arange(layout.shape(sizes)[0], dtype=torch.float64)
-    return tuple(widen_tensor(source, view_of(layout, sizes, growth, Treatment())).tolist())
+    rules = Rules(sizes, {a: (sizes[a], 3 * sizes[a]) for a in axes})
+    return tuple(Wanted(parse_layout(f"scale {option}"), rules, "float64").column.source.tolist())
 
 
 def _index(classes: Sequence[tuple[str, ...]], option: str) -> int:

@@ -20,8 +20,7 @@ from sparkling_cli.models.roles import get_path, set_path
 from sparkling_cli.models.shrink import shapes as shapes_of
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
-from sparkling_cli.widening.geometry import Growth, Treatment, view_of
-from sparkling_cli.widening.memory import widen_tensor
+from sparkling_cli.widening.reference import Rules, Wanted
 
 
 class Witness:
@@ -97,15 +96,11 @@ class Witness:
 
     def _effect(self, expr: Expr) -> object:
         """For every proved axis in a term, which entry each entry copies when it triples."""
-        import torch
-
         layout = parse_layout(f"scale {expr}")
-        source = torch.arange(layout.shape(self.sizes)[0], dtype=torch.float64)
         found = []
         for axis in sorted(set(axis_names(expr)) & set(self.proved)):
-            growth = {axis: Growth(self.sizes[axis], 3 * self.sizes[axis])}
-            view = view_of(layout, self.sizes, growth, Treatment())
-            found.append((axis, tuple(widen_tensor(source, view).tolist())))
+            rules = Rules(self.sizes, {axis: (self.sizes[axis], 3 * self.sizes[axis])})
+            found.append((axis, tuple(Wanted(layout, rules, "float64").column.source.tolist())))
         return tuple(found)
 
     def _moves_so(self, name: str, layout: TensorLayout, others: Sequence[TensorLayout]) -> bool:

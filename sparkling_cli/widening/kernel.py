@@ -321,7 +321,7 @@ def collapse(view: View) -> tuple[ViewDim, ...]:
 
 
 def _combined(runs: list[Run], dims: tuple[ViewDim, ...]) -> Fill:
-    """The fill of entries in these runs, one per dim (see ``memory.combined_fills``)."""
+    """The fill of entries in these runs, one per dim."""
     groups: dict[int, tuple[Fill, bool]] = {}
     for run, dim in zip(runs, dims, strict=True):
         fill, shield = groups.get(dim.dim, (Fill.COPY, False))

@@ -385,14 +385,20 @@ def signed_dtype(item: int) -> str:
     return {1: "int8", 2: "int16", 4: "int32", 8: "int64", 16: "complex128"}[item]
 
 
-def widened(tensor: Array, wanted: Wanted) -> Array:
-    """A whole tensor of float32, float64 or integers widened by copies, as proofs of layouts need it."""
+def widened_array(tensor: Array, wanted: Wanted) -> Array:
+    """A whole tensor of a numpy dtype, widened; what is random cannot be made of it alone.
+
+    Raises:
+        TypeError: arithmetic on entries that are no floating-point numbers.
+    """
     import numpy as np
 
     flat = tensor.reshape(wanted.row.size, wanted.column.size)
     picked = flat[np.ix_(wanted.row.source, wanted.column.source)]
     factor = wanted.factor(slice(None), slice(None))
     if wanted.offset or not (factor == 1).all():
+        if tensor.dtype.kind != "f":
+            raise TypeError(f"{tensor.dtype} entries can be copied, not computed")
         picked = (picked * factor + wanted.offset).astype(tensor.dtype)
     filled = np.maximum.outer(wanted.row.fill, wanted.column.fill)
     picked[filled == ZERO] = 0

@@ -21,7 +21,7 @@ from sparkling_cli.plan.model import Expansion, Invocation, Plan, Recipe, Row
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, Extent, StoredTensor
 from sparkling_cli.widening.geometry import Fill, Run, Treatment, View, ViewDim
-from sparkling_cli.widening.memory import target_shape, widen_tensor
+from tests.widening.whole import target_shape, widen_tensor
 
 SCALES = (1.0, 0.5, 0.7071067811865476, 1 / 3, 1.25)
 

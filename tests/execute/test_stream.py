@@ -18,7 +18,6 @@ from sparkling_cli.plan.model import Plan
 from sparkling_cli.storage.sidecar import sidecar_root
 from sparkling_cli.storage.tensors import Extent, StoredTensor
 from sparkling_cli.widening.geometry import Fill
-from sparkling_cli.widening.memory import widen_tensor
 from tests.execute.engine_support import (
     doubled,
     execute,
@@ -31,6 +30,7 @@ from tests.execute.engine_support import (
     source_shape,
     to_bytes,
 )
+from tests.widening.whole import widen_tensor
 
 
 def tensors() -> dict[str, tuple[torch.Tensor, tuple, dict[str, object]]]:  # type: ignore[type-arg]

@@ -11,7 +11,7 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.layout.regions import Region, region_of
 from sparkling_cli.widening.geometry import Growth, Treatment, view_of
-from sparkling_cli.widening.memory import new_entries
+from tests.widening.whole import new_entries
 
 BEFORE = {"ffn": 4, "hidden": 3, "kv_heads": 2, "q_per_kv": 2, "head_dim": 2, "heads": 3, "experts": 2}
 GROWTH = {"ffn": Growth(4, 7), "hidden": Growth(3, 5), "q_per_kv": Growth(2, 3), "kv_heads": Growth(2, 3)}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.widening.geometry import Growth, Treatment, view_of
-from sparkling_cli.widening.memory import widen_tensor
+from tests.widening.whole import widen_tensor
 
 
 def shake(model: torch.nn.Module, seed: int = 7) -> torch.nn.Module:

@@ -12,7 +12,7 @@ from sparkling_cli.layout.expr import size_of
 from sparkling_cli.layout.parse import parse_expr, parse_layout
 from sparkling_cli.models.terms import candidates
 from sparkling_cli.widening.geometry import Growth, Treatment, view_of
-from sparkling_cli.widening.memory import widen_tensor
+from tests.widening.whole import widen_tensor
 
 ROLES: dict[str, Any] = {"kv_heads": "kv_heads", "q_per_kv": "q_per_kv", "head_dim": "head_dim", "ffn": "ffn"}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.widening.geometry import Fill, Growth, Treatment, ViewDim, view_of
-from sparkling_cli.widening.memory import combined_fills, new_entries, widen_tensor
+from tests.widening.whole import combined_fills, new_entries, widen_tensor
 
 SIZES = {"ffn": 6, "hidden": 4, "kv_heads": 2, "q_per_kv": 3, "head_dim": 5, "experts": 2}
 

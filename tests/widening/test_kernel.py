@@ -16,7 +16,6 @@ from sparkling_cli.widening import fill
 from sparkling_cli.widening.entries import count_nonfinite
 from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
 from sparkling_cli.widening.kernel import compile_kernel
-from sparkling_cli.widening.memory import target_shape, widen_tensor
 from sparkling_cli.widening.moments import standard_deviation
 from tests.execute.engine_support import (
     as_array,
@@ -27,6 +26,7 @@ from tests.execute.engine_support import (
     to_bytes,
     views,
 )
+from tests.widening.whole import target_shape, widen_tensor
 
 
 def by_pieces(tensor: torch.Tensor, view: View, piece: int, scale: float = 1.0, offset: float = 0.0) -> bytes:

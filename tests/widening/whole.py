@@ -1,4 +1,4 @@
-"""The arithmetic of a plan row on whole tensors in memory: for small models and for proofs."""
+"""The arithmetic of a view on whole tensors in memory, by torch: what the kernel is held to."""
 
 from __future__ import annotations
 

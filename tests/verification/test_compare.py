@@ -11,12 +11,12 @@ import pytest
 from sparkling_cli import api
 from sparkling_cli.errors import VerificationError
 from sparkling_cli.formats.detect import open_checkpoint
-from sparkling_cli.verification import bundle, verify
+from sparkling_cli.verification import compare, verify
 
 SPECS: dict[str, dict[str, Any]] = {
     "copied": {"axes": [{"axis": "ffn", "factor": 2}]},
     "random": {"axes": [{"axis": "hidden", "factor": 1.5}], "init": "random-copy"},
-    "zero": {"axes": [{"axis": "heads", "factor": 2}], "init": "zero-copy"},
+    "zero": {"axes": [{"axis": "kv_heads", "factor": 2}], "init": "zero-copy"},
     "exact": {"axes": [{"axis": "ffn", "to": 230}], "scaling": "function", "optimizer": "copy"},
 }
 
@@ -38,10 +38,10 @@ def test_together_and_alone(
     output = tmp_path / "out"
     api.expand(dense_checkpoint, output, report="none", **SPECS[name])
     tensors = open_checkpoint(output).tensors
-    groups = bundle.bundles
+    groups = compare.bundles
     sizes: list[int] = []
 
-    def noted(subjects: Any) -> list[bundle.Bundle]:
+    def noted(subjects: Any) -> list[tuple[compare.Subject, ...]]:
         found = groups(subjects)
         sizes.extend(len(one) for one in found)
         return found
@@ -59,8 +59,7 @@ def test_together_and_alone(
         path.write_bytes(changed)
         together = said(dense_checkpoint, output)
         with monkeypatch.context() as patch:
-            patch.setattr(bundle, "_BOXES", 0)
-            patch.setattr(bundle, "_copy", lambda _: None)
+            patch.setattr(compare, "_BOXES", 0)
             alone = said(dense_checkpoint, output)
         path.write_bytes(content)
         assert key in together
