@@ -20,9 +20,11 @@ NOTICE = "<!-- made by docs/generate.py; do not edit -->\n\n"
 API = {
     "sparkling_cli": ("expand", "make_plan", "verify", "inspect", "layout_of", "ExpansionResult"),
     "sparkling_cli.api": ("open_source", "default_destination"),
-    "sparkling_cli.diagnostics.inspect": ("inspect_checkpoint", "InspectReport"),
+    "sparkling_cli.diagnostics.inspect": ("inspect_checkpoint",),
     "sparkling_cli.spec.model": ("ExpansionSpec", "AxisSpec", "RewarmupSpec", "BaselineSpec"),
-    "sparkling_cli.report.model": ("ReportData", "Activations", "LayerActivation", "LearningRate", "Verdict"),
+    "sparkling_cli.results.expansion": ("Report", "LearningRate"),
+    "sparkling_cli.results.measured": ("Inspection", "Activations", "LayerActivation", "ResidualPoint"),
+    "sparkling_cli.results.base": ("Verdict",),
     "sparkling_cli.training": ("rewarm", "Rewarming", "SparklingCallback"),
     "sparkling_cli.forecast": ("subject_of", "forecast", "Expansion", "Forecast"),
     "sparkling_cli.layout.model": ("ModelLayout", "AxisInfo"),
@@ -37,12 +39,19 @@ API = {
 
 def pages() -> dict[str, str]:
     """Path under ``reference/`` -> content, of every generated file."""
-    from sparkling_cli.cli import schemas
+    from sparkling_cli.manifest import Manifest
+    from sparkling_cli.results.commands import DOCUMENTS, schema
+    from sparkling_cli.results.expansion import Report
+    from sparkling_cli.schedule.rewarmup import RewarmupFile
+    from sparkling_cli.spec.model import ExpansionSpec
 
     made = {"cli.md": cli_page(), "api.md": api_page(), "spec.md": spec_page(), "exit-codes.md": exit_page()}
-    for name, model in {**schemas.COMMANDS, **schemas.files()}.items():
-        made[f"schemas/{name}.json"] = json.dumps(schemas.schema(name, model), indent=1) + "\n"
-    return made
+    schemas = {name: document.schema(name) for name, document in DOCUMENTS.items()}
+    schemas["spec-file"] = schema("spec-file", ExpansionSpec, "validation")
+    schemas["manifest-file"] = schema("manifest-file", Manifest, "validation")
+    for name, model in (("report-file", Report), ("rewarmup-file", RewarmupFile)):
+        schemas[name] = schema(name, model)
+    return made | {f"schemas/{name}.json": json.dumps(s, indent=1) + "\n" for name, s in schemas.items()}
 
 
 def cli_page() -> str:

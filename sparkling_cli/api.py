@@ -17,14 +17,14 @@ from sparkling_cli.formats.pause import collector_paused
 from sparkling_cli.spec.model import ExpansionSpec
 
 if TYPE_CHECKING:
-    from sparkling_cli.diagnostics.inspect import InspectReport
     from sparkling_cli.execute.stream import Written
     from sparkling_cli.formats.model import Checkpoint
     from sparkling_cli.layout.model import ModelLayout
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Expansion, Plan
-    from sparkling_cli.report.model import ReportData
-    from sparkling_cli.verification import VerifyReport
+    from sparkling_cli.results.commands import Verification
+    from sparkling_cli.results.expansion import Report
+    from sparkling_cli.results.measured import Inspection
 
 #: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts; of a stage
 #: without bytes the total is None.
@@ -43,7 +43,7 @@ class ExpansionResult:
 
     expansion: Expansion
     written: Written
-    report: ReportData | None
+    report: Report | None
 
     @property
     def destination(self) -> Path:
@@ -185,7 +185,7 @@ def expand(
         given = replace(expansion.invocation, destination=Path(destination))
         expansion = replace(expansion, destination=Path(destination), invocation=given)
     ready = replace(expansion, invocation=replace(expansion.invocation, data=data, report=report))
-    reports: list[ReportData] = []
+    reports: list[Report] = []
 
     bar = ExitStack()
 
@@ -248,7 +248,7 @@ def _check_opens(root: Path, plan: Plan) -> None:
 
 
 @collector_paused()
-def verify(source: Path | str, destination: Path | str, *, progress: Progress | None = None) -> VerifyReport:
+def verify(source: Path | str, destination: Path | str, *, progress: Progress | None = None) -> Verification:
     """Prove an output from the two checkpoints and the manifest alone.
 
     Raises:
@@ -262,7 +262,7 @@ def verify(source: Path | str, destination: Path | str, *, progress: Progress | 
 
 def inspect(
     checkpoint: Path | str, against: Path | str | None = None, *, data: Path | None = None, **options: Any
-) -> InspectReport:
+) -> Inspection:
     """Measure a checkpoint, or compare it with an earlier one.
 
     Args:

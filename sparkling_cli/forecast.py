@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.compute.flops import ComputePlan, plan_compute
-from sparkling_cli.compute.quantity import format_count, parse_moment
+from sparkling_cli.compute.quantity import parse_moment
 from sparkling_cli.compute.shape import shape_of
 from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.results import numbers
+from sparkling_cli.results.commands import Flops, Phase, RunPlan
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.tensors import ITEM_BYTES
@@ -72,35 +74,35 @@ class Forecast:
         """Weights and optimizer state of a model of so many parameters."""
         return round(parameters * (self.subject.weight_bytes + self.subject.state_bytes))
 
-    def to_data(self) -> dict[str, Any]:
-        """As plain data: what ``sparkling plan --json`` prints."""
+    def result(self) -> RunPlan:
+        """What ``sparkling plan`` shows."""
         compute = self.compute
-        return {
-            "source": self.subject.name,
-            "model": self.subject.layout.name,
-            "tokens": compute.tokens,
-            "phases": [
-                {
-                    "start_tokens": phase.start,
-                    "stop_tokens": phase.stop,
-                    "sizes": dict(phase.sizes),
-                    "parameters": phase.parameters.total,
-                    "active_parameters": phase.parameters.active,
-                    "embedding_parameters": phase.parameters.embedding,
-                    "flops": phase.flops,
-                    "checkpoint_bytes": self.checkpoint_bytes(phase.parameters.total),
-                }
+        return RunPlan(
+            source=self.subject.name,
+            model=self.subject.layout.name,
+            tokens=compute.tokens,
+            phases=tuple(
+                Phase(
+                    start_tokens=phase.start,
+                    stop_tokens=phase.stop,
+                    sizes=dict(phase.sizes),
+                    parameters=phase.parameters.total,
+                    active_parameters=phase.parameters.active,
+                    embedding_parameters=phase.parameters.embedding,
+                    flops=phase.flops,
+                    checkpoint_bytes=self.checkpoint_bytes(phase.parameters.total),
+                )
                 for phase in compute.phases
-            ],
-            "flops": {
-                "small": compute.flops_small,
-                "scratch": compute.flops_scratch,
-                "progressive": compute.flops_progressive,
-            },
-            "saved": compute.saved,
-            "bytes_assumed": self.subject.assumed,
-            "convention": CONVENTION,
-        }
+            ),
+            flops=Flops(
+                small=compute.flops_small,
+                scratch=compute.flops_scratch,
+                progressive=compute.flops_progressive,
+            ),
+            saved=compute.saved,
+            bytes_assumed=self.subject.assumed,
+            convention=CONVENTION,
+        )
 
 
 def subject_of(source: Path, *, layout: Path | None = None, model: str | None = None) -> Subject:
@@ -217,4 +219,4 @@ def describe(expansion: Expansion) -> str:
     def words(axis: AxisSpec) -> str:
         return f"{axis.axis} x{axis.factor:g}" if axis.factor is not None else f"{axis.axis} to {axis.to}"
 
-    return f"{', '.join(map(words, expansion.spec.axes))} at {format_count(expansion.tokens)} tokens"
+    return f"{', '.join(map(words, expansion.spec.axes))} at {numbers.count(expansion.tokens)} tokens"

@@ -12,8 +12,8 @@ from sparkling_cli.manifest import make_manifest
 from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.plan.model import Expansion
 from sparkling_cli.report.assemble import assemble
-from sparkling_cli.report.convert import activations_of
-from sparkling_cli.report.model import Activations, ReportData
+from sparkling_cli.results.expansion import Report
+from sparkling_cli.results.measured import Activations
 from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
 from sparkling_cli.schedule.write import plan_rewarmup, rewarmup_files
 from sparkling_cli.storage.sidecar import MANIFEST, REPORT_HTML, REPORT_JSON, REWARMUP, sidecar_root
@@ -56,9 +56,11 @@ def plan_schedule(plan: Plan, manifest: Manifest | None) -> tuple[Rewarmup | Non
 
 def sidecar_files(
     expansion: Expansion, written: Written, *, memory: int
-) -> tuple[Mapping[str, bytes], ReportData]:
+) -> tuple[Mapping[str, bytes], Report]:
     """All small files of an output, the manifest last, and the report's facts."""
-    from sparkling_cli.report.html import render
+    from sparkling_cli.report.page import render
+
+    facts = assemble(expansion, written, *_measure(expansion, written, memory))
 
     facts = assemble(expansion, written, *_measure(expansion, written, memory))
     files = {} if expansion.rewarmup is None else dict(rewarmup_files(expansion.rewarmup))
@@ -106,13 +108,13 @@ def _measure(expansion: Expansion, written: Written, memory: int) -> tuple[Activ
                 sequences=sequences,
                 length=length,
                 carried=carried_factors(plan.layout, plan.growth, plan.treatment),
+                widened={row.name for row in weights if row.shape != row.recipe.before},
             )
     except (LayoutError, MissingDependencyError) as error:
         if report == "full":
             raise
         return None, error.message
-    grown = {row.name for row in weights if row.shape != row.recipe.before}
-    return activations_of(found, tokens=found.count, widened=grown), ""
+    return found, ""
 
 
 def affordable(parameters: int) -> tuple[int, int]:

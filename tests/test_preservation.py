@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from fixtures.tiny import ARCHITECTURES
 from sparkling_cli import api
+from sparkling_cli.results.verdict import offenders, verdict_of_change
 from tests.conftest import TinyCheckpoint
 
 #: relative to the largest logit, float32
@@ -152,7 +153,7 @@ def measured(source: Path, target: Path, data: Path) -> Any:
     from sparkling_cli.formats.detect import open_checkpoint
 
     report, _, _ = measure_change(open_checkpoint(source), open_checkpoint(target), data=data, sequences=16)
-    assert not report.random
+    assert not report.random_tokens
     return report
 
 
@@ -165,7 +166,7 @@ def test_fractional_factors_keep_the_signal(
     report = measured(source, widened(source, tmp_path, factor, ["ffn"]), heldout_text)
     widened_layers = [c for c in report.layers if "mlp" in c.name and not c.name.endswith("mlp.gate")]
     assert len(widened_layers) >= 6
-    assert {c.name: c.deviation for c in widened_layers if c.deviation > 0.10} == {}
+    assert {c.name: c.deviation for c in widened_layers if c.moved > 0.10} == {}
 
 
 @pytest.mark.parametrize(
@@ -182,14 +183,23 @@ def test_fractional_factors_keep_the_signal(
 def test_other_widenings_are_reported(
     axes: list[str], options: dict[str, Any], tmp_path: Path, dense_checkpoint: Path, heldout_text: Path
 ) -> None:
-    """Where the signal may move, every layer's deviation is in the report and those above 10% are named."""
+    """Where the signal may move, every layer's and function's deviation is in the report.
+
+    Functions of blocks whose ratio moved by more than 10% are named by kind, with the worst of each.
+    """
     target = widened(dense_checkpoint, tmp_path, 1.5, with_partners(dense_checkpoint, *axes), **options)
     report = measured(dense_checkpoint, target, heldout_text)
     model = loaded(target)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert {change.name for change in report.layers} == linear
-    far = {c.name for c in report.layers if abs(c.after / c.before - 1) > 0.10}
-    assert {c.name for c in report.offenders} == far
-    assert all(name in str(report.to_dict()["offenders"]) for name in far)
-    if far:
-        assert report.offenders[0].name in report.verdict
+    blocks = {name.rpartition(".")[0] for name in linear if "layers" in name}
+    assert {change.name for change in report.functions} == blocks
+    for entry in (*report.layers, *report.functions):
+        moved = entry.y_after / entry.x_after / (entry.y_before / entry.x_before) - 1
+        assert entry.deviation == pytest.approx(moved, abs=1e-9)
+    far = [e for e in report.functions if abs(e.r_after / e.r_before - 1) > 0.10]
+    assert {e.name for e in offenders(report)} == {e.name for e in far}
+    verdict = verdict_of_change(report)
+    assert (verdict.level == "attention") >= bool(far)
+    for entry in far:
+        assert f"{entry.role} in " in verdict.findings[0].text

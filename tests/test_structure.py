@@ -17,7 +17,7 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 #: on one line may not import each other.
 LEVELS = [
     {"errors"},
-    {"layout", "spec", "storage", "layouts"},
+    {"layout", "spec", "storage", "layouts", "results"},
     {"widening"},
     {"formats"},
     {"plan"},
@@ -36,6 +36,7 @@ LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 
 #: Imports that cross a level or go between rooms of one level, each for a reason.
 ALLOWED = {
+    ("results", "schedule"): "the result of `sparkling schedule` holds curves as the schedule defines them",
     ("layout", "formats"): "packaged layouts are solved from the shapes of an opened checkpoint",
     ("plan", "manifest"): "an expansion carries the source's own manifest along (type only)",
     ("plan", "schedule"): "an expansion carries its re-warmup along (type only)",

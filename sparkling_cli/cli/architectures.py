@@ -30,7 +30,7 @@ def architectures(
     from sparkling_cli.models import survey
 
     results = survey.survey(only or None, progress=None if quiet else output.note)
-    output.data("architectures", survey.to_data(results))
+    output.data(survey.result(results))
     if output.as_json:
         return
     if markdown:

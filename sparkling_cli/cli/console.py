@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,8 @@ from sparkling_cli.errors import ExitCode, Interrupted, OutputError, SparklingEr
 from sparkling_cli.execute.signals import as_ctrl_c
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.console import Console, RenderableType
-
-#: version of every command's JSON; raised when a field changes its meaning or goes.
-SCHEMA_VERSION = 1
 
 #: columns where the output is no terminal
 UNLIMITED = 1 << 16
@@ -65,11 +63,12 @@ class Output:
         if not self.as_json:
             self.console(stderr=True).print(f"warning: {text}", style="yellow", markup=False)
 
-    def data(self, command: str, facts: Mapping[str, Any]) -> None:
-        """The same facts for machines."""
+    def data(self, result: BaseModel) -> None:
+        """The same facts for machines: a command's result as its JSON document."""
         if self.as_json:
-            document = {"schema": f"sparkling/{command}", "schema_version": SCHEMA_VERSION, **facts}
-            sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+            from sparkling_cli.results.commands import document
+
+            sys.stdout.write(json.dumps(document(result), indent=2, allow_nan=False) + "\n")
 
     @contextmanager
     def progress(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
@@ -103,15 +102,10 @@ output = Output()
 def fail(error: SparklingError) -> int:
     """Print an error where this invocation expects it; the exit code to leave with."""
     if output.as_json:
-        facts = {
-            "schema": "sparkling/error",
-            "schema_version": SCHEMA_VERSION,
-            "error": type(error).__name__,
-            "exit_code": int(error.exit_code),
-            "message": error.message,
-            "hint": error.hint,
-        }
-        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        from sparkling_cli.results.commands import Failure
+
+        kind, code = type(error).__name__, int(error.exit_code)
+        output.data(Failure(error=kind, exit_code=code, message=error.message, hint=error.hint))
     else:
         console = output.console(stderr=True)
         console.print(f"error: {error.message}", style="red", markup=False)

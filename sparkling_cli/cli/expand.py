@@ -88,7 +88,7 @@ def expand(
     from sparkling_cli import api
     from sparkling_cli.cli.render import show_plan, show_result
     from sparkling_cli.execute.commit import check_destination
-    from sparkling_cli.report.facts import plan_facts
+    from sparkling_cli.report.plan import plan_result
     from sparkling_cli.spec.quantities import LEAST_MEMORY, parse_bytes
 
     chosen = _spec(
@@ -122,9 +122,9 @@ def expand(
     expansion = api.make_plan(source, chosen, destination, layout=layout, model=model)
     if dry_run:
         check_destination(expansion.plan.source.root, expansion.destination)
-        facts = plan_facts(expansion)
-        output.data("expand", {"dry_run": True, **facts})
-        show_plan(output, expansion, facts)
+        planned = plan_result(expansion)
+        output.data(planned)
+        show_plan(output, expansion, planned)
         return
     for warning in expansion.plan.warnings:
         output.warn(warning)
@@ -138,7 +138,7 @@ def expand(
         expansion=expansion,
     )
     if result.report is not None:
-        output.data("expand", {"dry_run": False, **result.report.model_dump(mode="json")})
+        output.data(result.report)
         show_result(output, result)
 
 

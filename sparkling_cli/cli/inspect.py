@@ -11,7 +11,7 @@ from sparkling_cli.cli import options as opt
 from sparkling_cli.cli.console import output
 
 if TYPE_CHECKING:
-    from sparkling_cli.diagnostics.inspect import InspectReport
+    from sparkling_cli.results.measured import Inspection
 
 
 def inspect(
@@ -49,8 +49,9 @@ def inspect(
     else on random tokens, which is said. Weights are read while they are used: the model may be larger
     than memory.
 
-    With --against, every linear layer's r = RMS(y)/RMS(x), the residual stream, the logits and the loss
-    are compared on the same tokens, the worst layers first. Where the other checkpoint is the output of
+    With --against, what every block adds to the residual stream (attention, MLP, mixer), the stream itself,
+    the logits, the loss, the routing of experts and every linear layer's r = RMS(y)/RMS(x) are compared on
+    the same tokens. Where the other checkpoint is the output of
     an expansion that this one was trained on from, the symmetry meter says per layer how far new channels
     have moved from their sources, and how many are still locked to them.
 
@@ -78,20 +79,18 @@ def inspect(
     )
     if plot is not None:
         _draw(report, plot)
-    output.data("inspect", report.to_dict())
+    output.data(report)
     if not output.as_json:
         _show(report)
 
 
-def _draw(report: InspectReport, path: Path) -> None:
+def _draw(report: Inspection, path: Path) -> None:
     """The activations as a picture: before and after with ``--against``, else this model alone."""
     from sparkling_cli.errors import SpecError
     from sparkling_cli.report.plots import plot_activations, plot_measurement
 
     if report.change is not None:
-        from sparkling_cli.report.convert import activations_of
-
-        plot_activations(activations_of(report.change, tokens=report.change.count, widened=()), path)
+        plot_activations(report.change, path)
     elif report.activations is not None:
         plot_measurement(report.activations, path)
     else:
@@ -102,18 +101,20 @@ def _draw(report: InspectReport, path: Path) -> None:
     output.note(f"drawn  {path}")
 
 
-def _show(report: InspectReport) -> None:
+def _show(report: Inspection) -> None:
     """Facts, weights, activations, then the verdict, so that it is the last thing on the screen."""
     from sparkling_cli.report import tables
 
-    output.show(tables.facts_line(report.facts))
+    output.show(tables.facts_line(report))
     output.show(tables.weight_table(report.weights))
+    rows = None if output.verbose else tables.ROWS
     if report.activations is not None and (report.change is None or output.verbose):
         output.show(tables.measurement_table(report.activations))
     if report.change is not None:
-        output.show(tables.activation_table(report.change, rows=None if output.verbose else tables.ROWS))
+        for table in tables.change_tables(report.change, rows=rows):
+            output.show(table)
     if report.symmetry is not None:
-        output.show(tables.symmetry_table(report.symmetry, rows=None if output.verbose else tables.ROWS))
+        output.show(tables.symmetry_table(report.symmetry, rows=rows))
     if report.tokens:
         style = "yellow" if report.random_tokens else "dim"
         output.note(f"measured on {report.tokens}", style=style)
@@ -121,7 +122,9 @@ def _show(report: InspectReport) -> None:
         output.note(f"note: {note}")
     if report.doubt:
         output.warn(report.doubt)
-    for stat in report.weights.nonfinite:
-        output.warn(f"{stat.label} {stat.slot or 'weights'}: {stat.nan} NaN, {stat.inf} Inf")
-    if report.change is not None:
-        output.show(tables.verdict_line(report.change))
+    for stat in report.weights.tensors:
+        if stat.nan or stat.inf:
+            output.warn(f"{stat.label} {stat.slot or 'weights'}: {stat.nan} NaN, {stat.inf} Inf")
+    if report.verdict is not None:
+        for line in tables.verdict_lines(report.verdict):
+            output.show(line)

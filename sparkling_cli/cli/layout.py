@@ -24,8 +24,9 @@ def layout(
 
     from sparkling_cli import api
     from sparkling_cli.layout.file import to_dict, to_toml
+    from sparkling_cli.results.commands import Layout
 
     found = api.layout_of(checkpoint, model=model)
-    output.data("layout", {"layout": to_dict(found)})
+    output.data(Layout(layout=to_dict(found)))
     if not output.as_json:
         sys.stdout.write(to_toml(found))

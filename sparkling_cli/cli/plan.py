@@ -76,7 +76,7 @@ def plan(
         total,
         experts_per_token=experts_per_token,
     )
-    output.data("plan", found.to_data())
+    output.data(found.result())
     for part in _tables(found):
         output.show(part)
 
@@ -85,8 +85,8 @@ def _tables(found: Forecast) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    from sparkling_cli.compute.quantity import format_bytes, format_count
     from sparkling_cli.report.spark import share_bar
+    from sparkling_cli.results.numbers import count, nbytes
 
     compute = found.compute
     table = Table(box=None, pad_edge=False, title=None)
@@ -95,12 +95,12 @@ def _tables(found: Forecast) -> list[RenderableType]:
         table.add_column(title, justify="right", no_wrap=True)
     for phase in compute.phases:
         table.add_row(
-            f"{format_count(phase.start) if phase.start else '0'} - {format_count(phase.stop)}",
+            f"{count(phase.start) if phase.start else '0'} - {count(phase.stop)}",
             *(f"{phase.sizes[axis]:,}" for axis in grown),
-            format_count(phase.parameters.total),
-            format_count(phase.parameters.active),
+            count(phase.parameters.total),
+            count(phase.parameters.active),
             f"{phase.flops:.2e}",
-            format_bytes(found.checkpoint_bytes(phase.parameters.total)),
+            nbytes(found.checkpoint_bytes(phase.parameters.total)),
         )
     parts: list[RenderableType] = [
         Text(f"{found.subject.layout.name} ({found.subject.name})", style="bold"),

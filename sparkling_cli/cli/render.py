@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparkling_cli.report.resume import MODULE, call
+from sparkling_cli.results.numbers import count, factor, nbytes, significant
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.table import Table
 
     from sparkling_cli.api import ExpansionResult
     from sparkling_cli.cli.console import Output
     from sparkling_cli.plan.model import Expansion
+    from sparkling_cli.results.expansion import ExpansionPlan, TensorKind
 
 
-def show_plan(output: Output, expansion: Expansion, facts: dict[str, Any]) -> None:
-    """The whole plan; with ``--verbose`` every kind of tensor, state included.
-
-    Args:
-        output: where to.
-        expansion: the plan.
-        facts: what ``plan_facts`` says of them.
-    """
+def show_plan(output: Output, expansion: Expansion, planned: ExpansionPlan) -> None:
+    """The whole plan; with ``--verbose`` every kind of tensor, state included."""
     from rich.text import Text
 
-    destination, states = expansion.destination, expansion.plan.source.states
-    output.show(_summary(facts))
-    output.show(_kinds(facts["kinds"], everything=output.verbose))
-    for key, value in facts["config"].items():
+    states = expansion.plan.source.states
+    output.show(_summary(planned))
+    output.show(_kinds(planned.kinds, everything=output.verbose))
+    for key, value in planned.config.items():
         output.show(f"config  {key} = {value}")
-    output.show(Text(f"output  {destination}"), whole=True)
-    output.show(f"optimizer state  {facts['spec']['optimizer'] if states else 'none'}")
+    output.show(Text(f"output  {planned.destination}"), whole=True)
+    output.show(f"optimizer state  {planned.spec['optimizer'] if states else 'none'}")
     output.show(Text(_rewarmup(expansion)))
-    _remarks(output, facts)
-    room = facts["bytes"]["free"] - facts["bytes"]["to_write"]
-    if room < 0:
-        output.warn(f"{_size(-room)} more space is needed at {destination.absolute().parent}")
+    _remarks(output, planned.notes, planned.warnings)
+    missing = planned.bytes.to_write - planned.bytes.free
+    if missing > 0:
+        output.warn(f"{nbytes(missing)} more space is needed at {expansion.destination.absolute().parent}")
     output.show("Nothing was written (--dry-run).")
 
 
@@ -51,21 +49,22 @@ def _rewarmup(expansion: Expansion) -> str:
 
 
 def show_result(output: Output, result: ExpansionResult) -> None:
-    """What was done, the worst layers, the verdict, and where to go on."""
+    """What was done, what was measured, the verdict, and where to go on."""
     from rich.text import Text
 
-    from sparkling_cli.report.facts import summary_facts
-    from sparkling_cli.report.tables import activation_table, verdict_lines
+    from sparkling_cli.report.plan import plan_result
+    from sparkling_cli.report.tables import change_tables, verdict_lines
     from sparkling_cli.storage.sidecar import REPORT_HTML, sidecar_root
 
-    facts = summary_facts(result.expansion)
-    output.show(_summary(facts))
+    planned = plan_result(result.expansion)
+    output.show(_summary(planned))
     if result.report is not None:
         if result.report.activations is not None:
-            output.show(activation_table(result.report.activations))
+            for table in change_tables(result.report.activations):
+                output.show(table)
         for line in verdict_lines(result.report.verdict):
             output.show(line)
-    _remarks(output, facts | {"warnings": []})
+    _remarks(output, planned.notes, ())
     where = shlex.quote(str(result.destination))
     source = shlex.quote(str(result.expansion.plan.source.root))
     output.show(Text(f"written  {where}"), whole=True)
@@ -89,68 +88,51 @@ def _train_on(result: ExpansionResult, where: str) -> list[str]:
     return [f"train on with {call(plan.source.format, where, f'{MODULE}.')}"]
 
 
-def _summary(facts: dict[str, Any]) -> Table:
+def _summary(planned: ExpansionPlan) -> Table:
     from rich.table import Table
 
     table = Table(show_header=True, box=None, pad_edge=False)
     for title in ("", "before", "after", ""):
         table.add_column(title, justify="left" if not title else "right")
-    for name, sizes in facts["axes"].items():
-        ratio = sizes["after"] / sizes["before"]
-        table.add_row(name, str(sizes["before"]), str(sizes["after"]), f"{ratio:.4g}x")
-    rows = [("parameters", facts["parameters"])]
-    active = facts["active_parameters"]
-    if active is not None and active != facts["parameters"]:
+    for name, sizes in planned.axes.items():
+        ratio = significant(sizes.after / sizes.before, 4)
+        table.add_row(name, str(sizes.before), str(sizes.after), f"{ratio}x")
+    rows = [("parameters", planned.parameters)]
+    active = planned.active_parameters
+    if active is not None and active != planned.parameters:
         rows.append(("active parameters", active))
     for title, counts in rows:
-        ratio = counts["after"] / counts["before"]
-        table.add_row(title, _count(counts["before"]), _count(counts["after"]), f"{ratio:.4g}x")
-    sizes = facts["bytes"]
-    table.add_row("checkpoint", _size(sizes["before"]), _size(sizes["after"]), f"{_size(sizes['free'])} free")
+        ratio = significant(counts.after / counts.before, 4)
+        table.add_row(title, count(counts.before), count(counts.after), f"{ratio}x")
+    room = planned.bytes
+    table.add_row("checkpoint", nbytes(room.before), nbytes(room.after), f"{nbytes(room.free)} free")
     return table
 
 
-def _kinds(kinds: list[dict[str, Any]], *, everything: bool) -> Table:
+def _kinds(kinds: Iterable[TensorKind], *, everything: bool) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for title in ("tensor", "count", "before", "after", "scale", "new"):
         table.add_column(title, justify="right" if title in ("count", "scale") else "left", overflow="fold")
     for kind in kinds:
-        changed = kind["before"] != kind["after"] or kind["scale"] != [1.0, 1.0]
-        if not everything and (kind["slot"] or not changed):
+        changed = kind.before != kind.after or kind.scale != (1.0, 1.0)
+        if not everything and (kind.slot or not changed):
             continue
-        low, high = kind["scale"]
-        scale = f"{low:.4g}" if low == high else f"{low:.4g}..{high:.4g}"
-        name = f"{kind['name']} [{kind['slot']}]" if kind["slot"] else kind["name"]
+        name = f"{kind.name} [{kind.slot}]" if kind.slot else kind.name
         table.add_row(
             name.replace("[", r"\["),
-            str(kind["count"]),
-            "x".join(map(str, kind["before"])),
-            "x".join(map(str, kind["after"])),
-            scale,
-            ", ".join(kind["fill"]),
+            str(kind.count),
+            "x".join(map(str, kind.before)),
+            "x".join(map(str, kind.after)),
+            factor(kind.scale),
+            ", ".join(kind.fill),
         )
     return table
 
 
-def _remarks(output: Output, facts: dict[str, Any]) -> None:
-    for note in facts["notes"]:
+def _remarks(output: Output, notes: Iterable[str], warnings: Iterable[str]) -> None:
+    for note in notes:
         output.note(f"note: {note}")
-    for warning in facts["warnings"]:
+    for warning in warnings:
         output.warn(warning)
-
-
-def _count(number: int) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)
-
-
-def _size(count: int) -> str:
-    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            value = count / size
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-    return f"{count} B"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from sparkling_cli.errors import SpecError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from sparkling_cli.results.commands import Schedule
     from sparkling_cli.schedule.rewarmup import Rewarmup, Stage
 
 #: Rows of the table without ``--steps``.
@@ -60,13 +61,13 @@ def schedule(
     first, last = _range(steps, rewarmup)
     chosen = _chosen(first, last, everything=steps is not None)
     if plot is not None:
-        from sparkling_cli.report.convert import learning_rate_of
         from sparkling_cli.report.plots import plot_schedule
+        from sparkling_cli.report.rates import learning_rate_of
 
         window = (first, last) if steps is not None else None
         plot_schedule(learning_rate_of(rewarmup, window), plot)
         output.note(f"drawn  {plot}")
-    output.data("schedule", _facts(rewarmup, chosen))
+    output.data(_result(rewarmup, chosen))
     output.show(_table(rewarmup, chosen))
     stage = rewarmup.stages[-1]
     output.show(
@@ -107,28 +108,30 @@ def _chosen(first: int, last: int, *, everything: bool) -> list[int]:
     return list(range(first, last + 1)) if everything else thin(range(first, last + 1), ROWS)
 
 
-def _facts(rewarmup: Rewarmup, chosen: list[int]) -> dict[str, Any]:
+def _result(rewarmup: Rewarmup, chosen: list[int]) -> Schedule:
+    from sparkling_cli.results.commands import CurvePoint, RewarmupStage, Schedule
     from sparkling_cli.schedule.rewarmup import to_data
 
     data = to_data(rewarmup)
-    rates = [{"eta_e": stage.eta_e, "peak": stage.curve.peak} for stage in rewarmup.stages]
-    return {
-        "expansion_step": rewarmup.expansion_step,
-        "total_steps": rewarmup.baseline.total_steps,
-        "baseline": data["baseline"],
-        "stages": [{**stage, **more} for stage, more in zip(data["stages"], rates, strict=True)],
-        "curve": [
-            {
-                "step": step,
-                "old": rewarmup.baseline(step),
-                "new": [s.eta_new(step) if step >= s.expansion_step else None for s in rewarmup.stages],
-                "ratio": [
-                    rewarmup.ratio(s, step) if step >= s.expansion_step else None for s in rewarmup.stages
-                ],
-            }
+    stages = rewarmup.stages
+    return Schedule(
+        expansion_step=rewarmup.expansion_step,
+        total_steps=rewarmup.baseline.total_steps,
+        baseline=rewarmup.baseline,
+        stages=tuple(
+            RewarmupStage(**stored, eta_e=stage.eta_e, peak=stage.curve.peak)
+            for stored, stage in zip(data["stages"], stages, strict=True)
+        ),
+        curve=tuple(
+            CurvePoint(
+                step=step,
+                old=rewarmup.baseline(step),
+                new=tuple(s.eta_new(step) if step >= s.expansion_step else None for s in stages),
+                ratio=tuple(rewarmup.ratio(s, step) if step >= s.expansion_step else None for s in stages),
+            )
             for step in chosen
-        ],
-    }
+        ),
+    )
 
 
 def _ratio(rewarmup: Rewarmup, stage: Stage, step: int) -> str:

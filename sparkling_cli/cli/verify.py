@@ -26,14 +26,12 @@ def verify(
     Example:
         sparkling verify ckpt/ ckpt-ffn2x/
     """
-    from dataclasses import asdict
-
     from rich.text import Text
 
     from sparkling_cli import api
 
     report = api.verify(source, destination, progress=output.progress)
-    output.data("verify", {"ok": True, **asdict(report)})
+    output.data(report)
     for path in report.extras:
         output.note(f"note: {path} was not written with the output; nothing loads it as a part of it")
     output.show(Text(report.summary(), style="green"))

@@ -5,7 +5,7 @@
 """
 
 from sparkling_cli.compute.flops import ComputePlan, Phase, Saving, plan_compute, step_saving, train_flops
-from sparkling_cli.compute.quantity import format_count, parse_count
+from sparkling_cli.compute.quantity import parse_count
 from sparkling_cli.compute.shape import ModelShape, ParameterCount, experts_per_token, shape_of
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "Phase",
     "Saving",
     "experts_per_token",
-    "format_count",
     "parse_count",
     "plan_compute",
     "shape_of",

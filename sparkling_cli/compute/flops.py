@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from sparkling_cli.compute.quantity import format_count
 from sparkling_cli.compute.shape import ModelShape, ParameterCount
 from sparkling_cli.errors import SpecError
+from sparkling_cli.results.numbers import count
 from sparkling_cli.widening.geometry import Growth
 
 
@@ -101,8 +101,8 @@ def plan_compute(
     for before, after in pairwise(moments):
         if after <= before:
             raise SpecError(
-                f"expansions must lie inside the run and in order: {format_count(after)} tokens does "
-                f"not come after {format_count(before)}",
+                f"expansions must lie inside the run and in order: {count(after)} tokens does "
+                f"not come after {count(before)}",
                 hint="give --expand-at below --tokens, and each --then later than the one before it",
             )
     shown = [axis for _, growth in expansions for axis in growth]

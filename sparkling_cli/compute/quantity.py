@@ -46,22 +46,3 @@ def parse_moment(text: str, total: int, what: str) -> int:
             f"{what}: {text!r} is not inside the run", hint="give more than 0% and less than 100%"
         )
     return count
-
-
-def format_count(value: float) -> str:
-    """A count with three significant digits and a unit: ``449M``, ``2.56B``."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= 0.9995 * size:
-            scaled = value / size
-            digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
-            return f"{scaled:.{digits}f}{unit}"
-    return f"{value:.0f}"
-
-
-def format_bytes(value: float) -> str:
-    """Bytes in binary units: ``11.2 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

@@ -6,14 +6,15 @@ measured; everything is computed in float32, whatever the weights are stored in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES, Tokens, load_tokens
-from sparkling_cli.diagnostics.measurement import ActivationReport, LogitsChange, Measurement, compare
-from sparkling_cli.diagnostics.probe import Probe, Squares, pieces
+from sparkling_cli.diagnostics.measurement import compare, split_name
+from sparkling_cli.diagnostics.probe import Probe, pieces
 from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.results.measured import Activations, Measurement, Routing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,7 +54,8 @@ def measure_change(
     length: int = LENGTH,
     seed: int = 0,
     carried: Mapping[str, float] | None = None,
-) -> tuple[ActivationReport, Measurement, Measurement]:
+    widened: Collection[str] = (),
+) -> tuple[Activations, Measurement, Measurement]:
     """Measure two checkpoints on the same tokens, in step, batch by batch.
 
     Args:
@@ -67,30 +69,35 @@ def measure_change(
         length: tokens per sequence, at most; the models' own limit holds.
         seed: of random tokens.
         carried: see :func:`~sparkling_cli.diagnostics.measurement.compare`.
+        widened: see there.
     """
     with ExitStack() as stack:
         first = stack.enter_context(Probe(before, model=model, memory=memory // 4))
         second = stack.enter_context(Probe(after, model=model, memory=memory // 4))
         if tokens is None:
             tokens = _tokens_for(first, data, sequences, length, seed)
-        change: _LogitsMeter | None = _LogitsMeter()
+        logits: _LogitsMeter | None = _LogitsMeter()
+        routers = _RoutingMeter()
         each = max(probe.sequence_bytes(tokens.ids.shape[1]) for probe in (first, second))
         for batch in _batches(tokens.ids, each, memory):
             old, new = first.run(batch), second.run(batch)
+            routers.add(first.choices, second.choices)
             if old.shape != new.shape:
-                change = None
-            if change is not None:
-                change.add(old, new)
+                logits = None
+            if logits is not None:
+                logits.add(old, new)
         one, two = first.result(), second.result()
-    moved = None if change is None else change.result()
     report = compare(
         one,
         two,
-        logits=moved,
-        tokens=tokens.source,
+        data=tokens.source,
         random=tokens.random,
-        count=tokens.ids.numel(),
+        tokens=tokens.ids.numel(),
+        logit_change=None if logits is None else logits.relative_rms,
+        logit_largest=None if logits is None else logits.relative_largest,
+        routing=routers.result(),
         carried=carried,
+        widened=widened,
     )
     return report, one, two
 
@@ -99,6 +106,8 @@ class _LogitsMeter:
     """Sums up how far logits moved, position by position."""
 
     def __init__(self) -> None:
+        from sparkling_cli.diagnostics.stream import Squares
+
         self.largest, self.reference = 0.0, 0.0
         self.difference, self.size = Squares(), Squares()
 
@@ -110,11 +119,37 @@ class _LogitsMeter:
             self.difference.add(moved)
             self.size.add(a)
 
-    def result(self) -> LogitsChange:
+    @property
+    def relative_largest(self) -> float:
+        """The value of max |after - before| / max |before|."""
         inf = float("inf")
-        relative = self.largest / self.reference if self.reference else (inf if self.largest else 0.0)
-        norm = self.difference.rms / self.size.rms if self.size.rms else relative
-        return LogitsChange(self.largest, relative, norm)
+        return self.largest / self.reference if self.reference else (inf if self.largest else 0.0)
+
+    @property
+    def relative_rms(self) -> float:
+        """The value of ||after - before|| / ||before||."""
+        return self.difference.rms / self.size.rms if self.size.rms else self.relative_largest
+
+
+class _RoutingMeter:
+    """Counts the tokens that every router sends to the same set of experts in both models."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, tuple[int, int]] = {}
+
+    def add(self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> None:
+        for name, before in old.items():
+            after = new.get(name)
+            if after is not None and after.shape == before.shape:
+                same, total = self.counts.get(name, (0, 0))
+                same += int((before == after).all(-1).sum())
+                self.counts[name] = (same, total + len(before))
+
+    def result(self) -> tuple[Routing, ...]:
+        return tuple(
+            Routing(name=name, layer=split_name(name)[0], tokens=total, kept=same / total)
+            for name, (same, total) in self.counts.items()
+        )
 
 
 def _tokens_for(probe: Probe, data: Path | None, sequences: int, length: int, seed: int) -> Tokens:

@@ -2,76 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparkling_cli.diagnostics.activations import measure, measure_change
 from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
-from sparkling_cli.diagnostics.measurement import ActivationReport, Measurement, plain
-from sparkling_cli.diagnostics.weights import WeightReport, measure_weights
+from sparkling_cli.diagnostics.weights import measure_weights
 from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError, SparklingError
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.manifest import read_manifest
 from sparkling_cli.plan.build import carried_factors, treatment_of
+from sparkling_cli.results.measured import Activations, Inspection, Measurement, Symmetry
+from sparkling_cli.results.verdict import verdict_of_change
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.sidecar import MANIFEST, sidecar_root
-
-if TYPE_CHECKING:
-    from sparkling_cli.diagnostics.symmetry import SymmetryReport
-
-
-@dataclass(frozen=True)
-class InspectReport:
-    """What was found.
-
-    Attributes:
-        path: the checkpoint, as given.
-        against: the other one, as given; None without.
-        facts: format, counts of tensors, entries and bytes, optimizer, step.
-        notes: remarks of the reader, and what could not be measured.
-        weights: RMS per role and layer.
-        activations: of this checkpoint's model; None where none could be built, or with ``against``
-            (``change`` then holds both).
-        tokens: what the activations were measured on, in words.
-        random_tokens: they were random.
-        change: from the other checkpoint to this one; None without ``against``.
-        symmetry: how far new channels have moved from their sources; None unless ``against`` is the
-            output of an expansion and this checkpoint was trained on from it.
-        doubt: what stands against the comparison as a whole; empty if nothing does.
-    """
-
-    path: Path
-    against: Path | None
-    facts: Mapping[str, Any]
-    notes: tuple[str, ...]
-    weights: WeightReport
-    activations: Measurement | None = None
-    tokens: str = ""
-    random_tokens: bool = False
-    change: ActivationReport | None = None
-    symmetry: SymmetryReport | None = None
-    doubt: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, ready for JSON: no number in it is NaN or infinite."""
-        return {
-            "checkpoint": str(self.path),
-            "against": None if self.against is None else str(self.against),
-            **{key: plain(value) for key, value in self.facts.items()},
-            "notes": list(self.notes),
-            "doubt": self.doubt or None,
-            "weights": plain(self.weights.to_dict()),
-            "activations": None if self.activations is None else self.activations.to_dict(),
-            "tokens": self.tokens or None,
-            "random_tokens": self.random_tokens,
-            "change": None if self.change is None else self.change.to_dict(),
-            "symmetry": None if self.symmetry is None else plain(self.symmetry.to_dict()),
-        }
 
 
 def inspect_checkpoint(
@@ -86,7 +33,7 @@ def inspect_checkpoint(
     length: int = LENGTH,
     memory: int = 1 << 30,
     seed: int = 0,
-) -> InspectReport:
+) -> Inspection:
     """Measure a checkpoint, or compare it with an earlier one.
 
     Args:
@@ -115,8 +62,8 @@ def inspect_checkpoint(
         "sequences": sequences, "length": length, "seed": seed,
     }  # fmt: skip
     own: Measurement | None = None
-    change: ActivationReport | None = None
-    symmetry: SymmetryReport | None = None
+    change: Activations | None = None
+    symmetry: Symmetry | None = None
     tokens, random = "", False
     if against is not None:
         against = Path(against)
@@ -127,9 +74,13 @@ def inspect_checkpoint(
         if activations:
             try:
                 change, _, own = measure_change(
-                    other, checkpoint, **sizes, carried=_carried(checkpoint, other)
+                    other,
+                    checkpoint,
+                    **sizes,
+                    carried=_carried(checkpoint, other),
+                    widened=_widened(checkpoint, other),
                 )
-                tokens, random = change.tokens, change.random
+                tokens, random = change.data, change.random_tokens
             except (LayoutError, MissingDependencyError) as error:
                 notes.append(f"activations were not measured: {error}")
     elif activations:
@@ -140,9 +91,26 @@ def inspect_checkpoint(
             notes.append(f"activations were not measured: {error}")
     if own is not None and own.unused:
         notes.append(f"{len(own.unused)} weight(s) on disk are not used by the model: {own.unused[0]}, ...")
-    return InspectReport(
-        path, against, _facts(checkpoint), tuple(notes), weights, own, tokens, random, change, symmetry, doubt
+    return Inspection(
+        checkpoint=str(path),
+        against=None if against is None else str(against),
+        **_facts(checkpoint),
+        notes=tuple(notes),
+        doubt=doubt or None,
+        weights=weights,
+        activations=own,
+        tokens=tokens or None,
+        random_tokens=random,
+        change=change,
+        symmetry=symmetry,
+        verdict=None if change is None else verdict_of_change(change),
     )
+
+
+def _widened(checkpoint: Checkpoint, other: Checkpoint) -> set[str]:
+    """Names of the weights whose shapes differ."""
+    there = _shapes(other)
+    return {name for name, shape in _shapes(checkpoint).items() if there.get(name, shape) != shape}
 
 
 def _carried(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, float]:
@@ -204,7 +172,7 @@ def _unrelated(checkpoint: Checkpoint, other: Checkpoint) -> tuple[list[str], st
     return [], ""
 
 
-def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> SymmetryReport | None:
+def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> Symmetry | None:
     """The meter, where ``expanded`` has a manifest and the two are of one size (else: not trained yet)."""
     if not _manifest_of(expanded).is_file() or _shapes(checkpoint) != _shapes(expanded):
         return None

@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from sparkling_cli.diagnostics.parameters import ParameterReader, nbytes_of
 
 if TYPE_CHECKING:
+    from sparkling_cli.diagnostics.stream import StreamWatch
+
     Observer = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 _TAG = "_sparkling_parameter"
@@ -110,16 +112,24 @@ class LazyWeights(TorchFunctionMode):
     Args:
         reader: of the checkpoint.
         observe: called with (parameter's name, x, y) for every ``y = x W``, also for slices of W.
+        watch: is shown every torch call.
         block: bytes of the largest piece of a parameter to hold at a time, where it can be cut.
         cache: bytes of parameters to keep for the next batch.
     """
 
     def __init__(
-        self, reader: ParameterReader, observe: Observer, *, block: int = 64 << 20, cache: int = 0
+        self,
+        reader: ParameterReader,
+        observe: Observer,
+        watch: StreamWatch,
+        *,
+        block: int = 64 << 20,
+        cache: int = 0,
     ) -> None:
         super().__init__()
         self.reader = reader
         self.observe = observe
+        self.watch = watch
         self.block = block
         self.cache = cache
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -133,6 +143,14 @@ class LazyWeights(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _QUESTIONS:
+            return func(*args, **kwargs)
+        found = self.watch.call(func, args, kwargs)
+        result = self._run(func, args, kwargs)
+        self.watch.done(func, args, found, result)
+        return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [*_tensors(args), *_tensors(kwargs.values())]
         if any(self._name(t) is not None for t in tensors):
             return self._with_parameter(func, args, kwargs)
@@ -143,8 +161,6 @@ class LazyWeights(TorchFunctionMode):
 
     def _with_parameter(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that has a parameter that is not in memory among its arguments."""
-        if func in _QUESTIONS:
-            return func(*args, **kwargs)
         if func is _DEVICE:
             return torch.device("cpu")
         if func in _PLACE:

@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.diagnostics.measurement import LayerStat, Measurement, StreamStat, root_mean
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SparklingError
 from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.results.measured import LayerStat, Measurement, StreamStat
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from sparkling_cli.diagnostics.lazy import LazyWeights
+    from sparkling_cli.diagnostics.stream import Squares
 
 #: Config keys that limit a sequence's length.
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "block_size", "seq_length")
-
-
-@dataclass
-class Squares:
-    """A running sum of squares."""
-
-    total: float = 0.0
-    count: int = 0
-
-    def add(self, tensor: torch.Tensor) -> None:
-        """Add all entries of a tensor, in float64."""
-        import torch
-
-        norm = float(torch.linalg.vector_norm(tensor.detach().reshape(-1), dtype=torch.float64))
-        self.total += norm * norm
-        self.count += tensor.numel()
-
-    @property
-    def rms(self) -> float:
-        """Root of the mean square."""
-        return root_mean(self.total, self.count)
 
 
 class Probe:
@@ -62,6 +41,7 @@ class Probe:
     def __init__(self, checkpoint: Checkpoint, *, model: str | None = None, memory: int = 1 << 29) -> None:
         from sparkling_cli.diagnostics.lazy import LazyWeights, load_buffers
         from sparkling_cli.diagnostics.parameters import parameter_reader
+        from sparkling_cli.diagnostics.stream import Squares, StreamWatch
         from sparkling_cli.storage.read import TensorSource
 
         self.checkpoint = checkpoint
@@ -69,19 +49,27 @@ class Probe:
         self._layers: dict[str, tuple[Squares, Squares, int]] = {}
         self._streams: dict[str, dict[str, Squares]] = {}
         self._logits = Squares()
+        self._vocabulary = 0
         self._loss, self._predicted = 0.0, 0
         self._source = TensorSource(checkpoint)
         reader = parameter_reader(self.model, self._source)
         self.unused = reader.unused
         load_buffers(self.model, reader)
         self._labels = _labels(self.model, reader.names)
-        self._weights: LazyWeights = LazyWeights(
-            reader, self._observe, block=max(1, memory // 8), cache=memory // 4
+        lists = _block_lists(self.model)
+        self._watch = StreamWatch(
+            self.model, {f"{path}.{i}": block for path, blocks in lists for i, block in enumerate(blocks)}
         )
-        for path, blocks in _block_lists(self.model):
-            blocks[0].register_forward_pre_hook(self._before_blocks(path), with_kwargs=True)
+        self._weights: LazyWeights = LazyWeights(
+            reader, self._observe, self._watch, block=max(1, memory // 8), cache=memory // 4
+        )
+        for path, blocks in lists:
             for i, block in enumerate(blocks):
-                block.register_forward_hook(self._after_block(path, f"{path}.{i}"))
+                name = f"{path}.{i}"
+                block.register_forward_pre_hook(
+                    self._before_block(path, name, first=i == 0), with_kwargs=True
+                )
+                block.register_forward_hook(self._after_block(path, name))
 
     def __enter__(self) -> Probe:
         return self
@@ -123,7 +111,10 @@ class Probe:
     def run(self, ids: torch.Tensor) -> torch.Tensor:
         """One forward pass over ids [sequences, tokens]; logits [sequences, tokens, vocab]."""
         import torch
+        from torch.nn.modules.module import register_module_forward_hook
 
+        self._watch.choices.clear()
+        hook = register_module_forward_hook(self._watch.module_ended)
         try:
             with torch.no_grad(), self._weights:
                 if hasattr(getattr(self.model, "config", None), "to_dict"):
@@ -137,28 +128,38 @@ class Probe:
                 f"the forward pass of {type(self.model).__name__} failed on {tuple(ids.shape)} tokens: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        finally:
+            hook.remove()
         logits = getattr(found, "logits", found)
         if isinstance(logits, (tuple, list)):
             logits = logits[0]
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
             raise LayoutError("the model's forward(ids) returns neither logits nor .logits")
         self._logits.add(logits)
+        self._vocabulary = logits.shape[-1]
         self._add_loss(logits, ids)
         return logits
 
     def result(self) -> Measurement:
         """What all passes so far amount to."""
         # The longest list that ran: a vision tower beside a language model did not.
-        stream = max(self._streams.values(), key=len, default={})
+        path = max(self._streams, key=lambda path: len(self._streams[path]), default="")
+        stream = self._streams.get(path, {})
+        functions = {n: f for n, f in self._watch.functions.items() if n.startswith(f"{path}.")}
         return Measurement(
-            layers=tuple(
-                LayerStat(name, x.rms, y.rms, calls) for name, (x, y, calls) in self._layers.items()
-            ),
-            stream=tuple(StreamStat(name, squares.rms) for name, squares in stream.items()),
+            layers=_stats(self._layers),
+            functions=_stats(functions),
+            stream=tuple(StreamStat(name=name, rms=squares.rms) for name, squares in stream.items()),
             logits_rms=self._logits.rms,
             loss=self._loss / self._predicted if self._predicted else None,
+            vocabulary=self._vocabulary,
             unused=self.unused,
         )
+
+    @property
+    def choices(self) -> Mapping[str, torch.Tensor]:
+        """Block -> the sets of experts of the tokens of the last pass, [tokens, k]."""
+        return self._watch.choices
 
     def _sizes(self) -> Mapping[str, Any]:
         config: Any = getattr(self.model, "config", None)
@@ -168,28 +169,39 @@ class Probe:
         return self.checkpoint.config or {}
 
     def _observe(self, parameter: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        from sparkling_cli.diagnostics.stream import Squares
+
         label = self._labels.get(parameter, parameter)
         ins, outs, calls = self._layers.get(label) or (Squares(), Squares(), 0)
         ins.add(x)
         outs.add(y)
         self._layers[label] = (ins, outs, calls + 1)
+        self._watch.name_output(label, y)
 
-    def _before_blocks(self, path: str) -> Any:
+    def _before_block(self, path: str, name: str, *, first: bool) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            self._add_stream(path, "embeddings", (*args, *kwargs.values()))
+            hidden = _first_tensor((*args, *kwargs.values()))
+            if hidden is None:
+                return
+            if first:
+                self._add_stream(path, "embeddings", hidden)
+            self._watch.enter(name, hidden)
 
         return hook
 
     def _after_block(self, path: str, name: str) -> Any:
         def hook(_: nn.Module, __: object, output: Any) -> None:
-            self._add_stream(path, name, (output,))
+            self._watch.leave()
+            hidden = _first_tensor((output,))
+            if hidden is not None:
+                self._add_stream(path, name, hidden)
 
         return hook
 
-    def _add_stream(self, path: str, name: str, values: tuple[Any, ...]) -> None:
-        hidden = _first_tensor(values)
-        if hidden is not None:
-            self._streams.setdefault(path, {}).setdefault(name, Squares()).add(hidden)
+    def _add_stream(self, path: str, name: str, hidden: torch.Tensor) -> None:
+        from sparkling_cli.diagnostics.stream import Squares
+
+        self._streams.setdefault(path, {}).setdefault(name, Squares()).add(hidden)
 
     def _add_loss(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
         from torch.nn import functional
@@ -248,6 +260,10 @@ def build_lazy(checkpoint: Checkpoint, model: str | None) -> nn.Module:
             f"{type(error).__name__}: {error}"
         ) from error
     return made.eval()
+
+
+def _stats(sums: Mapping[str, tuple[Squares, Squares, int]]) -> tuple[LayerStat, ...]:
+    return tuple(LayerStat.of(name, x.rms, y.rms, calls) for name, (x, y, calls) in sums.items())
 
 
 def _labels(model: nn.Module, names: Mapping[int, str]) -> dict[str, str]:

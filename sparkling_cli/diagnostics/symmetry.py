@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError, LayoutError
 from sparkling_cli.formats.detect import open_checkpoint
@@ -20,6 +20,7 @@ from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.expr import Expr, Product, Role, TensorLayout, axis_names
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, read_manifest
+from sparkling_cli.results.measured import ChannelSymmetry, Symmetry
 from sparkling_cli.storage.read import TensorSource
 from sparkling_cli.storage.sidecar import MANIFEST, sidecar_root
 from sparkling_cli.storage.tensors import FLOATING
@@ -34,65 +35,7 @@ LOCKED = 0.01
 _NUMBERS = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 
-@dataclass(frozen=True)
-class ChannelSymmetry:
-    """New channels of one axis in one layer, against their sources.
-
-    Attributes:
-        layer: the layer's number; None outside the layers (embedding, head).
-        axis: the axis that grew.
-        channels: how many new ones, all experts counted.
-        cosine: mean cosine between a new channel and its source.
-        distance: mean of ||new - source|| / ||source||.
-        locked: share of channels with a distance below ``LOCKED``.
-    """
-
-    layer: int | None
-    axis: str
-    channels: int
-    cosine: float
-    distance: float
-    locked: float
-
-
-@dataclass(frozen=True)
-class SymmetryReport:
-    """All layers and axes, in the model's order."""
-
-    layers: tuple[ChannelSymmetry, ...]
-
-    def _mean(self, name: str) -> float:
-        total = sum(row.channels for row in self.layers)
-        return sum(float(getattr(row, name)) * row.channels for row in self.layers) / total
-
-    @property
-    def cosine(self) -> float:
-        """Mean over all new channels."""
-        return self._mean("cosine")
-
-    @property
-    def distance(self) -> float:
-        """Mean over all new channels."""
-        return self._mean("distance")
-
-    @property
-    def locked(self) -> float:
-        """Share of all new channels."""
-        return self._mean("locked")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {
-            "cosine": self.cosine,
-            "distance": self.distance,
-            "locked": self.locked,
-            "layers": [vars(row) for row in self.layers],
-        }
-
-
-def measure_symmetry(
-    trained: Path | str, expanded: Path | str, *, stage: int | None = None
-) -> SymmetryReport:
+def measure_symmetry(trained: Path | str, expanded: Path | str, *, stage: int | None = None) -> Symmetry:
     """Compare new channels with their sources in a trained checkpoint.
 
     Args:
@@ -118,7 +61,7 @@ def measure_symmetry(
                 _add(sums, name, source.read(key), pattern, before, growth)
     if not sums:
         raise CheckpointError(f"{trained} holds no weight with a new channel of {', '.join(sorted(growth))}")
-    return SymmetryReport(tuple(_rows(sums)))
+    return Symmetry.of(tuple(_rows(sums)))
 
 
 @dataclass(frozen=True)

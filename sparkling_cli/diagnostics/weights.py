@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.results.measured import TensorStat, Weights
 from sparkling_cli.storage.read import PIECE, TensorSource
 from sparkling_cli.storage.tensors import FLOATING
 
@@ -21,64 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
-
-
-@dataclass(frozen=True)
-class TensorStat:
-    """Statistics of one role in one layer.
-
-    Attributes:
-        role: the name without its numbers, e.g. ``model.layers.*.mlp.up_proj.weight``.
-        layer: the first number in the name; None where there is none.
-        slot: "" for weights, else the state's name (``exp_avg``).
-        tensors: how many tensors are in it.
-        entries: how many numbers.
-        rms: over all finite entries.
-        largest: the largest finite magnitude.
-        zeros: how many entries are exactly zero.
-        nan: how many entries are not a number.
-        inf: how many entries are infinite.
-    """
-
-    role: str
-    layer: int | None
-    slot: str
-    tensors: int
-    entries: int
-    rms: float
-    largest: float
-    zeros: int
-    nan: int
-    inf: int
-
-    @property
-    def label(self) -> str:
-        """The role with its layer put back in: what a person looks for."""
-        return self.role if self.layer is None else self.role.replace("*", str(self.layer), 1)
-
-
-@dataclass(frozen=True)
-class WeightReport:
-    """Statistics of a whole checkpoint, in the order of its tensors."""
-
-    stats: tuple[TensorStat, ...]
-
-    @property
-    def nonfinite(self) -> tuple[TensorStat, ...]:
-        """Those with NaN or Inf in them."""
-        return tuple(stat for stat in self.stats if stat.nan or stat.inf)
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the state there is, in order of appearance."""
-        return tuple(dict.fromkeys(stat.slot for stat in self.stats if stat.slot))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {
-            "tensors": [asdict(stat) for stat in self.stats],
-            "nonfinite": [stat.label + (f" {stat.slot}" if stat.slot else "") for stat in self.nonfinite],
-        }
 
 
 @dataclass
@@ -117,15 +60,24 @@ class _Sum:
         finite = self.entries - self.nan - self.inf
         rms = sqrt(self.squares / finite) if finite else 0.0
         return TensorStat(
-            role, layer, slot, self.tensors, self.entries, rms, self.largest, self.zeros, self.nan, self.inf
+            role=role,
+            layer=layer,
+            slot=slot,
+            tensors=self.tensors,
+            entries=self.entries,
+            rms=rms,
+            largest=self.largest,
+            zeros=self.zeros,
+            nan=self.nan,
+            inf=self.inf,
         )
 
 
-def measure_weights(checkpoint: Checkpoint, *, piece: int = PIECE) -> WeightReport:
+def measure_weights(checkpoint: Checkpoint, *, piece: int = PIECE) -> Weights:
     """Read every floating-point tensor once and sum it up.
 
     Args:
-        checkpoint: with named optimizer state (``inference.locate.named_states``) for roles of state.
+        checkpoint: with named optimizer state (``models.locate.named_states``) for roles of state.
         piece: bytes in memory at a time; a single row may be larger.
 
     Raises:
@@ -140,7 +92,7 @@ def measure_weights(checkpoint: Checkpoint, *, piece: int = PIECE) -> WeightRepo
             total.tensors += 1
             for part in source.pieces(key, nbytes=piece):
                 total.add(part)
-    return WeightReport(tuple(total.stat(*where) for where, total in sums.items()))
+    return Weights.of(tuple(total.stat(*where) for where, total in sums.items()))
 
 
 def named_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.models import cache
+from sparkling_cli.results.commands import Architecture, ArchitectureAxis, Architectures
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,48 +30,9 @@ COLUMNS: tuple[tuple[str, frozenset[str]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class AxisRow:
-    """One axis of one class."""
-
-    name: str
-    role: str
-    proved: bool
-    reason: str
-    joint: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """One model type of the library.
-
-    Attributes:
-        model_type: as in ``config.json``.
-        class_name: the causal LM that it builds.
-        axes: every axis found; empty where no tiny model could be run.
-        failure: why no tiny model could be run.
-        experts: whether the class has routed experts.
-        notes: of the judgement.
-        layout_file: axes that a layout file of the package widens; it comes before inference.
-    """
-
-    model_type: str
-    class_name: str
-    axes: tuple[AxisRow, ...] = ()
-    failure: str = ""
-    experts: bool = False
-    notes: tuple[str, ...] = field(default=())
-    layout_file: tuple[str, ...] = ()
-
-    def proved(self, roles: Iterable[str]) -> tuple[str, ...]:
-        """Names of the proved axes of some roles."""
-        wanted = frozenset(roles)
-        return tuple(a.name for a in self.axes if a.proved and a.role in wanted)
-
-
 def survey(
     model_types: Sequence[str] | None = None, *, progress: Callable[[str], None] | None = None
-) -> tuple[ClassRow, ...]:
+) -> tuple[Architecture, ...]:
     """Judge every causal-LM model type of the installed transformers (or some of them).
 
     Args:
@@ -93,7 +54,8 @@ def survey(
         )
     rows = []
     for model_type in model_types if model_types is not None else sorted(names):
-        row = replace(_cached_row(model_type, names[model_type]), layout_file=axes_in_file(model_type))
+        row = _cached_row(model_type, names[model_type])
+        row = row.model_copy(update={"layout_file": axes_in_file(model_type)})
         rows.append(row)
         if progress is not None:
             proved = [a.name for a in row.axes if a.proved]
@@ -101,15 +63,13 @@ def survey(
     return tuple(rows)
 
 
-def _cached_row(model_type: str, class_name: str) -> ClassRow:
+def _cached_row(model_type: str, class_name: str) -> Architecture:
     key = cache.key_of("survey", model_type)
     stored = cache.load("survey", key)
     if stored is not None:
-        axes = tuple(AxisRow(**{**a, "joint": tuple(a["joint"])}) for a in stored.pop("axes"))
-        tuples = {name: tuple(stored[name]) for name in ("notes", "layout_file")}
-        return ClassRow(**{**stored, **tuples, "axes": axes})
+        return Architecture.model_validate(stored)
     row = _judged_row(model_type, class_name)
-    cache.store("survey", key, asdict(row))
+    cache.store("survey", key, row.model_dump(mode="json"))
     return row
 
 
@@ -123,7 +83,7 @@ def axes_in_file(model_type: str) -> tuple[str, ...]:
     return ()
 
 
-def _judged_row(model_type: str, class_name: str) -> ClassRow:
+def _judged_row(model_type: str, class_name: str) -> Architecture:
     from sparkling_cli.models.court import judge
     from sparkling_cli.models.shrink import shrink
     from sparkling_cli.models.skeleton import default_config
@@ -132,18 +92,26 @@ def _judged_row(model_type: str, class_name: str) -> ClassRow:
         judged = judge(shrink(default_config(model_type)))
     except Exception as error:  # the library's code may raise anything on its own defaults
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        return ClassRow(model_type, class_name, failure=text[:300])
+        return Architecture(model_type=model_type, class_name=class_name, failure=text[:300])
     axes = judged.found.axes
     rows = [
-        AxisRow(name, axes[name].role or "", v.proved, v.reason, v.joint)
+        ArchitectureAxis(
+            name=name, role=axes[name].role or "", proved=v.proved, reason=v.reason, joint=v.joint
+        )
         for name, v in judged.verdicts.items()
     ]
     rows += _absent(judged)
     experts = any(a.role == "experts" for a in axes.values())
-    return ClassRow(model_type, class_name, tuple(rows), experts=experts, notes=judged.notes)
+    return Architecture(
+        model_type=model_type,
+        class_name=class_name,
+        axes=tuple(rows),
+        experts=experts,
+        notes=judged.notes,
+    )
 
 
-def _absent(judged: Judgement) -> list[AxisRow]:
+def _absent(judged: Judgement) -> list[ArchitectureAxis]:
     """A refused row, with the reason, for every column in which the class has no axis at all."""
     roles = {axis.role for axis in judged.found.axes.values()}
     rows = []
@@ -154,7 +122,7 @@ def _absent(judged: Judgement) -> list[AxisRow]:
         times = _times_hidden(judged) if name == "ffn" else None
         if times is not None:
             reason = f"its inner width is {times} x hidden in code, it has no key: it grows with hidden only"
-        rows.append(AxisRow(name, name, False, reason))
+        rows.append(ArchitectureAxis(name=name, role=name, proved=False, reason=reason))
     return rows
 
 
@@ -172,7 +140,7 @@ def _times_hidden(judged: Judgement) -> int | None:
     return next((n for n, ways in found.items() if {Role.OUT, Role.IN} <= ways), None)
 
 
-def counts(rows: Iterable[ClassRow]) -> dict[str, int]:
+def counts(rows: Iterable[Architecture]) -> dict[str, int]:
     """Number of distinct classes with a proved axis, per column."""
     found: dict[str, set[str]] = {name: set() for name, _ in COLUMNS}
     for row in rows:
@@ -182,16 +150,12 @@ def counts(rows: Iterable[ClassRow]) -> dict[str, int]:
     return {name: len(classes) for name, classes in found.items()}
 
 
-def to_data(rows: Sequence[ClassRow]) -> dict[str, Any]:
-    """The survey as plain data for ``--json``."""
-    return {
-        "versions": list(cache.versions()),
-        "proved_classes": counts(rows),
-        "architectures": [asdict(row) for row in rows],
-    }
+def result(rows: Sequence[Architecture]) -> Architectures:
+    """What ``sparkling architectures`` shows."""
+    return Architectures(versions=cache.versions(), proved_classes=counts(rows), architectures=tuple(rows))
 
 
-def to_table(rows: Sequence[ClassRow]) -> Table:
+def to_table(rows: Sequence[Architecture]) -> Table:
     """The survey for a terminal; reasons for a few classes, counts for many."""
     from rich.table import Table
 
@@ -210,7 +174,7 @@ def to_table(rows: Sequence[ClassRow]) -> Table:
     return table
 
 
-def to_markdown(rows: Sequence[ClassRow]) -> str:
+def to_markdown(rows: Sequence[Architecture]) -> str:
     """The page ``docs/architectures.md``."""
     classes = {row.class_name for row in rows}
     totals = counts(rows)
@@ -236,7 +200,7 @@ def to_markdown(rows: Sequence[ClassRow]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table_line(row: ClassRow) -> str:
+def _table_line(row: Architecture) -> str:
     cells = []
     for _, roles in COLUMNS:
         axes = [a for a in row.axes if a.role in roles]
@@ -249,11 +213,11 @@ def _table_line(row: ClassRow) -> str:
     return f"| {row.model_type} | {row.class_name} | {' | '.join(cells)} | {', '.join(others)} |"
 
 
-def _axis_cell(axis: AxisRow) -> str:
+def _axis_cell(axis: ArchitectureAxis) -> str:
     return f"{axis.name} (with {', '.join(axis.joint)})" if axis.joint else axis.name
 
 
-def _refusals(row: ClassRow) -> list[str]:
+def _refusals(row: Architecture) -> list[str]:
     """Lines for what the class refuses, leaving out axes that are no widths anywhere."""
     from sparkling_cli.models.axes import FROZEN
 

@@ -1,6 +1,7 @@
-"""What people see of an expansion: one HTML page, plots, sparklines, a model card section.
+"""What people see of an expansion: one HTML page, tables, plots, sparklines, a model card section.
 
-``model`` the facts (also ``report.json``), ``verdict`` what they mean in plain words, ``html`` with
-``page.css``, ``charts``, ``drawing`` and ``svg`` the page, ``plots`` pictures by matplotlib, ``spark``
-lines for the terminal, ``card`` the section for a README.
+All of it takes results (``results``). ``plan`` and ``assemble`` make them from a plan and what was
+measured; ``page`` with ``page.html.jinja`` and ``page.css``, ``figures``, ``charts``, ``drawing`` and
+``svg`` the page; ``plots`` pictures by matplotlib; ``tables`` and ``spark`` the terminal; ``card`` the
+section for a README.
 """

@@ -13,30 +13,32 @@ from sparkling_cli.execute.stream import Written
 from sparkling_cli.layout.expr import Role
 from sparkling_cli.layout.model import TensorPattern
 from sparkling_cli.manifest import Manifest
+from sparkling_cli.plan.advice import symmetry_warning
 from sparkling_cli.plan.model import Expansion, Plan, Recipe, Row
 from sparkling_cli.plan.totals import Content, content_of
 from sparkling_cli.report.command import command_of
-from sparkling_cli.report.convert import learning_rate_of
-from sparkling_cli.report.facts import active_parameters
-from sparkling_cli.report.model import (
-    Activations,
+from sparkling_cli.report.plan import active_parameters, fills
+from sparkling_cli.report.rates import learning_rate_of
+from sparkling_cli.results.base import Count
+from sparkling_cli.results.expansion import (
     AxisChange,
     Compute,
     LearningRate,
     OptimizerSummary,
     Provenance,
-    ReportData,
+    Report,
     Size,
     StateSlot,
     TensorChange,
 )
-from sparkling_cli.report.verdict import verdict
+from sparkling_cli.results.measured import Activations
+from sparkling_cli.results.verdict import verdict_of_expansion
 from sparkling_cli.storage.tensors import ITEM_BYTES
 
 
 def assemble(
     expansion: Expansion, written: Written, activations: Activations | None, activations_missing: str
-) -> ReportData:
+) -> Report:
     """Everything that a report says about one expansion.
 
     Args:
@@ -50,8 +52,8 @@ def assemble(
     learning_rate = None if expansion.rewarmup is None else learning_rate_of(expansion.rewarmup)
     learning_rate_missing = expansion.rewarmup_missing
     optimizer = _optimizer(plan)
-    active = active_parameters(plan) or {}
-    return ReportData(
+    active = active_parameters(plan)
+    return Report(
         source=plan.source.root.name,
         destination=expansion.destination.name,
         model=plan.layout.name,
@@ -59,8 +61,8 @@ def assemble(
         spec=spec,
         axes=tuple(_axes(plan, previous)),
         tensors=tuple(_tensors(plan)),
-        before=_size(content_of(plan, after=False), active.get("before")),
-        after=_size(content_of(plan, after=True), active.get("after")),
+        before=_size(content_of(plan, after=False), None if active is None else active.before),
+        after=_size(content_of(plan, after=True), None if active is None else active.after),
         activations=activations,
         activations_missing=activations_missing,
         learning_rate=learning_rate,
@@ -70,16 +72,17 @@ def assemble(
         provenance=_provenance(plan, written, previous),
         notes=plan.notes,
         warnings=plan.warnings,
-        verdict=verdict(
-            plan.growth,
+        verdict=verdict_of_expansion(
             activations,
             activations_missing,
             learning_rate,
             learning_rate_missing,
-            optimizer,
+            symmetry_warning(
+                plan.growth, None if optimizer is None else optimizer.treatment, plan.source.format
+            ),
             plan.warnings,
+            copies=any(grown.copied for grown in plan.growth.values()),
             keeps_function=keeps_function(plan),
-            form=plan.source.format,
         ),
     )
 
@@ -130,7 +133,7 @@ def _tensor(recipe: Recipe, pattern: TensorPattern, count: int) -> TensorChange:
         new_dims=tuple(grown),
         role="both" if len(roles) > 1 else side.get(next(iter(roles)), "elementwise"),  # type: ignore[arg-type]
         scale=recipe.scales,
-        fill=tuple(fill.name.lower() for fill in recipe.fills),
+        fill=fills(recipe),
         count=count,
     )
 
@@ -168,10 +171,10 @@ def _slot(name: str, rows: list[Row]) -> StateSlot:
     return StateSlot(slot=name, tensors=len(rows), entries=entries, kept=kept, bytes=size)
 
 
-def _compute(active: Mapping[str, int], rate: LearningRate | None) -> Compute | None:
-    if not active or rate is None or not 0 < rate.expansion_step < rate.total_steps:
+def _compute(active: Count | None, rate: LearningRate | None) -> Compute | None:
+    if active is None or rate is None or not 0 < rate.expansion_step < rate.total_steps:
         return None
-    saving = step_saving(active["before"], active["after"], rate.expansion_step, rate.total_steps)
+    saving = step_saving(active.before, active.after, rate.expansion_step, rate.total_steps)
     return Compute(expansion_step=rate.expansion_step, total_steps=rate.total_steps, saved=saving.saved)
 
 

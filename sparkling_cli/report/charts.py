@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from sparkling_cli.report import svg
+from sparkling_cli.results.numbers import significant
 
 #: More points than this are drawn as a line without marks.
 MARKS_UP_TO = 40
@@ -94,7 +95,7 @@ def _scales(chart: Chart, width: float, height: float) -> tuple[svg.Scale, svg.S
         # marks at the ends stay inside the frame
         first, last = first - 0.02 * (last - first), last + 0.02 * (last - first)
     scale_y = svg.Scale(low, high, height - 38, 24, log)
-    labels = [svg.sig(tick) for tick in scale_y.ticks(4)]
+    labels = [significant(tick) for tick in scale_y.ticks(4)]
     left = 14 + 6.4 * max((len(label) for label in labels), default=1)
     return svg.Scale(first, last, left, width - 12), scale_y
 
@@ -103,7 +104,7 @@ def _grid(chart: Chart, x: svg.Scale, y: svg.Scale, width: float) -> list[str]:
     body = []
     for tick in y.ticks(4):
         body.append(svg.line(x.start, y(tick), width - 12, y(tick), "grid"))
-        body.append(svg.text(x.start - 6, y(tick) + 4, svg.sig(tick), "tick", "end"))
+        body.append(svg.text(x.start - 6, y(tick) + 4, significant(tick), "tick", "end"))
     ticks = x.ticks(max(2, int((x.stop - x.start) / 75)))
     if chart.whole_x:
         ticks = [tick for tick in ticks if tick == int(tick)]
@@ -111,7 +112,11 @@ def _grid(chart: Chart, x: svg.Scale, y: svg.Scale, width: float) -> list[str]:
         body.append(svg.line(x(tick), y.start, x(tick), y.start + 4, "axis"))
         body.append(
             svg.text(
-                x(tick), y.start + 17, f"{tick:,.0f}" if chart.whole_x else svg.sig(tick), "tick", "middle"
+                x(tick),
+                y.start + 17,
+                f"{tick:,.0f}" if chart.whole_x else significant(tick),
+                "tick",
+                "middle",
             )
         )
     body.append(svg.line(x.start, y.start, width - 12, y.start, "axis"))
@@ -128,7 +133,7 @@ def _series(series: Series, x: svg.Scale, y: svg.Scale) -> str:
         # the earlier series lies around the later one where both have the same value
         size = 4.2 if series.kind == "before" else 2.6
         for (a, b), (px, py) in zip(series.points, points, strict=True):
-            hint = f"{series.name}, {a:g}: {svg.sig(b, 4)}"
+            hint = f"{series.name}, {a:g}: {significant(b, 4)}"
             parts.append(svg.marker(shape, px, py, f"mark {series.kind}", hint, size))
     return svg.tag("g", *parts)
 

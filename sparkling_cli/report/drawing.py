@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import log, sqrt
 
 from sparkling_cli.report import svg
-from sparkling_cli.report.model import AxisChange, TensorChange
+from sparkling_cli.results.expansion import AxisChange, TensorChange
+from sparkling_cli.results.numbers import significant
 
 #: Patterns drawn as blocks; the table beside the drawing lists all of them.
 BLOCKS_AT_MOST = 8
@@ -21,7 +22,7 @@ def axes_drawing(axes: tuple[AxisChange, ...], width: float, class_: str = "") -
         old = room / largest
         new = old * (axis.after / axis.before - 1)
         body.append(svg.text(2, y + 13, axis.axis, "bar-name"))
-        words = f"{axis.before:,} → {axis.after:,}  (×{svg.sig(axis.factor)})"
+        words = f"{axis.before:,} → {axis.after:,}  (×{significant(axis.factor)})"
         body.append(svg.text(width - 4, y + 13, words, "bar-words", "end"))
         body.append(svg.rect(2, y + 20, old, 26, "entries old"))
         body.append(svg.rect(2 + old, y + 20, new, 26, "entries new"))
@@ -62,8 +63,8 @@ def tensor_block(change: TensorChange) -> str:
 def _factor(scale: tuple[float, float]) -> str:
     low, high = scale
     if low == high:
-        return "" if low == 1.0 else f", ×{svg.sig(low)}"
-    return f", ×{svg.sig(low)}…{svg.sig(high)}"
+        return "" if low == 1.0 else f", ×{significant(low)}"
+    return f", ×{significant(low)}…{significant(high)}"
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from math import isfinite
 
-from sparkling_cli.compute.quantity import format_count
 from sparkling_cli.report import charts
 from sparkling_cli.report.charts import Bar, Chart, Note, Part, Series
-from sparkling_cli.report.model import (
-    DEVIATION_LIMIT,
-    Activations,
-    Compute,
-    LayerActivation,
-    LearningRate,
-    OptimizerSummary,
-    Size,
-)
+from sparkling_cli.results.expansion import Compute, LearningRate, OptimizerSummary, Size
+from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations, LayerActivation
+from sparkling_cli.results.numbers import count, moved, percent, significant
 
 #: Offenders named in one chart.
 NAMED_AT_MOST = 3
-POINTS_AT_MOST = 240
 
 
 def residual(measured: Activations) -> Chart | None:
     """RMS of the residual stream behind every block; None without measurements."""
-    points = measured.residual
+    points = [point for point in measured.residual if point.layer is not None]
     if not points:
         return None
     values = [v for p in points for v in (p.before, p.after) if v is not None and v > 0]
@@ -45,41 +36,50 @@ def residual(measured: Activations) -> Chart | None:
     )
 
 
-def roles(measured: Activations) -> Iterator[tuple[str, Chart, str]]:
-    """Per role of linear layer: its name, r over the layers, and a word on how far it moved.
+def ratios(
+    entries: Sequence[LayerActivation], ratio: str, *, named: bool
+) -> Iterator[tuple[str, Chart, str]]:
+    """Per kind of function or linear layer: its name, its ratio over the blocks, how far it moved in words.
 
-    Where a role has several layers in one block (experts), the one that moved most is drawn.
+    Where there are several of a kind in one block (experts), the one that moved most is drawn.
+
+    Args:
+        entries: functions, or linear layers.
+        ratio: the label of the ratio.
+        named: whether those that moved by more than the limit are marked.
     """
-    for role in dict.fromkeys(e.role for e in measured.layers if e.layer is not None):
+    for kind in kinds(entries):
         worst: dict[int, LayerActivation] = {}
-        for entry in measured.layers:
-            if entry.role != role or entry.layer is None:
+        for entry in entries:
+            if entry.role != kind or entry.layer is None:
                 continue
             if entry.layer not in worst or entry.moved > worst[entry.layer].moved:
                 worst[entry.layer] = entry
-        entries = [worst[layer] for layer in sorted(worst)]
-        farthest = sorted(entries, key=lambda e: -e.moved)
-        named = [e for e in farthest if e.moved > DEVIATION_LIMIT][:NAMED_AT_MOST]
-        words = f"r moved by at most {_share(farthest[0].moved)}"
-        yield role, _role_chart(role, entries, named, words), words
+        chosen = [worst[layer] for layer in sorted(worst)]
+        farthest = sorted(chosen, key=lambda e: -e.moved)
+        words = f"r moved by at most {_share(farthest[0])}"
+        marked = [e for e in farthest if e.moved > DEVIATION_LIMIT][: NAMED_AT_MOST if named else 0]
+        chart = Chart(
+            title=f"{kind}: {ratio} per block, before and after",
+            description=f"{len(chosen)} blocks; {words}.",
+            series=(
+                Series("before", "before", _finite((e.layer, e.r_before) for e in chosen)),
+                Series("after", "after", _finite((e.layer, e.r_after) for e in chosen)),
+            ),
+            x_label="block",
+            y_label=ratio,
+            notes=tuple(
+                Note(float(e.layer or 0), e.r_after, moved(e.deviation))
+                for e in marked
+                if e.r_after is not None
+            ),
+        )
+        yield kind, chart, words
 
 
-def _role_chart(role: str, entries: list[LayerActivation], named: list[LayerActivation], words: str) -> Chart:
-    return Chart(
-        title=f"{role}: r = RMS(y)/RMS(x) per block, before and after",
-        description=f"{len(entries)} layers; {words}.",
-        series=(
-            Series("before", "before", _finite((e.layer, e.r_before) for e in entries)),
-            Series("after", "after", _finite((e.layer, e.r_after) for e in entries)),
-        ),
-        x_label="block",
-        y_label="RMS(y)/RMS(x)",
-        notes=tuple(
-            Note(float(e.layer or 0), e.r_after, f"{e.deviation:+.0%}")
-            for e in named
-            if e.r_after is not None and e.deviation is not None
-        ),
-    )
+def kinds(entries: Iterable[LayerActivation]) -> list[str]:
+    """Kinds of what lies in blocks, in the order of the pass."""
+    return list(dict.fromkeys(entry.role for entry in entries if entry.layer is not None))
 
 
 def _finite(points: Iterable[tuple[int | None, float | None]]) -> tuple[tuple[float, float], ...]:
@@ -88,15 +88,12 @@ def _finite(points: Iterable[tuple[int | None, float | None]]) -> tuple[tuple[fl
 
 
 def _ends(values: list[float | None]) -> str:
-    first, last = ("not finite" if v is None else f"{v:.4g}" for v in (values[0], values[-1]))
-    return f"from {first} to {last}"
+    return f"from {significant(values[0], 4)} to {significant(values[-1], 4)}"
 
 
-def _share(moved: float) -> str:
+def _share(entry: LayerActivation) -> str:
     """How far r moved, for a caption."""
-    if not isfinite(moved):
-        return "more than a number can say"
-    return "rounding" if moved < 5e-5 else f"{moved:.2%}" if moved < 0.01 else f"{moved:.1%}"
+    return "rounding" if entry.moved < 5e-5 else percent(entry.moved)
 
 
 def learning_rate(rate: LearningRate) -> Chart:
@@ -107,7 +104,8 @@ def learning_rate(rate: LearningRate) -> Chart:
     return Chart(
         title="Learning rate of old and new entries over the run",
         description=f"Old entries: {rate.baseline}. New entries from step {rate.expansion_step}: up to "
-        f"{rate.peak_new:.4g}, then down to {rate.minimum:.4g} at step {rate.total_steps}.",
+        f"{significant(rate.peak_new, 4)}, then down to {significant(rate.minimum, 4)} at step "
+        f"{rate.total_steps}.",
         series=(
             *(
                 Series(f"entries of expansion {i}", "earlier", _finite(zip(rate.steps, curve, strict=True)))
@@ -118,13 +116,13 @@ def learning_rate(rate: LearningRate) -> Chart:
         ),
         x_label="step",
         y_label="learning rate",
-        notes=(Note(peak[0], peak[1], f"peak {peak[1]:.3g}"),) if peak else (),
+        notes=(Note(peak[0], peak[1], f"peak {significant(peak[1])}"),) if peak else (),
         vertical=(float(rate.expansion_step), f"expansion, step {rate.expansion_step:,}"),
         zero=True,
     )
 
 
-def learning_rate_zoom(rate: LearningRate) -> Chart | None:
+def learning_rate_ratio(rate: LearningRate) -> Chart | None:
     """New over old from the expansion on, where both are above zero."""
     points = tuple(
         (float(step), new / old)
@@ -135,7 +133,8 @@ def learning_rate_zoom(rate: LearningRate) -> Chart | None:
         return None
     return Chart(
         title="Learning rate of new entries over that of old ones",
-        description=f"From {points[0][1]:.3g} at the expansion to {points[-1][1]:.3g} at the end.",
+        description=f"From {significant(points[0][1])} at the expansion to {significant(points[-1][1])} at "
+        "the end.",
         series=(Series("new / old", "after", points),),
         x_label="step",
         y_label="new / old",
@@ -149,10 +148,10 @@ def optimizer(summary: OptimizerSummary) -> Callable[[float, str], str]:
     for slot in summary.slots:
         fresh = slot.entries - slot.kept
         parts = (
-            Part(float(slot.kept), "old", f"{format_count(slot.kept)} kept"),
-            Part(float(fresh), "empty" if kind == "zero" else "new", f"{format_count(fresh)} {kind}"),
+            Part(float(slot.kept), "old", f"{count(slot.kept)} kept"),
+            Part(float(fresh), "empty" if kind == "zero" else "new", f"{count(fresh)} {kind}"),
         )
-        rows.append(Bar(slot.slot, parts, f"{format_count(slot.entries)} entries"))
+        rows.append(Bar(slot.slot, parts, f"{count(slot.entries)} entries"))
     description = "; ".join(f"{s.slot}: {s.kept} of {s.entries} entries kept" for s in summary.slots)
     return partial(_bars, "Optimizer state, kept and new entries", description, rows)
 
@@ -164,12 +163,12 @@ def compute(facts: Compute, before: Size, after: Size) -> Callable[[float, str],
     first = small / wide * facts.expansion_step / facts.total_steps
     second = 1 - facts.expansion_step / facts.total_steps
     rows = [
-        Bar("wide from scratch", (Part(1.0, "large", f"{format_count(wide)} active, all steps"),), "100%"),
+        Bar("wide from scratch", (Part(1.0, "large", f"{count(wide)} active, all steps"),), "100%"),
         Bar(
             "this run",
             (
-                Part(first, "small", f"{format_count(small)} active"),
-                Part(second, "large", f"{format_count(wide)} active"),
+                Part(first, "small", f"{count(small)} active"),
+                Part(second, "large", f"{count(wide)} active"),
             ),
             f"{first + second:.1%}",
         ),

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import MissingDependencyError, OutputError
-from sparkling_cli.report.model import DEVIATION_LIMIT, Activations, LayerActivation, LearningRate
+from sparkling_cli.report.figures import kinds
+from sparkling_cli.results.expansion import LearningRate
+from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations, LayerActivation, Measurement
+from sparkling_cli.results.numbers import moved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from sparkling_cli.diagnostics.measurement import Measurement
 
 KINDS = (".png", ".svg", ".pdf")
 OLD: dict[str, Any] = {"color": "#46617f", "linestyle": "--", "marker": "o", "markerfacecolor": "white"}
@@ -58,78 +59,78 @@ def plot_schedule(rate: LearningRate, path: Path) -> None:
 
 
 def plot_activations(measured: Activations, path: Path) -> None:
-    """Ratios r = RMS(y)/RMS(x) of every role over the blocks, and the residual stream, before and after.
+    """The residual stream, and r of every function of the blocks and kind of linear layer, before and after.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
         OutputError: the file cannot be written, or its kind is not known.
     """
-    roles = list(dict.fromkeys(e.role for e in measured.layers if e.layer is not None))
-    panels = len(roles) + bool(measured.residual)
-    columns = min(3, max(panels, 1))
-    rows = max(1, ceil(panels / columns))
-    figure, axes = _figure(path, rows, columns, (3.6 * columns, 2.5 * rows))
-    flat: list[Any] = list(axes)
+    count = bool(measured.residual) + len(kinds(measured.functions)) + len(kinds(measured.layers))
+    figure, flat = _panels(path, count)
     if measured.residual:
         panel = flat.pop(0)
-        x = [p.layer for p in measured.residual]
-        _pair(panel, x, [p.before for p in measured.residual], [p.after for p in measured.residual])
+        points = [p for p in measured.residual if p.layer is not None]
+        _pair(panel, [p.layer for p in points], [p.before for p in points], [p.after for p in points])
         panel.set(title="residual stream", ylabel="RMS")
         _whole_blocks(panel)
         panel.legend(frameon=False, fontsize=8)
-    for role in roles:
-        _role(flat.pop(0), role, [e for e in measured.layers if e.role == role and e.layer is not None])
-    for panel in flat:
-        panel.set_visible(False)
+    for entries, label in ((measured.functions, "RMS(f)/RMS(h)"), (measured.layers, "RMS(y)/RMS(x)")):
+        for kind in kinds(entries):
+            chosen = [e for e in entries if e.role == kind and e.layer is not None]
+            _kind(flat.pop(0), kind, chosen, label, marked=entries is measured.functions)
     _save(figure, path)
 
 
 def plot_measurement(measured: Measurement, path: Path) -> None:
-    """One model alone: r of every kind of linear layer over the blocks, and the residual stream.
+    """One model alone: the residual stream, and r of every function and kind of linear layer over the blocks.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
         OutputError: the file cannot be written, or its kind is not known.
     """
-    from sparkling_cli.report.convert import finite, split_name
+    from sparkling_cli.diagnostics.measurement import split_name
 
-    kinds: dict[str, list[tuple[int, float | None]]] = {}
-    for place in measured.stream:
-        block, _ = split_name(place.name)
+    found: dict[tuple[str, str], list[tuple[int, float | None]]] = {}
+    series = [("RMS", "residual stream", place.name, place.rms) for place in measured.stream]
+    series += [("RMS(f)/RMS(h)", "", function.name, function.r) for function in measured.functions]
+    series += [("RMS(y)/RMS(x)", "", layer.name, layer.r) for layer in measured.layers]
+    for label, title, name, value in series:
+        block, kind = split_name(name)
         if block is not None:
-            kinds.setdefault("residual stream", []).append((block, finite(place.rms)))
-    for layer in measured.layers:
-        block, role = split_name(layer.name)
-        if block is not None:
-            kinds.setdefault(role, []).append((block, finite(layer.ratio)))
-    columns = min(3, max(len(kinds), 1))
-    rows = max(1, ceil(len(kinds) / columns))
-    figure, axes = _figure(path, rows, columns, (3.6 * columns, 2.5 * rows))
-    for panel in axes[len(kinds) :]:
-        panel.set_visible(False)
-    for panel, (kind, points) in zip(axes, kinds.items(), strict=False):
+            found.setdefault((label, title or kind), []).append((block, value))
+    figure, flat = _panels(path, len(found))
+    for panel, ((label, title), points) in zip(flat, found.items(), strict=True):
         marks = {"markersize": 3} if len(points) <= MARKS_UP_TO else {"marker": None}
         _line(panel, [block for block, _ in points], [value for _, value in points], {**NEW, **marks})
-        label = "RMS" if kind == "residual stream" else "RMS(y)/RMS(x)"
-        panel.set(title=kind, ylabel=label, xlabel="block")
+        panel.set(title=title, ylabel=label, xlabel="block")
         _whole_blocks(panel)
     _save(figure, path)
 
 
-def _role(panel: Axes, role: str, entries: Sequence[LayerActivation]) -> None:
+def _panels(path: Path, count: int) -> tuple[Figure, list[Any]]:
+    """A figure with so many panels, three in a row."""
+    columns = min(3, max(count, 1))
+    rows = max(1, ceil(count / columns))
+    figure, axes = _figure(path, rows, columns, (3.6 * columns, 2.5 * rows))
+    for panel in axes[count:]:
+        panel.set_visible(False)
+    return figure, list(axes[:count])
+
+
+def _kind(panel: Axes, kind: str, entries: Sequence[LayerActivation], label: str, *, marked: bool) -> None:
     blocks = [e.layer for e in entries]
     _pair(panel, blocks, [e.r_before for e in entries], [e.r_after for e in entries])
-    for entry in entries:
-        if entry.moved > DEVIATION_LIMIT and entry.r_after is not None and entry.deviation is not None:
+    for entry in entries if marked else ():
+        if entry.moved > DEVIATION_LIMIT and entry.r_after is not None:
             panel.annotate(
-                f"{entry.deviation:+.0%}",
+                moved(entry.deviation),
                 (entry.layer or 0, entry.r_after),
                 textcoords="offset points",
                 xytext=(0, 6),
                 ha="center",
                 fontsize=7,
             )
-    panel.set(title=role, ylabel="RMS(y)/RMS(x)", xlabel="block")
+    panel.set(title=kind, ylabel=label, xlabel="block")
     _whole_blocks(panel)
 
 

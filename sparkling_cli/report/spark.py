@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, log
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
+#: A span below this share of the values is flat: bars would show noise as a mountain.
+FLAT = 1e-3
 
-def sparkline(values: Sequence[float | None], width: int = 24) -> str:
+
+def sparkline(values: Sequence[float | None], width: int | None = None, *, logarithmic: bool = False) -> str:
     """The values as one line of blocks, lowest to highest; ``×`` for what is not finite.
 
-    More values than ``width`` are averaged in equal groups.
+    Args:
+        values: None is not finite.
+        width: more values than this are averaged in equal groups.
+        logarithmic: heights by the logarithm, where all values are positive (RMS over depth).
     """
-    groups = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
-    chosen: Sequence[float | None] = [_mean(g) for g in groups] if len(values) > width else values
+    chosen = values
+    if width is not None and len(values) > width:
+        groups = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
+        chosen = [_mean(group) for group in groups]
     finite = [v for v in chosen if v is not None and isfinite(v)]
-    if not finite:
-        return "×" * len(chosen)
-    low, high = min(finite), max(finite)
-    # differences of rounding are no shape
-    span = high - low if high - low > 1e-3 * max(abs(low), abs(high)) else 0.0
+    if logarithmic and finite and min(finite) > 0:
+        chosen = [log(v) if v is not None and isfinite(v) else None for v in chosen]
+        finite = [log(v) for v in finite]
+        flat = 0.05  # five percent
+    else:
+        flat = FLAT * max((abs(v) for v in finite), default=0.0)
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    span = high - low if high - low > flat else 0.0
     return "".join(_level(v, low, span) for v in chosen)
 
 

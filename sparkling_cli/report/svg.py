@@ -1,4 +1,4 @@
-"""SVG by hand: elements, number formats, scales and ticks. Pure text in, pure text out.
+"""SVG by hand: elements, scales and ticks. Pure text in, pure text out.
 
 Coordinates are in the chart's own units (CSS pixels at natural size), y downwards. Colours and fonts
 are classes of ``page.css``, so that one drawing serves the light and the dark theme.
@@ -86,28 +86,6 @@ def svg(width: float, height: float, title: str, description: str, *body: str, c
         class_=class_ or None,
         style=f"max-width:{num(width * 1.35)}px",
     )
-
-
-def signed(value: float) -> str:
-    """A change with four decimals; one that rounds to nothing has no sign."""
-    text = f"{value:+.4f}"
-    return text[1:] if text in ("+0.0000", "-0.0000") else text
-
-
-def sig(value: float, digits: int = 3) -> str:
-    """A number for people: ``0.00196`` as ``1.96e-3``, ``12345`` as ``12,345``."""
-    if not isfinite(value):
-        return str(value)
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size >= 1e6 or size < 1e-3:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        return f"{mantissa}e{int(exponent)}"
-    decimals = max(0, digits - 1 - floor(log10(size)))
-    found = f"{value:,.{decimals}f}"
-    return found.rstrip("0").rstrip(".") if "." in found else found
 
 
 @dataclass(frozen=True)

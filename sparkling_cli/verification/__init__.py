@@ -4,7 +4,7 @@ Nothing here uses the engine's arithmetic (``execute.kernel``): what a tensor mu
 from index tables, so that one fault cannot hide in both.
 """
 
+from sparkling_cli.results.commands import Verification
 from sparkling_cli.verification.prove import verify
-from sparkling_cli.verification.report import VerifyReport
 
-__all__ = ["VerifyReport", "verify"]
+__all__ = ["Verification", "verify"]

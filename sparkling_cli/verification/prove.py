@@ -15,6 +15,7 @@ from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, TensorEntry, read_manifest
+from sparkling_cli.results.commands import Verification
 from sparkling_cli.storage.crc import Span, crc32, whole
 from sparkling_cli.storage.places import Handles, Placement, span_of
 from sparkling_cli.storage.pool import processors, spread
@@ -23,14 +24,13 @@ from sparkling_cli.storage.tensors import FLOATING, StoredTensor
 from sparkling_cli.verification.compare import Found, Subject, bundles, examine
 from sparkling_cli.verification.files import FileCheck, check_small_files, file_size, gaps, list_files
 from sparkling_cli.verification.origin import listed, other_source
-from sparkling_cli.verification.report import VerifyReport
 from sparkling_cli.verification.rules import Derivation, assembled
 from sparkling_cli.widening.reference import Wanted
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-def verify(source: Path | None, output: Path, *, progress: Progress | None = None) -> VerifyReport:
+def verify(source: Path | None, output: Path, *, progress: Progress | None = None) -> Verification:
     """Prove an output.
 
     Without a source: every file has the size and CRC-32 that were written, none is missing or extra, every
@@ -82,7 +82,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
     if source is not None and work.source_faults and not work.output_faults:
         raise other_source(source, output, manifest, work.source_faults)
     _stop_at(faults, output)
-    return VerifyReport(
+    return Verification(
         files=len(files.checks) + 2,
         nbytes=sum(check.size for check in files.checks.values()),
         tensors=len(manifest.tensors),

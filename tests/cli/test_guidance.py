@@ -44,11 +44,11 @@ def test_missing_optimizer_state_is_a_warning(
     source = _without_state(dense_checkpoint, tmp_path / "checkpoint-600")
     quiet = sparkling("expand", source, tmp_path / "one", *FFN, "--report", "none", "--quiet")
     assert (quiet.code, quiet.out) == (0, "")
-    for part in ("warning:", "copy optimizer.pt", "--init zero-copy", "random-copy"):
+    for part in ("warning:", "copy optimizer.pt", "--init", "random-copy"):
         assert part in " ".join(quiet.err.split())
     full = sparkling("expand", source, tmp_path / "two", *FFN, "--report", "none")
     assert full.code == 0
-    assert "needs your attention" in full.out and "LOOK" in full.out and "Ready to train on" not in full.out
+    assert "Locked:" in full.out and "LOOK" in full.out and "Ready to train on" not in full.out
     silent = sparkling(
         "expand", source, tmp_path / "three", *FFN, "--report", "none", "--quiet", "--init", "zero-copy"
     )

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from sparkling_cli.compute import (
     ModelShape,
     experts_per_token,
-    format_count,
     parse_count,
     plan_compute,
     shape_of,
@@ -20,6 +19,7 @@ from sparkling_cli.compute import (
 )
 from sparkling_cli.errors import LayoutError, SpecError
 from sparkling_cli.layout.model import AxisInfo, ModelLayout, TensorPattern
+from sparkling_cli.results.numbers import count
 from sparkling_cli.widening.geometry import Growth
 from tests.compute.paper import PAPER_LAYOUT
 
@@ -162,4 +162,4 @@ def test_other_texts_are_no_counts(text: str) -> None:
 )
 def test_counts_are_written_with_three_digits(value: int, text: str) -> None:
     """Rounding carries into the next unit."""
-    assert format_count(value) == text
+    assert count(value) == text

@@ -22,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from fixtures.tiny import ARCHITECTURES, make_model
 from sparkling_cli.diagnostics.activations import measure, measure_change
 from sparkling_cli.diagnostics.data import Tokens
-from sparkling_cli.diagnostics.measurement import Measurement
 from sparkling_cli.diagnostics.probe import Probe
 from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError
+from sparkling_cli.results.measured import Measurement
+from sparkling_cli.results.verdict import offenders, verdict_of_change
 from sparkling_cli.storage.read import TensorSource
 
 
@@ -89,7 +90,7 @@ def check_layers(found: Measurement, expected: dict[str, tuple[float, float]]) -
     for name, (x, y) in expected.items():
         assert layers[name].x_rms == pytest.approx(x, rel=1e-5), name
         assert layers[name].y_rms == pytest.approx(y, rel=1e-5), name
-        assert layers[name].ratio == pytest.approx(y / x, rel=1e-5), name
+        assert layers[name].r == pytest.approx(y / x, rel=1e-5), name
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -120,7 +121,7 @@ def test_every_matrix_is_measured(saved: Any, arch: str) -> None:
     } | {name for name, module in model.named_modules() if module is head}
     found, _ = measure(opened(saved(arch)), tokens_for(model))
     assert {layer.name for layer in found.layers} == wanted
-    text = json.dumps(found.to_dict(), allow_nan=False)
+    text = json.dumps(found.model_dump(mode="json"), allow_nan=False)
     assert "null" not in text
     assert found.stream[0].name == "embeddings"
     assert len(found.stream) == 1 + model.config.get_text_config().num_hidden_layers
@@ -238,14 +239,17 @@ def test_change_between_two_checkpoints(saved: Any, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
     tokens = tokens_for(reference(saved("llama")))
     report, one, two = measure_change(opened(saved("llama")), opened(tmp_path / "b"), tokens)
-    assert [change.name for change in report.offenders] == ["lm_head"]
-    assert report.offenders[0].signed == pytest.approx(0.5, rel=1e-5)
-    assert report.logits_change is not None
-    assert report.logits_change.rms == pytest.approx(0.5, rel=1e-5)
-    assert report.logits_change.relative == pytest.approx(0.5, rel=1e-5)
+    worst = report.worst(1)[0]
+    assert worst.name == "lm_head"
+    assert worst.deviation == pytest.approx(0.5, rel=1e-5)
+    assert report.logit_change == pytest.approx(0.5, rel=1e-5)
+    assert report.logit_largest == pytest.approx(0.5, rel=1e-5)
+    assert report.logits.deviation == pytest.approx(0.5, rel=1e-5)
+    assert offenders(report) == []  # no block does anything else
+    assert "RMS of the logits moved by +50%" in str(verdict_of_change(report))
     assert (report.loss_before, report.loss_after) == (one.loss, two.loss)
-    assert max(c.deviation for c in report.layers if c.name != "lm_head") < 1e-6
-    assert max(place.deviation for place in report.stream) < 1e-6
+    assert max(layer.moved for layer in report.layers if layer.name != "lm_head") < 1e-6
+    assert max(place.moved for place in report.residual) < 1e-6
 
 
 def test_missing_weight_and_wrong_shape(saved: Any, tmp_path: Path) -> None:

@@ -20,8 +20,12 @@ from typer.testing import CliRunner, Result
 from sparkling_cli.cli import console as cli_console
 from sparkling_cli.cli.app import app
 from sparkling_cli.diagnostics.inspect import inspect_checkpoint
-from sparkling_cli.diagnostics.measurement import LayerStat, Measurement, StreamStat, compare
+from sparkling_cli.diagnostics.measurement import compare
 from sparkling_cli.report import tables
+from sparkling_cli.report.spark import sparkline
+from sparkling_cli.results.commands import document
+from sparkling_cli.results.measured import LayerStat, Measurement, StreamStat
+from sparkling_cli.results.verdict import offenders
 
 CODES = "\x1b["
 
@@ -54,20 +58,20 @@ def test_state_is_listed_under_parameter_names(name: str, request: pytest.Fixtur
     report = inspect_checkpoint(path, activations=False)
     state = torch.load(path / "optimizer.pt", weights_only=True)["state"]
     squares = sum(float(s["exp_avg"].double().square().sum()) for s in state.values())
-    found = [stat for stat in report.weights.stats if stat.slot == "exp_avg"]
+    found = [stat for stat in report.weights.tensors if stat.slot == "exp_avg"]
     assert sum(stat.rms**2 * stat.entries for stat in found) == pytest.approx(squares, rel=1e-9)
     assert sum(stat.tensors for stat in found) == len(state)
     assert not any(stat.role.isdigit() or stat.role == "*" for stat in found)
     weights = load_file(path / "model.safetensors")
-    assert report.facts["parameters"] == sum(w.numel() for w in weights.values())
-    assert report.facts["step"] == 600
+    assert report.parameters == sum(w.numel() for w in weights.values())
+    assert report.step == 600
     assert report.activations is None
 
 
 def test_report_of_one_checkpoint(moe_checkpoint: Path, heldout_text: Path) -> None:
     """Weights, state and activations on the user's own text, as JSON without a single NaN."""
     report = inspect_checkpoint(moe_checkpoint, data=heldout_text, sequences=4, length=64)
-    data = strict(json.dumps(report.to_dict()))
+    data = strict(json.dumps(document(report)))
     assert data["tokens"].startswith("heldout.txt")
     assert data["random_tokens"] is False
     names = [layer["name"] for layer in data["activations"]["layers"]]
@@ -80,8 +84,8 @@ def test_against_itself(dense_checkpoint: Path) -> None:
     """Nothing changed: every deviation is exactly zero and the verdict says so."""
     report = inspect_checkpoint(dense_checkpoint, against=dense_checkpoint, sequences=2, length=32)
     assert report.change is not None
-    assert {change.deviation for change in report.change.layers} == {0.0}
-    assert "preserved to rounding" in report.change.verdict
+    assert {entry.deviation for entry in (*report.change.layers, *report.change.functions)} == {0.0}
+    assert "preserved to rounding" in str(report.verdict)
     assert report.symmetry is None
 
 
@@ -94,13 +98,13 @@ def test_expanded_checkpoint(dense_checkpoint: Path, tmp_path: Path) -> None:
     report = inspect_checkpoint(wide, against=dense_checkpoint, sequences=2, length=64)
     assert report.symmetry is None
     assert report.change is not None
-    assert report.change.offenders == ()
-    assert report.change.logits_change is not None
-    assert report.change.logits_change.relative > 1e-3  # 1.5x keeps the signal, not the function
+    assert offenders(report.change) == []
+    assert report.change.logit_largest is not None
+    assert report.change.logit_largest > 1e-3  # 1.5x keeps the signal, not the function
     locked = inspect_checkpoint(wide, against=wide, activations=False).symmetry
     assert locked is not None
     assert (locked.locked, locked.distance) == (1.0, 0.0)
-    text = printed(tables.symmetry_table(locked), 80)
+    text = printed(tables.symmetry_table(locked), width=80)
     assert "100%" in text
 
 
@@ -115,9 +119,9 @@ def test_a_tied_head_is_judged_with_the_norm_that_carries_its_factor(
     for against in (moe_checkpoint, wide):
         change = inspect_checkpoint(wide, against=against, sequences=2, length=32).change
         assert change is not None
-        assert max(layer.deviation for layer in change.layers) < 1e-5
-        assert change.logits_change is not None
-        assert change.logits_change.relative < 1e-5
+        assert max(layer.moved for layer in change.layers) < 1e-5
+        assert change.logit_largest is not None
+        assert change.logit_largest < 1e-5
 
 
 def test_without_a_tokenizer_tokens_are_random(dense_checkpoint: Path, tmp_path: Path) -> None:
@@ -138,7 +142,7 @@ def test_weights_are_measured_when_no_model_can_be_built(dense_checkpoint: Path,
     report = inspect_checkpoint(tmp_path)
     assert report.activations is None
     assert any("not measured" in note and "unheard_of" in note for note in report.notes)
-    assert len(report.weights.stats) > 10
+    assert len(report.weights.tensors) > 10
 
 
 def test_a_plain_dictionary(tmp_path: Path) -> None:
@@ -150,14 +154,14 @@ def test_a_plain_dictionary(tmp_path: Path) -> None:
     optimizer.step()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
     report = inspect_checkpoint(tmp_path / "ckpt.pt")
-    found = {(stat.label, stat.slot): stat for stat in report.weights.stats}
+    found = {(stat.label, stat.slot): stat for stat in report.weights.tensors}
     weight = model[0].weight.detach().double()
     assert found["0.weight", ""].rms == pytest.approx(float(weight.square().mean().sqrt()))
     moment = optimizer.state[model[1].weight]["exp_avg"].double()
     assert found["2", "exp_avg"].rms == pytest.approx(float(moment.square().mean().sqrt()))
     assert any("by number" in note for note in report.notes)
     assert any("no model can be built" in note for note in report.notes)
-    strict(json.dumps(report.to_dict()))
+    strict(json.dumps(document(report)))
 
 
 def test_nan_is_named(dense_checkpoint: Path, tmp_path: Path, command: Callable[..., Result]) -> None:
@@ -179,7 +183,7 @@ def test_command_for_people(dense_checkpoint: Path, command: Callable[..., Resul
     """Tables without escape codes where there is no terminal; no line wider than the screen."""
     done = command("inspect", dense_checkpoint, "--against", dense_checkpoint, "--length", "16")
     assert done.exit_code == 0, done.stderr
-    assert "RMS of weights and optimizer state per role" in done.stdout
+    assert "RMS of weights and optimizer state" in done.stdout
     assert "Signal kept" in done.stdout
     assert CODES not in done.stdout + done.stderr
     assert max(len(line) for line in done.stdout.splitlines()) <= 100
@@ -199,11 +203,12 @@ def test_missing_checkpoint(tmp_path: Path) -> None:
     assert "nowhere" in done.stderr
 
 
-def printed(renderable: Any, width: int, **options: Any) -> str:
-    """A renderable as text."""
+def printed(*renderables: Any, width: int, **options: Any) -> str:
+    """Renderables as text."""
     console = Console(width=width, record=False, file=None, **options)
     with console.capture() as capture:
-        console.print(renderable)
+        for renderable in renderables:
+            console.print(renderable)
     return capture.get()
 
 
@@ -211,42 +216,42 @@ def printed(renderable: Any, width: int, **options: Any) -> str:
 def test_worst_layers_come_first(width: int) -> None:
     """The table is sorted by deviation and fits the screen; more rows than the limit are left out."""
     before = Measurement(
-        tuple(LayerStat(f"model.layers.{i}.mlp.down_proj", 1.0, 1.0, 1) for i in range(40)),
-        (StreamStat("embeddings", 0.1), StreamStat("model.layers.0", 1.0)),
-        3.0,
-        2.0,
+        layers=(),
+        functions=tuple(LayerStat.of(f"model.layers.{i}.mlp", 1.0, 1.0, 1) for i in range(40)),
+        stream=(StreamStat(name="embeddings", rms=0.1), StreamStat(name="model.layers.0", rms=1.0)),
+        logits_rms=3.0,
+        loss=2.0,
+        vocabulary=512,
     )
-    after = Measurement(
-        tuple(LayerStat(f"model.layers.{i}.mlp.down_proj", 1.0, 1.0 + i / 100, 1) for i in range(40)),
-        before.stream,
-        3.0,
-        2.0,
-    )
-    text = printed(tables.activation_table(compare(before, after)), width)
-    rows = [line for line in text.splitlines() if "down_proj" in line]
+    moved = tuple(LayerStat.of(f"model.layers.{i}.mlp", 1.0, 1.0 + i / 100, 1) for i in range(40))
+    after = before.model_copy(update={"functions": moved})
+    text = printed(*tables.change_tables(compare(before, after)), width=width)
+    rows = [line for line in text.splitlines() if ".mlp" in line]
     assert len(rows) == tables.ROWS
-    assert rows[0].split()[0] == "layers.39.mlp.down_proj"
+    assert rows[0].split()[0] == "layers.39.mlp"
     assert rows[0].split()[-1] == "+39%"
     assert max(len(line) for line in text.splitlines()) <= width
-    assert printed(tables.activation_table(compare(before, after), rows=None), width).count("down_proj") == 40
+    everything = printed(*tables.change_tables(compare(before, after), rows=None), width=width)
+    assert everything.count(".mlp") == 40
 
 
 def test_colour_only_where_it_is_wanted(dense_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NO_COLOR takes the colours away, on a terminal too."""
     report = inspect_checkpoint(dense_checkpoint, against=dense_checkpoint, sequences=1, length=8)
     assert report.change is not None
-    table = tables.activation_table(report.change)
-    assert "\x1b[32m" in printed(table, 100, force_terminal=True, color_system="standard")
+    (table,) = tables.change_tables(report.change)
+    assert "\x1b[32m" in printed(table, width=100, force_terminal=True, color_system="standard")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b[32m" not in printed(table, 100, force_terminal=True, color_system="standard")
+    assert "\x1b[32m" not in printed(table, width=100, force_terminal=True, color_system="standard")
 
 
 def test_sparklines() -> None:
     """Bars follow the logarithm; equal values are flat; what is not finite is marked."""
-    assert tables.sparkline([1, 10, 100]) == "▁▅█" or tables.sparkline([1, 10, 100]) == "▁▄█"
-    assert len(set(tables.sparkline([2.0, 2.0, 2.01]))) == 1
-    assert tables.sparkline([1.0, float("nan"), 2.0]) == "▁!█"
-    assert tables.sparkline([]) == ""
+    assert sparkline([1, 10, 100], logarithmic=True) == "▁▅█"
+    assert sparkline([1, 10, 100]) == "▁▁█"
+    assert len(set(sparkline([2.0, 2.0, 2.01], logarithmic=True))) == 1
+    assert sparkline([1.0, float("nan"), 2.0], logarithmic=True) == "▁\u00d7█"
+    assert sparkline([]) == ""
 
 
 def test_opening_by_hand_and_by_format_agree(dense_checkpoint: Path) -> None:

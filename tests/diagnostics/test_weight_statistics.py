@@ -25,7 +25,7 @@ def test_rms_is_the_root_mean_square(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "model.safetensors")
     report = measure_weights(opened(tmp_path), piece=128)
-    found = {stat.label: stat for stat in report.stats}
+    found = {stat.label: stat for stat in report.tensors}
     assert set(found) == set(tensors)
     for name, tensor in tensors.items():
         wide = tensor.double()
@@ -43,7 +43,7 @@ def test_experts_of_a_layer_are_one_entry(tmp_path: Path) -> None:
     save_file(
         {f"layers.2.experts.{e}.w.weight": w for e, w in enumerate(experts)}, tmp_path / "a.safetensors"
     )
-    (stat,) = measure_weights(opened(tmp_path)).stats
+    (stat,) = measure_weights(opened(tmp_path)).tensors
     assert (stat.role, stat.layer, stat.tensors) == ("layers.*.experts.*.w.weight", 2, 3)
     assert stat.rms == pytest.approx(float(torch.stack(experts).double().square().mean().sqrt()), rel=1e-12)
 
@@ -56,11 +56,11 @@ def test_nan_and_inf_are_counted_and_left_out(tmp_path: Path, dtype: torch.dtype
     tensor[3, 0], tensor[3, 1] = float("inf"), float("-inf")
     save_file({"w": tensor}, tmp_path / "a.safetensors")
     report = measure_weights(opened(tmp_path))
-    (stat,) = report.stats
+    (stat,) = report.tensors
     assert (stat.nan, stat.inf) == (1, 2)
     assert stat.rms == pytest.approx(2.0)
     assert stat.largest == 2.0
-    assert report.nonfinite == (stat,)
+    assert report.nonfinite == (stat.label,)
 
 
 def test_state_is_listed_by_slot(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_state_is_listed_by_slot(tmp_path: Path) -> None:
         states=(ParamState("layers.4.w", {"exp_avg": "m", "exp_avg_sq": "v", "step": "s"}),),
     )
     report = measure_weights(checkpoint)
-    assert [(stat.label, stat.slot) for stat in report.stats] == [
+    assert [(stat.label, stat.slot) for stat in report.tensors] == [
         ("layers.4.w", ""),
         ("layers.4.w", "exp_avg"),
         ("layers.4.w", "exp_avg_sq"),

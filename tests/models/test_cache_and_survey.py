@@ -55,7 +55,7 @@ def test_the_survey_lists_proved_axes_and_reasons() -> None:
     assert survey.counts(rows) == {"ffn": 1, "hidden": 1, "heads": 1}
     page = survey.to_markdown(rows)
     assert "| gpt2 | GPT2LMHeadModel | ffn | hidden (with heads) | heads (with hidden) |" in page
-    assert survey.to_data(rows)["architectures"][0]["class_name"] == "GPT2LMHeadModel"
+    assert survey.result(rows).architectures[0].class_name == "GPT2LMHeadModel"
     assert survey.survey(["gpt2"]) == rows
 
 

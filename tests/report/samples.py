@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from math import cos, pi
 
-from sparkling_cli.report.model import (
-    Activations,
+from sparkling_cli.results.base import change, deviation_of
+from sparkling_cli.results.expansion import (
     AxisChange,
     Compute,
-    LayerActivation,
     LearningRate,
     OptimizerSummary,
     Provenance,
-    ReportData,
-    ResidualPoint,
+    Report,
     Size,
     StateSlot,
     TensorChange,
 )
-from sparkling_cli.report.verdict import verdict
-from sparkling_cli.widening.geometry import Growth
+from sparkling_cli.results.measured import Activations, LayerActivation, ResidualPoint
+from sparkling_cli.results.verdict import verdict_of_expansion
 
 SPEC = {
     "axes": [{"axis": "ffn", "factor": 2.0, "to": None}],
@@ -32,41 +30,59 @@ SPEC = {
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def entry(name: str, role: str, layer: int, widened: bool, r: float, moved: float) -> LayerActivation:
+    """A linear layer or a function of a block whose input has an RMS of one."""
+    return LayerActivation(
+        name=name,
+        role=role,
+        layer=layer,
+        widened=widened,
+        x_before=1.0,
+        x_after=1.0,
+        y_before=r,
+        y_after=r * (1 + moved),
+        r_before=r,
+        r_after=r * (1 + moved),
+        deviation=moved,
+    )
+
+
+def point(layer: int | None, before: float, after: float) -> ResidualPoint:
+    """A place of the residual stream."""
+    name = "embeddings" if layer is None else f"model.layers.{layer}"
+    moved = deviation_of(before, after)
+    return ResidualPoint(name=name, layer=layer, before=before, after=after, deviation=moved)
+
+
 def activations(layers: int = 24, *, off: float = 0.0) -> Activations:
     """Made-up measurements; ``off`` is how far the widened layers moved."""
-    entries = []
+    entries, functions = [], []
     for layer in range(layers):
         for n, role in enumerate(ROLES):
             widened = role in ("gate_proj", "up_proj", "down_proj")
             moved = off * cos(layer * 0.9 + n) if widened else off * 0.02
             r = 0.6 + 0.1 * n + 0.2 * cos(layer / 5 + n)
-            entries.append(
-                LayerActivation(
-                    name=f"model.layers.{layer}.{'mlp' if widened else 'self_attn'}.{role}",
-                    role=role,
-                    layer=layer,
-                    widened=widened,
-                    x_before=1.0,
-                    x_after=1.0,
-                    y_before=r,
-                    y_after=r * (1 + moved),
-                    r_before=r,
-                    r_after=r * (1 + moved),
-                    deviation=moved,
-                )
-            )
+            block = "mlp" if widened else "self_attn"
+            entries.append(entry(f"model.layers.{layer}.{block}.{role}", role, layer, widened, r, moved))
+            if role in ("o_proj", "down_proj"):
+                functions.append(entry(f"model.layers.{layer}.{block}", block, layer, widened, r, moved))
+    residual = [point(i, 0.1 * 1.25**i, 0.1 * 1.25**i * (1 + off / 4)) for i in range(layers)]
     return Activations(
         data="the bundled text, through the checkpoint's tokenizer",
         random_tokens=False,
         tokens=4096,
         layers=tuple(entries),
-        residual=tuple(
-            ResidualPoint(layer=i, before=0.1 * 1.25**i, after=0.1 * 1.25**i * (1 + off / 4))
-            for i in range(layers)
-        ),
+        functions=tuple(functions),
+        residual=(point(None, 0.1, 0.1), *residual),
+        logits=change(8.0, 8.0),
         loss_before=2.3673,
         loss_after=2.3673 + off,
         logit_change=4e-7 + off,
+        logit_largest=4e-7 + off,
+        vocabulary=50304,
+        routing=(),
+        only_before=(),
+        only_after=(),
     )
 
 
@@ -133,7 +149,7 @@ def tensors() -> tuple[TensorChange, ...]:
     return gate, up, down
 
 
-def report(*, good: bool = True, layers: int = 24, bare: bool = False) -> ReportData:
+def report(*, good: bool = True, layers: int = 24, bare: bool = False) -> Report:
     """A whole report; ``bare`` leaves out all that can be missing."""
     measured = None if bare else activations(layers, off=0.0 if good else 0.24)
     missing = "the checkpoint has no model that can be built" if bare else ""
@@ -149,7 +165,7 @@ def report(*, good: bool = True, layers: int = 24, bare: bool = False) -> Report
         ),
     )
     warnings = () if good else ("beta2 is 0.999: the first updates of new entries are up to 6.6x the usual.",)
-    return ReportData(
+    return Report(
         source="checkpoint-30000",
         destination="checkpoint-30000-ffn2x",
         model="LlamaForCausalLM",
@@ -182,14 +198,14 @@ def report(*, good: bool = True, layers: int = 24, bare: bool = False) -> Report
             "Resume from the output with the same arguments; the model's sizes come from its config.json.",
         ),
         warnings=warnings,
-        verdict=verdict(
-            {"ffn": Growth(128, 256)},
+        verdict=verdict_of_expansion(
             measured,
             missing,
             rate,
             "the baseline schedule is not known",
-            None if bare else summary,
+            None if good and not bare else "copies stay equal for ever",
             warnings,
+            copies=True,
             keeps_function=True,
         ),
     )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sparkling_cli.report import charts, svg
 from sparkling_cli.report.charts import Bar, Chart, Part, Series
+from sparkling_cli.results.numbers import significant
 
 finite = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -46,7 +47,7 @@ def test_domain_holds_all_values_and_never_magnifies_rounding(values: list[float
 )  # fmt: skip
 def test_numbers_for_people(value: float, text: str) -> None:
     """Three digits, no trailing zeros, powers of ten for the very small and large."""
-    assert svg.sig(value) == text
+    assert significant(value) == text
 
 
 def marks(drawing: str, kind: str) -> list[tuple[float, float]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparkling_cli.report.html import render
+from sparkling_cli.report.page import render
 from tests.report.browser import find_browser, print_pages, visit, widths
 from tests.report.samples import report
 

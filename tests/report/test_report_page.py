@@ -10,11 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sparkling_cli.report.html import render
-from sparkling_cli.report.model import ReportData
-from sparkling_cli.report.svg import signed
-from sparkling_cli.report.verdict import verdict
-from sparkling_cli.widening.geometry import Growth
+from sparkling_cli.report.page import render
+from sparkling_cli.results.expansion import Report
+from sparkling_cli.results.numbers import signed
+from sparkling_cli.results.verdict import LOCKED, NO_REWARMUP, READY, offenders, verdict_of_expansion
 from tests.report.samples import activations, learning_rate, report
 
 VOID = {"meta", "link", "br", "wbr", "img"}
@@ -47,7 +46,7 @@ class Balance(HTMLParser):
     [report(), report(good=False), report(bare=True), report(layers=1)],
     ids=["good", "bad", "bare", "one"],
 )
-def test_page_is_well_formed_and_its_drawings_are_xml(data: ReportData) -> None:
+def test_page_is_well_formed_and_its_drawings_are_xml(data: Report) -> None:
     """Elements are balanced; every SVG parses as XML and has a title and a description."""
     text = render(data).decode()
     parser = Balance()
@@ -85,7 +84,7 @@ def test_page_and_json_hold_the_same_facts() -> None:
     match = re.search(r'<script type="application/json" id="facts">(.*?)</script>', text, flags=re.S)
     assert match
     assert json.loads(match[1]) == json.loads(data.to_json())
-    assert ReportData.model_validate_json(data.to_json()) == data
+    assert Report.model_validate_json(data.to_json()) == data
 
 
 def test_the_page_shows_what_matters() -> None:
@@ -143,11 +142,11 @@ def test_what_is_not_finite_is_said_and_drawn_as_a_gap() -> None:
     """A layer whose activations overflow is the worst offender and breaks no chart."""
     data = report()
     assert data.activations is not None
-    layers = list(data.activations.layers)
-    layers[12] = layers[12].model_copy(update={"y_after": None, "r_after": None, "deviation": None})
-    measured = data.activations.model_copy(update={"layers": tuple(layers), "loss_after": None})
+    functions = list(data.activations.functions)
+    functions[12] = functions[12].model_copy(update={"y_after": None, "r_after": None, "deviation": None})
+    measured = data.activations.model_copy(update={"functions": tuple(functions), "loss_after": None})
     data = data.model_copy(update={"activations": measured})
-    assert measured.offenders == [layers[12]]
+    assert offenders(measured) == [functions[12]]
     text = render(data).decode()
     assert "not finite" in text
     assert b"NaN" not in data.to_json()
@@ -156,16 +155,16 @@ def test_what_is_not_finite_is_said_and_drawn_as_a_gap() -> None:
 def judged(**changes: object) -> tuple[str, str]:
     """Level and all words of a verdict."""
     given = {
-        "growth": {"ffn": Growth(128, 256)},
         "activations": activations(),
         "activations_missing": "",
         "learning_rate": learning_rate(),
         "learning_rate_missing": "",
-        "optimizer": report().optimizer,
+        "locked": None,
         "warnings": (),
+        "copies": True,
         "keeps_function": True,
     } | changes
-    found = verdict(**given)  # type: ignore[arg-type]
+    found = verdict_of_expansion(**given)  # type: ignore[arg-type]
     return found.level, " ".join([found.headline, *(f.text for f in found.findings)])
 
 
@@ -181,15 +180,28 @@ def test_verdict_of_a_sound_widening_is_good() -> None:
     [
         ({"activations": activations(off=0.24)}, "moved by more than 10%"),
         ({"warnings": ("beta2 is 0.999",)}, "beta2 is 0.999"),
-        ({"optimizer": report(good=False).optimizer}, "stay equal for ever"),
+        ({"locked": "copies stay equal for ever"}, "Copies stay equal for ever"),
         ({"activations": activations().model_copy(update={"loss_after": 2.5})}, "should keep the function"),
+        ({"learning_rate": None, "learning_rate_missing": "nothing is known"}, "nothing is known"),
     ],
 )
 def test_verdict_names_what_needs_attention(changes: dict[str, object], expected: str) -> None:
-    """Each fault alone is enough, and is said."""
+    """Each fault alone is enough, and is said; the headline is never that one can train on."""
     level, words = judged(**changes)
     assert level == "attention"
     assert expected in words
+    assert READY not in words
+
+
+def test_headline_follows_the_order_of_harm() -> None:
+    """Locked copies before a missing schedule, that before what moved."""
+    wrong: dict[str, object] = {
+        "activations": activations(off=0.24), "learning_rate": None, "locked": "copies stay equal"
+    }  # fmt: skip
+    assert judged(**wrong)[1].startswith(LOCKED)
+    assert judged(**wrong | {"locked": None})[1].startswith(NO_REWARMUP)
+    moved = judged(**wrong | {"locked": None, "learning_rate": learning_rate()})[1]
+    assert moved.startswith("The signal is not kept")
 
 
 def test_a_loss_jump_is_no_fault_where_the_function_is_not_kept() -> None:
@@ -200,18 +212,29 @@ def test_a_loss_jump_is_no_fault_where_the_function_is_not_kept() -> None:
     assert "does not predict" in words
 
 
-def test_dropped_state_locks_copies_only() -> None:
-    """Entries that start different are not locked to their sources."""
-    level, words = judged(growth={"ffn": Growth(128, 256, copied=False)}, optimizer=None)
+@pytest.mark.parametrize(
+    ("after", "expected"), [(11.0, "worse than uniform prediction"), (3.1, "more than a small jump")]
+)
+def test_a_loss_above_a_ceiling_is_a_fault_in_any_case(after: float, expected: str) -> None:
+    """log(50304) = 10.8 is what guessing costs; a rise by a third is no small jump either."""
+    moved = activations().model_copy(update={"loss_after": after})
+    level, words = judged(activations=moved, keeps_function=False)
+    assert level == "attention"
+    assert expected in words
+
+
+def test_entries_that_start_different_are_not_locked() -> None:
+    """Other pairs than copy-copy need no state to part."""
+    level, words = judged(copies=False)
     assert level == "good"
-    assert "not" in words
+    assert "nothing is locked" in words
 
 
 def test_missing_parts_are_said() -> None:
     """What could not be measured is said with its reason; missing state asks for a decision."""
     level, words = judged(
         activations=None, activations_missing="no model can be built", learning_rate=None,
-        learning_rate_missing="the baseline is not known", optimizer=None,
+        learning_rate_missing="the baseline is not known", locked="copies stay equal",
     )  # fmt: skip
     assert level == "attention"
     assert "no model can be built" in words

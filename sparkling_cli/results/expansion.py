@@ -1,27 +1,66 @@
-"""The facts of a report. ``report.json`` is this model as JSON; ``report.html`` shows the same facts.
+"""``sparkling expand``: what will be done (``--dry-run``), and the report of what was done.
 
-Nothing here depends on when or where the expansion ran, so equal expansions give equal bytes.
+Nothing in a report depends on when or where the expansion ran, so equal expansions give equal bytes.
 """
 
 from __future__ import annotations
 
 import json
-from math import inf
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-#: r of Eq. 3 may move by this share before a layer is named.
-DEVIATION_LIMIT = 0.10
+from sparkling_cli.results.base import Count, Result, Verdict
+from sparkling_cli.results.measured import Activations
 
-Level = Literal["good", "note", "attention"]
-
-
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+Fill = Literal["copy", "random", "zero"]
 
 
-class AxisChange(_Facts):
+class Bytes(Result):
+    """Sizes in bytes."""
+
+    before: Annotated[int, Field(description="tensor data of the source, optimizer state included")]
+    after: Annotated[int, Field(description="tensor data of the output, optimizer state included")]
+    to_write: Annotated[int, Field(description="all files with tensors in them, headers and config included")]
+    free: Annotated[int, Field(description="on the disk that the output would lie on")]
+
+
+class TensorKind(Result):
+    """Tensors that differ only in their indices."""
+
+    name: Annotated[str, Field(description="with * for indices")]
+    slot: Annotated[str, Field(description="empty for weights, else the optimizer state's name")]
+    count: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    dtype: str
+    scale: Annotated[tuple[float, float], Field(description="smallest, largest factor")]
+    fill: tuple[Fill, ...]
+    zero: Annotated[bool, Field(description="the whole tensor becomes zero")]
+
+
+class ExpansionPlan(Result):
+    """What an expansion does, before a byte is written."""
+
+    dry_run: Literal[True] = True
+    source: str
+    destination: str
+    format: str
+    model: str
+    axes: dict[str, Count]
+    parameters: Count
+    active_parameters: Count | None
+    bytes: Bytes
+    tensors: int
+    widened: int
+    config: Annotated[dict[str, Any], Field(description="config keys whose value changes")]
+    kinds: tuple[TensorKind, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    spec: dict[str, Any]
+
+
+class AxisChange(Result):
     """One axis that grew."""
 
     axis: str
@@ -35,7 +74,7 @@ class AxisChange(_Facts):
         return self.after / self.before
 
 
-class TensorChange(_Facts):
+class TensorChange(Result):
     """All tensors that one pattern of the layout stands for, where any of their axes grew."""
 
     name: Annotated[str, Field(description="name template, e.g. layers.{layers}.mlp.up_proj.weight")]
@@ -49,11 +88,11 @@ class TensorChange(_Facts):
     scale: Annotated[
         tuple[float, float], Field(description="smallest and largest factor on old and copied entries")
     ]
-    fill: Annotated[tuple[str, ...], Field(description="how new entries were filled: copy, random, zero")]
+    fill: Annotated[tuple[Fill, ...], Field(description="how new entries were filled")]
     count: Annotated[int, Field(ge=1, description="tensors of this kind")]
 
 
-class Size(_Facts):
+class Size(Result):
     """How large a model and its checkpoint are."""
 
     parameters: int
@@ -62,60 +101,7 @@ class Size(_Facts):
     state_bytes: int
 
 
-class LayerActivation(_Facts):
-    """One linear layer on the same tokens before and after."""
-
-    name: str
-    role: Annotated[str, Field(description="last part of the module's name, e.g. up_proj")]
-    layer: Annotated[int | None, Field(description="index of its block; null outside of blocks")]
-    widened: bool
-    x_before: Annotated[float | None, Field(description="RMS of the input (Eq. 1); null: not finite")]
-    x_after: float | None
-    y_before: Annotated[float | None, Field(description="RMS of the output")]
-    y_after: float | None
-    r_before: Annotated[float | None, Field(description="RMS(y)/RMS(x) (Eq. 3)")]
-    r_after: float | None
-    deviation: Annotated[float | None, Field(description="r_after / r_before - 1; null: not finite")]
-
-    @property
-    def moved(self) -> float:
-        """How far r moved, as a share; infinite where it is not finite any more."""
-        return inf if self.deviation is None else abs(self.deviation)
-
-
-class ResidualPoint(_Facts):
-    """RMS of the residual stream behind one block."""
-
-    layer: int
-    before: float | None
-    after: float | None
-
-
-class Activations(_Facts):
-    """Activation RMS, loss and logits on the same tokens before and after."""
-
-    data: Annotated[str, Field(description="what was measured on, in words")]
-    random_tokens: Annotated[bool, Field(description="true: random tokens, the loss means little")]
-    tokens: int
-    layers: tuple[LayerActivation, ...]
-    residual: tuple[ResidualPoint, ...]
-    loss_before: float | None
-    loss_after: float | None
-    logit_change: Annotated[
-        float | None, Field(description="RMS of the logits' change / RMS of the logits before")
-    ]
-
-    def worst(self, limit: int) -> list[LayerActivation]:
-        """Layers by how far r moved, the farthest first; of equal ones the widened first."""
-        return sorted(self.layers, key=lambda entry: (-entry.moved, not entry.widened))[:limit]
-
-    @property
-    def offenders(self) -> list[LayerActivation]:
-        """Layers whose r moved by more than the limit, the farthest first."""
-        return [e for e in self.worst(len(self.layers)) if e.moved > DEVIATION_LIMIT]
-
-
-class LearningRate(_Facts):
+class LearningRate(Result):
     """Learning rates of old and new entries (Eq. 25-28)."""
 
     baseline: Annotated[str, Field(description="cosine, linear, constant or wsd")]
@@ -136,7 +122,7 @@ class LearningRate(_Facts):
     ] = ()
 
 
-class StateSlot(_Facts):
+class StateSlot(Result):
     """One kind of optimizer state over all parameters."""
 
     slot: Annotated[str, Field(description="e.g. exp_avg")]
@@ -146,7 +132,7 @@ class StateSlot(_Facts):
     bytes: int
 
 
-class OptimizerSummary(_Facts):
+class OptimizerSummary(Result):
     """What became of the optimizer's state."""
 
     treatment: Annotated[str, Field(description="asymmetric, asymmetric-scaled, copy or drop")]
@@ -155,7 +141,7 @@ class OptimizerSummary(_Facts):
     beta2: float | None
 
 
-class Compute(_Facts):
+class Compute(Result):
     """Training compute of the whole run against the wide model from scratch, same steps."""
 
     expansion_step: int
@@ -163,7 +149,7 @@ class Compute(_Facts):
     saved: Annotated[float, Field(description="share of the from-scratch compute that is not spent")]
 
 
-class Provenance(_Facts):
+class Provenance(Result):
     """Where the output comes from."""
 
     tool: str
@@ -175,22 +161,7 @@ class Provenance(_Facts):
     stages: Annotated[tuple[str, ...], Field(description="one line per expansion, the oldest first")]
 
 
-class Finding(_Facts):
-    """One sentence of the verdict."""
-
-    level: Level
-    text: str
-
-
-class Verdict(_Facts):
-    """What the facts mean, in plain words."""
-
-    level: Level
-    headline: str
-    findings: tuple[Finding, ...]
-
-
-class ReportData(_Facts):
+class Report(Result):
     """Everything that a report says. ``format_version`` rises when a field changes its meaning or goes."""
 
     format_version: Literal[1] = 1

@@ -1,0 +1,145 @@
+"""``sparkling/report.html``: the report as one page, from the template ``page.html.jinja``.
+
+The template has the words and the structure; here is what it asks for: drawings, number formats, and
+which rows are shown. Equal facts give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup, escape
+
+from sparkling_cli.report import charts, figures
+from sparkling_cli.report.drawing import BLOCKS_AT_MOST, axes_drawing, tensor_block
+from sparkling_cli.report.resume import snippet
+from sparkling_cli.results import numbers
+from sparkling_cli.results.expansion import Report
+from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations
+from sparkling_cli.results.verdict import judged, offenders, sentence
+
+#: Rows of a table of activations, where something moved and where nothing did; report.json has all.
+ROWS_AT_MOST, ROWS_WHEN_CALM = 12, 5
+
+#: Widths of drawings, on a screen and on a phone.
+WIDE, NARROW = 900.0, 350.0
+
+SIGNS = {"good": "✓", "note": "i", "attention": "!"}
+
+TREATMENTS = {
+    "asymmetric": "old entries kept, new entries zero (Eq. 24)",
+    "asymmetric-scaled": "old entries kept and scaled like their weights, new entries zero",
+    "copy": "old entries kept, new entries copied",
+    "drop": "all entries zero, step counters reset",
+}
+
+
+def render(data: Report) -> bytes:
+    """The page."""
+    page = _template().render(
+        data=data,
+        style=Markup(_text("page.css")),  # the package's own
+        signs=SIGNS,
+        treatments=TREATMENTS,
+        limit=DEVIATION_LIMIT,
+        wide=WIDE,
+        narrow=NARROW,
+        # matrices first: a norm's drawing tells little
+        drawn=sorted(data.tensors, key=lambda change: change.role == "elementwise")[:BLOCKS_AT_MOST],
+        **_signal(data.activations),
+        **_rates(data),
+        optimizer_bars=_drawing(figures.optimizer(data.optimizer)) if data.optimizer else None,
+        compute_bars=_drawing(figures.compute(data.compute, data.before, data.after))
+        if data.compute
+        else None,
+        spec=json.dumps(data.spec, indent=2),
+        facts=_facts(data),
+    )
+    return page.encode(errors="replace")  # file names may be no text
+
+
+def _signal(measured: Activations | None) -> dict[str, Any]:
+    """What the section on activations shows."""
+    if measured is None:
+        return {}
+    entries = sorted(judged(measured)[0], key=lambda entry: -entry.moved)
+    off = len(offenders(measured))
+    rows = ROWS_AT_MOST if off else ROWS_WHEN_CALM
+    return {
+        "entries": entries,
+        "worst": entries[0] if entries else None,
+        "off": off,
+        "rows": rows,
+        "functions": sorted(measured.functions, key=lambda entry: -entry.moved)[:rows],
+        "layers": measured.worst(ROWS_WHEN_CALM if measured.functions else rows),
+        "residual": figures.residual(measured),
+        "function_charts": list(figures.ratios(measured.functions, "RMS(f)/RMS(h)", named=True)),
+        "layer_charts": list(figures.ratios(measured.layers, "RMS(y)/RMS(x)", named=not measured.functions)),
+    }
+
+
+def _rates(data: Report) -> dict[str, Any]:
+    """What the section on learning rates shows."""
+    rate = data.learning_rate
+    if rate is None:
+        return {}
+    return {
+        "rate_chart": figures.learning_rate(rate),
+        "rate_ratio": figures.learning_rate_ratio(rate),
+        "snippet": snippet(data.provenance.format, data.destination),
+    }
+
+
+def _facts(data: Report) -> Markup:
+    """The facts as JSON, safe inside a script element: a name that holds ``</script>`` must not end it."""
+    text = json.dumps(data.model_dump(mode="json"), allow_nan=False, sort_keys=True)
+    return Markup(text.replace("<", "\\u003c"))
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    environment.filters |= {
+        "breakable": breakable,
+        "sentence": sentence,
+        "short": _short,
+        "count": numbers.count,
+        "nbytes": numbers.nbytes,
+        "significant": numbers.significant,
+        "signed": numbers.signed,
+        "percent": numbers.percent,
+        "moved": numbers.moved,
+        "factor": numbers.factor,
+    }
+    environment.globals |= {
+        "draw": _drawing(charts.draw),
+        "axes_drawing": _drawing(axes_drawing),
+        "tensor_block": _drawing(tensor_block),
+    }
+    return environment.from_string(_text("page.html.jinja"))
+
+
+@cache
+def _text(name: str) -> str:
+    return resources.files("sparkling_cli.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _drawing(draw: Callable[..., str]) -> Callable[..., Markup]:
+    """A drawing function for the template: its text is escaped already."""
+    return lambda *arguments: Markup(draw(*arguments))
+
+
+def breakable(name: str) -> Markup:
+    """A dotted name that may break behind its dots."""
+    return Markup(str(escape(name)).replace(".", ".<wbr>"))
+
+
+def _short(name: str) -> str:
+    """The end of a name, enough to know the tensor."""
+    parts = [part for part in name.split(".") if not part.startswith("{") and part != "weight"]
+    return ".".join(parts[-2:])

@@ -1,0 +1,84 @@
+"""A plan as a result: what ``expand --dry-run`` shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.names import skeletons
+from sparkling_cli.results.base import Count
+from sparkling_cli.results.expansion import Bytes, ExpansionPlan, Fill, TensorKind
+
+if TYPE_CHECKING:
+    from sparkling_cli.plan.model import Expansion, Plan, Recipe
+
+
+def plan_result(expansion: Expansion) -> ExpansionPlan:
+    """Axes, parameters, bytes to write against free space, config changes, notes, tensors by kind."""
+    from sparkling_cli.execute.room import free_bytes
+    from sparkling_cli.plan.resolve import whole_heads
+
+    plan, totals, destination = expansion.plan, expansion.totals, expansion.destination
+    heads = whole_heads(dict(plan.growth), plan.layout)
+    grown = {**plan.growth, **({} if heads is None else {"heads": heads})}
+    return ExpansionPlan(
+        source=str(plan.source.root),
+        destination=str(destination),
+        format=plan.source.format,
+        model=plan.layout.name,
+        axes={name: Count(before=g.source, after=g.target) for name, g in grown.items()},
+        parameters=Count(before=totals.parameters_before, after=totals.parameters_after),
+        active_parameters=active_parameters(plan),
+        bytes=Bytes(
+            before=totals.bytes_before,
+            after=totals.bytes_after,
+            to_write=totals.bytes_to_write,
+            free=free_bytes(destination.absolute().parent),
+        ),
+        tensors=totals.tensors,
+        widened=totals.widened,
+        config=dict(plan.config),
+        kinds=tuple(tensor_kinds(plan)),
+        notes=plan.notes,
+        warnings=plan.warnings,
+        spec=plan.spec.as_data(),
+    )
+
+
+def active_parameters(plan: Plan) -> Count | None:
+    """Parameters that work on one token, before and after; None where the top-k is not known."""
+    from sparkling_cli.compute.shape import shape_of
+
+    try:
+        shape = shape_of(plan.layout, plan.source.config)
+    except LayoutError:
+        return None
+    before, after = shape.count().active, shape.grown(plan.growth).count().active
+    return Count(before=before, after=after)
+
+
+def tensor_kinds(plan: Plan) -> Iterator[TensorKind]:
+    """Tensors that differ only in their indices, one entry for all: shapes, factor, fills, count."""
+    names = skeletons([row.name for row in plan.rows])
+    kinds: Counter[tuple[str, Recipe]] = Counter(
+        (name, row.recipe) for name, row in zip(names, plan.rows, strict=True)
+    )
+    for (name, recipe), count in kinds.items():
+        yield TensorKind(
+            name=name,
+            slot=recipe.slot,
+            count=count,
+            before=recipe.before,
+            after=recipe.shape,
+            dtype=recipe.dtype,
+            scale=recipe.scales,
+            fill=fills(recipe),
+            zero=recipe.zero,
+        )
+
+
+def fills(recipe: Recipe) -> tuple[Fill, ...]:
+    """How new entries are filled, by name."""
+    return tuple(fill.name.lower() for fill in recipe.fills)  # type: ignore[misc]

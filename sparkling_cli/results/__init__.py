@@ -1,0 +1,6 @@
+"""What each command found, as one pydantic model: its JSON, its schema, and what every renderer takes.
+
+``measured`` activations, weights, symmetry (``inspect``), ``expansion`` a plan and a report (``expand``),
+``commands`` the other commands and the table of all documents, ``verdict`` what measurements mean in plain
+words, ``numbers`` how numbers are written for people.
+"""

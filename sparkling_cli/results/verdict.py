@@ -1,0 +1,295 @@
+"""What measurements and schedules mean, in sentences that a person can act on.
+
+The measured quantities are the paper's: what a block's function adds to the residual stream against the
+stream, RMS(f(Norm h)) / RMS(h) (Sec. 3.1, App. B), the growth of the stream over depth, the logits. A
+single matrix may move while its block does not (a norm takes a common factor out again), and the other way
+round (fewer active channels in front of an unchanged matrix), so matrices are shown and not judged. A small
+jump of the loss does not predict the final loss (App. F); one above a ceiling means a broken model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import log
+
+from sparkling_cli.results.base import Finding, Level, Verdict
+from sparkling_cli.results.expansion import LearningRate
+from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations, LayerActivation
+from sparkling_cli.results.numbers import moved, percent, signed, significant
+
+#: A loss that moves by more than this where the widening keeps the function is a fault.
+LOSS_TOLERANCE = 0.01
+#: A rise of the loss by more than this share of it is never what the method promises.
+LOSS_SHARE = 0.25
+#: Logits that change by less than this share of their RMS are the same up to rounding.
+LOGIT_ROUNDING = 1e-4
+#: Shares of tokens that must go to the same experts: below the first it is noted, below the second warned.
+ROUTING_NOTE, ROUTING_LIMIT = 0.99, 0.90
+
+LOCKED = "Locked: copies would stay equal to their sources for ever. Do not train on this output."
+NO_REWARMUP = "No re-warmup: new entries would train at the learning rate of the old ones."
+MOVED = "The signal is not kept: read what moved before you train on."
+READY = "Ready to train on."
+
+
+def verdict_of_expansion(
+    activations: Activations | None,
+    activations_missing: str,
+    learning_rate: LearningRate | None,
+    learning_rate_missing: str,
+    locked: str | None,
+    warnings: Sequence[str],
+    *,
+    copies: bool,
+    keeps_function: bool,
+) -> Verdict:
+    """The verdict on an expansion, by the order of harm: locked copies, no re-warmup, what moved, the rest.
+
+    Args:
+        activations: measured before and after, if they were.
+        activations_missing: why not.
+        learning_rate: the re-warmup, if the baseline is known.
+        learning_rate_missing: why not, and what to do.
+        locked: why copies cannot part from their sources; None where they can.
+        warnings: of the plan.
+        copies: whether new entries start as copies on both sides.
+        keeps_function: whether this widening is exactly function-preserving.
+    """
+    symmetry = list(_symmetry(locked, copies))
+    schedule = list(_schedule(learning_rate, learning_rate_missing))
+    if activations is None:
+        text = f"Activations were not measured: {activations_missing or 'not asked for'}."
+        signal = [Finding(level="note", text=text)]
+    else:
+        signal = list(_signal(activations, keeps_function=keeps_function))
+    known = {finding.text for finding in (*symmetry, *schedule, *signal)}
+    others = [Finding(level="attention", text=sentence(w)) for w in warnings if sentence(w) not in known]
+    if locked is not None:
+        headline = LOCKED
+    elif learning_rate is None:
+        headline = NO_REWARMUP
+    elif _needs_attention(signal):
+        headline = MOVED
+    else:
+        headline = ""
+    return _verdict([*symmetry, *schedule, *signal, *others], headline)
+
+
+def verdict_of_change(activations: Activations) -> Verdict:
+    """The verdict on the difference between two checkpoints, of which nothing else is known."""
+    findings = list(_signal(activations, keeps_function=None))
+    moved_away = _needs_attention(findings)
+    return _verdict(findings, "The signal is not kept: read what moved." if moved_away else "Signal kept.")
+
+
+def _verdict(findings: list[Finding], headline: str) -> Verdict:
+    attention = [finding for finding in findings if finding.level == "attention"]
+    noted = [finding for finding in findings if finding.level == "note"]
+    level: Level = "attention" if attention else "note" if noted else "good"
+    if not headline:
+        if attention:
+            count = "One thing needs" if len(attention) == 1 else f"{len(attention)} things need"
+            headline = f"{count} your attention before you train on."
+        else:
+            headline = READY if not noted else "Ready to train on; read the notes."
+    return Verdict(
+        level=level,
+        headline=headline,
+        findings=tuple(sorted(findings, key=lambda finding: finding.level != "attention")),
+    )
+
+
+def _needs_attention(findings: Iterable[Finding]) -> bool:
+    return any(finding.level == "attention" for finding in findings)
+
+
+def _symmetry(locked: str | None, copies: bool) -> Iterator[Finding]:
+    if locked is not None:
+        yield Finding(level="attention", text=sentence(locked))
+    elif copies:
+        yield Finding(
+            level="good",
+            text="Old entries keep their optimizer state and new ones start from zero, so copies part "
+            "from their sources at the first step.",
+        )
+    else:
+        yield Finding(
+            level="good",
+            text="New entries start different from their sources, so nothing is locked to a copy.",
+        )
+
+
+def _schedule(learning_rate: LearningRate | None, missing: str) -> Iterator[Finding]:
+    if learning_rate is None:
+        text = f"No re-warmup schedule was written: {missing or 'the old schedule is not known'}."
+        yield Finding(level="attention", text=text)
+        return
+    yield Finding(
+        level="good",
+        text=f"New entries re-warm over {learning_rate.rewarmup_steps} steps to {learning_rate.rho:g} x the "
+        "learning rate at the expansion. Only the training side can apply it: add the callback or hook.",
+    )
+
+
+def _signal(activations: Activations, *, keeps_function: bool | None) -> Iterator[Finding]:
+    """Findings on two models: functions of the blocks, residual stream, logits, loss, routing."""
+    yield from _finiteness(activations)
+    yield from _functions(activations)
+    yield from _stream(activations)
+    yield from _logits(activations)
+    yield from _loss(activations, keeps_function)
+    yield from _routing(activations)
+
+
+def _finiteness(activations: Activations) -> Iterator[Finding]:
+    broken = [e.name for e in (*activations.layers, *activations.functions) if e.y_after is None]
+    broken += [point.name for point in activations.residual if point.after is None]
+    broken += ["the logits"] if activations.logits.after is None else []
+    if broken:
+        yield Finding(
+            level="attention",
+            text=f"Activations are not finite after the change in {len(broken)} place(s), the first is "
+            f"{broken[0]}.",
+        )
+
+
+def judged(activations: Activations) -> tuple[tuple[LayerActivation, ...], str, str]:
+    """What the verdict looks at, its ratio in words, and what it is called: functions, where there are any.
+
+    In a model whose blocks are not found (no list of blocks, or nothing is added to a stream), the linear
+    layers have to stand for them.
+    """
+    if activations.functions:
+        return activations.functions, "RMS(f(Norm h))/RMS(h)", "functions of the blocks"
+    return activations.layers, "RMS(y)/RMS(x)", "linear layers"
+
+
+def offenders(activations: Activations) -> list[LayerActivation]:
+    """What the verdict names: functions whose ratio moved by more than the limit, the farthest first."""
+    entries, _, _ = judged(activations)
+    return sorted((e for e in entries if e.moved > DEVIATION_LIMIT), key=lambda e: -e.moved)
+
+
+def _functions(activations: Activations) -> Iterator[Finding]:
+    entries, ratio, what = judged(activations)
+    if not entries:
+        return
+    limit = f"{DEVIATION_LIMIT:.0%}"
+    far = offenders(activations)
+    if far:
+        kinds = {e.role: [f for f in far if f.role == e.role] for e in far}
+        words = "; ".join(
+            f"{kind} in {len(found)} of {sum(e.role == kind for e in entries)}, "
+            f"most in {found[0].name} ({moved(found[0].deviation)})"
+            for kind, found in kinds.items()
+        )
+        yield Finding(
+            level="attention",
+            text=f"The signal ratio {ratio} moved by more than {limit} in {len(far)} of {len(entries)} "
+            f"{what}: {words}.",
+        )
+        return
+    worst = max(entries, key=lambda e: e.moved)
+    farthest = (
+        "none moved by more than rounding"
+        if worst.moved < 5e-5
+        else f"the farthest, {worst.name}, moved by {moved(worst.deviation)}"
+    )
+    yield Finding(
+        level="good",
+        text=f"All {len(entries)} {what} keep their signal ratio {ratio} within {limit}; {farthest}.",
+    )
+    matrix = activations.worst(1)
+    if activations.functions and matrix and matrix[0].moved > DEVIATION_LIMIT:
+        yield Finding(
+            level="good",
+            text=f"RMS(y)/RMS(x) of a single matrix may move where its block does not: {matrix[0].name} "
+            f"moved by {moved(matrix[0].deviation)}.",
+        )
+
+
+def _stream(activations: Activations) -> Iterator[Finding]:
+    growth = activations.growth
+    if not growth:
+        return
+    point, deviation = max(growth, key=lambda pair: float("inf") if pair[1] is None else abs(pair[1]))
+    if deviation is None or abs(deviation) > DEVIATION_LIMIT:
+        yield Finding(
+            level="attention",
+            text=f"The residual stream grows otherwise over depth: behind {point.name} its RMS, relative to "
+            f"the embeddings, moved by {moved(deviation)}.",
+        )
+
+
+def _logits(activations: Activations) -> Iterator[Finding]:
+    logits = activations.logits
+    if logits.moved > DEVIATION_LIMIT:
+        yield Finding(
+            level="attention",
+            text=f"The RMS of the logits moved by {moved(logits.deviation)}, from "
+            f"{significant(logits.before)} to {significant(logits.after)}.",
+        )
+    difference = activations.logit_change
+    if difference is None:
+        return
+    if difference <= LOGIT_ROUNDING:
+        yield Finding(
+            level="good",
+            text=f"The function is preserved to rounding: logits differ by {percent(difference)} of their "
+            "RMS.",
+        )
+    else:
+        yield Finding(level="good", text=f"Logits moved by {percent(difference)} of their RMS.")
+
+
+def _loss(activations: Activations, keeps_function: bool | None) -> Iterator[Finding]:
+    before, after = activations.loss_before, activations.loss_after
+    if before is None or after is None:
+        return
+    text = f"The loss goes from {before:.4f} to {after:.4f} ({signed(after - before)})"
+    where = " on random tokens, which says little" if activations.random_tokens else ""
+    uniform = log(activations.vocabulary)
+    if keeps_function and abs(after - before) > LOSS_TOLERANCE:
+        yield Finding(
+            level="attention",
+            text=f"{text}{where}, although this widening should keep the function: "
+            "compare logits in float32 before you train on.",
+        )
+    elif not activations.random_tokens and before < uniform < after:
+        yield Finding(
+            level="attention",
+            text=f"{text}: worse than uniform prediction, which costs log({activations.vocabulary}) = "
+            f"{uniform:.4f}. The model has lost what it knew; choose another --init.",
+        )
+    elif not activations.random_tokens and after - before > LOSS_SHARE * before:
+        yield Finding(
+            level="attention",
+            text=f"{text}, by {percent(after / before - 1)}: more than a small jump at the boundary.",
+        )
+    elif keeps_function or abs(after - before) <= LOSS_TOLERANCE:
+        yield Finding(level="good", text=f"{text}{where}: the function is kept.")
+    else:
+        yield Finding(
+            level="good",
+            text=f"{text}{where}. A jump at the boundary is expected here and does not predict "
+            "the final loss.",
+        )
+
+
+def _routing(activations: Activations) -> Iterator[Finding]:
+    kept = activations.routed_as_before
+    if kept is None:
+        return
+    level: Level = "good" if kept >= ROUTING_NOTE else "note" if kept >= ROUTING_LIMIT else "attention"
+    worst = min(activations.routing, key=lambda router: router.kept)
+    text = f"{kept:.1%} of tokens are routed to the same set of experts as before"
+    if level != "good":
+        text += f" (in {worst.name} {worst.kept:.1%}): experts see tokens that they were not trained on"
+    yield Finding(level=level, text=f"{text}.")
+
+
+def sentence(text: str) -> str:
+    """A warning or note as a sentence: with a capital, unless it begins with the name of something."""
+    first = text.split(" ", 1)[0]
+    start = text[:1].upper() if first.isalpha() and first.islower() else text[:1]
+    return start + text[1:].rstrip(".") + "."
