@@ -369,7 +369,8 @@ def _both_nan(found: Array, wanted: Array, dtype: str) -> Array:
     """Entries that are NaN on both sides: the payload of a computed NaN is nobody's promise."""
     import numpy as np
 
-    return np.isnan(as_numbers(found, dtype)) & np.isnan(as_numbers(wanted, dtype))
+    both: Array = np.isnan(as_numbers(found, dtype)) & np.isnan(as_numbers(wanted, dtype))
+    return both
 
 
 def _blocks(placement: Placement, handles: Handles) -> Iterator[Array]:
