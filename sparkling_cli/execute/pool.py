@@ -14,6 +14,7 @@ from sparkling_cli.execute.worker import Surroundings, Worker
 from sparkling_cli.storage.places import Handles, span_of
 from sparkling_cli.storage.pool import spread
 from sparkling_cli.widening import moments
+from sparkling_cli.widening.parts import Box, boxes, stream_of
 
 T = TypeVar("T")
 _MOMENT_BLOCKS = 512
@@ -47,7 +48,7 @@ class Pool:
             resumed: tasks that an earlier run had finished, to be checked before they are believed.
             journal: where finished tasks are noted.
         """
-        deviations = self._deviations()
+        known = self._moments()
 
         def work(worker: Worker, number: int) -> list[PartResult]:
             known = resumed.get(number)
@@ -61,7 +62,7 @@ class Pool:
             if results is not resumed.get(number):
                 journal.add(number, results)
 
-        done = self._shared(len(self.job.tasks), work, deviations, note)
+        done = self._shared(len(self.job.tasks), work, known, note)
         return [result for results in done for result in results]
 
     def _still_true(self, worker: Worker, results: list[PartResult]) -> bool:
@@ -73,34 +74,43 @@ class Pool:
                     return False
         return True
 
-    def _deviations(self) -> dict[int, float]:
-        """Standard deviations of all sources with random entries."""
-        parts = []
+    def _moments(self) -> dict[str, moments.Moments]:
+        """Mean and deviation of every unit with random entries, by its stream.
+
+        Tensors of one stream (a weight and the optimizer's copy of it, tied names) take those of the first.
+        """
+        parts: list[tuple[str, int, Box, int, int]] = []
+        seen: set[str] = set()
         for row, job in enumerate(self.job.rows):
             if job.kernel is None or not job.kernel.random:
                 continue
-            count = -(-job.kernel.source_entries // moments.BLOCK)
-            for first in range(0, count, _MOMENT_BLOCKS):
-                parts.append((row, first, min(first + _MOMENT_BLOCKS, count)))
+            for box in boxes(job.kernel.dims, source=True):
+                stream = stream_of(job.row.stream, box.unit)
+                if stream in seen:
+                    continue
+                seen.add(stream)
+                count = -(-box.entries // moments.BLOCK)
+                for first in range(0, count, _MOMENT_BLOCKS):
+                    parts.append((stream, row, box, first, min(first + _MOMENT_BLOCKS, count)))
         if not parts:
             return {}
 
         def work(worker: Worker, number: int) -> list[moments.Moments]:
-            return worker.moments(*parts[number])
+            return worker.moments(*parts[number][1:])
 
         def ignore(_number: int, _blocks: list[moments.Moments]) -> None:
             """Nothing of this is kept for a later run."""
 
-        blocks_of: dict[int, list[moments.Moments]] = {}
-        for (row, _, _), blocks in zip(parts, self._shared(len(parts), work, {}, ignore), strict=True):
-            blocks_of.setdefault(row, []).extend(blocks)
-        return {row: moments.deviation(blocks) for row, blocks in blocks_of.items()}
+        blocks_of: dict[str, list[moments.Moments]] = {}
+        for part, blocks in zip(parts, self._shared(len(parts), work, {}, ignore), strict=True):
+            blocks_of.setdefault(part[0], []).extend(blocks)
+        return {stream: moments.merged(blocks) for stream, blocks in blocks_of.items()}
 
     def _shared(
         self,
         count: int,
         work: Callable[[Worker, int], T],
-        deviations: Mapping[int, float],
+        known: Mapping[str, moments.Moments],
         note: Callable[[int, T], None],
     ) -> list[T]:
         """Do ``work`` for the numbers below ``count`` on all ranks; results in the numbers' order."""
@@ -112,7 +122,7 @@ class Pool:
             def wrote(size: int) -> None:
                 counter[index] += size
 
-            around = Surroundings(self.job, deviations, wrote, stopped, self.sealed)
+            around = Surroundings(self.job, known, wrote, stopped, self.sealed)
             source, target = Handles(self.job.plan.source.root), Handles(self.target, writing=True)
             return closing(Worker(around, source, target))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.execute import bundle
@@ -16,11 +15,12 @@ from sparkling_cli.storage.pool import Stopped
 from sparkling_cli.widening import bfloat16, fill, moments
 from sparkling_cli.widening.entries import count_nonfinite
 from sparkling_cli.widening.kernel import PIECE, Piece
+from sparkling_cli.widening.parts import Box, Unit, stream_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sparkling_cli.widening.kernel import Noise
+    from sparkling_cli.widening.kernel import Draw
 
     Array = np.ndarray[Any, Any]
 
@@ -31,14 +31,14 @@ class Surroundings:
 
     Attributes:
         job: the job.
-        deviations: row -> standard deviation of its source, for rows with random entries.
+        moments: stream -> mean and deviation of the unit's old entries, where new ones are random.
         wrote: called with the number of target bytes after every piece.
         stopped: asked before every piece; :class:`Stopped` is raised when it says yes.
         sealed: file and offset of literals that were written together with tensors; workers add to it.
     """
 
     job: Job
-    deviations: Mapping[int, float]
+    moments: Mapping[str, moments.Moments]
     wrote: Callable[[int], None]
     stopped: Callable[[], bool]
     sealed: set[tuple[str, int]]
@@ -81,7 +81,7 @@ class Worker:
         if self.around.stopped():
             raise Stopped
         handles, buffers = (self.source, self.target), (self._old, self._new)
-        results = bundle.run(together, handles, buffers, self._random_of)
+        results = bundle.run(together, handles, buffers, self._draw_of)
         self.around.sealed.update((joint.path, joint.offset) for joint in together.joints)
         self.around.wrote(sum(member.job.nbytes for member in together.members))
         return results
@@ -127,8 +127,7 @@ class Worker:
                 out = self._new[: stop - start]
                 content = (id(image.program), image.first, image.last)
                 if image.program.random or content != made:
-                    noise = self._noise_of(job.row.stream) if image.program.random else None
-                    kernel.fill(image, data, out, noise, self.around.deviations.get(row, 0.0))
+                    kernel.fill(image, data, out, self._draw_of(row) if image.program.random else None)
                     made, made_crc = content, None
                 made_crc = self._put(job, start, out, made_crc, spans)
         self.around.wrote(written)
@@ -147,30 +146,51 @@ class Worker:
             write_range(self.target, place.path, place.offset, part)
         return spans[-1].crc if whole else None
 
-    def _noise_of(self, stream: str) -> Noise:
-        return partial(fill.normal, self.around.job.plan.spec.seed, stream)
+    def _draw_of(self, row: int) -> Draw:
+        job, known = self.around.job, self.around.moments
 
-    def _random_of(self, row: int) -> tuple[Noise, float]:
-        return self._noise_of(self.around.job.rows[row].row.stream), self.around.deviations[row]
+        def draw(unit: Unit, start: int, stop: int) -> tuple[Array, moments.Moments]:
+            stream = stream_of(job.rows[row].row.stream, unit)
+            return fill.normal(job.plan.spec.seed, stream, start, stop), known[stream]
 
-    def moments(self, row: int, first: int, last: int) -> list[moments.Moments]:
-        """Mean and spread of the source's blocks ``first <= i < last`` (``moments.BLOCK`` entries each).
+        return draw
+
+    def moments(self, row: int, box: Box, first: int, last: int) -> list[moments.Moments]:
+        """Mean and spread of a unit's blocks ``first <= i < last`` (``moments.BLOCK`` entries each).
 
         Raises:
             CheckpointError: the source cannot be read.
             Stopped: on request.
         """
-        job = self.around.job.rows[row]
-        assert job.kernel is not None
-        entries, found = job.kernel.source_entries, []
+        import numpy as np
+
+        dtype = self.around.job.rows[row].row.dtype
+        found = []
         for index in range(first, last):
             if self.around.stopped():
                 raise Stopped
-            low, high = index * moments.BLOCK, min((index + 1) * moments.BLOCK, entries)
-            data = self._old[: (high - low) * job.item]
-            read(self.source, job.source, low * job.item, high * job.item, data)
-            found.append(moments.block_moments(_doubles(data, job.row.dtype)))
+            low, high = index * moments.BLOCK, min((index + 1) * moments.BLOCK, box.entries)
+            values = [_doubles(data, dtype) for data in self._picked(row, box, low, high)]
+            found.append(moments.block_moments(values[0] if len(values) == 1 else np.concatenate(values)))
         return found
+
+    def _picked(self, row: int, box: Box, low: int, high: int) -> Iterator[Array]:
+        """The bytes of a unit's entries ``low <= i < high``, in parts that are valid until the next one."""
+        job = self.around.job.rows[row]
+        first, last = (int(box.places(i, i + 1)[0]) for i in (low, high - 1))
+        size = (last + 1 - first) * job.item
+        if size > len(self._old) and high - low > 1:  # far apart: in two halves
+            middle = (low + high) // 2
+            yield from self._picked(row, box, low, middle)
+            yield from self._picked(row, box, middle, high)
+            return
+        data = self._old[:size]
+        read(self.source, job.source, first * job.item, (last + 1) * job.item, data)
+        if last + 1 - first == high - low:
+            yield data
+            return
+        chosen = data.reshape(-1, job.item)[box.places(low, high) - first]
+        yield chosen.reshape(-1)
 
 
 def _zero(job: RowJob, start: int, stop: int, spans: list[Span]) -> None:

@@ -145,7 +145,7 @@ class _Recipes:
         mark = (slot, pattern.name, dtype, *found)
         if mark not in self._made:
             optimizer = self.spec.optimizer
-            view = state_view(self._view(pattern, found), optimizer)
+            view = state_view(self._view(pattern, found, copied=True), optimizer)
             self._made[mark] = Recipe(
                 slot=slot,
                 dtype=dtype,
@@ -183,9 +183,13 @@ class _Recipes:
             item for item in self._compensated[skeleton(name)] if NameTemplate(item.tensor).matches(name)
         )
 
-    def _view(self, pattern: TensorPattern, compensations: Iterable[Compensation]) -> View:
+    def _view(
+        self, pattern: TensorPattern, compensations: Iterable[Compensation], *, copied: bool = False
+    ) -> View:
+        """The view of a weight; ``copied`` for state, whose fills are not the weight's."""
         consumed = frozenset(item.axis for item in compensations if item.fan_in)
-        return view_of(pattern.dims, self.layout.sizes, self.growth, self.treatment, consumed=consumed)
+        treatment = Treatment(scaling=self.treatment.scaling) if copied else self.treatment
+        return view_of(pattern.dims, self.layout.sizes, self.growth, treatment, consumed=consumed)
 
     def _factor(self, compensations: Iterable[Compensation]) -> tuple[float, float]:
         """``(scale, offset)`` of a tensor's compensations: ``c (w + o) - o = c w + (c - 1) o``."""
@@ -218,7 +222,6 @@ def state_view(view: View, optimizer: str) -> View:
                     run,
                     scale=run.scale if scaled else 1.0,
                     fill=fill if run.new else Fill.COPY,
-                    shield=False,
                 )
                 for run in dim.runs
             ),

@@ -15,6 +15,7 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
 from sparkling_cli.storage.tensors import Extent, StoredTensor
+from sparkling_cli.widening.parts import stream_of
 
 
 class Weight(NamedTuple):
@@ -26,7 +27,8 @@ class Weight(NamedTuple):
         module: name in the module where that is known, else ``name``.
         stored: where its bytes are now.
         pattern: its layout.
-        stream: name of its random stream; tied names share one.
+        stream: name of its random numbers, under the module's names: tied names share one, and what is
+            fused in the module has the name of its part there (see ``widening.parts``).
     """
 
     key: str
@@ -62,15 +64,29 @@ def weights_of(checkpoint: Checkpoint, layout: ModelLayout, names: str) -> tuple
     if rename and layout.assembly:  # without one the format itself keeps both kinds of names
         _check_assembled(layout)
         return _assembled(checkpoint, layout, patterns), True
+    part_of = _parts(layout) if on_disk else {}
+    module_patterns = {pattern.name: pattern for pattern in layout.tensors}
     weights = []
     seen: set[str] = set()
     for (name, key), pattern in zip(checkpoint.weights.items(), patterns, strict=True):
         if key in seen:  # a tied name that shares its bytes with an earlier one
             continue
         seen.add(key)
-        canonical = layout.canonical(name)
-        weights.append(Weight(key, name, canonical, checkpoint.tensors[key], pattern, canonical))
+        canonical = stream = layout.canonical(name)
+        if pattern.name in part_of:
+            module, place = part_of[pattern.name]
+            target, unit = _target_name(name, pattern, module_patterns[module])
+            alone = len(layout.assembly[module]) == 1
+            stream = stream_of(target, unit if alone else (*unit, place))
+        weights.append(Weight(key, name, canonical, checkpoint.tensors[key], pattern, stream))
     return tuple(weights), False
+
+
+def _parts(layout: ModelLayout) -> dict[str, tuple[str, int]]:
+    """Pattern on disk -> the module's pattern that it is a part of, and its place among the parts."""
+    return {
+        disk: (module, place) for module, parts in layout.assembly.items() for place, disk in enumerate(parts)
+    }
 
 
 def _has_disk_names(checkpoint: Checkpoint, layout: ModelLayout) -> bool:
@@ -108,9 +124,7 @@ def _assembled(
     checkpoint: Checkpoint, layout: ModelLayout, patterns: Sequence[TensorPattern]
 ) -> tuple[Weight, ...]:
     """Every weight under its module name; fused ones made of their parts on disk."""
-    part_of = {
-        disk: (module, place) for module, parts in layout.assembly.items() for place, disk in enumerate(parts)
-    }
+    part_of = _parts(layout)
     module_patterns = {pattern.name: pattern for pattern in layout.tensors}
     parts: dict[str, dict[tuple[tuple[int, ...], int], StoredTensor]] = defaultdict(dict)
     owners: dict[str, TensorPattern] = {}

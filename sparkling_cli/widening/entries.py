@@ -12,6 +12,8 @@ from sparkling_cli.widening import bfloat16
 if TYPE_CHECKING:
     import numpy as np
 
+    from sparkling_cli.widening.moments import Moments
+
     Array = np.ndarray[Any, Any]
 
 #: entries that are added as one row
@@ -53,23 +55,23 @@ def scale_into(old: Array, factor: float, offset: float, into: Array, dtype: str
         torch.mul(source, factor, out=target)
 
 
-def draw_into(noise: Array, std: float, factor: float, into: Array, dtype: str) -> None:
-    """Random entries of standard deviation ``std * factor``."""
+def draw_into(noise: Array, moments: Moments, factor: float, offset: float, into: Array, dtype: str) -> None:
+    """``factor * (mean + std * noise) + offset`` in working precision, rounded once."""
     import numpy as np
 
-    if dtype == "float64":
-        np.multiply(noise, std * factor, out=into, dtype=np.float64)
-        return
-    spread = np.float32(std) * np.float32(factor)
-    if dtype == "float32":
-        np.multiply(noise, spread, out=into)
-        return
-    if dtype == "bfloat16":
-        bfloat16.round_into(noise * spread, into)
-        return
-    import torch
+    wide = np.float64 if dtype == "float64" else np.float32
+    spread = wide(wide(moments.std) * wide(factor))
+    shift = wide(wide(moments.mean) * wide(factor) + wide(offset))
+    values = np.multiply(noise, spread, dtype=wide)
+    np.add(values, shift, out=values)
+    if dtype in ("float32", "float64"):
+        into[...] = values
+    elif dtype == "bfloat16":
+        bfloat16.round_into(values, into)
+    else:
+        import torch
 
-    _as_torch(into, dtype).copy_(torch.from_numpy(noise * spread))
+        _as_torch(into, dtype).copy_(torch.from_numpy(values))
 
 
 def _as_torch(array: Array, dtype: str) -> Any:

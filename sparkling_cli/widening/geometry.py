@@ -29,6 +29,9 @@ from sparkling_cli.layout.expr import (
     size_of,
 )
 
+#: sizes of anonymous factors that stand for gate and up, or q, k and v, where names could not be given
+FUSED = (2, 3)
+
 
 class Fill(IntEnum):
     """How a new entry gets its value; where dims disagree, the larger wins."""
@@ -43,7 +46,8 @@ class Run:
     """``target[target : target+length]`` comes from ``source[source : source+length]``.
 
     ``scale`` multiplies the run's entries; ``fill`` and ``new`` say what becomes of new entries;
-    ``shield`` marks parts (q, k, gate) that zero fill leaves copied, whichever factor of their dim grows.
+    ``shield`` marks parts (q, k, gate) that zero fill leaves copied, whichever factor of their dim grows;
+    ``part`` numbers what has a distribution of its own (see ``widening.parts``), where entries are random.
     """
 
     target: int
@@ -53,6 +57,7 @@ class Run:
     scale: float = 1.0
     fill: Fill = Fill.COPY
     shield: bool = False
+    part: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,11 @@ class Treatment:
     def alpha(self, growth: Growth) -> float:
         """The factor on every fan-in column, 1 when scaling is off (``none``)."""
         return 1.0 if self.scaling == "none" else growth.alpha
+
+    @property
+    def random(self) -> bool:
+        """Some new entries are drawn: what has a distribution of its own is told apart."""
+        return Fill.RANDOM in (self.fan_out, self.fan_in)
 
     @property
     def per_column(self) -> bool:
@@ -227,12 +237,15 @@ def _runs(
     zeroed = treatment.fan_out is Fill.ZERO and dim.role in (Role.OUT, Role.BIAS)
     if isinstance(expr, (Axis, Fixed)):
         shield = zeroed and label in NONLINEAR_LABELS
+        if isinstance(expr, Axis) and expr.name in growth:
+            return _grown_runs(expr.name, growth[expr.name], dim, treatment, consumed, shield)
+        size = size_of(expr, sizes)
         if isinstance(expr, Axis) and expr.name in PACKINGS and zeroed:
             parts = enumerate(PACKINGS[expr.name])
             return tuple(Run(i, i, 1, shield=part in NONLINEAR_LABELS) for i, part in parts)
-        if isinstance(expr, Axis) and expr.name in growth:
-            return _grown_runs(expr.name, growth[expr.name], dim, treatment, consumed, shield)
-        return (Run(0, 0, size_of(expr, sizes), shield=shield),)
+        if treatment.random and _apart(expr, dim):
+            return tuple(Run(i, i, 1, part=(i,)) for i in range(size))
+        return (Run(0, 0, size, shield=shield),)
     inner = [
         _runs(e, dim, sizes, growth, treatment, consumed, label)
         for e in (expr.factors if isinstance(expr, Product) else expr.parts)
@@ -240,6 +253,11 @@ def _runs(
     terms = expr.factors if isinstance(expr, Product) else expr.parts
     widths = [size_of(e, sizes) for e in terms]
     if isinstance(expr, Sum):
+        if treatment.random and dim.role is not Role.IN:
+            inner = [
+                tuple(replace(run, part=(number, *run.part)) for run in runs)
+                for number, runs in enumerate(inner)
+            ]
         return _concatenated(inner, widths)
     runs = inner[-1]
     width = widths[-1]
@@ -247,6 +265,13 @@ def _runs(
         runs = _flattened(outer, runs, width)
         width *= outer_width
     return runs
+
+
+def _apart(expr: Axis | Fixed, dim: Dim) -> bool:
+    """Entries of this term have distributions of their own: stacked experts, gate and up, q, k and v."""
+    if isinstance(expr, Axis):
+        return dim.role is Role.STACK or expr.name in PACKINGS
+    return expr.size in FUSED and isinstance(dim.expr, Product) and dim.role in (Role.OUT, Role.BIAS)
 
 
 def _grown_runs(
@@ -306,6 +331,7 @@ def _flattened(outer: tuple[Run, ...], inner: tuple[Run, ...], width: int) -> tu
             scale=o.scale * r.scale,
             fill=max(o.fill, r.fill) if not (o.shield or r.shield) else Fill.COPY,
             shield=o.shield or r.shield,
+            part=o.part + r.part,
         )
         for o in outer
         for i in range(o.length)

@@ -14,7 +14,7 @@ the target, filled by a *program*: one step per combination of runs of the dims 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import product
@@ -24,13 +24,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, row_major
 from sparkling_cli.widening.entries import draw_into, numpy_dtype, scale_into
 from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
+from sparkling_cli.widening.parts import Box, Unit, along, boxes
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from sparkling_cli.widening.moments import Moments
+
     Array = np.ndarray[Any, Any]
-    #: standard normal float32 numbers of a range of the tensor's random stream
-    Noise = Callable[[int, int], Array]
+    #: of entries ``start <= i < stop`` of a unit: standard normal float32 numbers, mean and deviation
+    Draw = Callable[[Unit, int, int], tuple[Array, Moments]]
 
 #: bytes of an image: what stays in a core's second-level cache together with its source.
 PIECE = 1 << 19
@@ -44,6 +47,8 @@ class Step(NamedTuple):
     fill: Fill
     factor: float
     moved: bool  # copied without arithmetic
+    unit: Unit  # that the box belongs to
+    within: tuple[slice, ...]  # the box within the unit's entries of the image
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class Kernel:
 
     @cached_property
     def random(self) -> bool:
-        """Some entries are random: the source's standard deviation is needed."""
+        """Some entries are random: the moments of the source's units are needed."""
         return any(run.fill is Fill.RANDOM for dim in self.dims for run in dim.runs)
 
     @cached_property
@@ -205,7 +210,9 @@ class Kernel:
                 raise TypeError(f"{self.dtype} entries can be copied, not computed")
             target = (slice(None), *(slice(r.target, r.target + r.length) for r in runs))
             source = (slice(None), *(slice(r.source, r.source + r.length) for r in runs))
-            steps.append(Step(target, source, fill, factor, moved))
+            within = (slice(None), *map(_within, inner, runs))
+            unit = tuple(number for run in (*outer, *runs) for number in run.part)
+            steps.append(Step(target, source, fill, factor, moved, unit, within))
         return Program(
             steps=tuple(steps),
             plain=len(steps) == 1 and steps[0].moved and self.inner_source == self.inner_target,
@@ -218,26 +225,34 @@ class Kernel:
         row = prod(self.inner_source) * ITEM_BYTES[self.dtype]
         return slice(image.first * row, image.last * row)
 
-    def fill(self, image: Image, source: Array, target: Array, noise: Noise | None, std: float) -> None:
+    @cached_property
+    def _boxes(self) -> dict[Unit, Box]:
+        return {box.unit: box for box in boxes(self.dims, source=False)}
+
+    def fill(self, image: Image, source: Array, target: Array, draw: Draw | None) -> None:
         """Make one image.
 
         Args:
             image: of the piece that ``source`` holds.
             source: the piece's bytes, uint8, aligned to the dtype.
             target: room for the image's bytes, uint8, aligned to the dtype.
-            noise: numbers of the tensor's random stream; needed if the program is random.
-            std: standard deviation of the whole source tensor.
+            draw: random numbers of the tensor; needed if the program is random.
         """
         rows = image.last - image.first
         piece = source[self.bytes_of(image)]
         old = piece.view(numpy_dtype(self.dtype)).reshape(rows, *self.inner_source)
         new = target.view(numpy_dtype(self.dtype)).reshape(rows, *self.inner_target)
-        drawn = None
-        if image.program.random:
-            if noise is None:
-                raise ValueError("a random program needs noise")
-            drawn = noise(image.start, image.stop).reshape(new.shape)
-        self._run(image.program, old, new, drawn, std)
+        if not image.program.random:
+            self._run(image.program, old, new, {})
+            return
+        if draw is None:
+            raise ValueError("a random program needs random numbers")
+        drawn = {}
+        for unit in {step.unit for step in image.program.steps if step.fill is Fill.RANDOM}:
+            box = self._boxes[unit]
+            numbers, moments = draw(unit, box.before(image.start), box.before(image.stop))
+            drawn[unit] = numbers.reshape(rows, *box.shape[self.split + 1 :]), moments
+        self._run(image.program, old, new, drawn)
 
     def fill_alike(self, count: int, source: Array, apart: int, target: Array, target_apart: int) -> None:
         """Make whole small tensors at even distances; nothing of them is random.
@@ -251,9 +266,11 @@ class Kernel:
         """
         old = _at_distances(source, count, apart, self.inner_source, self.dtype)
         new = _at_distances(target, count, target_apart, self.inner_target, self.dtype)
-        self._run(self._only.images[0].program, old, new, None, 0.0)
+        self._run(self._only.images[0].program, old, new, {})
 
-    def _run(self, program: Program, old: Array, new: Array, drawn: Array | None, std: float) -> None:
+    def _run(
+        self, program: Program, old: Array, new: Array, drawn: Mapping[Unit, tuple[Array, Moments]]
+    ) -> None:
         """All steps of a program, from arrays (rows, *inner_source) to arrays (rows, *inner_target)."""
         for step in program.steps:
             into = new[step.target]
@@ -261,10 +278,17 @@ class Kernel:
                 into[...] = 0
             elif step.moved:
                 into[...] = old[step.source]
-            elif step.fill is Fill.RANDOM and drawn is not None:
-                draw_into(drawn[step.target], std, step.factor, into, self.dtype)
+            elif step.fill is Fill.RANDOM:
+                numbers, moments = drawn[step.unit]
+                draw_into(numbers[step.within], moments, step.factor, self.offset, into, self.dtype)
             else:
                 scale_into(old[step.source], step.factor, self.offset, into, self.dtype)
+
+
+def _within(dim: ViewDim, run: Run) -> slice:
+    """Where a run's entries are among those of its part."""
+    first = along(dim, source=False)[run.part].before(run.target)
+    return slice(first, first + run.length)
 
 
 def _at_distances(data: Array, count: int, apart: int, shape: tuple[int, ...], dtype: str) -> Array:

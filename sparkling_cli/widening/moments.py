@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
 #: entries per block; part of the result's definition, so it must never change.
 BLOCK = 1 << 16
@@ -24,6 +23,11 @@ class Moments(NamedTuple):
     entries: int = 0
     mean: float = 0.0
     squares: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation, 0 of nothing."""
+        return sqrt(self.squares / self.entries) if self.entries else 0.0
 
 
 def block_moments(values: np.ndarray[Any, Any]) -> Moments:
@@ -51,19 +55,3 @@ def merged(blocks: Iterable[Moments]) -> Moments:
         squares += block.squares + delta * delta * (count * block.entries / total)
         count = total
     return Moments(count, mean, squares)
-
-
-def deviation(blocks: Iterable[Moments]) -> float:
-    """Population standard deviation, 0 for an empty tensor."""
-    total = merged(blocks)
-    return sqrt(total.squares / total.entries) if total.entries else 0.0
-
-
-def standard_deviation(tensor: torch.Tensor) -> float:
-    """Population standard deviation of a tensor in memory, in row-major order."""
-    import torch
-
-    flat = tensor.detach().reshape(-1)
-    return deviation(
-        block_moments(flat[at : at + BLOCK].to(torch.float64).numpy()) for at in range(0, flat.numel(), BLOCK)
-    )

@@ -45,13 +45,26 @@ def runs(draw: st.DrawFn, source: int, floating: bool) -> tuple[Run, ...]:
     return tuple(found)
 
 
+def _kept_before(source: int, found: tuple[Run, ...]) -> tuple[Run, ...]:
+    """All old entries, then the runs as new ones."""
+    return (Run(0, 0, source), *(replace(run, target=run.target + source, new=True) for run in found))
+
+
 @st.composite
 def views(draw: st.DrawFn, floating: bool = True, largest: int = 5) -> View:
     """Views of up to four view dims over some storage dims."""
     dims, storage = [], 0
-    for _ in range(draw(st.integers(0, 4))):
-        source = draw(st.integers(1, largest))
-        found = draw(runs(source, floating))
+    sources = draw(st.lists(st.integers(1, largest), max_size=4))
+    made = [draw(runs(source, floating)) for source in sources]
+    if any(run.fill is Fill.RANDOM for found in made for run in found):  # distributions need old entries
+        made = [_kept_before(source, found) for source, found in zip(sources, made, strict=True)]
+    for source, found in zip(sources, made, strict=True):
+        if draw(st.booleans()):  # entries in turns belong to two parts
+            found = tuple(
+                replace(run, target=run.target + i, source=j, length=1, part=(j % 2,))
+                for run in found
+                for i, j in enumerate(range(run.source, run.source + run.length))
+            )
         dims.append(ViewDim(source, found[-1].target + found[-1].length, found, storage))
         storage += draw(st.integers(0, 1))
     numbers = {old: new for new, old in enumerate(sorted({dim.dim for dim in dims}))}

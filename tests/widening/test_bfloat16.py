@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sparkling_cli.widening import bfloat16
 from sparkling_cli.widening.entries import count_nonfinite, draw_into, scale_into
+from sparkling_cli.widening.moments import Moments
 
 EVERY = np.arange(1 << 16, dtype=np.uint16)
 
@@ -75,7 +76,7 @@ def test_drawn() -> None:
     """Random entries are rounded once, from float32."""
     noise = np.random.default_rng(1).standard_normal((64, 33), dtype=np.float32)
     into = np.empty((64, 33), np.uint16)
-    draw_into(noise, 0.02, 1.5, into, "bfloat16")
+    draw_into(noise, Moments(1, 0.0, 0.02**2), 1.5, 0.0, into, "bfloat16")
     spread = torch.tensor(0.02) * torch.tensor(1.5)
     assert_equal(into, (torch.from_numpy(noise) * spread).to(torch.bfloat16))
 

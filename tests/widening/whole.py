@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from sparkling_cli.storage.tensors import FLOATING
 from sparkling_cli.widening.fill import normal
 from sparkling_cli.widening.geometry import Fill, View, ViewDim, target_shape
-from sparkling_cli.widening.moments import standard_deviation
+from sparkling_cli.widening.moments import BLOCK, block_moments, merged
+from sparkling_cli.widening.parts import boxes, stream_of
 
 if TYPE_CHECKING:
     import torch
@@ -50,14 +51,32 @@ def widen_tensor(
         work = picked.to(wide)
         values = work * factor + offset if offset else work * factor
         if (fills == Fill.RANDOM).any():
-            std = standard_deviation(source)
-            drawn = torch.from_numpy(normal(seed, stream, 0, values.numel()))
-            noise = drawn.reshape(values.shape).to(wide)
-            values = torch.where(fills == Fill.RANDOM, noise * (std * factor), values)
+            values = torch.where(
+                fills == Fill.RANDOM, _drawn(source, view, factor, offset, seed, stream), values
+            )
         picked = torch.where(computed, values.to(source.dtype), picked)
     if (fills == Fill.ZERO).any():
         picked = _bits(picked).masked_fill(fills == Fill.ZERO, 0).view(source.dtype)
     return picked.reshape(target_shape(view))
+
+
+def _drawn(
+    source: torch.Tensor, view: View, factor: torch.Tensor, offset: float, seed: int, stream: str
+) -> torch.Tensor:
+    """``factor * (mean + std * noise) + offset`` in the view's shape, every unit by itself."""
+    import torch
+
+    flat = source.reshape(-1)
+    targets = {box.unit: box for box in boxes(view, source=False)}
+    noise, std, mean = (torch.zeros(targets[next(iter(targets))].sizes, dtype=factor.dtype) for _ in range(3))
+    for box in boxes(view, source=True):
+        values = flat[torch.from_numpy(box.places(0, box.entries))].to(torch.float64).numpy()
+        found = merged(block_moments(values[at : at + BLOCK]) for at in range(0, len(values), BLOCK))
+        there = torch.from_numpy(targets[box.unit].places(0, targets[box.unit].entries))
+        numbers = torch.from_numpy(normal(seed, stream_of(stream, box.unit), 0, len(there)).copy())
+        for tensor, value in ((noise, numbers.to(factor.dtype)), (std, found.std), (mean, found.mean)):
+            tensor.view(-1)[there] = value
+    return noise * (std * factor) + (mean * factor + offset)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
