@@ -121,7 +121,7 @@ def make_plan(
     state = snapshot(root)
     checkpoint, found, previous = open_source(source, layout=layout, model=model)
     checkpoint, anew = without_outdated(checkpoint)
-    plan = build_plan(checkpoint, found, spec)
+    plan = build_plan(checkpoint, found, spec, None if previous is None else previous.originals())
     rewarmup, missing = plan_schedule(plan, previous)
     if rewarmup is not None:
         plan = replace(plan, warnings=plan.warnings + notes(rewarmup), notes=plan.notes + remarks(rewarmup))

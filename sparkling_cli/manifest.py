@@ -25,7 +25,7 @@ from sparkling_cli.plan.model import Expansion, Recipe, Row
 from sparkling_cli.plan.symmetry import with_fills
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.sidecar import MANIFEST
-from sparkling_cli.widening.geometry import Growth
+from sparkling_cli.widening.geometry import Growth, Span
 
 FORMAT = 2
 #: Earlier ones that can be read: 1 also said what became of every tensor, which follows from the rest.
@@ -106,9 +106,25 @@ class Manifest(_Data):
 
     def growth(self, stage: int | None = None) -> dict[str, Growth]:
         """The axes that grew in an expansion, the last one by default."""
-        found = self.stages[-1 if stage is None else stage - 1]
-        grown = {axis: Growth(before, after) for axis, (before, after) in found.growth.items()}
-        return with_fills(grown, self.model_layout(), treatment_of(make_spec(found.spec)))
+        return self._grown(len(self.stages) if stage is None else stage)[0]
+
+    def originals(self) -> dict[str, tuple[Span, ...]]:
+        """Which original every entry is a copy of, for every axis that ever grew (see ``Growth``)."""
+        return self._grown(len(self.stages))[1]
+
+    def _grown(self, last: int) -> tuple[dict[str, Growth], dict[str, tuple[Span, ...]]]:
+        """Growth in stage ``last``, and originals after it: all follows from sizes and specs, in order."""
+        grown: dict[str, Growth] = {}
+        originals: dict[str, tuple[Span, ...]] = {}
+        layout = self.model_layout()
+        for stage in self.stages[:last]:
+            grown = {
+                axis: Growth(before, after, originals=originals.get(axis, ()))
+                for axis, (before, after) in stage.growth.items()
+            }
+            grown = with_fills(grown, layout, treatment_of(make_spec(stage.spec)))
+            originals |= {axis: growth.originals_after for axis, growth in grown.items()}
+        return grown, originals
 
 
 def read_manifest(path: Path) -> Manifest:

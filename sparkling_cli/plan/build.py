@@ -22,20 +22,35 @@ from sparkling_cli.plan.state_checks import check_numbers, check_pairs
 from sparkling_cli.plan.symmetry import check_pair, with_fills
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
-from sparkling_cli.widening.geometry import Fill, Growth, Treatment, View, target_shape, view_of
+from sparkling_cli.widening.geometry import Fill, Growth, Span, Treatment, View, target_shape, view_of
 
 _FILLS = {"copy": Fill.COPY, "zero": Fill.ZERO, "random": Fill.RANDOM}
 
 
-def build_plan(checkpoint: Checkpoint, layout: ModelLayout, spec: ExpansionSpec) -> Plan:
+def build_plan(
+    checkpoint: Checkpoint,
+    layout: ModelLayout,
+    spec: ExpansionSpec,
+    originals: Mapping[str, tuple[Span, ...]] | None = None,
+) -> Plan:
     """The whole widening, checked: every tensor has a layout and the shape that it says.
+
+    Args:
+        checkpoint: the source.
+        layout: its layout.
+        spec: what is asked for.
+        originals: of axes that have grown before (see :class:`~sparkling_cli.widening.geometry.Growth`).
 
     Raises:
         SpecError: the spec asks for what this model cannot have.
         LayoutError: tensors and layout disagree.
         CheckpointError: optimizer state that cannot be widened.
     """
-    growth = resolve_growth(spec, layout)
+    known = originals or {}
+    growth = {
+        axis: replace(grown, originals=known.get(axis, ()))
+        for axis, grown in resolve_growth(spec, layout).items()
+    }
     check_pair(growth, layout, treatment_of(spec))
     growth = with_fills(growth, layout, treatment_of(spec))
     recipes = _Recipes(layout, growth, treatment_of(spec), spec)

@@ -7,11 +7,12 @@ nothing: the bytes are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from math import sqrt
 
 from sparkling_cli.layout.expr import (
@@ -78,39 +79,112 @@ class ViewDim:
 View = tuple[ViewDim, ...]
 
 
+#: consecutive indices: the first, and how many
+Span = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Growth:
-    """An axis that grows from ``source`` to ``target`` entries; new entry t copies (t-d) mod d.
+    """An axis that grows from ``source`` to ``target`` entries.
+
+    Whole factors copy every entry equally often, in order: new entry t copies (t-d) mod d. At other factors
+    the sources that occur least often are copied first, counted over the axis's whole history: entries that
+    earlier expansions copied from one original count together. So 1.5x and then 4/3x gives every original
+    two copies, as 2x does.
 
     Attributes:
         source: entries before.
         target: entries after.
         copied: all that meets on the axis is copied: every producer's new rows and every consumer's new
             columns. A fact about the fills used (see ``plan.symmetry``), not about the pair asked for.
+        originals: spans of originals, one for each entry before; () where every entry is its own.
     """
 
     source: int
     target: int
     copied: bool = True
+    originals: tuple[Span, ...] = ()
+
+    @cached_property
+    def new_sources(self) -> tuple[Span, ...]:
+        """The sources of the new entries, in the target's order."""
+        rounds, extra = divmod(self.target - self.source, self.source)
+        if not self.originals or not extra:
+            spans = [(0, self.source)] * rounds + [(0, extra)] * bool(extra)
+            return tuple(spans)
+        return _spans(_least_copied(_entries(self.originals), self.target - self.source))
+
+    @cached_property
+    def originals_after(self) -> tuple[Span, ...]:
+        """``originals`` of all entries after widening; new entries that are no copies are originals."""
+        before = _entries(self.originals) if self.originals else list(range(self.source))
+        if self.copied:
+            return _spans(before + [before[i] for i in _entries(self.new_sources)])
+        first = max(before) + 1
+        return _spans(before + list(range(first, first + self.target - self.source)))
 
     def multiplicities(self) -> tuple[tuple[int, int, int], ...]:
         """``(start, stop, m)``: how often the sources start..stop-1 occur after widening."""
-        times, extra = divmod(self.target, self.source)
-        spans = ((0, extra, times + 1), (extra, self.source, times))
-        return tuple(span for span in spans if span[0] < span[1])
+        times = [1] * self.source
+        for start, length in self.new_sources:
+            for i in range(start, start + length):
+                times[i] += 1
+        edges = [0, *(i for i in range(1, self.source) if times[i] != times[i - 1]), self.source]
+        return tuple((start, stop, times[start]) for start, stop in pairwise(edges))
 
-    @property
+    @cached_property
     def alpha(self) -> float:
         """The fan-in factor.
 
-        ``sqrt(d / sum_j m_j^2)`` where producers' rows and consumers' columns are copies of the same
-        sources: the general form of Eq. 16-17, equal to them for d' <= 2d and for every integer factor.
-        ``sqrt(d/d')`` otherwise (Eq. 14; App. B for zero).
+        Where all is copied, ``sqrt(sum_j m_j^2 / sum_j M_j^2)``: m_j is how often original j occurs before,
+        M_j after. On an axis that never grew that is ``sqrt(d / sum_j M_j^2)``, the general form of Eq.
+        16-17, equal to them for d' <= 2d and for every integer factor. Derivation (ours): of independent
+        features x_j, the entries that copy one original add up, so ``W x = a * sum_j M_j w_j x_j`` has a
+        variance proportional to ``a^2 sum_j M_j^2``, and before it was proportional to ``sum_j m_j^2``; the
+        factors of earlier stages are in w on both sides. Over several stages the factors multiply to
+        ``sqrt(d / sum_j M_j^2)``: when all M_j are one M that is 1/M, and the original's function is kept.
+
+        ``sqrt(d/d')`` where something is not copied (Eq. 14; App. B for zero).
         """
         if not self.copied:
             return sqrt(self.source / self.target)
-        total = sum((stop - start) * m * m for start, stop, m in self.multiplicities())
-        return sqrt(self.source / total)
+        before = Counter(_entries(self.originals)) if self.originals else dict.fromkeys(range(self.source), 1)
+        after = Counter(_entries(self.originals_after))
+        return sqrt(sum(m * m for m in before.values()) / sum(m * m for m in after.values()))
+
+
+def _entries(spans: Iterable[Span]) -> list[int]:
+    return [i for start, length in spans for i in range(start, start + length)]
+
+
+def _spans(entries: Sequence[int]) -> tuple[Span, ...]:
+    edges = [0, *(i for i in range(1, len(entries)) if entries[i] != entries[i - 1] + 1), len(entries)]
+    return tuple((entries[start], stop - start) for start, stop in pairwise(edges))
+
+
+def _least_copied(originals: Sequence[int], count: int) -> list[int]:
+    """The next ``count`` entries to copy: one of every original that occurs least often, and so on.
+
+    Of an original's entries the one that has been copied least is taken, then the first.
+    """
+    entries: dict[int, list[int]] = {}
+    for entry, original in enumerate(originals):
+        entries.setdefault(original, []).append(entry)
+    times = {original: len(found) for original, found in entries.items()}
+    copies = [0] * len(originals)
+    chosen: list[int] = []
+    while len(chosen) < count:
+        least = min(times.values())
+        level = sorted(
+            min(found, key=lambda entry: (copies[entry], entry))
+            for original, found in entries.items()
+            if times[original] == least
+        )
+        for entry in level[: count - len(chosen)]:
+            chosen.append(entry)
+            copies[entry] += 1
+            times[originals[entry]] += 1
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -282,7 +356,7 @@ def _grown_runs(
     consumed: frozenset[str],
     shield: bool,
 ) -> tuple[Run, ...]:
-    """Runs of one growing axis: the old entries, then copies of them in their order, repeatedly."""
+    """Runs of one growing axis: the old entries, then the new ones by their sources."""
     fan_in = dim.role is Role.IN or (dim.role is Role.SCALE and name in consumed)
     fill = Fill.COPY
     if dim.role is Role.IN:
@@ -294,13 +368,13 @@ def _grown_runs(
         spans = [(start, stop, 1.0 / m) for start, stop, m in growth.multiplicities()]
     runs: list[Run] = []
     at = 0
-    while at < growth.target:
+    for first, length in ((0, growth.source), *growth.new_sources):
+        new = at >= growth.source
         for start, stop, scale in spans:
-            length = min(stop - start, growth.target - at)
-            if length > 0:
-                new = at >= growth.source
-                runs.append(Run(at, start, length, new, scale, fill if new else Fill.COPY, shield))
-                at += length
+            low, high = max(start, first), min(stop, first + length)
+            if low < high:
+                runs.append(Run(at, low, high - low, new, scale, fill if new else Fill.COPY, shield))
+                at += high - low
     return tuple(runs)
 
 
