@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.storage.crc import Span, crc32
 from sparkling_cli.storage.places import Handles, Place, Placement, read, read_range
-from sparkling_cli.storage.tensors import ITEM_BYTES
 from sparkling_cli.widening import fill, moments
+from sparkling_cli.widening.parts import stream_of
 from sparkling_cli.widening.reference import (
     COPY,
     FILL_NAMES,
@@ -52,7 +53,7 @@ class Subject(NamedTuple):
         key: its key.
         wanted: what it must be.
         seed: of random entries.
-        stream: of random entries.
+        stream: of random entries; see ``widening.parts`` for those of its units.
         target: where its bytes are.
         source: where its source's bytes are; None if there is no source to compare with.
     """
@@ -130,14 +131,22 @@ def _places(subject: Subject) -> tuple[Place, Place] | None:
     return (target[0], source[0]) if small else None
 
 
-def examine(bundle: Sequence[Subject], output: Handles, source: Handles | None) -> list[Found]:
+def examine(
+    bundle: Sequence[Subject], output: Handles, source: Handles | None, known: Neighbours
+) -> list[Found]:
     """Read the tensors of a bundle once, and what they come from.
+
+    Args:
+        bundle: the tensors.
+        output: open files of the output.
+        source: open files of the source, if there is one.
+        known: distributions that random entries are drawn from.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     if len(bundle) == 1 or source is None:
-        return [_examine_one(subject, output, source) for subject in bundle]
+        return [_examine_one(subject, output, source, known) for subject in bundle]
     new = _neighbours(output, [subject.target.places[0] for subject in bundle])
     old = _neighbours(source, [subject.source.places[0] for subject in bundle if subject.source is not None])
     found = []
@@ -147,8 +156,7 @@ def examine(bundle: Sequence[Subject], output: Handles, source: Handles | None) 
         kind = bits_dtype(subject.target.item)
         seen = after.view(kind).reshape(len(wanted.row.source), len(wanted.column.source))
         there = before.view(kind).reshape(wanted.row.size, wanted.column.size)
-        spread = _deviation(iter([before]), wanted.dtype) if wanted.random else 0.0
-        fault = _fault(subject, grid, seen, (0, 0), there, (0, 0), spread)
+        fault = _fault(subject, grid, seen, (0, 0), there, (0, 0), known, source)
         spans = [Span(0, len(data), crc32(data)) for data in (after, before)]
         found.append(Found(spans[:1], spans[1:], fault))
     return found
@@ -166,13 +174,12 @@ def _neighbours(handles: Handles, places: Sequence[Place]) -> list[Array]:
     return [buffer[at : at + place.stop] for at, place in zip(starts, places, strict=True)]
 
 
-def _examine_one(subject: Subject, output: Handles, source: Handles | None) -> Found:
+def _examine_one(subject: Subject, output: Handles, source: Handles | None, known: Neighbours) -> Found:
     wanted, item = subject.wanted, subject.target.item
     if subject.source is None or source is None or wanted.zero:
         return _alone(subject, output)
     if wanted.same:
         return _copied(subject, output, source)
-    spread = _deviation(_blocks(subject.source, source), wanted.dtype) if wanted.random else 0.0
     width = len(wanted.column.source)
     found = Found([], [], None)
     for rows, columns in _chunks(wanted):
@@ -192,7 +199,8 @@ def _examine_one(subject: Subject, output: Handles, source: Handles | None) -> F
             if not wanted.row.new[rows.start] and (whole or not wanted.column.new[columns.start]):
                 found.source.extend(spans)
         seen = data.view(bits_dtype(item)).reshape(shape)
-        fault = _fault(subject, boxes, seen, (rows.start, columns.start), there, corner, spread)
+        at_first = (rows.start, columns.start)
+        fault = _fault(subject, boxes, seen, at_first, there, corner, known, source)
         if fault and found.fault is None:
             found = found._replace(fault=fault)
     return found
@@ -256,7 +264,7 @@ def _stretches(side: Along, longest: int) -> Iterator[slice]:
     """Ranges of one kind in which each source index is the one before plus one."""
     import numpy as np
 
-    kind = 4 * side.fill.astype(np.int16) + side.new
+    kind = 4 * (4 * side.unit + side.fill) + side.new
     breaks = np.flatnonzero((np.diff(side.source) != 1) | (np.diff(kind) != 0)) + 1
     edges = [0, *breaks.tolist(), len(side.source)]
     for start, stop in pairwise(edges):
@@ -298,7 +306,8 @@ def _fault(
     at: tuple[int, int],
     there: Array,
     corner: tuple[int, int],
-    spread: float,
+    known: Neighbours,
+    source: Handles,
 ) -> str | None:
     """The first entry that is not what it must be, in words.
 
@@ -309,7 +318,8 @@ def _fault(
         at: row and column of its first entry in the tensor.
         there: entries of the source that they come from.
         corner: row and column of its first entry in the source.
-        spread: standard deviation of the source.
+        known: distributions that random entries are drawn from.
+        source: open files of the source.
     """
     import numpy as np
 
@@ -323,9 +333,10 @@ def _fault(
         else:
             top, left = box.top - corner[0], box.left - corner[1]
             old = there[top : top + height, left : left + width]
-            wrong = here != (old if box.factor is None else _made(subject, box, old, spread))
+            made = old if box.factor is None else _made(subject, box, old, known, source)
+            wrong = here != made
             if box.factor is not None and wrong.any():
-                wrong &= ~_both_nan(here, _made(subject, box, old, spread), wanted.dtype)
+                wrong &= ~_both_nan(here, made, wanted.dtype)
         if wrong.any():
             y, x = (int(n) for n in np.argwhere(wrong)[0])
             place = (box.rows.start + y) * len(wanted.column.source) + box.columns.start + x
@@ -333,27 +344,100 @@ def _fault(
     return None
 
 
-def _made(subject: Subject, box: _Box, old: Array, spread: float) -> Array:
+def _made(subject: Subject, box: _Box, old: Array, known: Neighbours, source: Handles) -> Array:
     """What the entries of a box must be, as integers; those that nothing is done to keep their bits."""
     import numpy as np
 
     wanted = subject.wanted
     if box.how == RANDOM:
-        width = len(wanted.column.source)
-        numbers = _numbers(subject, box.rows, box.columns, width)
-        return drawn(numbers, spread, box.factor, wanted.dtype)
+        stream, numbers = _numbers(subject, box)
+        return drawn(numbers, known.moments(stream, source), box.factor, wanted.offset, wanted.dtype)
     made = computed(old, box.factor, wanted.offset, wanted.dtype)
     untouched = box.factor == 1
     return np.where(untouched, old, made) if wanted.offset == 0.0 and untouched.any() else made
 
 
-def _numbers(subject: Subject, rows: slice, columns: slice, width: int) -> Array:
-    """The stream's numbers of a box: of one row only its columns, else of whole rows."""
-    if rows.stop - rows.start == 1:
-        first = rows.start * width
-        return fill.normal(subject.seed, subject.stream, first + columns.start, first + columns.stop)[None, :]
-    found = fill.normal(subject.seed, subject.stream, rows.start * width, rows.stop * width)
-    return found.reshape(-1, width)[:, columns]
+def _numbers(subject: Subject, box: _Box) -> tuple[str, Array]:
+    """The stream of a box's unit, and its numbers there: of one row only its columns, else of whole rows."""
+    row, column = subject.wanted.row, subject.wanted.column
+    high, wide = int(row.unit[box.rows.start]), int(column.unit[box.columns.start])
+    stream = stream_of(subject.stream, row.units[high] + column.units[wide])
+    ranks = subject.wanted.ranks
+    top, left = int(ranks[0][box.rows.start]), int(ranks[1][box.columns.start])
+    height, count = box.rows.stop - box.rows.start, box.columns.stop - box.columns.start
+    width = int((column.unit == wide).sum())
+    first = top * width
+    if height == 1:
+        return stream, fill.normal(subject.seed, stream, first + left, first + left + count)[None, :]
+    found = fill.normal(subject.seed, stream, first, first + height * width)
+    return stream, found.reshape(-1, width)[:, left : left + count]
+
+
+class Neighbours:
+    """Mean and deviation of the old entries that random ones stand beside, by the stream of their unit.
+
+    Tensors of one stream (a weight and the optimizer's copy of it) take those of the first.
+
+    Args:
+        subjects: all tensors, in the output's order.
+    """
+
+    def __init__(self, subjects: Sequence[Subject]) -> None:
+        self._places: dict[str, tuple[Subject, int, int]] = {}
+        self._known: dict[str, moments.Moments] = {}
+        self._lock = Lock()
+        for subject in subjects:
+            if not subject.wanted.random or subject.source is None:
+                continue
+            for high, outer in enumerate(subject.wanted.row.units):
+                for wide, inner in enumerate(subject.wanted.column.units):
+                    stream = stream_of(subject.stream, outer + inner)
+                    self._places.setdefault(stream, (subject, high, wide))
+
+    def moments(self, stream: str, source: Handles) -> moments.Moments:
+        """Of the old entries of a unit.
+
+        Raises:
+            CheckpointError: the source cannot be read.
+        """
+        with self._lock:
+            if stream not in self._known:
+                blocks = map(moments.block_moments, _in_blocks(_old_entries(*self._places[stream], source)))
+                self._known[stream] = moments.merged(blocks)
+            return self._known[stream]
+
+
+def _old_entries(subject: Subject, high: int, wide: int, source: Handles) -> Iterator[Array]:
+    """The entries of a unit in the source, in order, as float64 numbers: a few rows at a time."""
+    import numpy as np
+
+    assert subject.source is not None
+    row, column = subject.wanted.row, subject.wanted.column
+    rows = np.flatnonzero(row.unit[~row.new] == high)
+    columns = np.flatnonzero(column.unit[~column.new] == wide)
+    step = max(_ENTRIES // max(column.size, 1), 1)
+    for at in range(0, len(rows), step):
+        chosen = rows[at : at + step]
+        first, last = int(chosen[0]) * column.size, int(chosen[-1] + 1) * column.size
+        item = subject.source.item
+        data = np.empty((last - first) * item, dtype=np.uint8)
+        read(source, subject.source, first * item, last * item, data)
+        numbers = as_numbers(data, subject.wanted.dtype).reshape(-1, column.size)
+        yield numbers[chosen - chosen[0]][:, columns].reshape(-1)
+
+
+def _in_blocks(pieces: Iterator[Array]) -> Iterator[Array]:
+    """The same numbers in blocks of ``moments.BLOCK``."""
+    import numpy as np
+
+    rest: Array = np.zeros(0)
+    for piece in pieces:
+        rest = np.concatenate([rest, piece])
+        while len(rest) >= moments.BLOCK:
+            yield rest[: moments.BLOCK]
+            rest = rest[moments.BLOCK :]
+    if len(rest):
+        yield rest
 
 
 def _words(subject: Subject, place: int, how: int) -> str:
@@ -371,24 +455,3 @@ def _both_nan(found: Array, wanted: Array, dtype: str) -> Array:
 
     both: Array = np.isnan(as_numbers(found, dtype)) & np.isnan(as_numbers(wanted, dtype))
     return both
-
-
-def _blocks(placement: Placement, handles: Handles) -> Iterator[Array]:
-    """The bytes of a tensor, block by block."""
-    import numpy as np
-
-    total, step = prod(placement.shape) * placement.item, moments.BLOCK * placement.item
-    for at in range(0, total, step):
-        data = np.empty(min(step, total - at), dtype=np.uint8)
-        read(handles, placement, at, at + len(data), data)
-        yield data
-
-
-def _deviation(pieces: Iterator[Array], dtype: str) -> float:
-    """Standard deviation of a whole tensor that is read in pieces of whole blocks."""
-    step = moments.BLOCK * ITEM_BYTES[dtype]
-    return moments.deviation(
-        moments.block_moments(as_numbers(piece[at : at + step], dtype))
-        for piece in pieces
-        for at in range(0, len(piece), step)
-    )

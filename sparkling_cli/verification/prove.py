@@ -21,7 +21,7 @@ from sparkling_cli.storage.places import Handles, Placement, span_of
 from sparkling_cli.storage.pool import processors, spread
 from sparkling_cli.storage.sidecar import DIGESTS, MANIFEST, sidecar_root
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
-from sparkling_cli.verification.compare import Found, Subject, bundles, examine
+from sparkling_cli.verification.compare import Found, Neighbours, Subject, bundles, examine
 from sparkling_cli.verification.files import FileCheck, check_small_files, file_size, gaps, list_files
 from sparkling_cli.verification.origin import listed, other_source
 from sparkling_cli.verification.rules import Derivation, assembled
@@ -257,7 +257,8 @@ class _Work:
         if wanted.shape != stored.shape:
             raise CheckpointError(f"it has shape {stored.shape}, spec and layout give {wanted.shape}")
         target = Placement(stored.dtype, stored.shape, stored.extents, key)
-        return Subject(key, wanted, self.derivation.spec.seed, name, target, placed)
+        stream = name if entry.slot else self.derivation.stream(name)
+        return Subject(key, wanted, self.derivation.spec.seed, stream, target, placed)
 
     def _shrunk(self, stored: StoredTensor, entry: TensorEntry, dims: TensorLayout | None) -> StoredTensor:
         """What a tensor was made from, as far as its own shape tells; for an output without its source."""
@@ -282,10 +283,12 @@ class _Work:
         if self.source is not None:
             tasks += [("carried", path, 0) for path in self.manifest.source.files]
 
+        known = Neighbours(self.subjects)
+
         def look(handles: tuple[Handles, Handles | None], kind: str, what: Any) -> Any:
             output, source = handles
             if kind == "tensors":
-                return examine(what, output, source)
+                return examine(what, output, source, known)
             if kind == "gap":
                 return span_of(output, what[0], what[1].start, what[1].length)
             assert source is not None

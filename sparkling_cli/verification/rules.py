@@ -23,6 +23,7 @@ from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.tensors import StoredTensor
+from sparkling_cli.widening.parts import stream_of
 from sparkling_cli.widening.reference import Rules, Wanted, copied_axes
 
 
@@ -47,9 +48,21 @@ class Derivation:
         self.layout: ModelLayout = replace(after, axes=axes)
         fan_out, fan_in = self.spec.init.split("-")
         rules = Rules(self.layout.sizes, growth, fan_out, fan_in, self.spec.scaling)
-        layouts = [pattern.dims for pattern in self.layout.tensors]
-        self.rules = replace(rules, copied=copied_axes(rules, layouts))
+        self.rules = self._with_history(rules)
         self._made: dict[tuple[object, ...], Wanted] = {}
+
+    def _with_history(self, last: Rules) -> Rules:
+        """The last stage's rules, with what follows from the earlier ones: which entry copies which."""
+        layouts = [pattern.dims for pattern in self.layout.tensors]
+        originals: dict[str, Any] = {}
+        for stage in self._manifest.stages[:-1]:
+            sizes = {**self.layout.sizes, **{axis: before for axis, (before, _) in stage.growth.items()}}
+            fan_out, fan_in = make_spec(stage.spec).init.split("-")
+            rules = Rules(sizes, stage.growth, fan_out, fan_in, originals=dict(originals))
+            rules = replace(rules, copied=copied_axes(rules, layouts))
+            originals |= {axis: rules.originals_after(axis) for axis in stage.growth}
+        rules = replace(last, originals=originals)
+        return replace(rules, copied=copied_axes(rules, layouts))
 
     def faults(self) -> list[str]:
         """Where the manifest's own sizes and births are not what its spec gives."""
@@ -96,6 +109,18 @@ class Derivation:
         """
         scale, offset, consumed = self._compensated(name)
         return self._wanted(dims, dtype, consumed=consumed, scale=scale, offset=offset)
+
+    def stream(self, name: str) -> str:
+        """The name of a weight's random numbers: that of the module, with the place of its part in it."""
+        for text, parts in self.layout.assembly.items():
+            whole = NameTemplate(text)
+            for number, part in enumerate(map(NameTemplate, parts)):
+                indices = part.indices(name)
+                if indices is not None:
+                    at = dict(zip(part.axes, indices, strict=True))
+                    unit = tuple(at[axis] for axis in part.axes if axis not in whole.axes)
+                    return stream_of(whole.fill(at), unit if len(parts) == 1 else (*unit, number))
+        return name
 
     def state(self, param: str, slot: str, stored: StoredTensor) -> Wanted:
         """What a piece of optimizer state must be.

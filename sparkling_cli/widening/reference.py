@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from heapq import heapify, heappop, heappush, heapreplace
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +24,7 @@ from sparkling_cli.layout.expr import (
     Axis,
     Dim,
     Expr,
+    Fixed,
     Product,
     Role,
     Sum,
@@ -34,12 +37,17 @@ from sparkling_cli.storage.tensors import FLOATING
 if TYPE_CHECKING:
     import numpy as np
 
+    from sparkling_cli.widening.moments import Moments
+
     Array = np.ndarray[Any, Any]
+    _Units = tuple[Array, tuple[tuple[int, ...], ...]]
 
 #: How a new entry is filled; where the dims of a tensor differ, the larger one holds.
 COPY, RANDOM, ZERO = range(3)
 _FILLS = {"copy": COPY, "random": RANDOM, "zero": ZERO}
 FILL_NAMES = ("copied", "random", "zero")
+#: sizes of anonymous factors that stand for gate and up, or q, k and v
+_FUSED = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Rules:
         fan_in: fill of new columns of a consumer.
         scaling: rms, function or none.
         copied: axes on which everything that meets is copied; see :func:`copied_axes`.
+        originals: axis -> the original that every entry is a copy of, for axes that have grown before.
     """
 
     sizes: Mapping[str, int]
@@ -61,20 +70,50 @@ class Rules:
     fan_in: str = "copy"
     scaling: str = "rms"
     copied: frozenset[str] = field(default=frozenset())
+    originals: Mapping[str, Array] = field(default_factory=dict)
 
     def origin(self, axis: str) -> Array:
-        """Target index -> source index: the old entries, then copies of them in their order, repeatedly."""
+        """Target index -> source index.
+
+        Behind the old entries stand copies of them in their order, repeatedly. Where an axis that has grown
+        before grows by a fraction, each new entry in turn copies an original that occurs least often, of its
+        entries the one that has been copied least; the first of them.
+        """
         import numpy as np
 
         before, after = self.growth[axis]
-        return np.arange(after) % before
+        if axis not in self.originals or after % before == 0:
+            return np.arange(after) % before
+        entries: dict[int, list[tuple[int, int]]] = {}  # original -> (copies, entry)
+        for entry, original in enumerate(self.originals[axis].tolist()):
+            entries.setdefault(original, []).append((0, entry))
+        queue = [(len(found), found[0][1], original) for original, found in entries.items()]
+        heapify(queue)
+        origin = list(range(before))
+        while len(origin) < after:
+            times, entry, original = queue[0]
+            origin.append(entry)
+            copies, _ = heappop(entries[original])
+            heappush(entries[original], (copies + 1, entry))
+            heapreplace(queue, (times + 1, entries[original][0][1], original))
+        return np.array(origin)
+
+    def originals_after(self, axis: str) -> Array:
+        """The original of every entry after widening; what is no copy is an original."""
+        import numpy as np
+
+        before, after = self.growth[axis]
+        known = self.originals.get(axis, np.arange(before))
+        if axis in self.copied:
+            return known[self.origin(axis)]
+        return np.concatenate([known, known.max() + 1 + np.arange(after - before)])
 
     def factors(self, axis: str) -> Array:
         """Target index -> what a fan-in column is multiplied by.
 
-        ``sqrt(d / sum_j m_j^2)``, ``m_j`` being how often source j occurs, where all that meets on the axis
-        is copied (Eq. 16-17 in general), else ``sqrt(d/d')`` (Eq. 14, App. B). Net2Net's ``1/m_j`` for
-        scaling ``function``, 1 for ``none``.
+        ``sqrt(sum_j m_j^2 / sum_j M_j^2)`` where all that meets on the axis is copied, original j occurring
+        m_j times before and M_j times after (Eq. 16-17 in general), else ``sqrt(d/d')`` (Eq. 14, App. B).
+        For scaling ``function`` Net2Net's ``1/n`` where the source occurs n times, 1 for ``none``.
         """
         import numpy as np
 
@@ -87,7 +126,11 @@ class Rules:
             return 1.0 / times[origin]
         if axis not in self.copied:
             return np.full(after, sqrt(before / after))
-        return np.full(after, sqrt(before / int((times * times).sum())))
+        squares = [
+            int((np.unique(found, return_counts=True)[1] ** 2).sum())
+            for found in (self.originals.get(axis, np.arange(before)), self.originals_after(axis))
+        ]
+        return np.full(after, sqrt(squares[0] / squares[1]))
 
 
 def copied_axes(rules: Rules, layouts: Iterable[TensorLayout]) -> frozenset[str]:
@@ -116,6 +159,9 @@ class Along(NamedTuple):
         new: whether the index is new.
         fill: ``COPY``, ``RANDOM`` or ``ZERO``; ``COPY`` where it is old.
         factors: what entries are multiplied by, one after the other; what is 1 everywhere is left out.
+        unit: number of the part with a distribution of its own that the index belongs to: stacked experts,
+            gate and up, q, k and v.
+        units: the numbers by which that part is known, one for each dim that is cut.
     """
 
     size: int
@@ -123,6 +169,18 @@ class Along(NamedTuple):
     new: Array
     fill: Array
     factors: tuple[Array, ...]
+    unit: Array
+    units: tuple[tuple[int, ...], ...]
+
+    def ranks(self) -> Array:
+        """How many indices of the same unit stand before each index."""
+        import numpy as np
+
+        order = np.argsort(self.unit, kind="stable")
+        counts = np.bincount(self.unit, minlength=len(self.units))
+        ranks = np.empty(len(order), np.int64)
+        ranks[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return ranks
 
 
 class _Term(NamedTuple):
@@ -133,6 +191,17 @@ class _Term(NamedTuple):
     new: Array
     nonlinear: Array
     factor: Array
+    unit: Array
+    units: tuple[tuple[int, ...], ...] = ((),)
+
+
+def _pairs(a: _Units, b: _Units) -> _Units:
+    """Units of a flattened product, row-major."""
+    import numpy as np
+
+    (outer, names), (inner, others) = a, b
+    codes = np.add.outer(outer * len(others), inner).reshape(-1)
+    return codes, tuple(name + other for name in names for other in others)
 
 
 def _term(expr: Expr, rules: Rules, scaled: frozenset[str], label: str | None) -> _Term:
@@ -150,10 +219,15 @@ def _term(expr: Expr, rules: Rules, scaled: frozenset[str], label: str | None) -
     if isinstance(expr, Sum):
         parts = [_term(part, rules, scaled, label) for part in expr.parts]
         starts = np.cumsum([0, *(part.size for part in parts)])
+        codes = np.cumsum([0, *(len(part.units) for part in parts)])
         return _Term(
             int(starts[-1]),
             np.concatenate([part.source + start for part, start in zip(parts, starts, strict=False)]),
-            *(np.concatenate([part[i] for part in parts]) for i in (2, 3, 4)),
+            np.concatenate([part.new for part in parts]),
+            np.concatenate([part.nonlinear for part in parts]),
+            np.concatenate([part.factor for part in parts]),
+            np.concatenate([part.unit + code for part, code in zip(parts, codes, strict=False)]),
+            tuple((number, *name) for number, part in enumerate(parts) for name in part.units),
         )
     if isinstance(expr, Product):
         whole = _term(expr.factors[0], rules, scaled, label)
@@ -165,6 +239,7 @@ def _term(expr: Expr, rules: Rules, scaled: frozenset[str], label: str | None) -
                 np.logical_or.outer(whole.new, inner.new).reshape(-1),
                 np.logical_or.outer(whole.nonlinear, inner.nonlinear).reshape(-1),
                 np.multiply.outer(whole.factor, inner.factor).reshape(-1),
+                *_pairs(whole[5:], inner[5:]),
             )
         return whole
     size = size_of(expr, rules.sizes)
@@ -173,14 +248,18 @@ def _term(expr: Expr, rules: Rules, scaled: frozenset[str], label: str | None) -
         nonlinear = np.array(
             [(label or part) in NONLINEAR_LABELS or part in NONLINEAR_LABELS for part in named]
         )
-        return _Term(size, np.arange(size), np.zeros(size, bool), nonlinear, np.ones(size))
+        still, units = np.zeros(size, bool), tuple((i,) for i in range(size))
+        return _Term(size, np.arange(size), still, nonlinear, np.ones(size), np.arange(size), units)
     if isinstance(expr, Axis) and expr.name in rules.growth:
         source = rules.origin(expr.name)
         factor = rules.factors(expr.name) if expr.name in scaled else np.ones(len(source))
         new = np.arange(len(source)) >= size
     else:
         source, factor, new = np.arange(size), np.ones(size), np.zeros(size, bool)
-    return _Term(size, source, new, np.full(len(source), label in NONLINEAR_LABELS), factor)
+    nonlinear = np.full(len(source), label in NONLINEAR_LABELS)
+    if isinstance(expr, Fixed) and size in _FUSED:
+        return _Term(size, source, new, nonlinear, factor, source, tuple((i,) for i in range(size)))
+    return _Term(size, source, new, nonlinear, factor, np.zeros(len(source), np.int64))
 
 
 def _along(dim: Dim, rules: Rules, consumed: frozenset[str], wide: str, moment: str = "") -> Along:
@@ -202,10 +281,12 @@ def _along(dim: Dim, rules: Rules, consumed: frozenset[str], wide: str, moment: 
     size, count = prod(t.size for t in terms), prod(len(t.source) for t in terms)
     source = np.zeros(1, np.int64)
     new, nonlinear = np.zeros(1, bool), np.zeros(1, bool)
+    cut: _Units = (np.zeros(1, np.int64), ((),))
     factors = []
     outer = 1
     for term in terms:
         n = len(term.source)
+        cut = _pairs(cut, term[5:])
         source = np.add.outer(source * term.size, term.source).reshape(-1)
         new = np.logical_or.outer(new, term.new).reshape(-1)
         nonlinear = np.logical_or.outer(nonlinear, term.nonlinear).reshape(-1)
@@ -220,7 +301,11 @@ def _along(dim: Dim, rules: Rules, consumed: frozenset[str], wide: str, moment: 
     # a product of two zeros has no gradient in either, for ever: q, k and gate are copied
     shielded = nonlinear if how == ZERO and not moment and dim.role is not Role.IN else False
     filled = np.where(new & ~np.asarray(shielded), how, COPY).astype(np.int8)
-    return Along(size, source, new, filled, tuple(factors))
+    if dim.role is Role.STACK:
+        cut = np.arange(len(source)), tuple((i,) for i in range(len(source)))
+    elif dim.role is Role.IN or (dim.role is not Role.SCALE and not isinstance(dim.expr, (Product, Sum))):
+        cut = np.zeros(len(source), np.int64), ((),)
+    return Along(size, source, new, filled, tuple(factors), *cut)
 
 
 def _flattened(expr: Expr, label: str | None) -> list[tuple[Expr, str | None]]:
@@ -275,6 +360,11 @@ class Wanted:
         self.same = still and scale == 1.0 and offset == 0.0 and not self.zero
         self.random = any((side.fill == RANDOM).any() for side in sides)
 
+    @cached_property
+    def ranks(self) -> tuple[Array, Array]:
+        """Of rows and columns, how many of the same unit stand before each."""
+        return self.row.ranks(), self.column.ranks()
+
     def factor(self, rows: slice, columns: slice) -> Array:
         """Products of all factors, in the order of the dims; one number if it is one."""
         import numpy as np
@@ -292,7 +382,8 @@ def _joined(dims: Iterable[Along]) -> Along:
     """Several dims flattened row-major."""
     import numpy as np
 
-    whole = Along(1, np.zeros(1, np.int64), np.zeros(1, bool), np.zeros(1, np.int8), ())
+    zero = np.zeros(1, np.int64)
+    whole = Along(1, zero, np.zeros(1, bool), np.zeros(1, np.int8), (), zero, ((),))
     for dim in dims:
         n, m = len(whole.source), len(dim.source)
         whole = Along(
@@ -301,6 +392,7 @@ def _joined(dims: Iterable[Along]) -> Along:
             np.logical_or.outer(whole.new, dim.new).reshape(-1),
             np.maximum.outer(whole.fill, dim.fill).reshape(-1),
             tuple(np.repeat(f, m) for f in whole.factors) + tuple(np.tile(f, n) for f in dim.factors),
+            *_pairs((whole.unit, whole.units), (dim.unit, dim.units)),
         )
     return whole
 
@@ -323,19 +415,21 @@ def computed(old: Array, factor: Array, offset: float, dtype: str) -> Array:
     return rounded(values + values.dtype.type(offset) if offset else values, dtype).view(old.dtype)
 
 
-def drawn(numbers: Array, spread: float, factor: Array, dtype: str) -> Array:
-    """Random entries as bit patterns: standard normal numbers times the spread and the factor of each entry.
+def drawn(numbers: Array, moments: Moments, factor: Array, offset: float, dtype: str) -> Array:
+    """Random entries as bit patterns: ``factor * (mean + std * numbers) + offset``, rounded once.
 
     Args:
-        numbers: of the stream, float32.
-        spread: standard deviation.
-        factor: in the precision of the arithmetic; spread and factor meet in that precision.
+        numbers: of the unit's stream, float32.
+        moments: of the unit's old entries.
+        factor: in the precision of the arithmetic; deviation and mean meet it in that precision.
+        offset: added after scaling.
         dtype: of the entries.
     """
     import numpy as np
 
     wide = np.dtype(wide_dtype(dtype))
-    bits = rounded(numbers.astype(wide) * (wide.type(spread) * factor), dtype)
+    shift = wide.type(moments.mean) * factor + wide.type(offset)
+    bits = rounded(numbers.astype(wide) * (wide.type(moments.std) * factor) + shift, dtype)
     return bits.view(bits_dtype(bits.dtype.itemsize))
 
 

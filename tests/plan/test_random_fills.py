@@ -63,6 +63,7 @@ def test_fused_parts_and_biases_of_gpt2(tmp_path: Path) -> None:
     small = shaped("gpt2", tmp_path / "small")
     axes = [{"axis": "heads", "factor": 3}, {"axis": "ffn", "factor": 3}, {"axis": "hidden", "factor": 3}]
     api.expand(small, tmp_path / "wide", axes=axes, init="random-random", scaling="none", report="none")
+    api.verify(small, tmp_path / "wide")
     old, new = weights(small), weights(tmp_path / "wide")
     wrong = []
     for name in old:
@@ -89,6 +90,7 @@ def test_one_model_one_initialization(tmp_path: Path, init: str) -> None:
     axes = [{"axis": "expert_ffn", "factor": 2}, {"axis": "hidden", "factor": 2}]
     for names in ("disk", "module"):
         api.expand(small, tmp_path / names, axes=axes, init=init, names=names, report="none", threads=2)
+        api.verify(small, tmp_path / names)
     assert set(weights(tmp_path / "disk")) != set(weights(tmp_path / "module"))
     disk, module = module_weights(tmp_path / "disk"), module_weights(tmp_path / "module")
     assert disk.keys() == module.keys()
@@ -121,6 +123,7 @@ def test_a_weight_and_its_copy_in_the_optimizer_agree(tmp_path: Path) -> None:
     torch.save({"state": state, "param_groups": [group | {"param_names": list(old)}]}, small / "optimizer.pt")
     asked = [{"axis": "ffn", "factor": 2}]
     api.expand(small, tmp_path / "wide", axes=asked, init="random-copy", scaling="none", report="none")
+    api.verify(small, tmp_path / "wide")
     new = weights(tmp_path / "wide")
     saved = torch.load(tmp_path / "wide" / "optimizer.pt", weights_only=True)
     for i, name in enumerate(old):

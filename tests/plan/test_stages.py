@@ -38,7 +38,7 @@ def logits(folder: Path) -> torch.Tensor:
         ("llama", ("hidden",)),
         ("llama", ("heads",)),
         ("qwen3_moe", ("expert_ffn", "hidden", "heads")),
-        ("gpt2", ("ffn", "heads")),
+        ("gpt2", ("ffn", "heads", "hidden")),
     ],
 )
 def test_one_and_a_half_and_then_four_thirds_is_twice(
