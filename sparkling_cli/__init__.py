@@ -7,11 +7,13 @@ The public functions are ``expand``, ``make_plan``, ``inspect``, ``verify`` and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as in ``typing``, which a command has no time for before it can be interrupted
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from sparkling_cli.api import ExpansionResult, expand, inspect, layout_of, make_plan, verify
     from sparkling_cli.errors import SparklingError
     from sparkling_cli.spec.model import ExpansionSpec

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli import __version__
 from sparkling_cli.errors import ExitCode, Interrupted, OutputError, SparklingError, UsageError
-from sparkling_cli.execute.signals import as_ctrl_c
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -99,13 +98,19 @@ class Output:
 output = Output()
 
 
+def error_text(error: SparklingError) -> str:
+    """An error as the document that ``--json`` prints."""
+    from sparkling_cli.results.commands import Failure, document
+
+    kind, code = type(error).__name__, int(error.exit_code)
+    failure = Failure(error=kind, exit_code=code, message=error.message, hint=error.hint)
+    return json.dumps(document(failure), indent=2, allow_nan=False) + "\n"
+
+
 def fail(error: SparklingError) -> int:
     """Print an error where this invocation expects it; the exit code to leave with."""
     if output.as_json:
-        from sparkling_cli.results.commands import Failure
-
-        kind, code = type(error).__name__, int(error.exit_code)
-        output.data(Failure(error=kind, exit_code=code, message=error.message, hint=error.hint))
+        sys.stdout.write(error_text(error))
     else:
         console = output.console(stderr=True)
         console.print(f"error: {error.message}", style="red", markup=False)
@@ -119,8 +124,7 @@ def run(app: Callable[..., Any]) -> int:
     import typer
 
     try:
-        with as_ctrl_c():
-            result = app(standalone_mode=False, prog_name="sparkling")
+        result = app(standalone_mode=False, prog_name="sparkling")
         if result == ExitCode.INTERRUPTED:  # typer makes a silent exit of Ctrl-C
             raise KeyboardInterrupt
         return result if isinstance(result, int) else int(ExitCode.OK)

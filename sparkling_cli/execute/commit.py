@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sparkling_cli.errors import OutputError
+from sparkling_cli.execute.signals import held
 from sparkling_cli.storage.sidecar import sidecar_root
 
 _SUFFIX = ".sparkling-partial"
@@ -119,8 +120,9 @@ class Staging:
             OutputError: another process works on it, or it is not ours.
         """
         try:
-            self._make_parents()
-            self._acquire()
+            with held():
+                self._make_parents()
+                self._acquire()
             self._undo_half_commit()
             plan = self.partial / "plan"
             if plan.is_file() and not plan.is_symlink() and plan.read_text() == fingerprint:
@@ -235,13 +237,14 @@ class Staging:
 
     def discard(self) -> None:
         """Remove the folder, whatever is in it, and empty folders that were made for it."""
-        if self._lock is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = None
-        while self._made:
-            with suppress(OSError):  # something is in it: the output, or what others put there
-                self._made.pop().rmdir()
+        with held():
+            if self._lock is not None:
+                shutil.rmtree(self.partial, ignore_errors=True)
+                os.close(self._lock)
+                self._lock = None
+            while self._made:
+                with suppress(OSError):  # something is in it: the output, or what others put there
+                    self._made.pop().rmdir()
 
 
 def _write_new(path: Path, content: bytes) -> None:

@@ -94,6 +94,7 @@ def execute(
     team = team or Alone()
     with signals.interrupts(expansion.destination) as raised, _one_torch_thread(expansion.plan):
         run = _begin(expansion, team, memory, threads, progress)
+        raised.discard = run.staging.discard
         try:
             run.resumed = team.lead(lambda: _prepare(run))
             return _carry_out(run, sidecar, check, raised, expansion.source_state)

@@ -93,11 +93,13 @@ def test_sparkling(tmp_path: Path) -> None:
         assert run(command + more.get(row.split()[1], ""), tmp_path, environment).strip(), command
 
 
-def _job(folder: Path, body: str) -> tuple[subprocess.Popen[str], Path]:
+def _job(folder: Path, body: str, edit: tuple[str, str] = ("", "")) -> tuple[subprocess.Popen[str], Path]:
     """The Slurm job with a pipeline of our own in it, and a ``scontrol`` that writes down what it is told."""
     examples = folder / "docs" / "examples"
     examples.mkdir(parents=True)
-    shutil.copy(ROOT / "docs" / "examples" / "pipeline.sbatch", examples)
+    text = (ROOT / "docs" / "examples" / "pipeline.sbatch").read_text()
+    assert edit[0] in text
+    (examples / "pipeline.sbatch").write_text(text.replace(*edit, 1))
     script(examples / "pipeline.sh", body)
     script(folder / "scontrol", f'echo "$@" >> "{folder}/told"')
     environment = {
@@ -130,6 +132,32 @@ def test_the_job_requeues_itself(tmp_path: Path) -> None:
     assert job.wait(timeout=60) == 0
     assert told.read_text() == "requeue 42\n"
     assert (tmp_path / "ended").exists()
+
+
+def test_whatever_the_pipeline_started_is_told_to_end(tmp_path: Path) -> None:
+    """A shell that waits for a program does not pass TERM on; the program gets it all the same."""
+    trap = f"trap 'echo ended > \"{tmp_path}/ended\"; exit 130' TERM"
+    script(tmp_path / "program", f'{trap}; touch "{tmp_path}/up"; sleep 60 & wait')
+    job, told = _job(tmp_path, f'"{tmp_path}/program"; echo no more')
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "up").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=60) == 0
+    assert told.read_text() == "requeue 42\n"
+    while not (tmp_path / "ended").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("line", ["worker=$!", "[ -z", "status=0", 'wait "$worker"'])
+def test_the_job_is_told_to_end_at_any_line(tmp_path: Path, line: str) -> None:
+    """Just before it has noted its worker, or just after: it requeues, and no worker goes on alone."""
+    start = f"\n{line}" if line != "[ -z" else '\n[ -z "$ending"'
+    job, told = _job(tmp_path, "sleep 60", (start, f"\nkill -TERM $${start}"))
+    assert job.wait(timeout=30) == 0
+    assert told.read_text() == "requeue 42\n"
 
 
 @pytest.mark.slow
