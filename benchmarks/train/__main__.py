@@ -1,9 +1,9 @@
 """``python -m benchmarks.train``: all runs, then the tables and plots.
 
-Every finished run is kept under ``--results`` and not made again; a run that was stopped goes on from its
-last measurement, which is kept under ``--out``. So the command can be stopped and started at any time, and
-run with other options to add to what is there. Results made on another machine stay; the checkpoints that
-they came from are trained anew if a new treatment needs them.
+What a run measures is kept under ``--results``, and a finished run is not made again; one that was stopped
+goes on from its last measurement, which is kept under ``--out``. So the command can be stopped and started
+at any time, and run with other options to add to what is there. Results made on another machine stay; the
+checkpoints that they came from are trained anew if a new treatment needs them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.train.jobs import SCRATCH, Job, Store, Widening, locked, sources_digest
 
@@ -124,6 +124,11 @@ def store(options: argparse.Namespace, run: Run) -> Store:
     return Store((options.results or options.out) / f"{run.label}.jsonl")
 
 
+def done(job: Job, results: Store) -> bool:
+    """Whether this run has come to its end; until then its record is what was measured so far."""
+    return "final" in results.read().get(job, {})
+
+
 def attempt(job: Job, options: argparse.Namespace, run: Run, text: Text) -> bool:
     """Run one job; False where it has to wait for the checkpoint that it starts from."""
     from benchmarks.train.base import ready, scratch
@@ -131,26 +136,29 @@ def attempt(job: Job, options: argparse.Namespace, run: Run, text: Text) -> bool
 
     results, place = store(options, run), options.out / run.label
     folder = job.folder(place)
-    if job in results.read():
+    if done(job, results):
         return True
     base = Job(job.kind, job.optimizer, "", job.seed, "small")
     if job.name not in SCRATCH and not ready(base.folder(place), run.at(Widening.parse(job.axes).share)):
-        if base in results.read():  # its result is there, its checkpoints are not
+        if done(base, results):  # its result is there, its checkpoints are not
             with locked(base.folder(place) / "small.lock") as free:
                 if free:
-                    scratch(base.folder(place), run, text, base)
+                    scratch(base.folder(place), run, text, base, None)
         return False
+    facts = {"text": text.facts(), "code": sources_digest((ROOT / "sparkling_cli").rglob("*.py"))}
+
+    def note(record: dict[str, Any]) -> None:
+        results.add(job, {**facts, **record})
+
     with locked(folder / f"{job.name}.lock") as free:
-        if not free or job in results.read():
+        if not free or done(job, results):
             return True
-        made = (
-            scratch(folder, run, text, job)
-            if job.name in SCRATCH
-            else go_on(base.folder(place), folder, run, text, job)
-        )
-        code = sources_digest((ROOT / "sparkling_cli").rglob("*.py"))
-        results.add(job, {"text": text.facts(), "code": code, **made})
-    print(f"{time.strftime('%H:%M:%S')} {job}: {made['seconds']} s", flush=True)
+        if job.name in SCRATCH:
+            record = scratch(folder, run, text, job, note)
+        else:
+            record = go_on(base.folder(place), folder, run, text, job, note)
+        note(record)
+    print(f"{time.strftime('%H:%M:%S')} {job}: {record['seconds']} s", flush=True)
     return True
 
 

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from benchmarks.train import models, optim
 from benchmarks.train.data import Text
 from benchmarks.train.jobs import Job, Widening
-from benchmarks.train.loop import SHARES, Run, Training, make_scheduler, save_checkpoint
+from benchmarks.train.loop import SHARES, Note, Run, Training, make_scheduler, save_checkpoint
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -36,8 +36,8 @@ def equal_compute(run: Run, small: int, wide: int, share: float) -> int:
     return round(run.steps * (share * small + (1 - share) * wide) / wide)
 
 
-def scratch(folder: Path, run: Run, text: Text, job: Job) -> dict[str, Any]:
-    """Train one model from its beginning; what it measured.
+def scratch(folder: Path, run: Run, text: Text, job: Job, note: Note | None) -> dict[str, Any]:
+    """Train one model from its beginning; the record of what it measured, which ``note`` gets as it grows.
 
     The small one leaves its checkpoints in ``folder``. ``wide-compute`` has its own, shorter schedule.
     """
@@ -58,7 +58,9 @@ def scratch(folder: Path, run: Run, text: Text, job: Job) -> dict[str, Any]:
             save_checkpoint(checkpoint(folder, step), run, step, model, opt, scheduler)
 
     kept = folder / f"{job.name}.pt"
-    training = Training(run, text, job.seed, model, forward, opt, scheduler, kept=kept, at_step=keep)
-    log = training.finish(training.resume())
+    training = Training(
+        run, text, job.seed, model, forward, opt, scheduler, kept=kept, note=note, at_step=keep
+    )
+    record = training.finish(training.resume())
     kept.unlink()
-    return {"parameters": parameters, "seconds": round(training.seconds), **log.rounded()}
+    return record

@@ -85,9 +85,9 @@ def _spread(data: bytes, size: int, piece: int = 512) -> bytes:
     return b"".join(data[i * stride : i * stride + piece] for i in range(count))
 
 
-def write(folder: Path, roots: Iterable[Path]) -> None:
+def write(folder: Path, roots: Iterable[Path], train_bytes: int = TRAIN) -> None:
     """Collect into ``folder``: ``train.bin`` and ``heldout.bin``, the latter last."""
-    train, held = collect(roots)
+    train, held = collect(roots, train_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.bin").write_bytes(train)
     (folder / "heldout.bin").write_bytes(held)

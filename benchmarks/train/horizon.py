@@ -28,6 +28,8 @@ OTHERS: Mapping[str, str] = {
     "wide": "black",
     "wide-compute": "tab:purple",
 }
+#: the pairs among them
+PAIRS = ("random-copy", "random-zero", "zero-copy")
 #: steps after the expansion in the table of the curve
 MARKS = (50, 250, 500, 1000, 2000, 3000, 4000, 6000, 8000, 10_000, 12_000)
 
@@ -59,13 +61,27 @@ class Setting:
             f"{'+'.join(widening.axes)} {widening.factor:g}x",
             f"at {widening.share:.0%}",
         ]
-        return ", ".join(parts + ([] if self.run.schedule == "cosine" else [self.run.schedule.upper()]))
+        if self.run.schedule != "cosine":
+            parts.append(self.run.schedule.upper())
+        if self.run.size != "horizon":
+            parts.insert(0, self.run.size)
+        return ", ".join(parts)
 
     @property
     def rank(self) -> tuple[object, ...]:
         """Place in tables: the main setting first, then by what differs from it."""
         w, run = self.results.widening, self.run
-        return (run.schedule, run.beta2, abs(w.share - 0.5), w.share, abs(w.factor - 2), w.factor, -self.left)
+        model = (run.size != "horizon", run.size, w.axes)
+        return (
+            *model,
+            run.schedule,
+            run.beta2,
+            abs(w.share - 0.5),
+            w.share,
+            w.factor != 2,
+            w.factor,
+            -self.left,
+        )
 
 
 def settings(folder: Path) -> list[Setting]:
@@ -80,19 +96,17 @@ def settings(folder: Path) -> list[Setting]:
 
 
 def above(setting: Setting, name: str) -> dict[int, list[float]]:
-    """Steps after the expansion -> differences from copy-copy, one for each seed that both have."""
-    ours, others = setting.results.runs[COPY_COPY], setting.results.runs.get(name, {})
-    pairs = [
-        (others[seed]["heldout"], log["heldout"]) for seed, log in sorted(ours.items()) if seed in others
-    ]
-    if not pairs:
-        return {}
-    steps = set.intersection(*({int(s) for s in curve} for pair in pairs for curve in pair))
-    return {
-        step - setting.expansion: [theirs[str(step)] - our[str(step)] for theirs, our in pairs]
-        for step in sorted(steps)
-        if step >= setting.expansion
-    }
+    """Steps after the expansion -> differences from copy-copy, one for each seed that has come so far."""
+    found: dict[int, list[float]] = {}
+    for seed, ours in sorted(setting.results.runs[COPY_COPY].items()):
+        theirs = setting.results.runs.get(name, {}).get(seed)
+        if theirs is None:
+            continue
+        for step in sorted({int(s) for s in ours["heldout"]} & {int(s) for s in theirs["heldout"]}):
+            if step >= setting.expansion:
+                difference = theirs["heldout"][str(step)] - ours["heldout"][str(step)]
+                found.setdefault(step - setting.expansion, []).append(difference)
+    return dict(sorted(found.items()))
 
 
 def crossing(curve: Mapping[int, Sequence[float]]) -> int | None:
@@ -112,38 +126,40 @@ def curve_table(setting: Setting) -> str:
     """How far every run lies above copy-copy along the horizon, and copy-copy's cosine."""
     curves = {name: above(setting, name) for name in OTHERS}
     curves = {name: curve for name, curve in curves.items() if curve}
-    marks = [m for m in MARKS if all(m in curve for curve in curves.values())]
     head = ["steps after the expansion", *curves, "cosine of copy-copy's copies"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    cosines = [log["cosine"] for log in setting.results.runs[COPY_COPY].values()]
-    for mark in marks:
-        cosine = statistics.fmean(curve[str(mark + setting.expansion)] for curve in cosines)
-        cells = [mean_error(curve[mark]) for curve in curves.values()]
-        lines.append(f"| {mark:,} | {' | '.join(cells)} | {cosine:.2f} |")
-    crossings = {
-        name: crossing(curve) for name, curve in curves.items() if "-" in name and name[:4] != "wide"
-    }
-    stated = [
-        f"{name}: copy-copy is better from step {step:,} on" if step is not None else f"{name}: none"
-        for name, step in crossings.items()
-    ]
-    lines += ["", f"Crossings up to {setting.left:,} steps: {'; '.join(stated)}."]
-    return "\n".join(lines)
+    logs = setting.results.runs[COPY_COPY].values()
+    for mark in MARKS:
+        step = str(mark + setting.expansion)
+        cosines = [log["cosine"][step] for log in logs if step in log["cosine"]]
+        if cosines:
+            cells = [mean_error(curve.get(mark, ())) for curve in curves.values()]
+            lines.append(f"| {mark:,} | {' | '.join(cells)} | {statistics.fmean(cosines):.2f} |")
+    return "\n".join([*lines, "", *(crossing_stated(name, curves[name]) for name in PAIRS if name in curves)])
+
+
+def crossing_stated(name: str, curve: Mapping[int, Sequence[float]]) -> str:
+    """One sentence on where copy-copy overtakes a pair."""
+    found, seeds = crossing(curve), len(curve[max(curve)])
+    where = f"from step {found:,} on" if found is not None else "nowhere at the end"
+    return f"- copy-copy below {name}: {where} (up to {max(curve):,} steps, {seeds} seeds there)"
 
 
 def overview(found: Sequence[Setting]) -> str:
-    """The end of every setting, on all of the held-out text: one row each."""
+    """The end of every setting, on all of the held-out text: one row for each that has come to its end."""
     names = [name for name in OTHERS if any(name in s.results.runs for s in found)]
     head = ["setting", "seeds", *names, "gap closed by copy-copy", "by random-copy", "cosine at the end"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for setting in found:
-        results = setting.results
-        ours = results.runs[COPY_COPY]
-        cosine = statistics.fmean(log["cosine"][str(setting.run.steps)] for log in ours.values())
+        results, ends = setting.results, setting.results.final(COPY_COPY)
+        if not ends:
+            continue
+        last = str(setting.run.steps)
+        cosine = statistics.fmean(results.runs[COPY_COPY][seed]["cosine"][last] for seed in ends)
         cells = [mean_error(results.paired(name, COPY_COPY)) for name in names]
         gaps = [closed(results, COPY_COPY), closed(results, "random-copy")]
         lines.append(
-            f"| {setting.says} | {len(ours)} | {' | '.join(cells)} | {' | '.join(gaps)} | {cosine:.2f} |"
+            f"| {setting.says} | {len(ends)} | {' | '.join(cells)} | {' | '.join(gaps)} | {cosine:.2f} |"
         )
     return "\n".join(lines)
 
@@ -156,10 +172,11 @@ def figure(found: Sequence[Setting], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "sparkling"
     from matplotlib import pyplot
 
-    height = max(4.6, 1.6 + 0.42 * len(found))
+    ended = [setting for setting in found if setting.results.final(COPY_COPY)]
+    height = max(4.6, 1.6 + 0.42 * len(ended))
     drawing, (left, right) = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained")
     _curves(left, found[0])
-    _ends(right, found)
+    _ends(right, ended)
     handles = {h.get_label(): h for panel in (left, right) for h in panel.get_legend_handles_labels()[0]}
     drawing.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,9 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments, get_s
 
 from benchmarks.train.data import Text, batch, heldout_blocks
 
+#: what is called with a record
+Note = Callable[[dict[str, Any]], None]
+
 FLOOR = 0.01
 #: steps after the expansion at which a run is measured besides (the small and the wide one: after the half)
 EARLY = (0, 50, 100, 250, 500)
@@ -91,7 +94,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "quick": {"steps": 1200, "rows": 16, "length": 64, "eval_every": 300},
     "micro": {"steps": 1200, "rows": 8, "length": 64, "eval_every": 300},
     "horizon": {"steps": 24_000, "rows": 4, "length": 64, "eval_every": 1000, "tau_w": 250},
-    "gpu": {"steps": 4000, "rows": 64, "length": 512, "lr": 1e-3, "eval_every": 250, "tau_w": 100},
+    "gpu": {"steps": 4000, "rows": 64, "length": 256, "lr": 1e-3, "eval_every": 250, "tau_w": 100},
 }
 
 
@@ -116,19 +119,19 @@ class Log:
         train: mean training loss since the measurement before, nats per byte.
         heldout: loss on the first part of the held-out text, nats per byte.
         cosine: mean cosine between new channels and their sources.
-        final: loss at the end on all of the held-out text.
+        final: loss at the end on all of the held-out text; None: not there yet.
     """
 
     train: dict[int, float] = field(default_factory=dict)
     heldout: dict[int, float] = field(default_factory=dict)
     cosine: dict[int, float] = field(default_factory=dict)
-    final: float = float("nan")
+    final: float | None = None
 
     def rounded(self) -> dict[str, Any]:
-        """As plain data with six digits after the point."""
+        """As plain data with six digits after the point; ``final`` only where it is known."""
         curves = {"train": self.train, "heldout": self.heldout, "cosine": self.cosine}
         rounded = {name: {s: round(v, 6) for s, v in curve.items()} for name, curve in curves.items()}
-        return {"final": round(self.final, 6), **rounded}
+        return rounded if self.final is None else {"final": round(self.final, 6), **rounded}
 
 
 def arguments(run: Run, folder: str = "run") -> TrainingArguments:
@@ -202,6 +205,7 @@ class Training:
         start: optimizer steps done before.
         kept: a file that holds the state since the last measurement; None: nothing is kept.
         cosine: measures the copies of the model as it is; None: there are none.
+        note: is given the record of what was measured so far, at every measurement.
         at_step: called with the number of steps done, before the next one (for checkpoints).
     """
 
@@ -215,6 +219,7 @@ class Training:
     start: int = 0
     kept: Path | None = None
     cosine: Callable[[], float] | None = None
+    note: Note | None = None
     at_step: Callable[[int], None] | None = None
     log: Log = field(default_factory=Log)
     seconds: float = 0.0
@@ -230,8 +235,13 @@ class Training:
         self.log, self.seconds = state["log"], state["seconds"]
         return int(state["step"])
 
-    def finish(self, step: int) -> Log:
-        """Train from ``step`` (what ``resume`` returned) to the end."""
+    def record(self) -> dict[str, Any]:
+        """What was measured so far, as plain data."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return {"parameters": parameters, "seconds": round(self.seconds), **self.log.rounded()}
+
+    def finish(self, step: int) -> dict[str, Any]:
+        """Train from ``step`` (what ``resume`` returned) to the end; the record of it."""
         run, measured = self.run, self.run.measured(self.start)
         began = time.perf_counter() - self.seconds
         self.model.train()
@@ -241,15 +251,18 @@ class Training:
                 self._measure(step, recent)
                 self.seconds = time.perf_counter() - began
                 self._keep(step)
+                if self.note is not None:
+                    self.note(self.record())
             if self.at_step is not None:
                 self.at_step(step)
             if step == run.steps:
                 self.log.final = heldout_loss(self.model, self.text, run, whole=True)
-                return self.log
-            recent.append(self._step(step))
+                return self.record()
+            recent.append(self.advance(step))
             step += 1
 
-    def _step(self, step: int) -> float:
+    def advance(self, step: int) -> float:
+        """One optimizer step; the training loss before it."""
         ids = batch(self.text, self.seed, step, self.run.rows, self.run.length).to(self.run.device)
         with self.run.autocast():
             loss = self.forward(input_ids=ids, labels=ids, use_cache=False).loss

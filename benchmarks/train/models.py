@@ -34,7 +34,7 @@ SIZES: Mapping[tuple[str, str], Size] = {
     ("dense", "pilot"): Size(4, 96, 128, 24),
     ("moe", "pilot"): Size(3, 64, 48, 24),
     ("dense", "horizon"): Size(2, 48, 64, 12),
-    ("dense", "gpu"): Size(12, 512, 1024, 64, heads=8, context=512),
+    ("dense", "gpu"): Size(8, 384, 768, 64, heads=6, context=256),
     ("dense", "quick"): Size(2, 64, 64, 16),
     ("dense", "micro"): Size(2, 48, 48, 12),
     ("moe", "micro"): Size(2, 32, 24, 12),

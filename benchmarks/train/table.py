@@ -22,15 +22,16 @@ NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Results:
-    """Finished runs of one setting: name -> seed -> what the run measured."""
+    """Runs of one setting: name -> seed -> what the run measured so far."""
 
     setting: str
     widening: Widening
     runs: Mapping[str, Mapping[int, Mapping[str, Any]]]
 
     def final(self, name: str) -> dict[int, float]:
-        """Loss at the end by seed, on all of the held-out text."""
-        return {seed: float(log["final"]) for seed, log in self.runs.get(name, {}).items()}
+        """Loss at the end by seed, on all of the held-out text; of the runs that have come to their end."""
+        logs = self.runs.get(name, {})
+        return {seed: float(log["final"]) for seed, log in logs.items() if "final" in log}
 
     def paired(self, name: str, other: str) -> list[float]:
         """Differences of final losses in the seeds that both have."""
@@ -72,13 +73,13 @@ def table(results: Results) -> str:
         "| run | seeds | held-out loss | above SPARKLING | gap closed | copies locked |",
         "|---|---|---|---|---|---|",
     ]
-    order = [name for name in NAMES if results.runs.get(name)]
+    order = [name for name in NAMES if results.final(name)]
     for name in sorted(order, key=lambda n: statistics.fmean(results.final(n).values())):
-        logs = results.runs[name]
-        locked = [log["locked"] for log in logs.values() if "locked" in log]
+        locked = [log["locked"] for log in results.runs[name].values() if "locked" in log]
+        finals = list(results.final(name).values())
         above = results.paired(name, "sparkling") if name != "sparkling" else []
         lines.append(
-            f"| {NAMES[name]} | {len(logs)} | {mean_error(list(results.final(name).values()))} "
+            f"| {NAMES[name]} | {len(finals)} | {mean_error(finals)} "
             f"| {mean_error(above)} | {closed(results, name)} "
             f"| {f'{statistics.fmean(locked):.0%}' if locked else '—'} |"
         )

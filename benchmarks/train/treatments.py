@@ -15,9 +15,9 @@ from benchmarks.train import models, optim
 from benchmarks.train.base import checkpoint
 from benchmarks.train.data import Text
 from benchmarks.train.jobs import Job, Widening
-from benchmarks.train.loop import Run, Training, load_checkpoint, make_scheduler
+from benchmarks.train.loop import Note, Run, Training, load_checkpoint, make_scheduler
 from sparkling_cli.api import expand
-from sparkling_cli.diagnostics.symmetry import SymmetryReport, measure_symmetry
+from sparkling_cli.diagnostics.symmetry import measure_symmetry
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.training import read_history, rewarm
 
@@ -55,10 +55,11 @@ TREATMENTS: Mapping[str, Treatment] = {
 }
 
 
-def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job) -> dict[str, Any]:
+def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job, note: Note) -> dict[str, Any]:
     """Expand the small model's checkpoint below ``base`` and train the result to the end of the schedule.
 
-    Returns what was measured; the work is done in ``folder`` and cleared away.
+    Returns the record of what was measured, which ``note`` gets as it grows; the work is done in ``folder``
+    and cleared away.
     """
     logging.set_verbosity_error()
     treatment, widening = TREATMENTS[job.name], Widening.parse(job.axes)
@@ -77,27 +78,20 @@ def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job) -> dict[str,
     start = load_checkpoint(wide, opt, scheduler)
     assert start == run.at(widening.share)
 
-    def symmetry() -> SymmetryReport:
+    def cosine() -> float:
         model.save_pretrained(now)
-        return measure_symmetry(now, wide)
+        return measure_symmetry(now, wide).cosine
 
-    training = Training(
-        run, text, job.seed, model, forward, opt, scheduler, start, kept, lambda: symmetry().cosine
-    )
+    training = Training(run, text, job.seed, model, forward, opt, scheduler, start, kept, cosine, note)
     step = training.resume()
     if treatment.warm == "new":
         rewarm(opt, model, wide, step=step)
     elif treatment.warm == "all":
         _rewarm_everything(wide, run, scheduler)
-    log = training.finish(step)
-    locked = symmetry().locked
+    record = training.finish(step)
+    record["locked"] = round(measure_symmetry(now, wide).locked, 4)  # saved at the last step's measurement
     shutil.rmtree(work)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(training.seconds),
-        "locked": round(locked, 4),
-        **log.rounded(),
-    }
+    return record
 
 
 def _spec(treatment: Treatment, widening: Widening, run: Run, seed: int) -> ExpansionSpec:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.train import corpus, horizon, table
+from benchmarks.train import corpus, gpu, horizon, table
 from benchmarks.train.__main__ import attempt, jobs, parse, store
 from benchmarks.train.base import equal_compute
 from benchmarks.train.data import Text, batch, load_text
@@ -131,6 +131,11 @@ def test_equal_compute_is_that_of_the_expanded_run() -> None:
     assert steps * 1000 == 250 * 600 + 750 * 1000
 
 
+def test_the_length_of_runs_fits_the_time() -> None:
+    """A whole small and a whole wide run, and four half ones of the wide model."""
+    assert gpu.affordable(0.01, 0.02, 500) == 7100  # 500 / (0.01 + 0.02 + 4 * 0.01)
+
+
 OPTIONS = ["--size", "micro", "--steps", "24", "--plan", "dense/adamw/ffn", "--seeds", "0", "--only"]
 
 
@@ -151,7 +156,7 @@ def test_a_run_stopped_anywhere_ends_as_one_in_one_piece(
     whole = store(options, run).read()
 
     pieces, _, _ = _small(tmp_path, "pieces")
-    step_of = Training._step
+    advance = Training.advance
     budget = 0
 
     def step(training: Training, number: int) -> float:
@@ -159,9 +164,9 @@ def test_a_run_stopped_anywhere_ends_as_one_in_one_piece(
         if budget == 0:
             raise StoppedError
         budget -= 1
-        return step_of(training, number)
+        return advance(training, number)
 
-    monkeypatch.setattr(Training, "_step", step)
+    monkeypatch.setattr(Training, "advance", step)
     stops = 0
     for job in jobs(pieces):
         done = False
@@ -230,7 +235,26 @@ def test_differences_errors_and_crossings_are_those_of_the_runs(
     monkeypatch.setattr(horizon, "MARKS", (1, 4))
     text = horizon.curve_table(setting)
     assert "| 1 | -0.1000 ± 0.0000 |" in text
-    assert "random-copy: copy-copy is better from step 2 on" in text
+    assert "copy-copy below random-copy: from step 2 on (up to 4 steps, 2 seeds there)" in text
+
+
+def test_a_run_on_its_course_counts_where_it_has_come_to(tmp_path: Path) -> None:
+    """In the curve, up to there, and not among the ends."""
+    folder = _results(tmp_path)
+    (path,) = folder.glob("*.jsonl")
+    job = Job("dense", "adamw", "ffn", 1, "random-copy")
+    record = Store(path).read()[job]
+    heldout = {step: loss for step, loss in record["heldout"].items() if int(step) <= 6}
+    Store(path).add(job, {"heldout": heldout, "cosine": {}})
+    (setting,) = horizon.settings(folder)
+    assert {step: len(values) for step, values in horizon.above(setting, "random-copy").items()} == {
+        0: 2,
+        1: 2,
+        2: 2,
+        3: 1,
+        4: 1,
+    }
+    assert len(setting.results.paired("random-copy", "sparkling")) == 1
 
 
 def test_the_figure_is_the_same_every_time(tmp_path: Path) -> None:
