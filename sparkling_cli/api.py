@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -18,9 +19,11 @@ from sparkling_cli.spec.model import ExpansionSpec
 
 if TYPE_CHECKING:
     from sparkling_cli.execute.stream import Written
+    from sparkling_cli.execute.team import Team
     from sparkling_cli.formats.model import Checkpoint
     from sparkling_cli.layout.model import ModelLayout
     from sparkling_cli.manifest import Manifest
+    from sparkling_cli.models.expected import Asking
     from sparkling_cli.plan.model import Expansion, Plan
     from sparkling_cli.results.commands import Verification
     from sparkling_cli.results.expansion import Report
@@ -176,6 +179,7 @@ def expand(
     """
     from sparkling_cli.execute.distributed import team_of_processes
     from sparkling_cli.execute.stream import execute
+    from sparkling_cli.models.expected import Asking
     from sparkling_cli.outcome import sidecar_files
 
     check_report(report, data)
@@ -200,7 +204,7 @@ def expand(
         reports.append(found)
         return files
 
-    with bar, team_of_processes() as team:
+    with bar, team_of_processes() as team, Asking(_config_of(ready, team)) as asked:
         advance = begin("writing", ready.totals.bytes_to_write)
         written = execute(
             ready,
@@ -208,7 +212,7 @@ def expand(
             threads=threads,
             progress=advance,
             sidecar=sidecar,
-            check=lambda root: _check_opens(root, ready.plan),
+            check=lambda root: _check_opens(root, ready.plan, asked),
             team=team,
         )
     return ExpansionResult(ready, written, reports[0] if reports else None)
@@ -226,8 +230,22 @@ def check_report(report: str, data: Path | None) -> None:
         raise SpecError(f"--data {data}: no such file", hint="give a text file, or a .json or .pt of tokens")
 
 
-def _check_opens(root: Path, plan: Plan) -> None:
-    """The finished output opens as a checkpoint with the planned shapes.
+def _config_of(expansion: Expansion, team: Team | None) -> Mapping[str, Any] | None:
+    """The model's config as the output will have it; None where it has no file, or is another rank's task."""
+    if team is not None and team.rank:
+        return None
+    for file in expansion.files:
+        if file.path == (expansion.plan.source.config_file or "config.json") and len(file.literals) == 1:
+            try:
+                found = json.loads(file.literals[0][1])
+            except ValueError:
+                return None
+            return found if isinstance(found, dict) else None
+    return None
+
+
+def _check_opens(root: Path, plan: Plan, asked: Asking) -> None:
+    """The finished output opens as a checkpoint with the planned shapes, which are those of its own class.
 
     Raises:
         OutputError: it does not; it never appears.
@@ -235,11 +253,22 @@ def _check_opens(root: Path, plan: Plan) -> None:
     from sparkling_cli.errors import OutputError
     from sparkling_cli.execute.room import reading_back
     from sparkling_cli.formats.detect import open_checkpoint
+    from sparkling_cli.models.expected import class_faults, weight_shapes
 
     with reading_back(root):
         found = open_checkpoint(root)
     shapes = {key: tensor.shape for key, tensor in found.tensors.items()}
     wrong = [row.key for row in plan.rows if row.key in shapes and shapes[row.key] != row.shape]
+    faults = class_faults(
+        asked.answer(), weight_shapes(found), lambda: (plan.source.config, weight_shapes(plan.source))
+    )
+    if faults:
+        raise OutputError(
+            f"the output would not be loaded by its own class: {'; '.join(faults[:3])}"
+            + (f"; and {len(faults) - 3} more" if len(faults) > 3 else ""),
+            hint="the layout does not say all that grows in this model: report it with the command, or give "
+            "a layout file that does (--layout)",
+        )
     if found.format != plan.source.format or wrong:
         raise OutputError(
             f"the output does not read back as planned: format {found.format}, wrong shapes: {wrong[:3]}",

@@ -30,6 +30,10 @@ class Verification(Result):
     derived: Annotated[int, Field(description="tensors worked out from the source and equal bit by bit")]
     moments: Annotated[int, Field(description="optimizer tensors with new entries exactly zero")]
     source: Annotated[str, Field(description="the source's name; empty if only the output was looked at")]
+    model: Annotated[
+        str,
+        Field(description="the config's class, whose names and shapes the weights have; empty if not asked"),
+    ] = ""
     extras: Annotated[tuple[str, ...], Field(description="harmless files that were not written with it")] = ()
 
     def summary(self) -> str:
@@ -38,7 +42,8 @@ class Verification(Result):
         if not self.source:
             return f"{text}; not compared with a source"
         text += f"; {self.derived} follow bit by bit from {self.source}"
-        return text + (f", {self.moments} optimizer tensors reset where new" if self.moments else "")
+        text += f", {self.moments} optimizer tensors reset where new" if self.moments else ""
+        return text + (f"; names and shapes are those of {self.model}" if self.model else "")
 
 
 class Phase(Result):

@@ -15,6 +15,7 @@ from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, TensorEntry, read_manifest
+from sparkling_cli.models.expected import Asking, class_faults, weight_shapes
 from sparkling_cli.results.commands import Verification
 from sparkling_cli.storage.crc import Span, crc32, whole
 from sparkling_cli.storage.places import Handles, Placement, span_of
@@ -24,6 +25,7 @@ from sparkling_cli.storage.tensors import FLOATING, StoredTensor
 from sparkling_cli.verification.compare import Found, Neighbours, Subject, bundles, examine
 from sparkling_cli.verification.files import FileCheck, check_small_files, file_size, gaps, list_files
 from sparkling_cli.verification.origin import listed, other_source
+from sparkling_cli.verification.public import unreadable
 from sparkling_cli.verification.rules import Derivation, assembled
 from sparkling_cli.widening.reference import Wanted
 
@@ -77,8 +79,17 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
     origin = None if source is None else _Origin(source, output, manifest, derivation.layout)
     work = _Work(output, manifest, files.checks, derivation, origin)
     shown = progress("verifying", work.total) if progress else nullcontext(lambda _n: None)
-    with shown as advance:
+    with shown as advance, Asking(work.config) as asked:
         faults = work.run(advance)
+        answer = asked.answer()
+        if origin is not None and work.found is not None:
+            was = origin.checkpoint
+            written = set(files.checks) - set(manifest.source.files)
+            own = {path for path in written if not files.checks[path].sidecar}
+            work.output_faults += unreadable(work.found, own, source)
+            shapes = weight_shapes(work.found)
+            work.output_faults += class_faults(answer, shapes, lambda: (was.config, weight_shapes(was)))
+            faults = [*dict.fromkeys(work.output_faults + faults)]
     if source is not None and work.source_faults and not work.output_faults:
         raise other_source(source, output, manifest, work.source_faults)
     _stop_at(faults, output)
@@ -89,6 +100,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
         derived=0 if origin is None else len(manifest.tensors),
         moments=0 if origin is None else sum(_reset(subject.wanted) for subject in work.subjects),
         source="" if source is None else source.name,
+        model="" if answer is None else answer.name,
         extras=tuple(files.extras),
     )
 
@@ -200,6 +212,8 @@ class _Work:
         self.source_faults: list[str] = []
         self.output_faults: list[str] = []
         self.subjects: list[Subject] = []
+        self.found: Checkpoint | None = None
+        self.config: Mapping[str, Any] | None = None
         self.total = sum(check.size for check in files.values())
         self._judge_names()
 
@@ -212,6 +226,7 @@ class _Work:
         except SparklingError as error:
             self.output_faults.append(f"it does not open: {error.message}")
             return
+        self.found, self.config = found, found.config
         extra = [key for key in found.tensors if key not in self.manifest.tensors]
         if extra:
             self.output_faults.append(
