@@ -32,7 +32,7 @@ class Verification(Result):
     source: Annotated[str, Field(description="the source's name; empty if only the output was looked at")]
     model: Annotated[
         str,
-        Field(description="the config's class, whose names and shapes the weights have; empty if not asked"),
+        Field(description="class whose names and shapes the weights have; empty if not asked"),
     ] = ""
     extras: Annotated[tuple[str, ...], Field(description="harmless files that were not written with it")] = ()
 
