@@ -20,7 +20,7 @@ def widen(source: Path, target: Path, axes: Mapping[str, float], **options: Any)
     expand(source, target, axes=asked, report="none", **options)
     verify(source, target)
     found = inspect(target, activations=False)
-    assert found.facts["format"] == open_checkpoint(source).format
+    assert found.format == open_checkpoint(source).format
     assert not found.weights.nonfinite
     assert not [note for note in found.notes if "by number" in note]
     return target
