@@ -3,9 +3,10 @@
 A block's *function* f (attention, MLP, mixer) reads the stream h through a norm and adds its output to it:
 h + f(Norm h). It is found by what happens, not by names of classes or tensors: the tensor that goes into a
 block is the stream; where a torch call adds something to the stream, that something is the output of a
-function, and the sum is the stream from then on. The function is called after the submodule of the block
-that gave it out last. Where a block adds several outputs at once (attention and MLP in parallel), each is
-measured before they are summed.
+function, and the sum is the stream from then on. Where a block norms the sum and goes on with that (a norm
+behind each function), the normed stream is the stream. The function is called after the submodule of the
+block that gave it out last. Where a block adds several outputs at once (attention and MLP in parallel),
+each is measured before they are summed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _STREAM = "_sparkling_stream"
+_NORMED = "_sparkling_normed_stream"
 _OUTPUTS = "_sparkling_outputs"
 
 _ADDITIONS = {
@@ -109,14 +111,16 @@ class StreamWatch:
         """The block has ended."""
         self._block = None
 
-    def module_ended(self, module: nn.Module, _: object, output: Any) -> None:
+    def module_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook of all modules: what a submodule gives out is called after it."""
         if self._block is None:
             return
         path = self._paths.get(id(module))
+        if path is None and isinstance(output, torch.Tensor) and any(map(self._is_stream, _tensors(args))):
+            setattr(output, _NORMED, self._block)  # no matrix in it: a norm
         if path is not None and path != self._block:
             for tensor in _tensors((output,)):
-                if not self._is_stream(tensor):
+                if not self._is_stream(tensor) and not self._is_normed(tensor):
                     setattr(tensor, _OUTPUTS, {path: None})
 
     def name_output(self, parameter: str, output: torch.Tensor) -> None:
@@ -131,6 +135,8 @@ class StreamWatch:
         tensors = [*_tensors(args), *_tensors(kwargs.values())]
         if func in _ADDITIONS and len(tensors) == 2:
             streams = [self._is_stream(tensor) for tensor in tensors]
+            if not any(streams) and hasattr(tensors[0], _OUTPUTS) != hasattr(tensors[1], _OUTPUTS):
+                streams = [self._is_normed(tensor) for tensor in tensors]
             if any(streams):
                 if not all(streams):
                     self._add(tensors[streams.index(True)], tensors[streams.index(False)])
@@ -138,9 +144,13 @@ class StreamWatch:
             return self._sum(tensors)
         if func in _SAME and tensors and self._is_stream(tensors[0]):
             return _STREAM
-        if func in _MULTIPLICATIONS and any(map(self._is_stream, tensors)):
-            scalar = len(tensors) == 1 or any(tensor.numel() == 1 for tensor in tensors)
-            return _STREAM if scalar else None
+        if func in _MULTIPLICATIONS:
+            # by a number, or by one per channel that is learned; a norm's factor is one per token
+            scale = len(tensors) == 1 or any(tensor.numel() == 1 or tensor.ndim == 1 for tensor in tensors)
+            if any(map(self._is_stream, tensors)):
+                return _STREAM if scale else None
+            if scale and any(map(self._is_normed, tensors)):
+                return _NORMED
         if func in _CHOICES:
             return None
         outputs: dict[str, Squares | None] = {}
@@ -154,8 +164,9 @@ class StreamWatch:
             return
         if func in _CHOICES:
             self._choose(args, result)
-        elif found is _STREAM and isinstance(result, torch.Tensor):
-            setattr(result, _STREAM, self._block)
+        elif isinstance(found, str):
+            if isinstance(result, torch.Tensor):
+                setattr(result, found, self._block)
         elif found:
             for tensor in _tensors((result,)):
                 # a product with a parameter is named already
@@ -164,6 +175,9 @@ class StreamWatch:
 
     def _is_stream(self, tensor: torch.Tensor) -> bool:
         return getattr(tensor, _STREAM, None) == self._block
+
+    def _is_normed(self, tensor: torch.Tensor) -> bool:
+        return getattr(tensor, _NORMED, None) == self._block
 
     def _add(self, stream: torch.Tensor, output: torch.Tensor) -> None:
         if output.shape != stream.shape:

@@ -186,7 +186,7 @@ def _functions(activations: Activations) -> Iterator[Finding]:
         yield Finding(
             level="attention",
             text=f"The signal ratio {ratio} moved by more than {limit} in {len(far)} of {len(entries)} "
-            f"{what}: {words}.",
+            f"{what}: {words}.{_added(activations)}",
         )
         return
     worst = max(entries, key=lambda e: e.moved)
@@ -206,6 +206,18 @@ def _functions(activations: Activations) -> Iterator[Finding]:
             text=f"RMS(y)/RMS(x) of a single matrix may move where its block does not: {matrix[0].name} "
             f"moved by {moved(matrix[0].deviation)}.",
         )
+
+
+def _added(activations: Activations) -> str:
+    """By how much the RMS of what each kind of function adds moved."""
+    ranges = []
+    for kind in dict.fromkeys(entry.role for entry in activations.functions):
+        found = [e for e in activations.functions if e.role == kind and e.y_before and e.y_after is not None]
+        changes = [e.y_after / e.y_before - 1 for e in found]  # type: ignore[operator]
+        if changes:
+            low, high = moved(min(changes)), moved(max(changes))
+            ranges.append(f"{kind} {low}" if low == high else f"{kind} {low} to {high}")
+    return f" RMS of what is added to the stream: {', '.join(ranges)}." if ranges else ""
 
 
 def _stream(activations: Activations) -> Iterator[Finding]:
