@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparkling_cli.results.commands import Verification
     from sparkling_cli.results.expansion import Report
     from sparkling_cli.results.measured import Inspection
+    from sparkling_cli.schedule.rewarmup import Rewarmup
 
 #: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts; of a stage
 #: without bytes the total is None.
@@ -306,6 +307,28 @@ def inspect(
     from sparkling_cli.diagnostics.inspect import inspect_checkpoint
 
     return inspect_checkpoint(checkpoint, against=against, data=data, **options)
+
+
+def write_schedule(
+    output: Path | str,
+    *,
+    rewarmup: Mapping[str, Any] | None = None,
+    baseline: Mapping[str, Any] | None = None,
+) -> Rewarmup:
+    """Add a re-warmup schedule to an output that exists, or replace it; weights and state stay as they are.
+
+    Args:
+        output: what ``expand`` wrote, or a later checkpoint with its history.
+        rewarmup: fields of the spec's ``rewarmup``; what is not given stays as the output was made.
+        baseline: fields of its ``baseline``, for what cannot be read from the checkpoint.
+
+    Raises:
+        SparklingError: one of its kinds; the output is as it was.
+    """
+    from sparkling_cli import outcome
+
+    changes = {"rewarmup": dict(rewarmup or {}), "baseline": dict(baseline or {})}
+    return outcome.write_schedule(Path(output), changes)
 
 
 def layout_of(path: Path | str, *, model: str | None = None) -> ModelLayout:

@@ -23,8 +23,9 @@ from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.build import treatment_of
 from sparkling_cli.plan.model import Expansion, Recipe, Row
 from sparkling_cli.plan.symmetry import with_fills
+from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
-from sparkling_cli.storage.sidecar import MANIFEST
+from sparkling_cli.storage.sidecar import FOLDER, MANIFEST
 from sparkling_cli.widening.geometry import Growth, Span
 
 FORMAT = 2
@@ -200,6 +201,17 @@ def make_manifest(expansion: Expansion, written: Written, others: Mapping[str, b
     }
     text = f'{_text(data)[:-1]},"tensors":{tensors},{_text(files)[1:]}\n'
     return text.encode()
+
+
+def with_changes(content: bytes, spec: ExpansionSpec, changed: Mapping[str, bytes]) -> bytes:
+    """A manifest with another spec of its last expansion, and other files of the ``sparkling/`` folder."""
+    data = json.loads(content)
+    data["spec"] = data["stages"][-1]["spec"] = spec.as_data()
+    digests = {name: {"bytes": len(b), "crc32": crc32(b)} for name, b in changed.items()}
+    others = {**{n: d for n, d in data["files"].items() if n.startswith(f"{FOLDER}/")}, **digests}
+    own = {name: digest for name, digest in data["files"].items() if name not in others}
+    data["files"] = own | dict(sorted(others.items()))
+    return f"{_text(data)}\n".encode()
 
 
 def _text(value: Any) -> str:

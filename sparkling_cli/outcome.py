@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError
+from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError, VerificationError
 from sparkling_cli.execute.room import reading_back
 from sparkling_cli.formats.pause import collector_running
 from sparkling_cli.manifest import make_manifest
@@ -16,7 +18,14 @@ from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.measured import Activations
 from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
 from sparkling_cli.schedule.write import plan_rewarmup, rewarmup_files
-from sparkling_cli.storage.sidecar import MANIFEST, REPORT_HTML, REPORT_JSON, REWARMUP, sidecar_root
+from sparkling_cli.storage.sidecar import (
+    DIGESTS,
+    MANIFEST,
+    REPORT_HTML,
+    REPORT_JSON,
+    REWARMUP,
+    sidecar_root,
+)
 
 if TYPE_CHECKING:
     from sparkling_cli.execute.stream import Written
@@ -51,7 +60,7 @@ def plan_schedule(plan: Plan, manifest: Manifest | None) -> tuple[Rewarmup | Non
     except SpecError as error:
         if described or spec.rewarmup.bias_correction == "fresh":
             raise
-        return None, f"{error.message} ({error.hint})" if error.hint else error.message
+        return None, error.message
 
 
 def sidecar_files(
@@ -61,13 +70,63 @@ def sidecar_files(
     from sparkling_cli.report.page import render
 
     facts = assemble(expansion, written, *_measure(expansion, written, memory))
-
-    facts = assemble(expansion, written, *_measure(expansion, written, memory))
     files = {} if expansion.rewarmup is None else dict(rewarmup_files(expansion.rewarmup))
     files[REPORT_JSON] = facts.to_json()
     files[REPORT_HTML] = render(facts)
     files[MANIFEST] = make_manifest(expansion, written, files)
     return files, facts
+
+
+def write_schedule(output: Path, changes: Mapping[str, Any]) -> Rewarmup:
+    """Add the re-warmup of its last expansion to an output that exists, or replace it.
+
+    What else says something of it is written anew: report, manifest and digests, so that ``verify`` passes
+    as before. Everything is as if the output had been made with these options. Weights and state are not
+    touched.
+
+    Args:
+        output: a checkpoint with a ``sparkling/`` folder: an output, or what training made of it.
+        changes: of the spec's ``rewarmup`` and ``baseline``, over those that the output was made with.
+
+    Raises:
+        CheckpointError: there is no manifest, or a file is damaged.
+        VerificationError: the small files are not those that were written.
+        SpecError: the schedule is not known well enough; see :func:`plan_rewarmup`.
+        OutputError: the files cannot be written.
+    """
+    from sparkling_cli.execute.commit import replace_files
+    from sparkling_cli.formats.detect import open_checkpoint
+    from sparkling_cli.manifest import read_manifest, with_changes
+    from sparkling_cli.report.assemble import with_rewarmup
+    from sparkling_cli.report.page import render
+    from sparkling_cli.spec.sources import make_spec, merge
+    from sparkling_cli.verification.files import check_small_files, with_digests
+
+    checkpoint = open_checkpoint(output)
+    root = sidecar_root(output)
+    manifest = read_manifest(root / MANIFEST)
+    whole = (root / DIGESTS).is_file()  # not so where the history was carried into a later checkpoint
+    faults = check_small_files(root, DIGESTS, MANIFEST) if whole else []
+    if faults:
+        raise VerificationError(f"{output} is not as it was written: {'; '.join(faults)}")
+    stage = manifest.stages[-1]
+    spec = make_spec(merge(stage.spec, changes), "options")
+    before = read_rewarmup(root, replacing=True) if (root / REWARMUP).is_file() else None
+    earlier = tuple(s for s in before.stages if s.stage < stage.stage) if before is not None else ()
+    previous = replace(before, stages=earlier) if before is not None and earlier else None
+    at = stage.step if spec.baseline.expansion_step is None else spec.baseline.expansion_step
+    described = spec.model_copy(update={"baseline": spec.baseline.model_copy(update={"expansion_step": at})})
+    rewarmup = plan_rewarmup(checkpoint, described, previous, number=stage.stage)
+    files = dict(rewarmup_files(rewarmup))
+    if (root / REPORT_JSON).is_file():
+        report = Report.model_validate_json((root / REPORT_JSON).read_bytes())
+        report = with_rewarmup(report, spec, rewarmup, before, manifest.growth())
+        files |= {REPORT_JSON: report.to_json(), REPORT_HTML: render(report)}
+    files[MANIFEST] = with_changes((root / MANIFEST).read_bytes(), spec, files)
+    if whole:
+        files[DIGESTS] = with_digests((root / DIGESTS).read_bytes(), files)
+    replace_files(root, files)
+    return rewarmup
 
 
 def _measure(expansion: Expansion, written: Written, memory: int) -> tuple[Activations | None, str]:

@@ -32,24 +32,17 @@ def expand(
     optimizer: Annotated[
         str | None, typer.Option(help="asymmetric (default), asymmetric-scaled, copy, drop.")
     ] = None,
-    rho: Annotated[float | None, typer.Option(help="Re-warmup peak / rate at expansion (1.3).")] = None,
-    rewarmup_steps: Annotated[int | None, typer.Option(help="Re-warmup length tau_w in steps (250).")] = None,
-    bias_correction: Annotated[
-        str | None, typer.Option(help="inherit (default) or fresh: Adam's step counter for new entries.")
-    ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(help="Baseline schedule if it cannot be read: cosine, linear, constant, wsd."),
-    ] = None,
-    peak_lr: Annotated[float | None, typer.Option(help="Baseline peak learning rate.")] = None,
-    min_lr: Annotated[float | None, typer.Option(help="Baseline final learning rate.")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Baseline warmup steps.")] = None,
-    decay_steps: Annotated[int | None, typer.Option(help="Baseline decay steps (wsd).")] = None,
-    decay: Annotated[
-        str | None, typer.Option(help="Shape of that decay: cosine (default), linear, 1-sqrt.")
-    ] = None,
-    total_steps: Annotated[int | None, typer.Option(help="Baseline total steps.")] = None,
-    expansion_step: Annotated[int | None, typer.Option(help="Optimizer step of this checkpoint.")] = None,
+    rho: opt.RhoOption = None,
+    rewarmup_steps: opt.RewarmupStepsOption = None,
+    bias_correction: opt.BiasCorrectionOption = None,
+    schedule: opt.ScheduleOption = None,
+    peak_lr: opt.PeakOption = None,
+    min_lr: opt.MinimumOption = None,
+    warmup_steps: opt.WarmupOption = None,
+    decay_steps: opt.DecayStepsOption = None,
+    decay: opt.DecayOption = None,
+    total_steps: opt.TotalStepsOption = None,
+    expansion_step: opt.ExpansionStepOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of random fills (0).")] = None,
     names: Annotated[
         str | None,
@@ -104,17 +97,19 @@ def expand(
             "seed": seed,
             "names": names,
             "allow_nonfinite": allow_nonfinite or None,
-            "rewarmup": {"rho": rho, "steps": rewarmup_steps, "bias_correction": bias_correction},
-            "baseline": {
-                "type": schedule,
-                "peak": peak_lr,
-                "minimum": min_lr,
-                "warmup_steps": warmup_steps,
-                "decay_steps": decay_steps,
-                "decay": decay,
-                "total_steps": total_steps,
-                "expansion_step": expansion_step,
-            },
+            **opt.schedule_fields(
+                rho=rho,
+                rewarmup_steps=rewarmup_steps,
+                bias_correction=bias_correction,
+                schedule=schedule,
+                peak_lr=peak_lr,
+                min_lr=min_lr,
+                warmup_steps=warmup_steps,
+                decay_steps=decay_steps,
+                decay=decay,
+                total_steps=total_steps,
+                expansion_step=expansion_step,
+            ),
         },
     )
     budget = parse_bytes(memory, "--memory", least=LEAST_MEMORY)
@@ -148,17 +143,8 @@ def _spec(
     from sparkling_cli.spec.sources import axes_from_options, make_spec, merge, read_spec_file
 
     base = read_spec_file(path) if path else {}
-    over = _without_none(given)
+    over = opt.given(given)
     axes = axes_from_options(axis, factor, to)
     if axes:
         over["axes"] = axes
     return make_spec(merge(base, over), str(path) if path and not over else "options")
-
-
-def _without_none(given: dict[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for key, value in given.items():
-        inner = _without_none(value) if isinstance(value, dict) else value
-        if inner is not None and inner != {}:
-            kept[key] = inner
-    return kept

@@ -5,8 +5,11 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
+from sparkling_cli.report.command import EXAMPLE, schedule_command
 from sparkling_cli.report.resume import MODULE, call
 from sparkling_cli.results.numbers import count, factor, nbytes, significant
+from sparkling_cli.schedule.baseline import example
+from sparkling_cli.spec.options import as_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,7 +43,11 @@ def show_plan(output: Output, expansion: Expansion, planned: ExpansionPlan) -> N
 
 def _rewarmup(expansion: Expansion) -> str:
     if expansion.rewarmup is None:
-        return f"re-warmup  none: {expansion.rewarmup_missing}"
+        options = shlex.join(as_options(example(expansion.plan.source)))
+        return (
+            f"re-warmup  none: {expansion.rewarmup_missing}\n"
+            f"           to get one, describe the run's schedule; {EXAMPLE}: {options}"
+        )
     stage = expansion.rewarmup.stages[-1]
     return (
         f"re-warmup  of new entries in {stage.steps:,} steps from step {stage.expansion_step:,}, "
@@ -80,10 +87,10 @@ def _train_on(result: ExpansionResult, where: str) -> list[str]:
     """How the training side takes the output up: by its format, if there is a schedule."""
     plan = result.expansion.plan
     if result.report is None or result.report.learning_rate is None:
-        if not plan.source.states:
-            return []
         return [
-            "no re-warmup was written: expand again with --schedule, --peak-lr and --total-steps to get one"
+            f"no re-warmup: {result.expansion.rewarmup_missing}",
+            f"add one  {schedule_command(result.expansion, where)}",
+            f"         ({EXAMPLE}; put in the run's own schedule, rates and steps)",
         ]
     return [f"train on with {call(plan.source.format, where, f'{MODULE}.')}"]
 

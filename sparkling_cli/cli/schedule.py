@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,23 +41,59 @@ def schedule(
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Draw it: .png, .svg or .pdf.", show_default=False),
     ] = None,
+    write: Annotated[
+        bool,
+        typer.Option(
+            "--write",
+            help="Add the schedule to an output, or replace it, by the options below; then show it.",
+        ),
+    ] = False,
+    rho: opt.RhoOption = None,
+    rewarmup_steps: opt.RewarmupStepsOption = None,
+    bias_correction: opt.BiasCorrectionOption = None,
+    schedule: opt.ScheduleOption = None,
+    peak_lr: opt.PeakOption = None,
+    min_lr: opt.MinimumOption = None,
+    warmup_steps: opt.WarmupOption = None,
+    decay_steps: opt.DecayStepsOption = None,
+    decay: opt.DecayOption = None,
+    total_steps: opt.TotalStepsOption = None,
+    expansion_step: opt.ExpansionStepOption = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
     """The re-warmup that an expansion wrote: what the training side applies.
 
-    The row of step t is what the optimizer step after t finished ones uses.
+    The row of step t is what the optimizer step after t finished ones uses. With --write the schedule is
+    written anew, from the checkpoint's own files and the options; weights and state are not touched, and
+    what is not given stays as the output was made.
 
-    \b
     \b
     Examples:
         sparkling schedule wide/
         sparkling schedule wide/ --steps 1000:1250 --json
         sparkling schedule wide/ --plot schedule.svg
+        sparkling schedule wide/ --write --schedule wsd --peak-lr 3e-4 --warmup-steps 500
+            --total-steps 20000 --decay-steps 4000 --decay linear
     """
     from sparkling_cli.schedule.rewarmup import read_rewarmup
 
-    rewarmup = read_rewarmup(_file(source))
+    fields = opt.schedule_fields(
+        rho=rho,
+        rewarmup_steps=rewarmup_steps,
+        bias_correction=bias_correction,
+        schedule=schedule,
+        peak_lr=peak_lr,
+        min_lr=min_lr,
+        warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+        decay=decay,
+        total_steps=total_steps,
+        expansion_step=expansion_step,
+    )
+    rewarmup = _written(source, opt.given(fields)) if write else read_rewarmup(_file(source))
+    if not write and opt.given(fields):
+        raise SpecError("these options describe a schedule that is to be written", hint="add --write")
     first, last = _range(steps, rewarmup)
     chosen = _chosen(first, last, everything=steps is not None)
     if plot is not None:
@@ -74,6 +110,20 @@ def schedule(
         f"expansion at step {stage.expansion_step:,} of {rewarmup.baseline.total_steps:,}; new entries to "
         f"{stage.rho:g} x {stage.eta_e:.3e} = {stage.curve.peak:.3e} in {stage.steps:,} steps"
     )
+
+
+def _written(source: Path, changes: dict[str, Any]) -> Rewarmup:
+    from sparkling_cli import api
+    from sparkling_cli.schedule.write import notes
+    from sparkling_cli.storage.sidecar import REWARMUP, sidecar_root
+
+    if source.suffix == ".json":
+        raise SpecError("--write needs the output itself", hint="give its directory, or its file")
+    rewarmup: Rewarmup = api.write_schedule(source, **changes)
+    for text in notes(rewarmup):
+        output.warn(text)
+    output.note(f"written  {sidecar_root(source) / REWARMUP}")
+    return rewarmup
 
 
 def _file(source: Path) -> Path:

@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -252,6 +253,37 @@ def _write_new(path: Path, content: bytes) -> None:
     descriptor = os.open(path, flags, 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
+
+
+def replace_files(root: Path, files: Mapping[str, bytes]) -> None:
+    """Put new small files in the place of those of an output that exists, all of them or none.
+
+    Args:
+        root: the folder that the paths begin at.
+        files: path -> content.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    new = {root / path: (root / path).with_name(f".{Path(path).name}.new") for path in files}
+    with held():
+        try:
+            for name, content in files.items():
+                written = new[root / name]
+                written.unlink(missing_ok=True)
+                _write_new(written, content)
+                sync(written)
+            for path, written in new.items():
+                written.replace(path)
+            for folder in {path.parent for path in new}:
+                sync(folder)
+        except OSError as error:
+            for written in new.values():
+                written.unlink(missing_ok=True)
+            raise OutputError(
+                f"cannot write {error.filename or root}: {error.strerror}",
+                hint="check the folder's permissions, and the room on its disk",
+            ) from error
 
 
 def sync(path: Path) -> None:

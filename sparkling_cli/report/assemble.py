@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 from zlib import crc32
 
 from sparkling_cli import __version__
@@ -16,10 +17,9 @@ from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.advice import symmetry_warning
 from sparkling_cli.plan.model import Expansion, Plan, Recipe, Row
 from sparkling_cli.plan.totals import Content, content_of
-from sparkling_cli.report.command import command_of
+from sparkling_cli.report.command import EXAMPLE, command_of, schedule_command, with_schedule_options
 from sparkling_cli.report.plan import active_parameters, fills
 from sparkling_cli.report.rates import learning_rate_of
-from sparkling_cli.results.base import Count
 from sparkling_cli.results.expansion import (
     AxisChange,
     Compute,
@@ -33,7 +33,11 @@ from sparkling_cli.results.expansion import (
 )
 from sparkling_cli.results.measured import Activations
 from sparkling_cli.results.verdict import verdict_of_expansion
+from sparkling_cli.schedule.rewarmup import Rewarmup
+from sparkling_cli.schedule.write import notes, remarks
+from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import ITEM_BYTES
+from sparkling_cli.widening.geometry import Growth
 
 
 def assemble(
@@ -48,50 +52,92 @@ def assemble(
         activations_missing: why they were not measured.
     """
     plan, previous = expansion.plan, expansion.previous
-    spec = plan.spec.as_data()
     learning_rate = None if expansion.rewarmup is None else learning_rate_of(expansion.rewarmup)
-    learning_rate_missing = expansion.rewarmup_missing
-    optimizer = _optimizer(plan)
     active = active_parameters(plan)
-    return Report(
-        source=plan.source.root.name,
-        destination=expansion.destination.name,
-        model=plan.layout.name,
-        command=command_of(plan.spec, expansion.invocation),
-        spec=spec,
-        axes=tuple(_axes(plan, previous)),
-        tensors=tuple(_tensors(plan)),
-        before=_size(content_of(plan, after=False), None if active is None else active.before),
-        after=_size(content_of(plan, after=True), None if active is None else active.after),
-        activations=activations,
-        activations_missing=activations_missing,
-        learning_rate=learning_rate,
-        learning_rate_missing=learning_rate_missing,
-        optimizer=optimizer,
-        compute=_compute(active, learning_rate),
-        provenance=_provenance(plan, written, previous),
-        notes=plan.notes,
-        warnings=plan.warnings,
-        verdict=verdict_of_expansion(
-            activations,
-            activations_missing,
-            learning_rate,
-            learning_rate_missing,
-            symmetry_warning(
-                plan.growth, None if optimizer is None else optimizer.treatment, plan.source.format
-            ),
-            plan.warnings,
-            copies=any(grown.copied for grown in plan.growth.values()),
-            keeps_function=keeps_function(plan),
-        ),
+    facts: dict[str, Any] = {
+        "source": plan.source.root.name,
+        "destination": expansion.destination.name,
+        "model": plan.layout.name,
+        "command": command_of(plan.spec, expansion.invocation),
+        "spec": plan.spec.as_data(),
+        "axes": tuple(_axes(plan, previous)),
+        "tensors": tuple(_tensors(plan)),
+        "before": _size(content_of(plan, after=False), None if active is None else active.before),
+        "after": _size(content_of(plan, after=True), None if active is None else active.after),
+        "activations": activations,
+        "activations_missing": activations_missing,
+        "learning_rate": learning_rate,
+        "learning_rate_missing": "" if learning_rate is not None else missing_schedule(expansion),
+        "optimizer": _optimizer(plan),
+        "provenance": _provenance(plan, written, previous),
+        "notes": plan.notes,
+        "warnings": plan.warnings,
+    }
+    return _judged(facts, plan.growth)
+
+
+def missing_schedule(expansion: Expansion) -> str:
+    """Why there is no re-warmup, and the command that adds one."""
+    command = schedule_command(expansion, expansion.destination.name)
+    return (
+        f"{expansion.rewarmup_missing}. To add one: {command} ({EXAMPLE}; put in the run's own schedule, "
+        "rates and steps)"
     )
 
 
-def keeps_function(plan: Plan) -> bool:
-    """Whether this widening leaves the model's function as it is: copies, scaled, by whole factors."""
-    whole = all(grown.target % grown.source == 0 for grown in plan.growth.values())
-    copied = all(grown.copied for grown in plan.growth.values())
-    return copied and plan.spec.scaling != "none" and whole
+def with_rewarmup(
+    report: Report,
+    spec: ExpansionSpec,
+    rewarmup: Rewarmup,
+    before: Rewarmup | None,
+    growth: Mapping[str, Growth],
+) -> Report:
+    """The report as it would be, had the output been made with another schedule.
+
+    Args:
+        report: of the output.
+        spec: with the schedule's description.
+        rewarmup: the new one.
+        before: the one that it replaces.
+        growth: of the output's axes.
+    """
+    old_warnings, old_notes = ((), ()) if before is None else (notes(before), remarks(before))
+    facts = {name: getattr(report, name) for name in Report.model_fields}
+    facts |= {
+        "command": with_schedule_options(report.command, spec),
+        "spec": spec.as_data(),
+        "learning_rate": learning_rate_of(rewarmup),
+        "learning_rate_missing": "",
+        "warnings": tuple(w for w in report.warnings if w not in old_warnings) + notes(rewarmup),
+        "notes": tuple(n for n in report.notes if n not in old_notes) + remarks(rewarmup),
+    }
+    return _judged(facts, growth)
+
+
+def _judged(facts: dict[str, Any], growth: Mapping[str, Growth]) -> Report:
+    """A report with what follows from the other facts: compute and verdict."""
+    rate: LearningRate | None = facts["learning_rate"]
+    optimizer: OptimizerSummary | None = facts["optimizer"]
+    treatment = None if optimizer is None else optimizer.treatment
+    verdict = verdict_of_expansion(
+        facts["activations"],
+        facts["activations_missing"],
+        rate,
+        facts["learning_rate_missing"],
+        symmetry_warning(growth, treatment, facts["provenance"].format),
+        facts["warnings"],
+        copies=any(grown.copied for grown in growth.values()),
+        keeps_function=keeps_function(growth, facts["spec"]["scaling"]),
+    )
+    compute = _compute(facts["before"].active, facts["after"].active, rate)
+    return Report(**{**facts, "compute": compute, "verdict": verdict})
+
+
+def keeps_function(growth: Mapping[str, Growth], scaling: str) -> bool:
+    """Whether a widening leaves the model's function as it is: copies, scaled, by whole factors."""
+    whole = all(grown.target % grown.source == 0 for grown in growth.values())
+    copied = all(grown.copied for grown in growth.values())
+    return copied and scaling != "none" and whole
 
 
 def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:
@@ -171,10 +217,10 @@ def _slot(name: str, rows: list[Row]) -> StateSlot:
     return StateSlot(slot=name, tensors=len(rows), entries=entries, kept=kept, bytes=size)
 
 
-def _compute(active: Count | None, rate: LearningRate | None) -> Compute | None:
-    if active is None or rate is None or not 0 < rate.expansion_step < rate.total_steps:
+def _compute(before: int | None, after: int | None, rate: LearningRate | None) -> Compute | None:
+    if before is None or after is None or rate is None or not 0 < rate.expansion_step < rate.total_steps:
         return None
-    saving = step_saving(active.before, active.after, rate.expansion_step, rate.total_steps)
+    saving = step_saving(before, after, rate.expansion_step, rate.total_steps)
     return Compute(expansion_step=rate.expansion_step, total_steps=rate.total_steps, saved=saving.saved)
 
 

@@ -79,9 +79,7 @@ def section(expansion: Expansion) -> str:
         "",
         f"- Source: `{plan.source.root.name}` ({plan.layout.name}).",
         f"- Scaling of fan-in weights: `{spec.scaling}`. Seed of random fills: {spec.seed}.",
-        f"- Re-warmup of new entries: to {spec.rewarmup.rho:g} times the learning rate at the "
-        f"expansion, over {spec.rewarmup.steps:,} steps, where a schedule is known "
-        "(`sparkling/rewarmup.json`).",
+        "- Re-warmup of new entries: `sparkling/rewarmup.json`, where a schedule is known.",
         "- What was measured: `sparkling/report.html`. Every tensor's origin and checksum: "
         "`sparkling/manifest.json`; `sparkling verify SOURCE THIS` proves them.",
         END,

@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from sparkling_cli.plan.model import Invocation
-from sparkling_cli.spec.model import ExpansionSpec
+from sparkling_cli.plan.model import Expansion, Invocation
+from sparkling_cli.schedule.baseline import example
+from sparkling_cli.spec.model import BaselineSpec, ExpansionSpec, RewarmupSpec
+from sparkling_cli.spec.options import OPTIONS, as_options, as_word
 
-#: spec field -> its default and its option
-_OPTIONS: Mapping[str, tuple[Any, str]] = {
-    "multiple_of": (None, "--multiple-of"),
-    "init": ("copy-copy", "--init"),
-    "scaling": ("rms", "--scaling"),
-    "optimizer": ("asymmetric", "--optimizer"),
-    "seed": (0, "--seed"),
-    "names": ("auto", "--names"),
-}
-_REWARMUP: Mapping[str, tuple[Any, str]] = {
-    "rho": (1.3, "--rho"),
-    "steps": (250, "--rewarmup-steps"),
-    "bias_correction": ("inherit", "--bias-correction"),
-}
-_BASELINE: Mapping[str, tuple[Any, str]] = {
-    "type": (None, "--schedule"),
-    "peak": (None, "--peak-lr"),
-    "minimum": (None, "--min-lr"),
-    "warmup_steps": (None, "--warmup-steps"),
-    "decay_steps": (None, "--decay-steps"),
-    "decay": (None, "--decay"),
-    "total_steps": (None, "--total-steps"),
-    "expansion_step": (None, "--expansion-step"),
-}
+#: what :func:`schedule_command` describes
+EXAMPLE = "an example that holds the present rate"
 
 
 def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
@@ -48,9 +26,8 @@ def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
     for axis in axes:
         words += ["--axis", axis["axis"]]
     for axis in axes:
-        words += ["--factor", _text(axis["factor"])] if axis["to"] is None else ["--to", str(axis["to"])]
-    words += [*_given(spec, _OPTIONS), *_given(spec["rewarmup"], _REWARMUP)]
-    words += _given(spec.get("baseline", {}), _BASELINE)
+        words += ["--factor", as_word(axis["factor"])] if axis["to"] is None else ["--to", str(axis["to"])]
+    words += [*as_options(chosen), *as_options(chosen.rewarmup), *as_options(chosen.baseline)]
     words += ["--allow-nonfinite"] if spec.get("allow_nonfinite") else []
     for option, path in (("--layout", invocation.layout), ("--data", invocation.data)):
         words += [option, _place(path)] if path is not None else []
@@ -59,17 +36,28 @@ def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
     return shlex.join(words)
 
 
-def _given(values: Mapping[str, Any], options: Mapping[str, tuple[Any, str]]) -> Iterator[str]:
-    for field, (default, option) in options.items():
-        value = values.get(field, default)
-        if value != default:
-            yield from (option, _text(value))
+def schedule_command(expansion: Expansion, where: str) -> str:
+    """A command that adds a re-warmup schedule to an output whose source says none; it runs as it is."""
+    return shlex.join(
+        ["sparkling", "schedule", where, "--write", *as_options(example(expansion.plan.source))]
+    )
 
 
-def _text(value: Any) -> str:
-    """A value as an option; a number in its shortest form that reads back to the same."""
-    short = f"{value:g}" if isinstance(value, float) else str(value)
-    return short if not isinstance(value, float) or float(short) == value else repr(value)
+def with_schedule_options(command: str, spec: ExpansionSpec) -> str:
+    """A recorded command with the options of another schedule, in their place."""
+    words = shlex.split(command)
+    options = {*OPTIONS[RewarmupSpec].values(), *OPTIONS[BaselineSpec].values()}
+    kept = []
+    rest = iter(words)
+    for word in rest:
+        if word in options:
+            next(rest)
+        else:
+            kept.append(word)
+    others = {"--factor", "--to", *OPTIONS[ExpansionSpec].values()}
+    after = 2 + max(at for at, word in enumerate(kept) if word in others)
+    new = [*as_options(spec.rewarmup), *as_options(spec.baseline)]
+    return shlex.join([*kept[:after], *new, *kept[after:]])
 
 
 def _place(path: Path) -> str:

@@ -11,25 +11,16 @@ from pydantic import ValidationError
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.schedule.curves import HALF_WAVE, Curve
+from sparkling_cli.spec.model import BaselineSpec
+from sparkling_cli.spec.options import OPTIONS
 
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint
-    from sparkling_cli.spec.model import BaselineSpec
 
 #: no run has as many steps; a damaged file may say so
 _STEPS = 10**12
-#: field of the spec's baseline -> its option on the command line
-OPTIONS: Mapping[str, str] = {
-    "type": "--schedule",
-    "peak": "--peak-lr",
-    "minimum": "--min-lr",
-    "warmup_steps": "--warmup-steps",
-    "decay_steps": "--decay-steps",
-    "decay": "--decay",
-    "total_steps": "--total-steps",
-    "expansion_step": "--expansion-step",
-}
-_DESCRIBE = f"describe what remains of it by {OPTIONS['type']} and the options beside it"
+_OPTION = OPTIONS[BaselineSpec]
+_DESCRIBE = f"describe what remains of it by {_OPTION['type']} and the options beside it"
 
 
 def baseline_of(checkpoint: Checkpoint, given: BaselineSpec) -> tuple[Curve, int]:
@@ -109,6 +100,29 @@ def known(checkpoint: Checkpoint, stated: Mapping[str, Any]) -> dict[str, Any]:
     if facts.get("global_step") is not None:
         read["expansion_step"] = int(facts["global_step"])
     return read
+
+
+def example(checkpoint: Checkpoint) -> BaselineSpec:
+    """A description that makes up for what cannot be read: the rate at the expansion, kept to the end.
+
+    The ratio of new to old entries' rate under it, 1 to rho over the re-warmup and rho from there on, does
+    not depend on the numbers that have to be made up where nothing is known of them.
+    """
+    facts = checkpoint.facts
+    schedule = facts.get("schedule") or {}
+    groups = [group.get("lr") for group in checkpoint.param_groups]
+    rates = [r for r in (facts.get("last_lrs") or groups) if isinstance(r, (int, float)) and r > 0]
+    counters = [state.scalars["step"] for state in checkpoint.states if "step" in state.scalars]
+    read: int | None = facts.get("global_step")
+    step = int(read if read is not None else max(counters, default=1000))
+    total = facts.get("max_steps") or 0
+    return BaselineSpec(
+        type="constant",
+        peak=float(max(rates, default=schedule.get("peak") or 1e-4)),
+        warmup_steps=0,
+        total_steps=None if total > step else max(2 * step, 1),
+        expansion_step=None if read is not None else step,
+    )
 
 
 #: transformers' schedules that look at a metric
@@ -244,14 +258,14 @@ def _of_what(values: Mapping[str, Any]) -> str:
 
 
 def _with_choices(field: str) -> str:
-    return OPTIONS[field] + (" cosine|linear|constant|wsd" if field == "type" else "")
+    return _OPTION[field] + (" cosine|linear|constant|wsd" if field == "type" else "")
 
 
 def _check(curve: Curve, step: int) -> None:
     if max(abs(n) for n in (step, curve.total_steps, curve.warmup_steps, curve.decay_steps)) >= _STEPS:
         raise SpecError(
             f"the schedule's numbers of steps are beyond {_STEPS:,}; the trainer's files may be damaged",
-            hint=f"pass {OPTIONS['total_steps']} with the true length of the run",
+            hint=f"pass {_OPTION['total_steps']} with the true length of the run",
         )
     if curve.warmup_steps > curve.total_steps:
         raise SpecError(f"warmup_steps {curve.warmup_steps} exceed total_steps {curve.total_steps}")
@@ -265,7 +279,7 @@ def _check(curve: Curve, step: int) -> None:
     if step >= curve.total_steps:
         raise SpecError(
             f"the run is over: expansion at step {step} of {curve.total_steps}",
-            hint=f"pass {OPTIONS['total_steps']} with the length of the run that goes on",
+            hint=f"pass {_OPTION['total_steps']} with the length of the run that goes on",
         )
     if curve(step) <= 0:
         raise SpecError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.execute.assemble import FileDigest, digests_text
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.storage.crc import Span, crc32
 
@@ -68,6 +69,15 @@ def check_small_files(sidecars: Path, digests: str, manifest: str) -> list[str]:
     if manifest not in seen:
         faults.append(f"{digests} does not name {manifest}")
     return faults
+
+
+def with_digests(content: bytes, changed: Mapping[str, bytes]) -> bytes:
+    """The list of digests with other contents of some files; files that it lacks are added."""
+    found = {}
+    for line in content.decode(errors="replace").splitlines()[:-1]:
+        crc, size, path = line.split(" ", 2)
+        found[path] = FileDigest(int(size), int(crc, 16))
+    return digests_text({**found, **{path: FileDigest(len(b), crc32(b)) for path, b in changed.items()}})
 
 
 def list_files(output: Path, sidecars: Path, manifest: Manifest, skip: Collection[str]) -> FileList:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
 from math import cos, pi
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,7 +14,8 @@ from typer.testing import CliRunner
 
 from sparkling_cli import api
 from sparkling_cli.cli.app import app
-from sparkling_cli.errors import CheckpointError, OutputError, SpecError
+from sparkling_cli.errors import CheckpointError, OutputError, SpecError, VerificationError
+from tests.formats.make_nanogpt import make_nanogpt
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +102,120 @@ def test_pictures_of_activations(widened: Path, dense_checkpoint: Path, tmp_path
             ["inspect", str(widened), "--no-activations", "--plot", str(tmp_path / "x.png")],
             catch_exceptions=False,
         )
+
+
+FFN = ("--axis", "ffn", "--factor", "2")
+WSD = (
+    "--schedule",
+    "wsd",
+    "--decay",
+    "linear",
+    "--decay-steps",
+    "200",
+    "--min-lr",
+    "1e-05",
+    "--warmup-steps",
+    "36",
+)
+OTHER = ("--rho", "1.25", "--rewarmup-steps", "20")
+
+
+@pytest.fixture(scope="module")
+def no_schedule(tmp_path_factory: pytest.TempPathFactory, dense_checkpoint: Path) -> Path:
+    """The run of ``widened`` without the file that says which schedule it is on."""
+    source = tmp_path_factory.mktemp("unknown") / "checkpoint-600"
+    shutil.copytree(dense_checkpoint, source)
+    (source / "training_args.bin").unlink()
+    return source
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file of an output."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("first", [(), OTHER], ids=["none before", "another before"])
+def test_a_written_schedule_is_as_if_made_with(
+    first: tuple[str, ...],
+    no_schedule: Path,
+    dense_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every byte of the output is that of ``expand`` with the options: report, manifest and digests too."""
+    source = dense_checkpoint if first else no_schedule
+    for folder, more in (("made", (*OTHER, *WSD)), ("written", first)):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        shown("expand", source, "wide", *FFN, *more, "--report", "none")
+    before = contents(Path("wide"))
+    api.verify(source, "wide")
+    shown("schedule", "wide", "--write", *OTHER, *WSD)
+    api.verify(source, "wide")
+    made, written = contents(tmp_path / "made"), contents(tmp_path / "written")
+    assert made.keys() == written.keys()
+    assert [name for name in made if made[name] != written[name]] == []
+    assert before != contents(Path("wide"))
+
+
+def test_the_command_that_is_printed_works(
+    no_schedule: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pasted as it stands, on the terminal's words and on the report's; the headline says what is missing."""
+    monkeypatch.chdir(tmp_path)
+    text = shown("expand", no_schedule, "wide", *FFN, "--report", "none")
+    assert "Ready to train" not in text
+    report = json.loads(Path("wide/sparkling/report.json").read_text())
+    assert "no re-warmup" in report["verdict"]["headline"].lower()
+    api.verify(no_schedule, "wide")
+    (line,) = [line for line in text.splitlines() if line.startswith("add one  ")]
+    command = line.removeprefix("add one  ")
+    assert command in report["learning_rate_missing"]
+    words = shlex.split(command)
+    assert words[:2] == ["sparkling", "schedule"]
+    table = shown(*words[1:])
+    assert "1.300" in table
+    api.verify(no_schedule, "wide")
+    report = json.loads(Path("wide/sparkling/report.json").read_text())
+    assert report["learning_rate"]["rate_at_expansion"] == pytest.approx(eta_old(600))
+    assert report["learning_rate_missing"] == ""
+    assert "no re-warmup" not in report["verdict"]["headline"].lower()
+    assert words[4:6] == ["--schedule", "constant"]
+    assert (
+        "report.html" in "".join(contents(Path("wide")))
+        and "No schedule" not in Path("wide/sparkling/report.html").read_text()
+    )
+
+
+def test_a_single_file_and_what_training_made_of_an_output(tmp_path: Path) -> None:
+    """Beside a file, and in a later checkpoint that has the history alone, it is written just so."""
+    make_nanogpt(tmp_path / "ckpt.pt")
+    axes = [{"axis": name, "factor": 2} for name in ("hidden", "heads", "ffn")]
+    target = tmp_path / "wide.pt"
+    api.expand(tmp_path / "ckpt.pt", target, axes=axes, report="none")
+    found = api.write_schedule(target, rewarmup={"rho": 1.5, "steps": 3})
+    assert (found.stages[0].rho, found.stages[0].steps) == (1.5, 3)
+    api.verify(tmp_path / "ckpt.pt", target)
+    later = tmp_path / "later.pt"
+    shutil.copyfile(target, later)
+    (tmp_path / "later.pt.sparkling" / "sparkling").mkdir(parents=True)
+    for name in ("manifest.json", "rewarmup.json", "rewarmup.csv"):
+        place = Path("sparkling", name)
+        shutil.copy(tmp_path / "wide.pt.sparkling" / place, tmp_path / "later.pt.sparkling" / place)
+    assert api.write_schedule(later, rewarmup={"steps": 7}).stages[0].rho == 1.5
+
+
+def test_nothing_is_written_over_damage(widened: Path, dense_checkpoint: Path, tmp_path: Path) -> None:
+    """A changed file is not given a new digest; options need --write; a source has no schedule to write."""
+    output = tmp_path / "wide"
+    shutil.copytree(widened, output)
+    with pytest.raises(SpecError, match="--write"):
+        CliRunner().invoke(app, ["schedule", str(output), "--rho", "2"], catch_exceptions=False)
+    with (output / "sparkling" / "report.json").open("ab") as file:
+        file.write(b" ")
+    before = contents(output)
+    with pytest.raises(VerificationError, match=r"report\.json was changed"):
+        api.write_schedule(output, rewarmup={"rho": 2.0})
+    with pytest.raises(CheckpointError, match="manifest"):
+        api.write_schedule(dense_checkpoint)
+    assert contents(output) == before

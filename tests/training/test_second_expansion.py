@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fixtures.tiny import build_trainer
-from sparkling_cli.api import expand
+from sparkling_cli.api import expand, verify, write_schedule
 from sparkling_cli.schedule.rewarmup import read_rewarmup
 from sparkling_cli.training import SparklingCallback, read_history
 from tests.conftest import TinyCheckpoint
@@ -54,6 +54,10 @@ def test_two_stages(axis: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) 
     assert [(s.stage, s.expansion_step) for s in two.stages] == [(1, TE1), (2, TE2)]
     for step in range(TE2, END):
         assert two.ratio(two.stages[0], step) == one.ratio(one.stages[0], step)
+
+    again = write_schedule(second, rewarmup={"rho": 3.0})
+    assert again.stages[0] == two.stages[0] and again.stages[1].rho == 3.0
+    verify(trained, second)
 
     history = read_history(second)
     config = json.loads((first / "config.json").read_text())
