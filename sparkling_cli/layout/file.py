@@ -58,6 +58,9 @@ class _File(_Strict):
     assembly: dict[str, _Names] = {}
     aliases: dict[str, str] = {}
     notes: tuple[str, ...] = Field(default=(), strict=False)
+    ordered: bool = False
+    buffers: _Names = ()
+    divisible: tuple[Annotated[tuple[str, str], Field(strict=False)], ...] = Field(default=(), strict=False)
 
 
 def from_dict(data: Mapping[str, Any], where: str) -> ModelLayout:
@@ -85,6 +88,9 @@ def from_dict(data: Mapping[str, Any], where: str) -> ModelLayout:
         assembly=file.assembly,
         aliases=file.aliases,
         notes=file.notes,
+        ordered=file.ordered,
+        buffers=file.buffers,
+        divisible=file.divisible,
     )
     layout.check_axes()
     return layout
@@ -95,6 +101,12 @@ def to_dict(layout: ModelLayout) -> dict[str, Any]:
     data: dict[str, Any] = {"format": FORMAT, "name": layout.name}
     if layout.notes:
         data["notes"] = list(layout.notes)
+    if layout.ordered:
+        data["ordered"] = True
+    if layout.buffers:
+        data["buffers"] = list(layout.buffers)
+    if layout.divisible:
+        data["divisible"] = [list(pair) for pair in layout.divisible]
     if layout.tied:
         data["tied"] = [list(group) for group in layout.tied]
     data["axes"] = {name: _axis_dict(info) for name, info in layout.axes.items()}

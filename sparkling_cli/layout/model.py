@@ -154,6 +154,10 @@ class ModelLayout:
             in order, along the dim behind those.
         aliases: other names for an axis that users may say (``expert_ffn`` -> ``ffn``).
         notes: what a reader of the layout should know.
+        ordered: ``tensors`` stand in the order in which the module registers its parameters, and of these
+            a trainer decays exactly those with more than one dim.
+        buffers: patterns of ``tensors`` that are saved with the weights and are no parameters.
+        divisible: pairs of terms; the class wants the first one's size to be a multiple of the second one's.
     """
 
     name: str
@@ -166,6 +170,9 @@ class ModelLayout:
     assembly: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    ordered: bool = False
+    buffers: tuple[str, ...] = ()
+    divisible: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -211,6 +218,28 @@ class ModelLayout:
         if expected != tuple(shape):
             raise LayoutError(self._mismatch(name, pattern, shape, expected))
 
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter of the module, tied ones once.
+
+        Of an ``ordered`` layout in the order of the module's ``named_parameters()``: layer by layer, what
+        stands under one prefix together, in the order of the patterns.
+        """
+        ranks: dict[tuple[str, ...], int] = {}
+        found: dict[str, tuple[tuple[int, ...], TensorPattern]] = {}
+        for pattern in self.tensors:
+            if pattern.name in self.buffers:
+                continue
+            for name in pattern.template.names(self.sizes):
+                if self.canonical(name) != name:
+                    continue
+                parts = skeleton(name).split(".")
+                key: list[int] = []
+                for depth, (part, own) in enumerate(zip(parts, name.split("."), strict=True)):
+                    rank = ranks.setdefault(tuple(parts[: depth + 1]), len(ranks))
+                    key += [rank, int(own) if part == "*" else 0]
+                found[name] = tuple(key), pattern
+        return {name: self.shape_of(found[name][1]) for name in sorted(found, key=lambda n: found[n][0])}
+
     def config_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The value of every config key in ``config`` under the given axis sizes."""
         return {key: size_of(parse_expr(text), sizes) for key, text in self.config.items()}
@@ -227,9 +256,11 @@ class ModelLayout:
                 raise LayoutError(
                     f"axis {axis!r} in the layout of {pattern.name!r} is not declared: {pattern.layout}"
                 )
-        for key, text in self.config.items():
+        terms = [(f"the config key {key!r}", text) for key, text in self.config.items()]
+        terms += [("divisible", text) for pair in self.divisible for text in pair]
+        for where, text in terms:
             for axis in set(axis_names(parse_expr(text))) - known:
-                raise LayoutError(f"axis {axis!r} in the config key {key!r} is not declared: {text}")
+                raise LayoutError(f"axis {axis!r} in {where} is not declared: {text}")
 
     def check_shapes(
         self, shapes: Mapping[str, tuple[int, ...]], *, on_disk: bool, complete: bool = True

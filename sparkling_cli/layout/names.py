@@ -6,8 +6,9 @@ indices, for models whose layers differ.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -103,6 +104,16 @@ class NameTemplate:
     def placeholders(self) -> tuple[tuple[str, frozenset[int] | None], ...]:
         """Every axis in the name, with the indices that it is restricted to (None: all)."""
         return tuple(zip(self.axes, self._parts[1], strict=True))
+
+    def names(self, sizes: Mapping[str, int]) -> Iterator[str]:
+        """Every name that the template stands for.
+
+        Args:
+            sizes: entries of the axes in the name.
+        """
+        allowed = [range(sizes[axis]) if only is None else sorted(only) for axis, only in self.placeholders]
+        for indices in itertools.product(*allowed):
+            yield self.fill(dict(zip(self.axes, indices, strict=True)))
 
     def matches(self, name: str) -> bool:
         """Whether the template stands for this name."""

@@ -74,25 +74,33 @@ def _text(name: str) -> str:
     return files("sparkling_cli").joinpath("layouts", f"{name}.toml").read_text(encoding="utf-8")
 
 
-def _may_fit(text: str, kinds: Set[str]) -> bool:
-    """Whether the first tensor that a file needs is there: to parse a file takes longer than to look.
+def _may_fit(text: str, kinds: Set[str], model_type: object) -> bool:
+    """Whether the first tensor that a file needs is there, in a model of a type that it is for.
+
+    To parse a file takes longer than to look.
 
     Args:
         text: the file.
         kinds: skeletons of the names on disk.
+        model_type: of the checkpoint's config.
     """
+    if "\n[classes]\n" in text and f"\n{model_type} = " not in text:
+        return False
     table = "\n[disk]\n" if "\n[disk]\n" in text else "\n[tensors]\n"
     needed = _NEEDED.search(text, text.index(table) + len(table) - 1)
     return needed is None or NameTemplate(needed[1]).key in kinds
 
 
-def find_packaged(checkpoint: _Source, alike: Callable[[str, str], bool]) -> ModelLayout | None:
+def find_packaged(
+    checkpoint: _Source, alike: Callable[[str, str], bool], sizing: Sequence[str] = ()
+) -> ModelLayout | None:
     """The layout of a checkpoint, from the one packaged file that fits it; None if none does.
 
     Args:
         checkpoint: the source.
         alike: whether the tensors under two keys are the same, byte by byte: formats that store tied
             weights twice (DCP) do not say which are.
+        sizing: config keys whose numbers size something, which a file of a class must know.
 
     Raises:
         LayoutError: the names are those of one file but the shapes contradict it, or several fit, or the one
@@ -104,18 +112,25 @@ def find_packaged(checkpoint: _Source, alike: Callable[[str, str], bool]) -> Mod
     faults: list[LayoutError] = []
     for name in packaged_names():
         text = _text(name)
-        if not _may_fit(text, kinds):
+        if not _may_fit(text, kinds, (checkpoint.config or {}).get("model_type")):
             continue
-        where = f"packaged layout {name}"
         try:
-            fitting.append(solve_layout(tomllib.loads(text), weights, states, checkpoint.config, where))
+            fitting.append(
+                solve_layout(
+                    tomllib.loads(text),
+                    weights,
+                    states,
+                    checkpoint.config,
+                    f"packaged layout {name}",
+                    alike=_same_weights(checkpoint, alike),
+                    sizing=sizing,
+                )
+            )
         except NamesDifferError:
             continue
         except LayoutError as error:
             faults.append(error)
     fitting = [layout for layout in fitting if _shared_is_tied(checkpoint, layout)]
-    if len(fitting) > 1:
-        fitting = [layout for layout in fitting if _ties_hold(checkpoint, layout, fitting, alike)]
     if len(fitting) > 1:
         names = ", ".join(layout.name for layout in fitting)
         raise LayoutError(
@@ -127,6 +142,16 @@ def find_packaged(checkpoint: _Source, alike: Callable[[str, str], bool]) -> Mod
     if fitting and checkpoint.format == "dcp":
         _refuse_unknown_ties(checkpoint, fitting[0], alike)
     return fitting[0] if fitting else None
+
+
+def _same_weights(checkpoint: _Source, alike: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
+    """Whether two weights are one: where a format stores tied ones twice their values say so."""
+
+    def same(one: str, other: str) -> bool:
+        keys = checkpoint.weights[one], checkpoint.weights[other]
+        return keys[0] == keys[1] or (checkpoint.format == "dcp" and alike(*keys))
+
+    return same
 
 
 def _refuse_unknown_ties(checkpoint: _Source, layout: ModelLayout, alike: Callable[[str, str], bool]) -> None:
@@ -157,27 +182,13 @@ def _shared_is_tied(checkpoint: _Source, layout: ModelLayout) -> bool:
     )
 
 
-def _ties_hold(
-    checkpoint: _Source,
-    layout: ModelLayout,
-    others: Sequence[ModelLayout],
-    alike: Callable[[str, str], bool],
-) -> bool:
-    """Whether exactly those names share their values that the layout ties, of all that any layout ties."""
-    own = {frozenset(group) for group in layout.tied}
-    for group in {frozenset(group) for other in others for group in other.tied}:
-        keys = sorted({checkpoint.weights[name] for name in group if name in checkpoint.weights})
-        shared = all(
-            checkpoint.format == "dcp" and alike(keys[0], key)  # elsewhere tied weights share their bytes
-            for key in keys[1:]
-        )
-        if len([name for name in group if name in checkpoint.weights]) > 1 and shared != (group in own):
-            return False
-    return True
-
-
-def layout_for(checkpoint: _Source, path: Path) -> ModelLayout:
+def layout_for(checkpoint: _Source, path: Path, alike: Callable[[str, str], bool]) -> ModelLayout:
     """A user's layout file for a checkpoint, or the packaged one of that name; open sizes are solved.
+
+    Args:
+        checkpoint: the source.
+        path: the file, or a name of :func:`packaged_names`.
+        alike: see :func:`find_packaged`.
 
     Raises:
         LayoutError: it cannot be read, is malformed, or does not fit the checkpoint.
@@ -189,7 +200,8 @@ def layout_for(checkpoint: _Source, path: Path) -> ModelLayout:
     if not is_open(data):
         return from_dict(data, str(path))
     weights, states = shapes_of(checkpoint)
-    return solve_layout(data, weights, states, checkpoint.config, str(path))
+    same = _same_weights(checkpoint, alike)
+    return solve_layout(data, weights, states, checkpoint.config, str(path), alike=same)
 
 
 def shapes_of(checkpoint: _Source) -> tuple[Shapes, Shapes]:

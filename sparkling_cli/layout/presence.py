@@ -27,9 +27,32 @@ def required(data: Mapping[str, Any], config: Mapping[str, Any], where: str) -> 
     """
     for key, value in data.get("requires", {}).items():
         found = lookup(config, key)
-        if found is not None and (value == "none" or found != value):
+        possible = value if isinstance(value, list) else [value]
+        if found is not None and (value == "none" or found not in possible):
             raise NamesDifferError(f"{where} is for {key} = {value!r}, the checkpoint has {found!r}")
+    classes = data.get("classes", {})
+    if classes and config.get("model_type") not in classes:
+        raise NamesDifferError(
+            f"{where} is for {', '.join(classes)}, the checkpoint is of type {config.get('model_type')!r}"
+        )
     return {key: value for key, value in data.items() if key != "requires"}
+
+
+def check_sizes(data: Mapping[str, Any], sizes: Iterable[str], where: str) -> None:
+    """A file of a class knows every config key that sizes something.
+
+    Args:
+        data: the file.
+        sizes: config keys of the checkpoint whose numbers are widths or counts of heads.
+        where: the file, for messages.
+
+    Raises:
+        NamesDifferError: it does not know one of them, so what it says about the class may be too little.
+    """
+    known = {key.rstrip("?+") for key in data.get("config", {})}
+    unknown = sorted(set(sizes) - known)
+    if data.get("classes") and unknown:
+        raise NamesDifferError(f"{where} does not know the config's {unknown[0]!r}")
 
 
 def assembled(data: Mapping[str, Any], disk: Mapping[str, str]) -> set[str]:

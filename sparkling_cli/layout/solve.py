@@ -8,8 +8,15 @@ A family's file says what the dims mean; how large they are is the checkpoint's 
 - a ``*`` in a config key stands for every key or index there is at its place;
 - a config key that ends in ``+`` is implied when it is missing (``head_dim`` = hidden / heads): it is
   written once something grows;
-- ``requires`` lists config values that a checkpoint of this family has, where it has the key at all; the
-  value ``"none"`` says that the key is not set.
+- ``classes`` says which classes of transformers a file is for: ``model_type`` -> name, which becomes the
+  layout's; such a file knows every config key of a width that the checkpoint has;
+- in a class's file a name occurs in all layers or in none, unless the file says ``mixed_layers``;
+- ``requires`` lists config values that a checkpoint of this family has (of a list, any), where it has the
+  key at all; the value ``"none"`` says that the key is not set;
+- names in one group of ``tied`` whose layouts differ may be tied or not: they are if only one of them is
+  stored, or if what is stored is the same. Tied ones have the layout of the table that is looked up in, and
+  ``compensate`` with ``fan_in`` holds for them only. ``ties`` names the config key that must agree, with
+  what holds where it is missing.
 
 What comes out is an ordinary layout in which every tensor has been checked.
 """
@@ -17,21 +24,23 @@ What comes out is an ordinary layout in which every tensor has been checked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.expr import PACKINGS, Axis, Expr, Fixed, Product, axis_names, size_of
+from sparkling_cli.layout.expr import PACKINGS, Axis, Expr, Fixed, Product, Role, axis_names, size_of
 from sparkling_cli.layout.file import from_dict
 from sparkling_cli.layout.model import ModelLayout, PatternTable, TensorPattern
-from sparkling_cli.layout.parse import parse_expr
+from sparkling_cli.layout.parse import parse_expr, parse_layout
 from sparkling_cli.layout.presence import (
     Indices,
+    NamesDifferError,
     Shapes,
     assembled,
     axes_in,
+    check_sizes,
     indices_of,
     lookup,
     narrowed,
@@ -39,6 +48,9 @@ from sparkling_cli.layout.presence import (
     present_numbers,
     required,
 )
+
+#: Tables and keys that only such files have.
+_OPEN = frozenset({"requires", "classes", "ties", "mixed_layers"})
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,13 @@ def is_open(data: Mapping[str, Any]) -> bool:
     missing = isinstance(axes, Mapping) and any(
         isinstance(axis, Mapping) and "size" not in axis for axis in axes.values()
     )
-    return missing or "requires" in data or any(name.endswith(("?", "+")) for name in names)
+    return (
+        missing
+        or "requires" in data
+        or "classes" in data
+        or "ties" in data
+        or any(name.endswith(("?", "+")) for name in names)
+    )
 
 
 def solve_layout(
@@ -67,6 +85,9 @@ def solve_layout(
     states: Shapes,
     config: Mapping[str, Any] | None,
     where: str,
+    *,
+    alike: Callable[[str, str], bool] = lambda one, other: False,
+    sizing: Iterable[str] = (),
 ) -> ModelLayout:
     """The layout of a checkpoint from a file that leaves sizes open.
 
@@ -76,13 +97,20 @@ def solve_layout(
         states: parameter name in the module -> shape of its state; empty without optimizer state.
         config: the checkpoint's own numbers.
         where: the file, for messages.
+        alike: whether two weights hold the same values.
+        sizing: config keys whose numbers size something, which a file of a class must know.
 
     Raises:
-        NamesDifferError: a tensor has no pattern, a pattern has no tensor, or a config key is missing.
+        NamesDifferError: a tensor has no pattern, a pattern has no tensor, a config key is missing or
+            unknown.
         LayoutError: a size cannot be solved, or a tensor or number contradicts the others.
     """
     from_dict(_with_placeholders(data), where)  # its own errors first
-    data = required(data, config or {}, where)
+    check_sizes(data, sizing, where)
+    data = _with_ties(required(data, config or {}, where), weights, config or {}, where, alike)
+    classes = data.pop("classes", None)
+    if classes:
+        data["name"] = classes[(config or {})["model_type"]]
     on_disk = "disk" if data.get("disk") is not None else "tensors"
     tables = {on_disk: present(data[on_disk], weights, where)}
     if on_disk == "disk":
@@ -96,6 +124,8 @@ def solve_layout(
     ]
     known = {name: axis["size"] for name, axis in data["axes"].items() if "size" in axis}
     indices = indices_of(tables[on_disk], weights)
+    if classes and not data.pop("mixed_layers", False):
+        _check_layers(indices, where)
     if on_disk == "disk":
         indices = {**indices_of(tables["tensors"], states), **indices}
     counts = _counts(indices)
@@ -148,7 +178,9 @@ def _quotients(equations: Iterable[Equation], sizes: Mapping[str, int]) -> list[
     for large, whole in products.items():
         for small, part in products.items():
             rest = Counter(large) - Counter(small)
-            if len(small) + sum(rest.values()) != len(large) or not rest or whole.value % part.value:
+            if len(small) + sum(rest.values()) != len(large) or not rest:
+                continue
+            if part.value < 1 or whole.value % part.value:
                 continue
             names = tuple(sorted(rest.elements()))
             if names not in products:
@@ -201,8 +233,47 @@ def _with_placeholders(data: Mapping[str, Any]) -> dict[str, Any]:
     for table in ("tensors", "disk", "config"):
         if isinstance(plain.get(table), Mapping):
             plain[table] = {str(name).rstrip("?+"): text for name, text in plain[table].items()}
-    plain.pop("requires", None)
-    return plain
+    return {key: value for key, value in plain.items() if key not in _OPEN}
+
+
+def _with_ties(
+    data: dict[str, Any],
+    weights: Shapes,
+    config: Mapping[str, Any],
+    where: str,
+    alike: Callable[[str, str], bool],
+) -> dict[str, Any]:
+    """The file with every group of ``tied`` tied or not, as the checkpoint has it.
+
+    Raises:
+        NamesDifferError: the config says otherwise than the tensors.
+    """
+    tables = {t: dict(data[t]) for t in ("tensors", "disk") if data.get(t) is not None}
+    groups = []
+    for group in data.get("tied", ()):
+        texts = {name: text for t in tables.values() for name, text in t.items() if name in group}
+        stored = [name for name in group if name in weights]
+        if len(set(texts.values())) > 1:  # else the file is for tied ones only
+            tied = all(alike(stored[0], name) for name in stored[1:]) if stored else False
+            for key, usual in data.get("ties", {}).items():
+                found = lookup(config, key)
+                if (usual if found is None else found) is not tied:
+                    raise NamesDifferError(
+                        f"{where}: {' and '.join(group)} are not as the config's {key} says"
+                    )
+            if not tied:
+                continue
+            # the embedding's layout: its first dim is looked up in
+            shared = min(texts.values(), key=lambda text: parse_layout(text).dims[0].role is not Role.IN)
+            absent = {name: f"{name}?" for name in group if name not in stored}
+            tables = {
+                key: {absent.get(n, n): shared if n in group else text for n, text in table.items()}
+                for key, table in tables.items()
+            }
+        groups.append(group)
+    factors = [c for c in data.get("compensate", ()) if groups or not c.get("fan_in", False)]
+    left = {key: value for key, value in data.items() if key not in ("tied", "ties", "compensate")}
+    return {**left, **tables, "tied": groups, "compensate": factors}
 
 
 def _config_equations(numbers: Mapping[str, str], config: Mapping[str, Any]) -> Iterable[Equation]:
@@ -237,6 +308,23 @@ def _counts(indices: Indices) -> dict[str, int]:
     return sizes
 
 
+def _check_layers(indices: Indices, where: str) -> None:
+    """Every pattern that occurs does so at every index of its axes.
+
+    Raises:
+        LayoutError: one does not.
+    """
+    counts = _counts(indices)
+    for name, axes in indices.items():
+        for axis, found in axes.items():
+            if len(found) < counts[axis]:
+                index = min(set(range(counts[axis])) - found)
+                raise LayoutError(
+                    f"{where}: {name!r} is there for {len(found)} of {counts[axis]} {axis}, not for {index}",
+                    hint="a shard may be missing",
+                )
+
+
 def _in_place(closed: dict[str, Any], indices: Indices, counts: Mapping[str, int]) -> dict[str, Any]:
     """The file with patterns that stand for the layers that they occur in only."""
     assembly: Mapping[str, Sequence[str]] = closed.get("assembly", {})
@@ -251,7 +339,9 @@ def _in_place(closed: dict[str, Any], indices: Indices, counts: Mapping[str, int
     }
     parts = {name_of(name): [name_of(part) for part in own] for name, own in assembly.items()}
     factors = [{**c, "tensor": name_of(c["tensor"])} if "tensor" in c else c for c in closed["compensate"]]
-    return {**closed, **tables, "compensate": factors, **({"assembly": parts} if parts else {})}
+    buffers = [name_of(name) for name in closed.get("buffers", ()) if name in closed["tensors"]]
+    changed = {"compensate": factors, "assembly": parts, "buffers": buffers}
+    return {**closed, **tables, **{key: value for key, value in changed.items() if value or key in closed}}
 
 
 def _closed(

@@ -45,7 +45,7 @@ def _code() -> str:
     """A digest of the sources that make a layout: while they are worked on, no old result is believed."""
     package = Path(__file__).parent.parent
     digest = hashlib.blake2b(digest_size=8)
-    for room in ("inference", "layout", "execute", "plan"):
+    for room in ("models", "layout", "widening", "plan"):
         for path in sorted((package / room).glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

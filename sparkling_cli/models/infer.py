@@ -9,7 +9,7 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.pause import collector_running
 from sparkling_cli.layout.file import from_dict, to_dict
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.models import cache, catalog
+from sparkling_cli.models import cache
 
 #: Config keys that no tensor's shape and no layer's kind depends on.
 _IRRELEVANT = frozenset(
@@ -26,8 +26,7 @@ def infer(
 ) -> ModelLayout:
     """Layout of the model of a config, each axis proved or refused with a reason.
 
-    A structure that was proved when the package was made comes from its catalog; any other is proved
-    now, once, and kept in the cache.
+    What was proved is kept in the cache.
 
     Args:
         config: the content of ``config.json``, or what the user's factory takes.
@@ -42,9 +41,6 @@ def infer(
         LayoutError: no tiny model runs, a tensor cannot be explained, or one of ``axes`` is refused.
     """
     own = model is not None or model_factory is not None
-    proved = None if own else catalog.known(config)
-    if proved is not None:
-        return _with(axes, proved.layout)
     kept = {k: v for k, v in config.items() if k not in _IRRELEVANT}
     key = cache.key_of("layout", kept)
     stored = None if own else cache.load("layouts", key)

@@ -13,12 +13,20 @@ from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.formats.pause import collector_running
 from sparkling_cli.layout.expr import Role, axis_names
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.models import cache, catalog
-from sparkling_cli.models.catalog import Parameters
+from sparkling_cli.models import cache
+from sparkling_cli.models.roles import role_of, walk
 from sparkling_cli.storage.read import TensorSource
 
 if TYPE_CHECKING:
     from sparkling_cli.manifest import Manifest
+
+#: parameters of a model in order, and which of them the Trainer decays
+Parameters = tuple[list[tuple[str, tuple[int, ...]]], set[str]]
+#: What config keys hold that a packaged layout must know, by the roots of their names.
+_WIDTHS = frozenset(
+    {"hidden", "ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "head_dim", "experts"}
+    | {"shared_experts", "q_lora", "kv_lora", "qk_nope", "qk_rope", "v_dim"}
+)
 
 
 def find_layout(
@@ -38,7 +46,7 @@ def find_layout(
     if layout_path is not None:
         from sparkling_cli.layout.packaged import layout_for
 
-        return layout_for(checkpoint, layout_path)
+        return layout_for(checkpoint, layout_path, lambda one, other: _alike(checkpoint, one, other))
     if model is None and previous is not None:
         return previous.model_layout()
     if model is None:
@@ -79,7 +87,12 @@ def _packaged(checkpoint: Checkpoint) -> ModelLayout | None:
     from sparkling_cli.layout.packaged import find_packaged
 
     try:
-        return find_packaged(checkpoint, lambda one, other: _alike(checkpoint, one, other))
+        sizing = [
+            ".".join(path)
+            for path, value in walk(checkpoint.config or {})
+            if role_of(path[-1]) in _WIDTHS and isinstance(value, int) and not isinstance(value, bool)
+        ]
+        return find_packaged(checkpoint, lambda one, other: _alike(checkpoint, one, other), sizing)
     except LayoutError:
         if "model_type" not in (checkpoint.config or {}):
             raise
@@ -115,6 +128,10 @@ def named_states(checkpoint: Checkpoint, layout: ModelLayout, *, model: str | No
     from sparkling_cli.formats.optimizer import name_parameters
 
     config = checkpoint.config or {}
+    if model is None and layout.ordered:
+        parameters = list(layout.parameters().items())
+        decayed = {name for name, shape in parameters if len(shape) > 1}
+        return name_parameters(checkpoint, parameters, decayed, vocabulary_of(layout, parameters))
     if model is None and "model_type" not in config:
         followers = {name for group in layout.tied for name in group[1:]}
         parameters = [(n, checkpoint.weight(n).shape) for n in checkpoint.weights if n not in followers]
@@ -153,9 +170,6 @@ def vocabulary_of(layout: ModelLayout, parameters: Iterable[tuple[str, tuple[int
 
 def model_parameters(config: Mapping[str, Any], model: str | None) -> Parameters:
     """Names and shapes in ``named_parameters()`` order, and the Trainer's decayed ones; kept like layouts."""
-    proved = catalog.known(config) if model is None else None
-    if proved is not None:
-        return proved.parameters
     key = hashlib.blake2b(
         json.dumps([config, model, cache.versions()], sort_keys=True, default=str).encode(), digest_size=16
     ).hexdigest()

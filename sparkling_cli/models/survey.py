@@ -55,7 +55,8 @@ def survey(
     rows = []
     for model_type in model_types if model_types is not None else sorted(names):
         row = _cached_row(model_type, names[model_type])
-        row = row.model_copy(update={"layout_file": axes_in_file(model_type)})
+        if not any(axis.proved and axis.name == "hidden" for axis in row.axes):
+            row = row.model_copy(update={"layout_file": axes_in_file(model_type)})
         rows.append(row)
         if progress is not None:
             proved = [a.name for a in row.axes if a.proved]
@@ -78,7 +79,7 @@ def axes_in_file(model_type: str) -> tuple[str, ...]:
     from sparkling_cli.layout.packaged import packaged_data, packaged_names
 
     for data in map(packaged_data, packaged_names()):
-        if data.get("requires", {}).get("model_type") == model_type:
+        if model_type in data.get("classes", {}):
             return tuple(name for name, axis in data["axes"].items() if axis.get("widenable"))
     return ()
 
@@ -185,8 +186,8 @@ def to_markdown(rows: Sequence[Architecture]) -> str:
         f"{', '.join(cache.versions()[1:3])}; a test fails when it is stale. "
         f"{len(rows)} model types, {len(classes)} classes. Each was judged on a tiny random instance of its "
         "default config: an axis is *proved* if widening it 2x and 3x keeps the logits, and refused with the "
-        "reason otherwise. A checkpoint's own config is judged in the same way when it is widened, or was "
-        "when the package's catalog was made.",
+        "reason otherwise. A checkpoint's own config is judged in the same way when it is widened, unless a "
+        "layout file of the package fits it.",
         "",
         "Classes with the axis proved: " + ", ".join(f"{n} {c}" for n, c in totals.items()) + ".",
         "",

@@ -2,7 +2,7 @@
 
 Under grouped-query attention ``heads`` is no axis of its own but ``kv_heads x q_per_kv``: ``heads``
 alone grows the queries inside each group (appending them would re-wire old heads), ``kv_heads`` alone
-adds whole groups, both together set both counts.
+adds whole groups, both together set both counts. Where every group has one query, ``heads`` adds groups.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import difflib
 from math import ceil, isclose
 
 from sparkling_cli.errors import SpecError
+from sparkling_cli.layout.expr import Expr, axis_names, size_of
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.parse import parse_expr
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
 
@@ -37,6 +39,7 @@ def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth
     for name in growth:
         _check_widenable(name, layout)
     _check_joint(growth, layout)
+    _check_divisible(growth, layout)
     return growth
 
 
@@ -57,6 +60,8 @@ def _grouped_growth(
     if "q_per_kv" in growth:
         raise SpecError("axes.q_per_kv: give heads or q_per_kv, not both: heads = kv_heads * q_per_kv")
     heads = _target("heads", wanted["heads"], kv * per_kv, spec, 1)
+    if per_kv == 1 and "kv_heads" not in growth:  # every head has keys and values of its own, and keeps them
+        return {**growth, "kv_heads": Growth(kv, heads)}
     groups = growth["kv_heads"].target if "kv_heads" in growth else kv
     if heads % groups or heads // groups < per_kv:
         least = groups * per_kv
@@ -128,6 +133,37 @@ def _check_joint(growth: dict[str, Growth], layout: ModelLayout) -> None:
                     f"{grown.source} -> {grown.target} but {other} {before} -> {after}",
                     hint=f"widen both by the same factor: --axis {name} --axis {other} --factor {factor:g}",
                 )
+
+
+def _check_divisible(growth: dict[str, Growth], layout: ModelLayout) -> None:
+    """Sizes that the class wants to be multiples of others are so afterwards."""
+    for whole, part in layout.divisible:
+        dividend, divisor = parse_expr(whole), parse_expr(part)
+
+        def fits(changed: dict[str, int], dividend: Expr = dividend, divisor: Expr = divisor) -> bool:
+            sizes = {**layout.sizes, **{name: g.target for name, g in growth.items()}, **changed}
+            return size_of(dividend, sizes) % size_of(divisor, sizes) == 0
+
+        if fits({}):
+            continue
+        sizes = {**layout.sizes, **{name: g.target for name, g in growth.items()}}
+        found = []
+        for name in sorted(growth.keys() & {*axis_names(dividend), *axis_names(divisor)}):
+            target, most = growth[name].target, 2 * size_of(dividend, sizes)
+            above = next((n for n in range(target, most) if fits({name: n})), None)
+            below = next((n for n in range(target, growth[name].source, -1) if fits({name: n})), None)
+            heads = name == "q_per_kv" and _grouped(layout)
+            each = sizes["kv_heads"] if heads else 1
+            found += [
+                f"--axis {'heads' if heads else name} --to {n * each}"
+                for n in (below, above)
+                if n is not None
+            ]
+        raise SpecError(
+            f"axes: {layout.name} wants {whole} to be a multiple of {part}, and "
+            f"{size_of(dividend, sizes)} is none of {size_of(divisor, sizes)}",
+            hint=f"what works: {', or '.join(found)}" if found else None,
+        )
 
 
 def whole_heads(growth: dict[str, Growth], layout: ModelLayout) -> Growth | None:

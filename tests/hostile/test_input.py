@@ -321,7 +321,7 @@ main()
 
 
 def test_without_transformers(source: Path, tmp_path: Path) -> None:
-    """Inference says what to install; the catalog, and weights with a layout file, need nothing of it."""
+    """Inference says what to install; what a layout file fits needs nothing of it."""
     from sparkling_cli.layout.file import to_toml
 
     layout = tmp_path / "layout.toml"
@@ -338,7 +338,10 @@ def test_without_transformers(source: Path, tmp_path: Path) -> None:
     api.verify(source, tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "of_its_own": 1}))
+    (source / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 1}))
+    layout.write_text(
+        layout.read_text().replace("ordered = true\n", "")
+    )  # numbers of parameters need the class
     for words in ((), ("--layout", str(layout))):
         done = expand(*words)
         assert done.returncode == ExitCode.ENVIRONMENT, done.stderr

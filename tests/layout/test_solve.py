@@ -145,8 +145,11 @@ def test_a_glance_at_a_packaged_file(name: str) -> None:
     data, text = packaged_data(name), packaged._text(name)
     first, *others = [one for one in data.get("disk", data["tensors"]) if not one.endswith("?")]
     needed = {NameTemplate(first).key}
-    assert packaged._may_fit(text, needed)
-    assert not packaged._may_fit(text, {NameTemplate(one).key for one in others} - needed)
+    types = tuple(data.get("classes", {}))
+    for model_type in types or (None, "other"):
+        assert packaged._may_fit(text, needed, model_type)
+        assert not packaged._may_fit(text, {NameTemplate(one).key for one in others} - needed, model_type)
+    assert packaged._may_fit(text, needed, "other") is not bool(types)
 
 
 def test_a_number_that_sizes_nothing_stays() -> None:
