@@ -19,10 +19,10 @@ from sparkling_cli.spec.model import InitPair
 from tests.plan.expander import Widening, expanded
 from tests.plan.test_parting import KINDS
 
-#: kind -> config: sizes that 1.5x and 2.5x keep whole
+#: kind -> config: sizes that 1.5x and 2.5x keep whole, hidden a multiple of the heads in Llama and Gemma 2
 SMALL: dict[str, dict[str, Any]] = {
-    "llama": {**CONFIGS["llama"], "hidden_size": 40, "intermediate_size": 48},
-    "gemma2": {**CONFIGS["gemma2"], "hidden_size": 40, "intermediate_size": 48, "head_dim": 14}
+    "llama": {**CONFIGS["llama"], "hidden_size": 120, "intermediate_size": 48},
+    "gemma2": {**CONFIGS["gemma2"], "hidden_size": 120, "intermediate_size": 48, "head_dim": 14}
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3_moe": {**CONFIGS["qwen3_moe"], "num_experts": 6, "intermediate_size": 24},
     "deepseek_v3": {**KINDS["deepseek_v3"], "hidden_size": 40},
@@ -35,8 +35,8 @@ GQA: dict[str, dict[str, int]] = {
     "heads": {"q_per_kv": 2},
 }
 AXES: dict[str, dict[str, dict[str, int]]] = {
-    "llama": {**GQA, "ffn": {"ffn": 48}},
-    "gemma2": {**GQA, "ffn": {"ffn": 48}},
+    "llama": {**GQA, "hidden": {"hidden": 120}, "ffn": {"ffn": 48}},
+    "gemma2": {**GQA, "hidden": {"hidden": 120}, "ffn": {"ffn": 48}},
     "qwen3_moe": {
         **GQA,
         "expert_ffn": {"expert_ffn": 24},
