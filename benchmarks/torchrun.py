@@ -59,7 +59,18 @@ def command(processes: int, source: Path, destination: Path, init: str) -> list[
         "--factor",
         "2",
     ]
-    return [*torchrun, str(processes), *expand, "--init", init, "--report", "none", "--threads", "1"]
+    return [
+        *torchrun,
+        str(processes),
+        *expand,
+        "--init",
+        init,
+        "--allow-locked",
+        "--report",
+        "none",
+        "--threads",
+        "1",
+    ]
 
 
 def seconds(words: list[str]) -> float:

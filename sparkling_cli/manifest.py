@@ -20,9 +20,8 @@ from sparkling_cli.execute.stream import Written
 from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.layout import file as layout_file
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.plan.build import treatment_of
-from sparkling_cli.plan.model import Expansion, Recipe, Row
-from sparkling_cli.plan.symmetry import with_fills
+from sparkling_cli.plan.model import Account, Expansion, Recipe, Row
+from sparkling_cli.plan.symmetry import treatment_of, with_fills
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.sidecar import FOLDER, MANIFEST
@@ -78,6 +77,7 @@ class TensorEntry(_Data):
     """
 
     name: str
+    kind: str = ""
     slot: str
     dtype: str
     shape: tuple[int, ...]
@@ -96,6 +96,7 @@ class Manifest(_Data):
     source: SourceEntry
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
+    account: Account = Account()
 
     def model_layout(self) -> ModelLayout:
         """The layout, with axis sizes after widening."""
@@ -192,6 +193,7 @@ def make_manifest(expansion: Expansion, written: Written, others: Mapping[str, b
             "tensors": dict(written.sources),
             "files": {name: _digest(written, name) for name in plan.source.carried if name in written.files},
         },
+        "account": plan.account.model_dump(mode="json"),
     }
     files = {
         "files": {
@@ -248,7 +250,13 @@ def _tensors(rows: tuple[Row, ...], common: Mapping[Recipe, str], written: Writt
 
 def _common(recipe: Recipe) -> str:
     """The entry of a tensor without its names and digest, as JSON text without braces."""
-    return _text({"slot": recipe.slot, "dtype": recipe.dtype, "shape": list(recipe.shape)})[1:-1]
+    entry = {
+        "kind": recipe.kind.value,
+        "slot": recipe.slot,
+        "dtype": recipe.dtype,
+        "shape": list(recipe.shape),
+    }
+    return _text(entry)[1:-1]
 
 
 def _digest(written: Written, name: str) -> dict[str, int]:

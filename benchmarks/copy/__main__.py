@@ -153,7 +153,7 @@ def measure(case: Case, setting: Setting) -> dict[str, object]:
         "--factor",
         "2",
     ]
-    expand += ["--report", "none", *case.options]
+    expand += ["--report", "none", "--allow-locked", *case.options]
     # the script holds source and output
     obvious = setting.obvious and case.gigabytes * 2**30 * 3.2 < available() and not case.options
     found: list[dict[str, Cost]] = []

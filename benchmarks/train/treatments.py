@@ -37,12 +37,15 @@ class Treatment:
     warm: str = "new"
 
 
-COPIED = {"optimizer": "copy"}
+COPIED = {"optimizer": "copy", "allow_locked": True}
+DROPPED = {"optimizer": "drop", "allow_locked": True}
 
 TREATMENTS: Mapping[str, Treatment] = {
     "sparkling": Treatment("SPARKLING: copy-copy, RMS scaling, asymmetric reset, re-warmup of new entries"),
     "naive": Treatment("naive copy: function-preserving copies, copied state", COPIED, "none"),
-    "drop": Treatment("function-preserving copies, state dropped", {"optimizer": "drop"}, "none"),
+    "drop": Treatment(
+        "function-preserving copies, state dropped", {"optimizer": "drop", "allow_locked": True}, "none"
+    ),
     "asymmetric": Treatment("copy-copy, RMS scaling, asymmetric reset, no re-warmup", {}, "none"),
     "no-rms": Treatment("SPARKLING without RMS scaling", {"scaling": "none"}),
     "rewarm-all": Treatment("copy-copy, RMS scaling, asymmetric reset, everything re-warmed", {}, "all"),

@@ -61,6 +61,28 @@ def expand(
     memory: Annotated[str, typer.Option(help="Memory budget, e.g. 512M, 2G.")] = "1G",
     threads: Annotated[int | None, typer.Option(help="Worker threads; default: by the machine.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan; write nothing.")] = False,
+    allow_locked: Annotated[
+        bool,
+        typer.Option("--allow-locked", help="Go on where copies would stay equal to their sources for ever."),
+    ] = False,
+    carry: Annotated[
+        list[str],
+        typer.Option(
+            help="Tensors that stay as they are although their shape is one that grows: a name, * for any "
+            "part. May be repeated.",
+            metavar="PATTERN",
+            show_default=False,
+        ),
+    ] = [],
+    state: Annotated[
+        list[str],
+        typer.Option(
+            help="What optimizer state of that name is: weight (widened like it), moment, carry. May be "
+            "repeated.",
+            metavar="NAME=KIND",
+            show_default=False,
+        ),
+    ] = [],
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Go on where weights or state hold NaN or Inf.")
     ] = False,
@@ -83,6 +105,7 @@ def expand(
     from sparkling_cli.execute.commit import check_destination
     from sparkling_cli.report.plan import plan_result
     from sparkling_cli.spec.quantities import LEAST_MEMORY, parse_bytes
+    from sparkling_cli.spec.sources import state_from_options
 
     chosen = _spec(
         spec,
@@ -96,7 +119,10 @@ def expand(
             "optimizer": optimizer,
             "seed": seed,
             "names": names,
+            "allow_locked": allow_locked or None,
             "allow_nonfinite": allow_nonfinite or None,
+            "carry": carry or None,
+            "state": state_from_options(state),
             **opt.schedule_fields(
                 rho=rho,
                 rewarmup_steps=rewarmup_steps,

@@ -14,7 +14,8 @@ from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependency
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.manifest import read_manifest
-from sparkling_cli.plan.build import carried_factors, treatment_of
+from sparkling_cli.plan.build import carried_factors
+from sparkling_cli.plan.symmetry import treatment_of
 from sparkling_cli.results.measured import Activations, Inspection, Measurement, Symmetry
 from sparkling_cli.results.verdict import verdict_of_change
 from sparkling_cli.spec.sources import make_spec

@@ -14,6 +14,7 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import list_files
+from sparkling_cli.formats.further import further_in
 from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest, ParamState
 from sparkling_cli.formats.statedict import numbers_of, packed, remaining_values, weights_in
 from sparkling_cli.formats.torchfile import TorchFile, TreePath, lay_out, plain, read_torch_file
@@ -99,6 +100,9 @@ class UniversalCheckpoint:
         wanted = {*weights.values(), *(key for s in states for key in s.tensors.values())}
         tree = files[models[0]].tree
         tensors = _unflattened(files, _param_shapes(tree), wanted)
+        further = [item for file in files.values() for item in further_in(file, tensors)]
+        if shared is not None:
+            further += shared.further
         facts: dict[str, Any] = {"kind": "DeepSpeed Universal Checkpoint", "zero_3": partitioned}
         if type(tree.get("global_steps")) is int:
             facts["global_step"] = tree["global_steps"]
@@ -112,6 +116,7 @@ class UniversalCheckpoint:
             states=states,
             param_groups=groups,
             carried=tuple(n for n in present if n not in files and not (shared and n == OPTIMIZER)),
+            further=tuple(further),
             facts=facts,
             notes=('resume with "checkpoint": {"load_universal": true} in DeepSpeed\'s config',),
             private=Parsed(files, models, steps, shared),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.further import with_further
 from sparkling_cli.formats.pause import collector_paused
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """
     root, form = recognized(path)
     with collector_paused(), _told(root):
-        return form.open(root)
+        return with_further(form.open(root))
 
 
 def recognized(path: Path | str) -> tuple[Path, Format]:

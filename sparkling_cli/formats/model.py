@@ -39,6 +39,24 @@ class ParamState:
     scalars: Mapping[str, float] = field(default_factory=dict)
 
 
+class Further(NamedTuple):
+    """A tensor that is neither a weight nor state of a parameter: a counter, an average, a random state.
+
+    Attributes:
+        name: its file and its place in it, for people and for ``--carry``.
+        file: relative path; "" if the checkpoint is one file.
+        key: by which the format can write it with another shape; "" if it can only be copied.
+        stored: dtype, shape, and, where ``key`` is set, its bytes; None of a file that could not be read.
+        left_out: its file, or it alone, is not part of the output.
+    """
+
+    name: str
+    file: str
+    key: str
+    stored: StoredTensor | None
+    left_out: bool = False
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A source checkpoint, opened.
@@ -53,6 +71,8 @@ class Checkpoint:
         config: the model's sizes as the checkpoint states them (config.json, model_args, ...).
         config_file: where ``config`` stands, for messages.
         carried: files that are copied byte for byte, relative paths, sorted.
+        further: every tensor of every file that is neither in ``weights`` nor in ``states``.
+        further_files: carried files that can be written with other shapes, by relative path.
         facts: what else is known: ``global_step``, ``max_steps``, ``optimizer_class``, ...
         notes: what a user should know about this checkpoint.
         private: the format's own parsed objects; nobody else looks inside.
@@ -67,9 +87,17 @@ class Checkpoint:
     config: Mapping[str, Any] | None = None
     config_file: str = ""
     carried: tuple[str, ...] = ()
+    further: tuple[Further, ...] = ()
+    further_files: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     private: Any = None
+
+    @property
+    def by_key(self) -> dict[str, StoredTensor]:
+        """Every tensor that can be written with another shape, further ones included."""
+        further = {item.key: item.stored for item in self.further if item.key and item.stored is not None}
+        return {**further, **self.tensors}
 
     def weight(self, name: str) -> StoredTensor:
         """The stored weight of that name."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.further import further_in
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
 from sparkling_cli.formats.statedict import (
     OptimizerTree,
@@ -170,6 +171,7 @@ def read_sections(
     if config is None and sections.config is not None:
         config = plain(at(file.tree, sections.config))
         config_file = f"{file.path.name}: {'.'.join(map(str, sections.config))}"
+    planned = _planned(weights, optimizer)
     notes = []
     if not trees:
         notes.append("there is no optimizer state in this file: weights only")
@@ -178,13 +180,14 @@ def read_sections(
     return Checkpoint(
         root=root,
         format=format_name,
-        tensors={key: file.tensors[key] for key in _planned(weights, optimizer)},
+        tensors={key: file.tensors[key] for key in planned},
         weights=weights,
         states=optimizer.states,
         param_groups=optimizer.groups,
         config=config,
         config_file=config_file,
         carried=carried,
+        further=tuple(further_in(file, planned)),
         facts=facts_of(file.tree, sections, optimizer),
         notes=tuple(notes),
         private=Parsed(file, sections, optimizer),

@@ -13,6 +13,7 @@ from pathlib import Path
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside, list_files, literal_file, read_json, rewritten_json
 from sparkling_cli.formats.fsdpfile import check_alone, copy_output, read_copy, with_copies
+from sparkling_cli.formats.further import further_in, tensors_of
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
 from sparkling_cli.formats.pause import collector_paused
 from sparkling_cli.formats.statedict import (
@@ -114,7 +115,10 @@ class TrainerDirectory:
         notes += [f"{name} is not carried over: it holds the weights at their old size" for name in stale]
         notes += _optimizer_notes(file, optimizer)
         stored = {key: part.tensors[key] for part in (file, copy) if part for key in part.tensors}
+        further = [item._replace(left_out=True) for name in stale for item in tensors_of(root, name)]
         moments = {key: stored[key] for state in states for key in state.tensors.values()}
+        for part in (file, copy):
+            further += further_in(part, moments) if part else []
         return Checkpoint(
             root=root,
             format=self.name,
@@ -125,6 +129,7 @@ class TrainerDirectory:
             config=config,
             config_file=CONFIG if config is not None else "",
             carried=tuple(name for name in present if name not in ours and name not in stale),
+            further=tuple(further),
             facts=facts,
             notes=tuple(notes),
             private=Parsed(weights, file, optimizer, copy),

@@ -67,7 +67,10 @@ def without_outdated(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[OutputFi
     if not dropped:
         return checkpoint, ()
     kept = tuple(name for name in carried if name not in dropped)
-    return replace(checkpoint, carried=kept, notes=(*checkpoint.notes, *notes)), tuple(files)
+    further = tuple(
+        item._replace(left_out=True) if item.file in adapters else item for item in checkpoint.further
+    )
+    return replace(checkpoint, carried=kept, further=further, notes=(*checkpoint.notes, *notes)), tuple(files)
 
 
 def run_facts(root: Path, present: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -14,7 +14,8 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.directory import inside
-from sparkling_cli.formats.model import OutputFile
+from sparkling_cli.formats.further import further_in
+from sparkling_cli.formats.model import Further, OutputFile
 from sparkling_cli.formats.statedict import keys_by_path, numbers_of, packed, remaining_values
 from sparkling_cli.formats.torchfile import (
     REMOVED,
@@ -55,6 +56,13 @@ class SharedStep:
     value: float
     keys: tuple[str, ...]
     paths: tuple[TreePath, ...]
+
+    @property
+    def further(self) -> list[Further]:
+        """Every tensor of the file; flat partitions are left out of the output."""
+        file = read_torch_file(self.file.path, OPTIMIZER, allow=_OWN)
+        gone = {*file.tensors} - {*self.file.tensors} | {*_removed(self.file)}
+        return [item._replace(left_out=item.key in gone, key="") for item in further_in(file, ())]
 
 
 def read_options(
@@ -113,14 +121,24 @@ def _shared_step(root: Path, file: TorchFile) -> SharedStep:
 def options_output(step: SharedStep, value: float | None) -> OutputFile:
     """The file without flat partitions, every counter set to ``value`` if that is not None."""
     file = step.file
-    edits: dict[TreePath, Any] = {}
-    for index, state in file.tree[_STATES[0]][_STATES[1]].items():
-        flat = [name for name, item in state.items() if isinstance(item, TensorNode) and name != "step"]
-        edits.update({(*_STATES, index, name): REMOVED for name in flat})
+    edits: dict[TreePath, Any] = dict.fromkeys(_flat_paths(file), REMOVED)
     given: dict[str, bytes] = {}
     if value is not None:
         given = {key: packed(file.tensors[key].dtype, value) for key in step.keys}
         edits.update({path: int(value) for path in step.paths})
-    removed = [path for path, new in edits.items() if new is REMOVED]
-    gone = [key for key, path in file.paths.items() if any(path[: len(cut)] == cut for cut in removed)]
-    return lay_out(file, edits=edits, values=remaining_values(file, gone, given))
+    return lay_out(file, edits=edits, values=remaining_values(file, _removed(file), given))
+
+
+def _flat_paths(file: TorchFile) -> list[TreePath]:
+    """Where flat partitions stand beside the steps."""
+    return [
+        (*_STATES, index, name)
+        for index, state in file.tree[_STATES[0]][_STATES[1]].items()
+        for name, item in state.items()
+        if isinstance(item, TensorNode) and name != "step"
+    ]
+
+
+def _removed(file: TorchFile) -> list[str]:
+    removed = _flat_paths(file)
+    return [key for key, path in file.paths.items() if any(path[: len(cut)] == cut for cut in removed)]

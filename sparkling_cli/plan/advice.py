@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sparkling_cli.errors import SpecError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.plan.state_checks import stateless_warning
-from sparkling_cli.plan.symmetry import locked_axes
+from sparkling_cli.plan.symmetry import locked_axes, parting_inits, treatment_of
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
 
@@ -44,33 +44,60 @@ def notes_for(
     return tuple(notes)
 
 
-def warnings_for(
-    checkpoint: Checkpoint, spec: ExpansionSpec, growth: Mapping[str, Growth]
-) -> tuple[str, ...]:
-    """What calls for a decision."""
-    state = spec.optimizer if checkpoint.states else None
-    found = (symmetry_warning(growth, state, checkpoint.format), stateless_warning(checkpoint))
-    return tuple(warning for warning in found if warning is not None)
+def check_locked(
+    checkpoint: Checkpoint,
+    layout: ModelLayout,
+    spec: ExpansionSpec,
+    growth: Mapping[str, Growth],
+    *,
+    moments: bool,
+) -> str | None:
+    """Copies part from their sources: by the fills that are used, or by their optimizer state.
+
+    Args:
+        checkpoint: the source.
+        layout: of the model.
+        spec: what was asked for.
+        growth: of the plan, with the fills that are used.
+        moments: whether there is optimizer state that is parameter-shaped and no copy of the weights.
+
+    Returns:
+        A warning where copies stay locked and the spec allows it; None where they part.
+
+    Raises:
+        SpecError: they stay locked, and the spec does not allow it.
+    """
+    optimizer = spec.optimizer if moments else None
+    locked = symmetry_warning(growth, optimizer)
+    if locked is None or spec.allow_locked:
+        return locked
+    ways = []
+    if optimizer is not None:
+        ways.append("use --optimizer asymmetric (the default)")
+    elif checkpoint.format == TRAINER and not checkpoint.states:
+        ways.append("copy optimizer.pt into the checkpoint")
+    inits = () if spec.scaling == "function" else parting_inits(growth, layout, treatment_of(spec))
+    if inits:
+        ways.append(f"choose {' or '.join(f'--init {init}' for init in inits)}")
+    ways.append("add --allow-locked for an experiment")
+    raise SpecError(locked, hint="; or ".join(ways))
 
 
-def symmetry_warning(growth: Mapping[str, Growth], optimizer: str | None, form: str) -> str | None:
+def symmetry_warning(growth: Mapping[str, Growth], optimizer: str | None) -> str | None:
     """The one sentence on copies that no optimizer state tells from their sources; None where they part.
 
     Args:
         growth: of the plan.
         optimizer: what becomes of the state; None where there is none.
-        form: the checkpoint's format.
     """
-    if not locked_axes(growth, optimizer):
+    locked = locked_axes(growth, optimizer)
+    if not locked:
         return None
     if optimizer is None:
-        there = "copy optimizer.pt into the checkpoint" if form == TRAINER else "widen with the state"
-        return (
-            "there is no optimizer state: under a fresh optimizer copies and their sources get equal updates "
-            f"and stay equal for ever; {there}, or choose --init random-copy"
-        )
-    word = "copied" if optimizer == "copy" else "dropped"
+        cause = "there is no optimizer state: under a fresh optimizer"
+    else:
+        cause = f"the optimizer state is {'copied' if optimizer == 'copy' else 'dropped'}:"
     return (
-        f"the optimizer state is {word}: copies and their sources get equal updates and stay equal for ever; "
-        "use --optimizer asymmetric unless this is an experiment"
+        f"{cause} copies and their sources get equal updates and stay equal for ever "
+        f"(axes {', '.join(locked)})"
     )

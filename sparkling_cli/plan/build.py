@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import sqrt
+from math import prod, sqrt
 
 from sparkling_cli.errors import CheckpointError, LayoutError, SpecError
 from sparkling_cli.formats.detect import format_of
-from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest
-from sparkling_cli.formats.states import StateKind, state_kind
+from sparkling_cli.formats.further import OpenFile, lay_out_further
+from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile, OutputRequest
+from sparkling_cli.formats.states import FURTHER_MOMENTS, MOMENTS, WEIGHT_LIKE, StateKind, state_kind
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.parse import parse_layout
-from sparkling_cli.plan.advice import notes_for, warnings_for
-from sparkling_cli.plan.model import Plan, Recipe, Row
+from sparkling_cli.plan.account import Growing, Sorted, account_of, further_notes, sort_further
+from sparkling_cli.plan.advice import check_locked, notes_for
+from sparkling_cli.plan.measure import measured_kind
+from sparkling_cli.plan.model import CARRIED, Kind, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
-from sparkling_cli.plan.state_checks import check_numbers, check_pairs
-from sparkling_cli.plan.symmetry import check_pair, with_fills
+from sparkling_cli.plan.state_checks import check_numbers, check_pairs, stateless_warning
+from sparkling_cli.plan.symmetry import check_pair, treatment_of, with_fills
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
 from sparkling_cli.widening.geometry import Fill, Growth, Span, Treatment, View, target_shape, view_of
-
-_FILLS = {"copy": Fill.COPY, "zero": Fill.ZERO, "random": Fill.RANDOM}
 
 
 def build_plan(
@@ -46,28 +47,40 @@ def build_plan(
         LayoutError: tensors and layout disagree.
         CheckpointError: optimizer state that cannot be widened.
     """
-    known = originals or {}
+    treatment, earlier = treatment_of(spec), originals or {}
     growth = {
-        axis: replace(grown, originals=known.get(axis, ()))
+        axis: replace(grown, originals=earlier.get(axis, ()))
         for axis, grown in resolve_growth(spec, layout).items()
     }
-    check_pair(growth, layout, treatment_of(spec))
-    growth = with_fills(growth, layout, treatment_of(spec))
-    recipes = _Recipes(layout, growth, treatment_of(spec), spec)
+    check_pair(growth, layout, treatment)
+    growth = with_fills(growth, layout, treatment)
+    recipes = _Recipes(layout, growth, treatment, spec)
     weights, renamed = weights_of(checkpoint, layout, spec.names)
     rows = _weight_rows(weights, recipes)
-    rows += _state_rows(checkpoint, recipes)
+    known = _Known({weight.module: weight.stored for weight in weights}, checkpoint, recipes)
+    kinds, measured = known.state_kinds()
+    rows += _state_rows(checkpoint, recipes, kinds)
+    growing = Growing.of(recipes.all)
+    found = sort_further(checkpoint.further, growing, spec.carry, known.copied)
+    rows += _further_rows(checkpoint, found, recipes, known)
     check_pairs(checkpoint)
     if not spec.allow_nonfinite:
         check_numbers(checkpoint)
+    moments = any(recipe.kind is Kind.MOMENT for recipe in recipes.all)
+    warnings = (
+        check_locked(checkpoint, layout, spec, growth, moments=moments),
+        stateless_warning(checkpoint),
+    )
     scalars = {
         f"{state.param}.{name}": 0.0
         for state in checkpoint.states
         for name in state.scalars
         if spec.optimizer == "drop" and name == "step"
     }
+    rewritten = {item.file for item, _ in found.widened} & set(checkpoint.further_files)
+    carried = tuple(path for path in checkpoint.carried if path not in rewritten)
     return Plan(
-        source=checkpoint,
+        source=replace(checkpoint, carried=carried) if rewritten else checkpoint,
         layout=layout,
         spec=spec,
         growth=growth,
@@ -76,8 +89,9 @@ def build_plan(
         rows=tuple(rows),
         config=_config(checkpoint, recipes),
         scalars=scalars,
-        notes=notes_for(checkpoint, layout, spec, growth, renamed),
-        warnings=warnings_for(checkpoint, spec, growth),
+        account=account_of(rows, found),
+        notes=(*notes_for(checkpoint, layout, spec, growth, renamed), *measured, *further_notes(found)),
+        warnings=tuple(warning for warning in warnings if warning is not None),
     )
 
 
@@ -86,21 +100,23 @@ def lay_out(plan: Plan) -> tuple[OutputFile, ...]:
     declared = tuple(
         Declared(
             key=row.key,
-            name="" if row.slot else row.name,
+            name=row.name if row.recipe.kind is Kind.WEIGHT else "",
             dtype=row.dtype,
             shape=row.shape,
             source_file=row.source.extents[0].path if row.source.extents else "",
         )
         for row in plan.rows
     )
-    request = OutputRequest(declared, plan.config, plan.scalars)
-    return format_of(plan.source.format).outputs(plan.source, request)
-
-
-def treatment_of(spec: ExpansionSpec) -> Treatment:
-    """The spec's initialization pair and scaling as geometry rules."""
-    fan_out, fan_in = spec.init.split("-")
-    return Treatment(_FILLS[fan_out], _FILLS[fan_in], spec.scaling)
+    further = plan.source.further_files
+    keys = {item.key for item in declared} if further else set()
+    rewritten = [path for path, parsed in further.items() if keys & parsed.keys.keys()]
+    theirs = {key for path in rewritten for key in further[path].keys}
+    own = tuple(item for item in declared if item.key not in theirs) if theirs else declared
+    request = OutputRequest(own, plan.config, plan.scalars)
+    return (
+        *format_of(plan.source.format).outputs(plan.source, request),
+        *(lay_out_further(further[path], path, declared) for path in rewritten),
+    )
 
 
 @dataclass(frozen=True)
@@ -136,6 +152,7 @@ class _Recipes:
             view = self._view(pattern, found)
             scale, offset = self._factor(found)
             recipe = Recipe(
+                kind=Kind.COPY if slot else Kind.WEIGHT,
                 slot=slot,
                 dtype=dtype,
                 before=self.layout.shape_of(pattern),
@@ -145,8 +162,7 @@ class _Recipes:
                 offset=offset,
                 pattern=None if slot else pattern,
             )
-            changed = scale != 1.0 or offset != 0.0 or not recipe.untouched
-            if changed and not slot and dtype not in FLOATING:
+            if recipe.changes and not slot and dtype not in FLOATING:
                 raise CheckpointError(
                     f"{name!r} is stored as {dtype}, in which new weights cannot be computed",
                     hint="dequantize the checkpoint to bfloat16 or float32 first",
@@ -162,6 +178,7 @@ class _Recipes:
             optimizer = self.spec.optimizer
             view = state_view(self._view(pattern, found, copied=True), optimizer)
             self._made[mark] = Recipe(
+                kind=Kind.MOMENT,
                 slot=slot,
                 dtype=dtype,
                 before=self.layout.shape_of(pattern),
@@ -172,13 +189,13 @@ class _Recipes:
             )
         return self._made[mark]
 
-    def unchanged(self, slot: str, stored: StoredTensor) -> Recipe:
+    def unchanged(self, kind: Kind, slot: str, stored: StoredTensor) -> Recipe:
         """Every byte stays as it is."""
-        mark = (slot, stored.dtype, stored.shape)
+        mark = (kind, slot, stored.dtype, stored.shape)
         if mark not in self._made:
             dims = parse_layout("scale " + " ".join(map(str, stored.shape)) if stored.shape else "")
             view = view_of(dims, {}, {}, Treatment())
-            self._made[mark] = Recipe(slot, stored.dtype, stored.shape, stored.shape, view)
+            self._made[mark] = Recipe(kind, slot, stored.dtype, stored.shape, stored.shape, view)
         return self._made[mark]
 
     @cached_property
@@ -256,8 +273,13 @@ def _weight_rows(weights: Iterable[Weight], recipes: _Recipes) -> list[Row]:
     return rows
 
 
-def _state_rows(checkpoint: Checkpoint, recipes: _Recipes) -> Iterator[Row]:
+def _state_rows(checkpoint: Checkpoint, recipes: _Recipes, kinds: Mapping[str, StateKind]) -> Iterator[Row]:
     """A row per state tensor.
+
+    Args:
+        checkpoint: the source.
+        recipes: where the rows' recipes are made.
+        kinds: of states whose name is not in the table.
 
     Raises:
         CheckpointError: state of no parameter, or that cannot be widened.
@@ -270,12 +292,17 @@ def _state_rows(checkpoint: Checkpoint, recipes: _Recipes) -> Iterator[Row]:
         pattern = layout.module_table.find(name)
         for slot, key in state.tensors.items():
             stored = checkpoint.tensors[key]
-            recipe = _state_recipe(state.param, slot, stored, pattern, recipes)
+            recipe = _state_recipe(state.param, slot, stored, pattern, recipes, kinds)
             yield Row(key, state.param, stored, recipe, name)
 
 
 def _state_recipe(
-    param: str, slot: str, stored: StoredTensor, pattern: TensorPattern, recipes: _Recipes
+    param: str,
+    slot: str,
+    stored: StoredTensor,
+    pattern: TensorPattern,
+    recipes: _Recipes,
+    kinds: Mapping[str, StateKind],
 ) -> Recipe:
     """What becomes of one state tensor.
 
@@ -283,19 +310,141 @@ def _state_recipe(
         CheckpointError: state of another shape than its parameter's, where that grows.
     """
     weight_shape = recipes.layout.shape_of(pattern)
-    match state_kind(slot, stored.shape, weight_shape):
-        case StateKind.WEIGHT:
+    kind = state_kind(slot, stored.dtype, stored.shape, weight_shape)
+    whole = stored.shape == weight_shape and stored.dtype in FLOATING and slot != "step"
+    if slot in kinds and (whole or kind is not StateKind.SCALAR):
+        kind = kinds[slot]
+    match kind:
+        case StateKind.WEIGHT if whole:
             return recipes.weight(pattern, param, stored.dtype, slot)
-        case StateKind.MOMENT:
+        case StateKind.MOMENT if whole:
             return recipes.moment(pattern, param, stored.dtype, slot)
-        case StateKind.OTHER if pattern.dims.axes() & set(recipes.growth):
+        case StateKind.OTHER | StateKind.WEIGHT | StateKind.MOMENT if pattern.dims.axes() & set(
+            recipes.growth
+        ):
             raise CheckpointError(
-                f"optimizer state {slot!r} of {param!r} has shape {stored.shape}, the parameter has "
-                f"{weight_shape}: factored or quantized state cannot be widened",
-                hint="expand a directory without the optimizer file, and restart the optimizer",
+                f"optimizer state {slot!r} of {param!r} is {stored.dtype} of shape {stored.shape}, the "
+                f"parameter has {weight_shape}: factored, projected or quantized state cannot be widened",
+                hint="expand a checkpoint without the optimizer's state, and restart the optimizer; or, if "
+                f"it shall stay as it is: --state {slot}=carry",
             )
         case _:
-            return recipes.unchanged(slot, stored)
+            return recipes.unchanged(Kind.SCALAR if prod(stored.shape) == 1 else Kind.OTHER, slot, stored)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The weights, against which tensors of unknown names are measured.
+
+    Attributes:
+        weights: name in the module -> where the weight lies.
+        checkpoint: the source.
+        recipes: of its weights.
+    """
+
+    weights: Mapping[str, StoredTensor]
+    checkpoint: Checkpoint
+    recipes: _Recipes
+    _prefixes: dict[str, StateKind] = field(default_factory=dict)
+
+    def state_kinds(self) -> tuple[dict[str, StateKind], list[str]]:
+        """Kinds of states that the spec gives, or whose name is not in the table; and what was measured.
+
+        Raises:
+            CheckpointError: neither name nor values say what a state is.
+        """
+        layout, spec = self.recipes.layout, self.recipes.spec
+        given = {
+            slot: {"weight": StateKind.WEIGHT, "moment": StateKind.MOMENT, "carry": StateKind.SCALAR}[kind]
+            for slot, kind in spec.state.items()
+        }
+        pairs: dict[str, list[tuple[StoredTensor, StoredTensor]]] = {}
+        other: set[str] = set()
+        for state in self.checkpoint.states:
+            unknown = [s for s in state.tensors if s not in _NAMED and s not in given]
+            if not unknown:
+                continue
+            weight = self.weights.get(layout.canonical(state.param))
+            for slot in unknown:
+                stored = self.checkpoint.tensors[state.tensors[slot]]
+                shape = stored.shape if weight is None else weight.shape
+                match state_kind(slot, stored.dtype, stored.shape, shape):
+                    case StateKind.UNKNOWN if weight is not None:
+                        pairs.setdefault(slot, []).append((stored, weight))
+                    case StateKind.OTHER:
+                        other.add(slot)
+        notes = []
+        for slot, found in pairs.items():
+            if slot in other:  # of a square parameter, and so by chance of its shape
+                given[slot] = StateKind.OTHER
+                continue
+            kind, text = measured_kind(self.checkpoint.root, found)
+            if kind is StateKind.UNKNOWN and not any(_nonzero(self.checkpoint, s) for s, _ in found):
+                kind, text = StateKind.MOMENT, "all of it is zero"
+            if kind is StateKind.UNKNOWN:
+                raise CheckpointError(
+                    f"optimizer state {slot!r} is of no known kind, and its values do not say whether it "
+                    f"follows the weights: {text}",
+                    hint=f"say what it is: --state {slot}=weight (a copy or average of the weights), "
+                    f"--state {slot}=moment (new entries start from zero) or --state {slot}=carry",
+                )
+            given[slot] = kind
+            notes.append(f"optimizer state {slot!r} is taken for a {kind.value}: {text}")
+        return given, notes
+
+    def copied(self, item: Further) -> str | None:
+        """The parameter that a tensor is a copy of, by its name and its values; else None."""
+        layout = self.recipes.layout
+        assert item.stored is not None
+        name = item.key.rpartition(":")[2]
+        while name:
+            weight = self.weights.get(layout.canonical(name))
+            if weight is not None:
+                break
+            name = name.partition(".")[2]
+        else:
+            return None
+        if weight.shape != item.stored.shape or item.stored.dtype not in FLOATING:
+            return None
+        kind, _ = measured_kind(self.checkpoint.root, [(item.stored, weight)])
+        return name if kind is StateKind.WEIGHT else None
+
+
+#: names that are in the table
+_NAMED = WEIGHT_LIKE | MOMENTS | FURTHER_MOMENTS
+
+
+def _nonzero(checkpoint: Checkpoint, stored: StoredTensor) -> bool:
+    from sparkling_cli.storage.read import read_tensor
+
+    return bool(read_tensor(checkpoint.root, stored).any())
+
+
+#: a tensor of up to so many bytes that stays as it is becomes part of its file's own text
+_LITERAL = 4096
+
+
+def _further_rows(checkpoint: Checkpoint, found: Sorted, recipes: _Recipes, known: _Known) -> Iterator[Row]:
+    """Rows of copies of weights, and of what is carried inside of files that are written anew."""
+    layout = recipes.layout
+    for item, param in found.widened:
+        assert item.stored is not None
+        pattern = layout.module_table.find(layout.canonical(param))
+        slot = item.name.removesuffix(param).rstrip(".: ") or item.file
+        recipe = recipes.weight(pattern, layout.canonical(param), item.stored.dtype, slot)
+        yield Row(item.key, param, item.stored, recipe, layout.canonical(param))
+    rewritten = {item.file for item, _ in found.widened}
+    for item in found.carried:
+        stored = item.stored
+        if not item.key or stored is None:
+            continue
+        further: OpenFile | None = checkpoint.further_files.get(item.file)
+        if further is not None and item.file not in rewritten:
+            continue  # copied as a whole
+        streamed = stored.nbytes > _LITERAL or any(extent.strides for extent in stored.extents)
+        if streamed or (further is not None and not further.literals):
+            recipe = recipes.unchanged(Kind.OTHER, CARRIED, stored)
+            yield Row(item.key, item.name, stored, recipe, item.name)
 
 
 def _config(checkpoint: Checkpoint, recipes: _Recipes) -> dict[str, object]:

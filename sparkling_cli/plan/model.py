@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
 
 from sparkling_cli.formats.model import Checkpoint, OutputFile
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
@@ -21,6 +24,82 @@ if TYPE_CHECKING:
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.totals import Totals
     from sparkling_cli.schedule.rewarmup import Rewarmup
+
+
+class Kind(str, Enum):
+    """What a tensor of a checkpoint is."""
+
+    WEIGHT = "weight"
+    COPY = "weight copy"
+    """another copy of a weight: an average, a master copy, a second file; widened like it"""
+    MOMENT = "moment"
+    """parameter-shaped optimizer state: new entries start from zero (Eq. 24)"""
+    FACTOR = "factor"
+    """one factor of factored optimizer state: a row or column of its parameter"""
+    SCALAR = "scalar"
+    """one number"""
+    OTHER = "other"
+    """nothing that grows: random states, tables, state of parameters that keep their size"""
+
+
+#: slot of tensors that are neither weights nor state, in files that are written anew
+CARRIED = "carried"
+
+
+class Fate(str, Enum):
+    """What becomes of a tensor."""
+
+    WIDENED = "widened"
+    CARRIED = "carried"
+    LEFT_OUT = "left out"
+
+
+class AccountLine(BaseModel):
+    """Tensors of one kind that meet the same fate; bytes of their data before and after."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Kind
+    fate: Fate
+    tensors: int
+    bytes_before: int
+    bytes_after: int
+
+
+class AccountEntry(BaseModel):
+    """A tensor that is neither a weight nor state of a parameter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: Kind
+    fate: Fate
+
+
+class Account(BaseModel):
+    """Every tensor of the source.
+
+    Attributes:
+        lines: all of them, by kind and fate.
+        entries: one by one, those that are neither weights nor state of parameters, scalars aside.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lines: tuple[AccountLine, ...] = ()
+    entries: tuple[AccountEntry, ...] = ()
+
+    @property
+    def tensors(self) -> int:
+        """Of the source, all files together; one under several names that share its bytes counts once."""
+        return sum(line.tensors for line in self.lines)
+
+    @property
+    def bytes_before(self) -> int:
+        """Of the source's tensors."""
+        return sum(line.bytes_before for line in self.lines)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +114,7 @@ class Recipe:
     Two recipes are equal only if they are one object, so a recipe is a key of dictionaries at no cost.
 
     Attributes:
+        kind: what the tensors are.
         slot: "" for weights, else the state's name (``exp_avg``).
         dtype: of source and target.
         before: shape of the source.
@@ -46,6 +126,7 @@ class Recipe:
         pattern: of the layout, that stands for the weights; None for state.
     """
 
+    kind: Kind
     slot: str
     dtype: str
     before: tuple[int, ...]
@@ -60,6 +141,12 @@ class Recipe:
     def untouched(self) -> bool:
         """Every entry stays where it is; ``scale`` and ``offset`` may still change its value."""
         return all(dim.identity for dim in self.view)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the output differs from the source."""
+        scaled = self.scale != 1.0 or self.offset != 0.0 or self.zero
+        return scaled or not self.untouched
 
     @property
     def scales(self) -> tuple[float, float]:
@@ -122,6 +209,7 @@ class Plan:
         config: config key -> new value.
         scalars: state scalars to overwrite.
         notes: what the user should know; warnings: what the user should act on.
+        account: every tensor of the source, by kind and by what becomes of it.
     """
 
     source: Checkpoint
@@ -135,6 +223,12 @@ class Plan:
     scalars: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    account: Account = field(default_factory=Account)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether there is parameter-shaped state other than copies of the weights."""
+        return any(recipe.kind is Kind.MOMENT for recipe in self.recipes)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,33 @@ from dataclasses import replace
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import Fill, Growth, Treatment, fills_on
+
+_FILLS = {"copy": Fill.COPY, "zero": Fill.ZERO, "random": Fill.RANDOM}
 
 #: treatments under which new entries start from other optimizer state than their sources
 PARTING = frozenset({"asymmetric", "asymmetric-scaled"})
+
+
+def treatment_of(spec: ExpansionSpec) -> Treatment:
+    """The spec's initialization pair and scaling as geometry rules."""
+    fan_out, fan_in = spec.init.split("-")
+    return Treatment(_FILLS[fan_out], _FILLS[fan_in], spec.scaling)
+
+
+def parting_inits(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Treatment) -> tuple[str, ...]:
+    """Initialization pairs under which the new entries of every axis differ from their sources."""
+    found = []
+    for name in ("zero-copy", "random-copy"):
+        tried = replace(treatment, fan_out=_FILLS[name.partition("-")[0]])
+        try:
+            check_pair(growth, layout, tried)
+        except SpecError:
+            continue
+        if not any(grown.copied for grown in with_fills(growth, layout, tried).values()):
+            found.append(name)
+    return tuple(found)
 
 
 def with_fills(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Treatment) -> dict[str, Growth]:

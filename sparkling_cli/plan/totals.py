@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from sparkling_cli.formats.model import OutputFile
-from sparkling_cli.plan.model import Plan
+from sparkling_cli.plan.model import Kind, Plan
 from sparkling_cli.storage.tensors import ITEM_BYTES
 
 
@@ -54,7 +54,7 @@ def content_of(plan: Plan, *, after: bool) -> Content:
     parameters = weights = states = 0
     for row in plan.rows:
         entries = prod(row.shape if after else row.recipe.before)
-        if row.slot:
+        if row.recipe.kind is not Kind.WEIGHT:
             states += entries * ITEM_BYTES[row.dtype]
             continue
         weights += entries * ITEM_BYTES[row.dtype]

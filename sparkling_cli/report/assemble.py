@@ -15,7 +15,7 @@ from sparkling_cli.layout.expr import Role
 from sparkling_cli.layout.model import TensorPattern
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.advice import symmetry_warning
-from sparkling_cli.plan.model import Expansion, Plan, Recipe, Row
+from sparkling_cli.plan.model import CARRIED, Expansion, Plan, Recipe, Row
 from sparkling_cli.plan.totals import Content, content_of
 from sparkling_cli.report.command import EXAMPLE, command_of, schedule_command, with_schedule_options
 from sparkling_cli.report.plan import active_parameters, fills
@@ -124,7 +124,7 @@ def _judged(facts: dict[str, Any], growth: Mapping[str, Growth]) -> Report:
         facts["activations_missing"],
         rate,
         facts["learning_rate_missing"],
-        symmetry_warning(growth, treatment, facts["provenance"].format),
+        symmetry_warning(growth, treatment),
         facts["warnings"],
         copies=any(grown.copied for grown in growth.values()),
         keeps_function=keeps_function(growth, facts["spec"]["scaling"]),
@@ -194,11 +194,11 @@ def _size(content: Content, active: int | None) -> Size:
 
 
 def _optimizer(plan: Plan) -> OptimizerSummary | None:
-    if not plan.source.states:
+    if not plan.has_moments:
         return None
     slots: dict[str, list[Row]] = {}
     for row in plan.rows:
-        if row.slot:
+        if row.slot and row.slot != CARRIED:
             slots.setdefault(row.slot, []).append(row)
     pairs = [g.get("betas") for g in plan.source.param_groups]
     betas = [pair[1] for pair in pairs if isinstance(pair, (tuple, list)) and len(pair) == 2]

@@ -28,6 +28,11 @@ def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
     for axis in axes:
         words += ["--factor", as_word(axis["factor"])] if axis["to"] is None else ["--to", str(axis["to"])]
     words += [*as_options(chosen), *as_options(chosen.rewarmup), *as_options(chosen.baseline)]
+    words += ["--allow-locked"] if spec["allow_locked"] else []
+    for pattern in spec["carry"]:
+        words += ["--carry", pattern]
+    for name, kind in spec["state"].items():
+        words += ["--state", f"{name}={kind}"]
     words += ["--allow-nonfinite"] if spec.get("allow_nonfinite") else []
     for option, path in (("--layout", invocation.layout), ("--data", invocation.data)):
         words += [option, _place(path)] if path is not None else []

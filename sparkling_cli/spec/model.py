@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 InitPair = Literal["copy-copy", "zero-copy", "random-copy", "random-zero", "random-random"]
 Scaling = Literal["rms", "function", "none"]
 OptimizerTreatment = Literal["asymmetric", "asymmetric-scaled", "copy", "drop"]
+StateTreatment = Literal["weight", "moment", "carry"]
 BaselineType = Literal["cosine", "linear", "constant", "wsd"]
 DecayShape = Literal["cosine", "linear", "1-sqrt"]
 
@@ -80,6 +81,17 @@ class ExpansionSpec(_Strict):
         Literal["auto", "disk", "module"],
         Field(description="weight names in the output, for classes whose names differ on disk"),
     ] = "auto"
+    allow_locked: Annotated[
+        bool, Field(description="go on where copies would stay equal to their sources for ever")
+    ] = False
+    carry: Annotated[
+        tuple[str, ...],
+        Field(description="patterns of tensors that stay as they are although their shape is one that grows"),
+    ] = ()
+    state: Annotated[
+        dict[str, StateTreatment],
+        Field(description="state name -> weight (widened like it), moment or carry (stays as it is)"),
+    ] = {}
     allow_nonfinite: Annotated[bool, Field(description="go on where weights or state hold NaN or Inf")] = (
         False
     )

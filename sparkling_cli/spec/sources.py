@@ -99,6 +99,24 @@ def axes_from_options(
     return [{"axis": axis, field: value} for axis, value in zip(axes, values, strict=True)]
 
 
+def state_from_options(items: Sequence[str]) -> dict[str, str]:
+    """``--state NAME=KIND``, repeated, as the spec's ``state``.
+
+    Raises:
+        SpecError: one is not of that form.
+    """
+    found = {}
+    for item in items:
+        name, equals, kind = item.partition("=")
+        if not (name and equals and kind):
+            raise SpecError(
+                f"--state {item}: expected NAME=KIND, KIND being weight, moment or carry",
+                hint="for example --state slow_buffer=weight",
+            )
+        found[name] = kind
+    return found
+
+
 def make_spec(data: Mapping[str, Any], where: str = "spec") -> ExpansionSpec:
     """Validate.
 

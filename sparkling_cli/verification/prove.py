@@ -16,6 +16,7 @@ from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, TensorEntry, read_manifest
 from sparkling_cli.models.expected import Asking, class_faults, weight_shapes
+from sparkling_cli.plan.model import CARRIED
 from sparkling_cli.results.commands import Verification
 from sparkling_cli.storage.crc import Span, crc32, whole
 from sparkling_cli.storage.places import Handles, Placement, span_of
@@ -143,7 +144,7 @@ class _Origin:
         if found.format != manifest.source.format:
             fault = f"it is of format {found.format}, the output was made from {manifest.source.format}"
             raise other_source(root, output, manifest, [fault])
-        self.tensors = dict(found.tensors)
+        self.tensors = found.by_key
         used: set[str] = set()
         if any(key not in self.tensors for key in manifest.tensors):
             made, used = assembled(found, layout)
@@ -188,7 +189,7 @@ class _Meanings:
                 found.append(f"tensor {key!r} is the weight {self._weights[key]!r}, not {entry.name!r}")
             elif not entry.slot and key not in self.dims and key in self._weights:
                 found.append(f"tensor {key!r}: no pattern of the layout stands for {entry.name!r}")
-            elif entry.slot and named.setdefault(param, entry.name) != entry.name:
+            elif key in self._states and named.setdefault(param, entry.name) != entry.name:
                 found.append(f"tensor {key!r}: parameter {param} is {named[param]!r} and {entry.name!r}")
         owners = list(named.values())
         return found if len(set(owners)) == len(owners) else [*found, "two parameters have one name"]
@@ -240,11 +241,12 @@ class _Work:
                 )
             before = self.origin.checkpoint.config
             self.output_faults += self.derivation.config_faults(before, found.config)
+        stored = found.by_key
         meanings = _Meanings(found, self.derivation.layout)
         self.output_faults += meanings.faults(self.manifest)
         for key, entry in self.manifest.tensors.items():
             try:
-                self.subjects.append(self._subject(key, entry, found.tensors[key], meanings))
+                self.subjects.append(self._subject(key, entry, stored[key], meanings))
             except (CheckpointError, LayoutError) as error:
                 self.output_faults.append(f"tensor {key!r}: {error.message}")
             except KeyError:
@@ -263,8 +265,10 @@ class _Work:
         if source.dtype != entry.dtype:
             raise CheckpointError(f"its source is {source.dtype}, it is {entry.dtype}")
         name = self.derivation.layout.canonical(entry.name)
-        if entry.slot:
-            wanted = self.derivation.state(entry.name, entry.slot, source)
+        if entry.slot == CARRIED:
+            wanted = self.derivation.carried(source)
+        elif entry.slot:
+            wanted = self.derivation.state(entry.name, entry.slot, source, entry.kind)
         else:
             wanted = self.derivation.weight(name, meanings.dims[key], source.dtype)
         if wanted.before != source.shape:
@@ -278,7 +282,7 @@ class _Work:
     def _shrunk(self, stored: StoredTensor, entry: TensorEntry, dims: TensorLayout | None) -> StoredTensor:
         """What a tensor was made from, as far as its own shape tells; for an output without its source."""
         layout = self.derivation.layout
-        if entry.slot:
+        if entry.slot and entry.slot != CARRIED:
             dims = layout.module_table.find(layout.canonical(entry.name)).dims
         sizes = {**layout.sizes, **{axis: after for axis, (_, after) in self.derivation.rules.growth.items()}}
         if dims is None or dims.shape(sizes) != stored.shape:

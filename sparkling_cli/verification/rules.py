@@ -21,10 +21,14 @@ from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.manifest import Manifest
+from sparkling_cli.plan.model import Kind
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.tensors import StoredTensor
 from sparkling_cli.widening.parts import stream_of
 from sparkling_cli.widening.reference import Rules, Wanted, copied_axes
+
+#: what a state of an unknown name was measured to be -> its kind
+_MEASURED = {Kind.COPY.value: StateKind.WEIGHT, Kind.MOMENT.value: StateKind.MOMENT}
 
 
 class Derivation:
@@ -122,15 +126,26 @@ class Derivation:
                     return stream_of(whole.fill(at), unit if len(parts) == 1 else (*unit, number))
         return name
 
-    def state(self, param: str, slot: str, stored: StoredTensor) -> Wanted:
+    def state(self, param: str, slot: str, stored: StoredTensor, taken_for: str = "") -> Wanted:
         """What a piece of optimizer state must be.
+
+        Args:
+            param: its parameter.
+            slot: its name.
+            stored: before widening.
+            taken_for: what it was measured to be, where neither its name nor the spec says it.
 
         Raises:
             LayoutError: the parameter is none of the model's, or the state cannot have been widened.
         """
         name = self.layout.canonical(param)
         pattern = self.layout.module_table.find(name)
-        kind = state_kind(slot, stored.shape, self.layout.shape_of(pattern))
+        kind = state_kind(slot, stored.dtype, stored.shape, self.layout.shape_of(pattern))
+        if slot in self.spec.state and kind is not StateKind.SCALAR:
+            given = self.spec.state[slot]
+            kind = StateKind.SCALAR if given == "carry" else StateKind(given)
+        elif kind is StateKind.UNKNOWN:
+            kind = _MEASURED.get(taken_for, StateKind.OTHER)
         if kind is StateKind.WEIGHT:
             return self.weight(name, pattern.dims, stored.dtype)
         if kind is StateKind.MOMENT:

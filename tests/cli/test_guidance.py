@@ -37,17 +37,19 @@ def _without_state(source: Path, target: Path) -> Path:
     return target
 
 
-def test_missing_optimizer_state_is_a_warning(
+def test_copies_without_optimizer_state_are_refused(
     sparkling: Command, dense_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Copies would stay copies: said on stderr also with --quiet, and it is the verdict; it is no error."""
+    """Copies would stay copies: an error with the ways out, each of which works; a warning where allowed."""
     source = _without_state(dense_checkpoint, tmp_path / "checkpoint-600")
-    quiet = sparkling("expand", source, tmp_path / "one", *FFN, "--report", "none", "--quiet")
-    assert (quiet.code, quiet.out) == (0, "")
-    for part in ("warning:", "copy optimizer.pt", "--init", "random-copy"):
-        assert part in " ".join(quiet.err.split())
-    full = sparkling("expand", source, tmp_path / "two", *FFN, "--report", "none")
+    refused = sparkling("expand", source, tmp_path / "one", *FFN, "--report", "none", "--quiet")
+    assert (refused.code, refused.out) == (3, "")
+    for part in ("error:", "copy optimizer.pt", "--init zero-copy", "--init random-copy", "--allow-locked"):
+        assert part in " ".join(refused.err.split())
+    assert not (tmp_path / "one").exists()
+    full = sparkling("expand", source, tmp_path / "two", *FFN, "--report", "none", "--allow-locked")
     assert full.code == 0
+    assert "warning:" in full.err
     assert "Locked:" in full.out and "LOOK" in full.out and "Ready to train on" not in full.out
     silent = sparkling(
         "expand", source, tmp_path / "three", *FFN, "--report", "none", "--quiet", "--init", "zero-copy"
@@ -61,7 +63,15 @@ def test_a_symmetric_treatment_is_one_finding(
 ) -> None:
     """One line of the verdict and one warning, in the same words."""
     done = sparkling(
-        "expand", dense_checkpoint, tmp_path / "w", *FFN, "--report", "none", "--optimizer", treatment
+        "expand",
+        dense_checkpoint,
+        tmp_path / "w",
+        *FFN,
+        "--report",
+        "none",
+        "--optimizer",
+        treatment,
+        "--allow-locked",
     )
     assert done.code == 0
     assert done.out.count("LOOK") == 1

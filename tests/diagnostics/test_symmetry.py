@@ -42,7 +42,7 @@ def source(tiny_checkpoint: TinyCheckpoint) -> Path:
 
 def test_copied_state_stays_locked_and_reset_state_does_not(source: Path, tmp_path: Path) -> None:
     """Copies with copied moments are still copies after training; with the asymmetric reset they part."""
-    locked = widen(source, tmp_path / "copy", optimizer="copy")
+    locked = widen(source, tmp_path / "copy", optimizer="copy", allow_locked=True)
     parted = widen(source, tmp_path / "asymmetric", optimizer="asymmetric")
     before = measure_symmetry(locked, locked)
     assert before.locked == 1.0 and before.distance == 0.0 and before.cosine == pytest.approx(1.0)

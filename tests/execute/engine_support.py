@@ -17,7 +17,7 @@ from sparkling_cli.execute import stream
 from sparkling_cli.execute.stream import Written
 from sparkling_cli.formats.model import Checkpoint, Checksum, OutputFile
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.plan.model import Expansion, Invocation, Plan, Recipe, Row
+from sparkling_cli.plan.model import Expansion, Invocation, Kind, Plan, Recipe, Row
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, Extent, StoredTensor
 from sparkling_cli.widening.geometry import Fill, Run, Treatment, View, ViewDim
@@ -119,7 +119,7 @@ def raw_plan(
     made = []
     for key, (_, view, options) in rows.items():
         kind = stored[key]
-        recipe = Recipe("", kind.dtype, kind.shape, target_shape(view), view, **options)  # type: ignore[arg-type]
+        recipe = Recipe(Kind.WEIGHT, "", kind.dtype, kind.shape, target_shape(view), view, **options)  # type: ignore[arg-type]
         made.append(Row(key, key, kind, recipe, key))
     chosen = ExpansionSpec(axes=(AxisSpec(axis="ffn", factor=2),), seed=seed, **(spec or {}))  # type: ignore[arg-type]
     recipes, layout = tuple(row.recipe for row in made), ModelLayout("raw", {}, ())

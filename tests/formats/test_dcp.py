@@ -129,7 +129,7 @@ def test_same_bytes_twice(single: tuple[Path, GPT], tmp_path: Path) -> None:
 
 def test_dropped_state_restarts_the_counters(single: tuple[Path, GPT], tmp_path: Path) -> None:
     """``drop`` rewrites the step items, which are whole archives of their own."""
-    _, _, state = load_whole(_widened(single[0], tmp_path, optimizer="drop"), WIDE)
+    _, _, state = load_whole(_widened(single[0], tmp_path, optimizer="drop", allow_locked=True), WIDE)
     for found in state["optimizer"]["state"].values():
         assert float(found["step"]) == 0
         assert not found["exp_avg"].any()
@@ -208,14 +208,6 @@ def test_what_is_missing_is_named(single: tuple[Path, GPT], tmp_path: Path) -> N
         open_checkpoint(path)
     with pytest.raises(CheckpointError, match="folder of checkpoints"):
         open_checkpoint(source.parent)
-
-
-def test_a_second_copy_of_the_weights_is_refused(tmp_path: Path) -> None:
-    """A moving average would stay narrow."""
-    weights = {"a.weight": torch.ones(3, 4)}
-    dcp.save({"model": weights, "ema": dict(weights)}, checkpoint_id=tmp_path / "ema", no_dist=True)
-    with pytest.raises(CheckpointError, match="second copy"):
-        open_checkpoint(tmp_path / "ema")
 
 
 def test_no_weights(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_dropped_state_restarts_the_counters(tmp_path: Path, partitioned: bool) 
     root = tmp_path / "step3_universal"
     _universal(root, partitioned=partitioned)
     layout = _layout_file(tmp_path, head_dim=8)
-    target = widen(root, tmp_path / "wide", JOINT, layout=layout, optimizer="drop")
+    target = widen(root, tmp_path / "wide", JOINT, layout=layout, optimizer="drop", allow_locked=True)
     steps = list(target.glob("zero/*/step.pt"))
     assert bool(steps) is not partitioned
     assert all(torch.load(path, weights_only=True) == 0 for path in steps)
@@ -187,7 +187,9 @@ def test_resumes_where_it_was(tmp_path: Path, stage: int) -> None:
     losses = made.train(wide, WIDE, 2, first=3)
     assert losses[0] == pytest.approx(expected[0], abs=0.02)
     assert losses[1] == pytest.approx(expected[1], abs=0.1)
-    dropped = widen(source, tmp_path / "dropped" / target.name, JOINT, layout=layout, optimizer="drop")
+    dropped = widen(
+        source, tmp_path / "dropped" / target.name, JOINT, layout=layout, optimizer="drop", allow_locked=True
+    )
     (tmp_path / "dropped" / "latest_universal").write_text(dropped.name)
     fresh = made.engine_of(deepspeed, WIDE, stage, universal=True)
     fresh.load_checkpoint(str(tmp_path / "dropped"))

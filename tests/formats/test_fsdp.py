@@ -89,7 +89,7 @@ def test_without_the_other_copy(tmp_path: Path) -> None:
     source = tmp_path / "state"
     on_ranks(2, save_full, str(source), SIZES)
     (source / "model.safetensors").unlink()
-    target = widen(source, tmp_path / "wide", {"ffn": 2}, optimizer="drop")
+    target = widen(source, tmp_path / "wide", {"ffn": 2}, optimizer="drop", allow_locked=True)
     weights = torch.load(target / "pytorch_model_fsdp.bin", weights_only=True)
     assert weights["model.layers.1.mlp.up_proj.weight"].shape == (82, 30)
     state = torch.load(target / "optimizer.bin", weights_only=True)["state"]

@@ -103,7 +103,7 @@ def test_same_bytes_twice(tmp_path: Path) -> None:
 def test_dropped_state_restarts_the_counters(tmp_path: Path) -> None:
     """``drop`` zeroes moments and step counters inside the file."""
     make_nanogpt(tmp_path / "ckpt.pt")
-    target = widen(tmp_path / "ckpt.pt", tmp_path / "wide.pt", JOINT, optimizer="drop")
+    target = widen(tmp_path / "ckpt.pt", tmp_path / "wide.pt", JOINT, optimizer="drop", allow_locked=True)
     state = torch.load(target, weights_only=True)["optimizer"]["state"]
     assert all(float(s["step"]) == 0 and not s["exp_avg"].any() for s in state.values())
 
@@ -130,7 +130,7 @@ def _plain(path: Path, **changes: Any) -> GPT:
 def test_plain_dictionary(tmp_path: Path) -> None:
     """Other keys, a DataParallel prefix, random state carried over, config numbers edited."""
     model = _plain(tmp_path / "last.ckpt")
-    target = widen(tmp_path / "last.ckpt", tmp_path / "wide.ckpt", JOINT)
+    target = widen(tmp_path / "last.ckpt", tmp_path / "wide.ckpt", JOINT, allow_locked=True)
     source = torch.load(tmp_path / "last.ckpt", weights_only=True)
     output = torch.load(target, weights_only=True)
     assert list(output) == list(source)
@@ -150,7 +150,8 @@ def test_bare_state_dict(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path)
     assert checkpoint.states == ()
     assert "weights only" in checkpoint.notes[0]
-    target = widen(path, tmp_path / "wide.bin", JOINT, layout=_layout_file(tmp_path, head_dim=8))
+    layout = _layout_file(tmp_path, head_dim=8)
+    target = widen(path, tmp_path / "wide.bin", JOINT, layout=layout, allow_locked=True)
     wide = GPT(GPTConfig(n_embd=48, n_head=6))
     wide.load_state_dict(torch.load(target, weights_only=True))
     ids = batch(model.config, 9)

@@ -347,7 +347,7 @@ def test_without_transformers(source: Path, tmp_path: Path) -> None:
         assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
         assert b"pip install" in done.stderr and b"Traceback" not in done.stderr
     (source / "optimizer.pt").unlink()
-    done = expand("--layout", str(layout))
+    done = expand("--layout", str(layout), "--init", "zero-copy")
     assert done.returncode == 0, done.stderr
     api.verify(source, tmp_path / "out")
 

@@ -64,7 +64,14 @@ def test_state_and_activations_follow_the_weights(model_type: str, tmp_path: Pat
             asked = [{"axis": axis, "factor": 2} for axis in axes]
             target = tmp_path / f"{axes[0]}-{treatment}"
             api.expand(
-                small.folder, target, axes=asked, optimizer=treatment, names=names, report="none", threads=1
+                small.folder,
+                target,
+                axes=asked,
+                optimizer=treatment,
+                names=names,
+                allow_locked=True,
+                report="none",
+                threads=1,
             )
         folder = tmp_path / axes[0]
         wrong += [f"{axes[0]}: {what}" for what in complaints(small, layout, folder)]

@@ -108,7 +108,9 @@ def test_copies_part_or_the_tool_says_that_they_will_not(small: Path, tmp_path: 
             name = f"{axes[0]}-{pair}"
             asked = [{"axis": axis, "factor": 2} for axis in axes]
             try:
-                result = api.expand(small, tmp_path / name, axes=asked, init=pair, report="none", threads=1)
+                result = api.expand(
+                    small, tmp_path / name, axes=asked, init=pair, allow_locked=True, report="none", threads=1
+                )
             except SpecError as error:
                 assert pair.split("-")[0] in error.message, name
                 assert "--init random-copy" in str(error.hint), name

@@ -17,7 +17,12 @@ SPECS: dict[str, dict[str, Any]] = {
     "copied": {"axes": [{"axis": "ffn", "factor": 2}]},
     "random": {"axes": [{"axis": "hidden", "factor": 1.5}], "init": "random-copy"},
     "zero": {"axes": [{"axis": "kv_heads", "factor": 2}], "init": "zero-copy"},
-    "exact": {"axes": [{"axis": "ffn", "to": 230}], "scaling": "function", "optimizer": "copy"},
+    "exact": {
+        "axes": [{"axis": "ffn", "to": 230}],
+        "scaling": "function",
+        "optimizer": "copy",
+        "allow_locked": True,
+    },
 }
 
 

@@ -16,6 +16,8 @@ from sparkling_cli.formats.dcp.metadata import METADATA
 from sparkling_cli.formats.dcp.read import (
     Parsed,
     bytes_value,
+    read_fields,
+    read_further,
     read_groups,
     read_parts,
     read_states,
@@ -107,7 +109,8 @@ class DcpFormat:
         if config is not None:
             written.add(variant.config)
         facts, notes = run_facts(root, present)
-        groups = read_groups(root, roles, entries)
+        values = read_fields(root, roles, entries)
+        groups = read_groups(roles, values)
         _add_facts(facts, root, entries, variant.kind)
         if states:
             facts["optimizer_class"] = optimizer_class(states, groups, facts.get("training_args", {}))
@@ -117,7 +120,6 @@ class DcpFormat:
             notes.append("there is no optimizer state in this checkpoint: weights only")
         if config is None and variant.kind == "Trainer with FSDP":
             notes.append("no config.json here: copy the model's config.json beside the FSDP folders")
-        _refuse_second_copies(root, roles.others, frozenset(roles.weights), entries)
         return Checkpoint(
             root=root,
             format=self.name,
@@ -128,6 +130,7 @@ class DcpFormat:
             config=config,
             config_file=variant.config if config is not None else "",
             carried=tuple(name for name in present if name not in written),
+            further=tuple(read_further(root, roles, entries, scalar_keys.values(), values)),
             facts=facts,
             notes=tuple(notes),
             private=Parsed(parts, entries, roles, scalar_keys, variant.config if config is not None else ""),
@@ -192,25 +195,6 @@ def _data_files(parts: tuple[Any, ...]) -> set[str]:
         for part in parts
         for info in part.metadata.storage_data.values()
     }
-
-
-def _refuse_second_copies(
-    root: Path, others: tuple[str, ...], weights: frozenset[str], entries: Mapping[str, Any]
-) -> None:
-    """An EMA or a second model would stay narrow: better no output than half a one."""
-    for name in others:
-        meta = entries[name].part.metadata.state_dict_metadata[entries[name].fqn]
-        if getattr(meta, "size", None) is None or len(meta.size) < 1:
-            continue
-        tail = name
-        while "." in tail:
-            tail = tail.partition(".")[2]
-            if tail in weights:
-                raise CheckpointError(
-                    f"{root}: {name!r} looks like a second copy of the weight {tail!r} (a moving average?), "
-                    "which would not be widened along",
-                    hint="save the checkpoint without it, and start it anew from the wider weights",
-                )
 
 
 def _add_facts(facts: dict[str, Any], root: Path, entries: Mapping[str, Any], kind: str) -> None:

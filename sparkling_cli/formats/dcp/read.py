@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,7 +13,8 @@ from sparkling_cli.formats.dcp.check import check_metadata
 from sparkling_cli.formats.dcp.items import Place, read_item, scalar_of, tensor_key, value_of
 from sparkling_cli.formats.dcp.metadata import METADATA, read_metadata
 from sparkling_cli.formats.dcp.names import Roles, find_roles
-from sparkling_cli.formats.model import ParamState
+from sparkling_cli.formats.further import tensors_in_item
+from sparkling_cli.formats.model import Further, ParamState
 from sparkling_cli.storage.tensors import Extent, StoredTensor
 
 if TYPE_CHECKING:
@@ -185,6 +186,39 @@ def read_states(
     return tuple(states), tensors, scalar_keys
 
 
+def read_further(
+    root: Path,
+    roles: Roles,
+    entries: Mapping[str, Entry],
+    scalars: Iterable[str],
+    values: Mapping[str, Any],
+) -> Iterator[Further]:
+    """Every tensor that is no weight and no state, those inside of pickled objects included.
+
+    Args:
+        root: the checkpoint.
+        roles: of its entries.
+        entries: all of them.
+        scalars: entries of one-number tensors that the states have as numbers.
+        values: of the optimizer's groups.
+    """
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+    fields = (name for name, value in values.items() if not isinstance(value, (int, float, type(None))))
+    for name in (*roles.others, *scalars, *fields):
+        entry = entries[name]
+        meta = entry.part.metadata.state_dict_metadata[entry.fqn]
+        if isinstance(meta, TensorStorageMetadata):
+            if prod(meta.size) > 1:
+                yield Further(name, "", name, stored_tensor(root, entry))
+            else:
+                dtype = str(meta.properties.dtype).removeprefix("torch.")
+                yield Further(name, "", "", StoredTensor(dtype, tuple(meta.size), ()))
+            continue
+        place = entry.part.place(MetadataIndex(entry.fqn))
+        yield from tensors_in_item(root, place.file, place.offset, place.length, name)
+
+
 def _number(root: Path, entry: Entry) -> float | None:
     index = next(index for index, sizes in chunks_of(entry) if 0 not in sizes)
     return scalar_of(read_item(root, entry.part.place(index)), entry.fqn)
@@ -205,19 +239,28 @@ def bytes_value(root: Path, entry: Entry) -> Any:
     return _number(root, entry) if prod(entry.described.size) == 1 else None
 
 
-def read_groups(root: Path, roles: Roles, entries: Mapping[str, Entry]) -> tuple[Mapping[str, Any], ...]:
+def read_fields(root: Path, roles: Roles, entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Entry -> its value as plain data, of every field of the optimizer's groups."""
+    found: dict[str, Any] = {}
+    for fields in roles.groups.values():
+        for name in fields.values():
+            try:
+                found[name] = bytes_value(root, entries[name])
+            except UnsafePickleError:
+                found[name] = "(a Python object)"
+    return found
+
+
+def read_groups(roles: Roles, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """Param groups as plain data.
 
     Flattened checkpoints keep the numbers of every parameter apart; parameters with equal numbers are one
     group here.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for group, fields in roles.groups.items():
-        for field, name in fields.items():
-            try:
-                found.setdefault(group, {})[field] = bytes_value(root, entries[name])
-            except UnsafePickleError:
-                found.setdefault(group, {})[field] = "(a Python object)"
+    found = {
+        group: {field: values[name] for field, name in fields.items()}
+        for group, fields in roles.groups.items()
+    }
     if all(group.isdigit() for group in found):
         return tuple(found.values())
     merged: dict[str, dict[str, Any]] = {}

@@ -167,7 +167,8 @@ class _Collector:
             raise CheckpointError(f"{self.where}: {key!r} contains itself, or far too much")
         self._open.add(id(value))
         for name, item, inside in children(value):
-            deeper = key if name is None else f"{key}{name}" if key[-1] == ":" else f"{key}.{name}"
+            text = name if isinstance(name, (str, int, float, type(None))) else "<of a key>"
+            deeper = key if name is None else f"{key}{text}" if key[-1] == ":" else f"{key}.{text}"
             self._walk(item, path if name is None else (*path, name), deeper, inside or wrapper)
         self._open.discard(id(value))
 
@@ -219,7 +220,10 @@ class _Collector:
 def children(value: Any) -> Iterator[tuple[Any, Any, str | None]]:
     """Yield (name, value, wrapping global) of what a container holds; name None keeps the path."""
     if isinstance(value, dict):
-        yield from ((k, v, None) for k, v in value.items())
+        for number, (name, item) in enumerate(value.items()):
+            if not isinstance(name, (str, int)):  # a tensor may be a key
+                yield f"<key {number}>", name, None
+            yield name, item, None
         if isinstance(value, Ordered) and value.state is not None:
             yield "__state__", value.state[0], None
     elif isinstance(value, (list, tuple)):
@@ -255,10 +259,10 @@ def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def read_values(file: TorchFile, keys: Iterable[str]) -> dict[str, bytes]:
-    """Bytes of small contiguous tensors (counters and the like), by key.
+    """Bytes of contiguous tensors (counters and the like), by key.
 
     Raises:
-        CheckpointError: one is not contiguous or larger than a mebibyte.
+        CheckpointError: one is not contiguous.
     """
     values = {}
     wanted = {key: file.tensors[file.aliases.get(key, key)] for key in keys}
@@ -266,10 +270,7 @@ def read_values(file: TorchFile, keys: Iterable[str]) -> dict[str, bytes]:
         window.expect([stored.extents[0].offset for stored in wanted.values()], 8)
         for key, stored in wanted.items():
             extent = stored.extents[0]
-            if extent.strides is not None or stored.nbytes > 1 << 20:
-                raise CheckpointError(
-                    f"{window.where}: {key!r} of shape {stored.shape} is neither a counter nor widened with "
-                    "a parameter, and too large to be carried along"
-                )
+            if extent.strides is not None:
+                raise CheckpointError(f"{window.where}: {key!r} of shape {stored.shape} is not contiguous")
             values[key] = window.read(extent.offset, stored.nbytes)
     return values

@@ -20,11 +20,11 @@ _LARGEST = 64 << 20
 _PATHS = ("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath")
 
 
-class _InertUnpickler(pickle.Unpickler):
+class InertUnpickler(pickle.Unpickler):
     """Accepts every global, as a stand-in."""
 
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
         self._globals: dict[tuple[str, str], GlobalType] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -63,7 +63,7 @@ def read_attributes(path: Path, relative: str = "") -> dict[str, Any]:
         data = window.read(record.start, record.size)
     check_opcodes(data, where)
     try:
-        value = _plain(_InertUnpickler(data).load(), 0)
+        value = _plain(InertUnpickler(io.BytesIO(data)).load(), 0)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error.message}") from error
     except Exception as error:

@@ -1,0 +1,250 @@
+"""What lies in the files that no format reads: averages, masters, second copies, random states.
+
+Nothing may be carried over unseen, so every file that could hold tensors is opened and its tensors are
+listed. Nothing of a pickle is executed. Files that can be written back with other shapes stay parsed.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile
+from sparkling_cli.formats.safetensors import SafetensorsFile, lay_out_safetensors, read_safetensors
+from sparkling_cli.formats.statedict import remaining_values
+from sparkling_cli.formats.torchfile import TorchFile, lay_out, read_torch_file
+from sparkling_cli.formats.torchfile.file import children
+from sparkling_cli.formats.torchfile.inert import InertUnpickler
+from sparkling_cli.formats.torchfile.objects import Call, TensorNode
+from sparkling_cli.formats.torchfile.opcodes import check_opcodes
+from sparkling_cli.storage.tensors import StoredTensor
+
+#: how a file in torch's format of before 1.6 begins: with a pickled number
+_LEGACY = 0x1950A86A20F9469CFC6C
+_PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"})
+#: a pickle of more bytes is no state of a run's loaders and generators
+_LONGEST_PICKLE = 1 << 28
+
+
+class _Anything(Collection[str]):
+    """A list of allowed globals that has every name on it: all of them stay inert."""
+
+    def __contains__(self, item: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A further file that can be written back with other shapes.
+
+    Attributes:
+        keys: key of a tensor in the checkpoint -> its name in the file.
+        parsed: the file.
+    """
+
+    keys: dict[str, str]
+    parsed: TorchFile | SafetensorsFile
+
+    @property
+    def literals(self) -> bool:
+        """Whether small tensors may be written as part of the file's own text."""
+        return isinstance(self.parsed, TorchFile)
+
+
+def further_in(file: TorchFile, used: Collection[str], label: str = "") -> list[Further]:
+    """Every tensor of a torch file that is not among those used.
+
+    Args:
+        file: the file, of which the tensors can be written with other shapes.
+        used: keys of its weights and states.
+        label: stands before the tensors' places in their names; by default the file's own path.
+    """
+    where = label or file.relative or file.path.name
+    return [
+        Further(f"{where}: {key[len(file.relative) + 1 :]}", file.relative, key, stored)
+        for key, stored in file.tensors.items()
+        if key not in used
+    ]
+
+
+def with_further(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with every tensor of the files that are carried over.
+
+    Raises:
+        CheckpointError: a file that is named like one of tensors cannot be looked into.
+    """
+    found: list[Further] = []
+    files: dict[str, OpenFile] = {}
+    for relative in checkpoint.carried:
+        tensors, parsed = _read(checkpoint.root, relative)
+        found += tensors
+        if parsed is not None and tensors:
+            files[relative] = parsed
+    return replace(checkpoint, further=(*checkpoint.further, *found), further_files=files)
+
+
+def lay_out_further(parsed: OpenFile, relative: str, declared: Sequence[Declared]) -> OutputFile:
+    """The file with its tensors' new shapes.
+
+    Args:
+        parsed: the file.
+        relative: its path in the output.
+        declared: all output tensors; those of other files are left aside.
+    """
+    own = {item.key: item for item in declared if item.key in parsed.keys}
+    if isinstance(parsed.parsed, TorchFile):
+        new = {key: (item.dtype, item.shape) for key, item in own.items()}
+        return lay_out(parsed.parsed, new, values=remaining_values(parsed.parsed, new, {}))
+    rows = ((key, parsed.keys[key], item.dtype, item.shape) for key, item in own.items())
+    return lay_out_safetensors(relative, rows, parsed.parsed.metadata)
+
+
+def tensors_of(root: Path, relative: str) -> list[Further]:
+    """Every tensor of one file.
+
+    Raises:
+        CheckpointError: it is named like a file of tensors and cannot be looked into.
+    """
+    return _read(root, relative)[0]
+
+
+def _read(root: Path, relative: str) -> tuple[list[Further], OpenFile | None]:
+    path = root / relative
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    try:
+        if path.suffix == ".safetensors":
+            return _safetensors(path, relative)
+        if start == b"PK\x03\x04" and path.suffix not in (".npz", ".zip", ".docx", ".jar"):
+            return _torch(path, relative)
+        if start[:1] == b"\x80" and (path.suffix in _PICKLES or start[1:2] in b"\2\3\4\5"):
+            return _pickle(path, relative), None
+        if path.name == ".metadata":
+            return _distributed(root, relative), None
+    except CheckpointError as error:
+        return [Further(f"{relative}: ({error.message})", relative, "", None)], None
+    return [], None
+
+
+def tensors_in_item(root: Path, file: str, offset: int, length: int, name: str) -> Iterator[Further]:
+    """Every tensor of a pickled object inside a bigger file; nothing of it can be written with another shape.
+
+    Args:
+        root: the checkpoint.
+        file: relative path.
+        offset: of the object's first byte in the file.
+        length: its bytes.
+        name: of the object.
+    """
+    with (root / file).open("rb") as stream:
+        stream.seek(offset)
+        if stream.read(4) != b"PK\x03\x04":  # a planner's own matter
+            return
+    item = read_torch_file(root / file, file, offset=offset, length=length, allow=_Anything())
+    for found in (*further_in(item, (), name), *_arrays(item.tree, name)):
+        yield found._replace(key="")
+
+
+def _safetensors(path: Path, relative: str) -> tuple[list[Further], OpenFile]:
+    parsed = read_safetensors(path, relative)
+    keys = {f"{relative}:{name}": name for name in parsed.tensors}
+    found = [
+        Further(f"{relative}: {name}", relative, key, parsed.tensors[name]) for key, name in keys.items()
+    ]
+    return found, OpenFile(keys, parsed)
+
+
+def _torch(path: Path, relative: str) -> tuple[list[Further], OpenFile | None]:
+    try:
+        file = read_torch_file(path, relative)
+    except CheckpointError:  # objects of other libraries: listed, and only ever copied as a whole
+        file = read_torch_file(path, relative, allow=_Anything())
+        found = [item._replace(key="") for item in further_in(file, ())]
+        return [*found, *_arrays(file.tree, relative)], None
+    return further_in(file, ()), OpenFile({key: key for key in file.tensors}, file)
+
+
+def _pickle(path: Path, relative: str) -> list[Further]:
+    """Tensors and arrays in a pickle that is no archive: a plain one, or torch's format of before 1.6."""
+    if path.stat().st_size > _LONGEST_PICKLE:
+        with path.open("rb") as begin:
+            legacy = _LEGACY.to_bytes(10, "little") in begin.read(64)
+        kind = "a torch file of the format before 1.6" if legacy else "a pickle of more than 256 MiB"
+        raise CheckpointError(f"{kind}, which is not looked into")
+    data = path.read_bytes()
+    stream = BytesIO(data)
+    tree: Any = None
+    for _ in range(4):  # magic number, version, machine, content
+        check_opcodes(data[stream.tell() :], relative)
+        try:
+            tree = InertUnpickler(stream).load()
+        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError) as error:
+            raise CheckpointError(f"cannot be decoded: {error}") from error
+        if tree != _LEGACY and stream.tell() >= len(data) - 1:
+            break
+        if not isinstance(tree, (int, dict)) or (isinstance(tree, dict) and "little_endian" not in tree):
+            break
+    return [*_nodes(tree, relative), *_arrays(tree, relative)]
+
+
+def _nodes(tree: Any, relative: str) -> Iterator[Further]:
+    for place, value in _walk(tree, ()):
+        if isinstance(value, TensorNode):
+            stored = StoredTensor(value.dtype, value.shape, ())
+            yield Further(f"{relative}: {place}", relative, "", stored)
+
+
+def _arrays(tree: Any, relative: str) -> Iterator[Further]:
+    """NumPy arrays: random states, mostly."""
+    for place, value in _walk(tree, ()):
+        state = value.state[0] if isinstance(value, Call) and value.state else None
+        if isinstance(state, tuple) and len(state) == 5 and value.function.path.endswith("._reconstruct"):
+            shape, kind = state[1], state[2]
+            code = str(kind.args[0]) if isinstance(kind, Call) and kind.args else ""
+            if isinstance(shape, tuple) and all(type(size) is int for size in shape) and code in _NUMPY:
+                yield Further(f"{relative}: {place}", relative, "", StoredTensor(_NUMPY[code], shape, ()))
+
+
+_NUMPY = {
+    "f8": "float64", "f4": "float32", "f2": "float16", "i8": "int64", "i4": "int32", "i2": "int16",
+    "i1": "int8", "u1": "uint8", "b1": "bool", "u2": "uint16", "u4": "uint32", "u8": "uint64",
+}  # fmt: skip
+
+
+def _walk(tree: Any, place: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Every value of a tree with its place in it; what is named twice is met once."""
+    stack, seen = [(place, tree)], set()
+    while stack:
+        where, value = stack.pop()
+        if isinstance(value, (TensorNode, Call)):
+            yield ".".join(where), value
+        if isinstance(value, (dict, list, tuple, Call)) and id(value) not in seen:
+            seen.add(id(value))
+            stack += [((*where, str(name)), item) for name, item, _ in children(value)]
+
+
+def _distributed(root: Path, relative: str) -> list[Further]:
+    """Every tensor of a ``torch.distributed.checkpoint`` in a folder of its own."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from sparkling_cli.formats.dcp.metadata import read_metadata
+
+    folder = (root / relative).parent
+    found = []
+    for name, meta in read_metadata(folder).state_dict_metadata.items():
+        if isinstance(meta, TensorStorageMetadata):
+            dtype = str(meta.properties.dtype).removeprefix("torch.")
+            stored = StoredTensor(dtype, tuple(meta.size), ())
+            found.append(Further(f"{relative}: {name}", relative, "", stored))
+    return found
