@@ -46,7 +46,7 @@ def inspect(
     """Measure a checkpoint: RMS of weights, optimizer state and activations, per role and layer.
 
     Activations are measured on --data, else on a bundled text through the checkpoint's own tokenizer,
-    else on random tokens, which is said. Weights are read while they are used: the model may be larger
+    else on random tokens, with a note. Weights are read while they are used: the model may be larger
     than memory.
 
     With --against, what every block adds to the residual stream (attention, MLP, mixer), the stream itself,

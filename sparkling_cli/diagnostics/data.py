@@ -1,4 +1,4 @@
-"""Tokens to measure on: the user's text or token file, a bundled text, or random ones, said so.
+"""Tokens to measure on: the user's text or token file, a bundled text, or random ones, and the result says which.
 
 The choice is deterministic: the same file, seed and sizes give the same sequences.
 """
@@ -160,7 +160,7 @@ def _token_file(path: Path, vocab: int) -> tuple[np.ndarray[Any, Any], str]:
 
 
 def _bare(path: Path, size: int, vocab: int) -> tuple[np.ndarray[Any, Any], str]:
-    """A file of nothing but ids: 16 bits or 32, told apart by which of them are in the vocabulary.
+    """A file of nothing but ids: 16 bits or 32, by which of them are in the vocabulary.
 
     Pairs of 16-bit ids read as one 32-bit id lie far outside any vocabulary, unless every other id is
     next to zero, so 32 bits are taken only when all ids of the file's sample allow it.

@@ -1,6 +1,6 @@
 """Charts of numbers over steps or layers, as SVG.
 
-Two series are told apart by dash and mark as well as by colour: *before* and *old* are dashed with
+Two series differ in dash and mark as well as in colour: *before* and *old* are dashed with
 hollow circles, *after* and *new* are solid with filled squares.
 """
 
