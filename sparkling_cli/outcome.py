@@ -119,7 +119,7 @@ def write_schedule(output: Path, changes: Mapping[str, Any]) -> Rewarmup:
     rewarmup = plan_rewarmup(checkpoint, described, previous, number=stage.stage)
     files = dict(rewarmup_files(rewarmup))
     if (root / REPORT_JSON).is_file():
-        report = Report.model_validate_json((root / REPORT_JSON).read_bytes())
+        report = Report.read((root / REPORT_JSON).read_bytes(), REPORT_JSON)
         report = with_rewarmup(report, spec, rewarmup, before, manifest.growth())
         files |= {REPORT_JSON: report.to_json(), REPORT_HTML: render(report)}
     files[MANIFEST] = with_changes((root / MANIFEST).read_bytes(), spec, files)

@@ -1,4 +1,4 @@
-"""Tokens to measure on: the user's text or token file, a bundled text, or random ones, and the result says which.
+"""Tokens to measure on: the user's text or token file, a bundled text, or random ones, with a word on which.
 
 The choice is deterministic: the same file, seed and sizes give the same sequences.
 """

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from sparkling_cli.errors import CheckpointError
 from sparkling_cli.results.base import Count, Result, Verdict
 from sparkling_cli.results.measured import Activations
 
@@ -164,7 +165,7 @@ class Provenance(Result):
 class Report(Result):
     """Everything that a report says. ``format_version`` rises when a field changes its meaning or goes."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     source: str
     destination: str
     model: Annotated[str, Field(description="the model's class or the layout's name")]
@@ -184,6 +185,25 @@ class Report(Result):
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     verdict: Verdict
+
+    @classmethod
+    def read(cls, content: bytes, where: str) -> Report:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            CheckpointError: it is of another version, or damaged.
+        """
+        try:
+            data = json.loads(content)
+            version = data.get("format_version")
+            if version == 2:
+                return cls.model_validate(data)
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{where} is damaged: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(
+            f"{where} has format_version {version!r}; this version reads 2",
+            hint="make the output again with this version: its `command` is in that file",
+        )
 
     def to_json(self) -> bytes:
         """``report.json``: stable order, no NaN, a newline at the end."""

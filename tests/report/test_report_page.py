@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from sparkling_cli.errors import CheckpointError
 from sparkling_cli.report.page import render
 from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.numbers import signed
@@ -84,7 +85,14 @@ def test_page_and_json_hold_the_same_facts() -> None:
     match = re.search(r'<script type="application/json" id="facts">(.*?)</script>', text, flags=re.S)
     assert match
     assert json.loads(match[1]) == json.loads(data.to_json())
-    assert Report.model_validate_json(data.to_json()) == data
+    assert Report.read(data.to_json(), "report.json") == data
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"format_version": 2}', b'{"format_version": 1}'])
+def test_another_report_is_refused_by_its_name(content: bytes) -> None:
+    """Damaged, or of another version: an error of the checkpoint, with the file's name."""
+    with pytest.raises(CheckpointError, match=r"report\.json"):
+        Report.read(content, "report.json")
 
 
 def test_the_page_shows_what_matters() -> None:
