@@ -235,6 +235,9 @@ def read_rewarmup(path: Path, *, replacing: bool = False) -> Rewarmup:
     """
     if path.is_dir():
         path = path / REWARMUP
-    hint = "`sparkling expand` writes one when the source run's schedule is known"
+    hint = (
+        "`sparkling expand` writes one when the source run's schedule is known; to an output that exists, "
+        "`sparkling schedule CKPT --write` adds one"
+    )
     data = read_sidecar(path, "re-warmup schedule", version=FORMAT, earlier=EARLIER, hint=hint)
     return from_data(data, str(path), replacing=replacing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from sparkling_cli.errors import SparklingError, SpecError
 from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import Rewarmup
 from sparkling_cli.training.history import History, read_history
-from sparkling_cli.training.slices import NewEntries, new_entries
+from sparkling_cli.training.slices import NewEntries, local_tensor, new_entries
 from sparkling_cli.training.update import (
     AdamStep,
     Factor,
@@ -38,6 +39,7 @@ def rewarm(
     checkpoint: Path | str | History,
     *,
     step: int | None = None,
+    announce: bool = True,
 ) -> Rewarming:
     """Give the new entries of an expanded model their own learning rate from now on.
 
@@ -54,16 +56,18 @@ def rewarm(
         step: optimizer steps done in the whole run. Default: the last expansion's step, which is right
             when training goes on from the expanded checkpoint itself. After a later one pass the step
             or load :meth:`Rewarming.state_dict`.
+        announce: print one line on what begins to stderr, on the first rank.
 
     Returns:
         The handle: for its state in checkpoints, and to take the hooks off.
 
     Raises:
-        SparklingError: the checkpoint has no history, the model is not the expanded one, the optimizer
-            holds none of its parameters, or fresh bias correction is asked of an optimizer without it.
+        SparklingError: the checkpoint has no history, the model is not the expanded one, something is no
+            torch optimizer or holds none of the model's parameters, or fresh bias correction is asked of an
+            optimizer without it.
     """
     history = checkpoint if isinstance(checkpoint, History) else read_history(checkpoint)
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = _optimizers(optimizer)
     pairs = list(model.named_parameters() if isinstance(model, nn.Module) else model)
     regions = [(p, new_entries(p, history.region(name, tuple(p.shape)))) for name, p in pairs]
     found = {id(p): _Param(p, entries) for p, entries in regions if entries is not None}
@@ -75,7 +79,41 @@ def rewarm(
             hint="pass the optimizer steps done in the whole run, or resume from the expanded checkpoint",
         )
     attached = [_attach(_unwrapped(o), found, known, history.rewarmup, start) for o in optimizers]
+    if announce and _is_first_rank():
+        print(_line(found.values(), history.rewarmup, start), file=sys.stderr, flush=True)
     return Rewarming(tuple(attached), history)
+
+
+def _optimizers(given: Any) -> list[Optimizer]:
+    single = isinstance(given, (Optimizer, str)) or not isinstance(given, Iterable)
+    several = [given] if single else list(given)
+    for one in several:
+        if not isinstance(one, Optimizer):
+            inner = getattr(one, "optimizer", None)
+            raise SpecError(
+                f"{type(one).__name__} is no torch.optim.Optimizer: there is no step() to act on",
+                hint=f"pass the {type(inner).__name__} that it holds as .optimizer, with the model's named "
+                "parameters"
+                if isinstance(inner, Optimizer)
+                else "pass the torch optimizer whose step() changes the model's parameters",
+            )
+    return several
+
+
+def _is_first_rank() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _line(params: Iterable[_Param], rewarmup: Rewarmup, start: int) -> str:
+    """One line on what begins: how many entries, until when, and to which rate."""
+    stage = rewarmup.stages[-1]
+    own = [param for param in params if stage.stage in param.entries.stages]
+    count = sum(piece.numel() for p in own for piece in p.entries.of(p.tensor, stage.stage))
+    place = " of this process" if any(local_tensor(p.tensor) is not p.tensor for p in own) else ""
+    end = stage.expansion_step + stage.steps
+    until = f"until step {end:,}: {stage.rho:g} x" if start < end else f"past step {end:,}: {stage.rho:g} x"
+    return f"re-warming {count:,} entries in {len(own)} tensors{place} {until}, then as the rest"
 
 
 @dataclass(frozen=True)
@@ -95,6 +133,16 @@ class Rewarming:
     def step(self) -> int:
         """Optimizer steps done in the whole run (skipped ones not counted)."""
         return self._attached[0].step
+
+    def metrics(self) -> dict[str, float]:
+        """For a logger: what the step just made gave the last expansion's new entries.
+
+        ``learning_rate_new`` is eta_new on the scale of the first parameter group that holds some, and
+        ``learning_rate_ratio`` is eta_new / eta_old. Before the first step both are those of the next one.
+        """
+        attached = next((a for a in self._attached if a.params), self._attached[0])
+        rate, ratio = attached.applied or attached.rate_and_ratio()
+        return {"learning_rate_new": ratio * rate, "learning_rate_ratio": ratio}
 
     def state_dict(self) -> dict[str, Any]:
         """The step counters: all that a later process needs beside the expanded checkpoint."""
@@ -133,6 +181,14 @@ class _Attached:
     reference: dict[int, float] = field(default_factory=dict)
     warned: bool = False
     looked: bool = False
+    #: rate of old entries, and eta_new / eta_old of the last expansion, in the step just made
+    applied: tuple[float, float] | None = None
+
+    def rate_and_ratio(self) -> tuple[float, float]:
+        """The rate of the first group with new entries now, and eta_new / eta_old at this step."""
+        groups = self.optimizer.param_groups
+        rates = [float(g["lr"]) for g in groups if any(id(p) in self.params for p in g["params"])]
+        return (rates or [0.0])[0], self.rewarmup.ratio(self.rewarmup.stages[-1], self.step)
 
     @torch.no_grad()
     def before(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -154,6 +210,7 @@ class _Attached:
         if self._skipped():
             return
         rates = self._rates()
+        self.applied = self.rate_and_ratio()
         if is_adam(self.optimizer):
             self._correct_adam(rates, kept)
         else:
@@ -252,6 +309,8 @@ class _Attached:
         if self.warned or base <= 0:
             return
         for i, group in enumerate(self.optimizer.param_groups):
+            if float(group["lr"]) == 0:  # frozen for now, or a schedule that begins at zero
+                continue
             share = float(group["lr"]) / base
             first = self.reference.setdefault(i, share)
             if abs(share - first) > 0.01 * abs(first):

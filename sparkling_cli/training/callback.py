@@ -17,7 +17,8 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """``Trainer(..., callbacks=[SparklingCallback("checkpoint-1000-ffn2x")])``.
 
     Order of calls: ``on_train_begin`` attaches the hooks; ``on_save`` copies the expansion's history into
-    every checkpoint, for a second expansion; ``on_train_end`` takes the hooks off. The counter of steps is
+    every checkpoint, for a second expansion; ``on_log`` adds ``learning_rate_new`` to what is logged;
+    ``on_train_end`` takes the hooks off. The counter of steps is
     kept in ``trainer_state.json`` and found there on resume, whatever
     ``restore_callback_states_from_checkpoint`` says.
 
@@ -78,6 +79,22 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir() and folder != Path(self.directory):
             carry_history(self.directory, folder)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Log the new entries' rate too: in the history, and for callbacks after this one."""
+        if self.rewarming is None or logs is None or "learning_rate" not in logs:
+            return
+        rate = self.rewarming.metrics()["learning_rate_new"]
+        logs["learning_rate_new"] = rate
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1]["learning_rate_new"] = rate
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -89,6 +89,39 @@ def test_killed_and_resumed_is_the_same_run(wide: Path, tmp_path: Path) -> None:
         assert torch.equal(value, own[name]), name
 
 
+def test_the_log_has_the_new_entries_rate(
+    wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside ``learning_rate``: in the history, for a logger after the callback, and by Eq. 27-28."""
+    seen: dict[int, float] = {}
+
+    class Logger(TrainerCallback):
+        """Any reporting callback."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "learning_rate" in logs:
+                seen[state.global_step] = logs["learning_rate_new"]
+
+    model = AutoModelForCausalLM.from_pretrained(wide)
+    trainer = build_trainer(
+        model, tmp_path / "run", max_steps=END, callbacks=(SparklingCallback(wide), Logger())
+    )
+    trainer.args.logging_steps = 1
+    trainer.train(resume_from_checkpoint=str(wide))
+    history = {e["step"]: e for e in trainer.state.log_history if "learning_rate_new" in e}
+    assert list(history) == list(seen) == list(range(TE + 1, END + 1))
+    rewarmup = read_history(wide).rewarmup
+    for step, entry in history.items():
+        assert entry["learning_rate_new"] == seen[step]
+        # the entry of step t has what the t-th step used
+        wanted = rewarmup.stages[0].eta_new(step - 1)
+        assert entry["learning_rate_new"] == pytest.approx(wanted, rel=1e-9)
+        assert entry["learning_rate"] == pytest.approx(rewarmup.baseline(step - 1), rel=1e-9)
+    entries = sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n) // 2
+    line = f"re-warming {entries:,} entries in 6 tensors until step {TE + 1}: 3 x, then as the rest"
+    assert line in capsys.readouterr().err
+
+
 def test_only_new_entries_move_otherwise(wide: Path, tmp_path: Path) -> None:
     """In the first steps the callback changes new ffn entries by the curve's ratio, and no old entry."""
     with_hooks, plain = (

@@ -313,6 +313,55 @@ def test_a_scheduler_that_leaves_the_baseline_is_reported() -> None:
         optimizer.step()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_rate_of_zero_is_no_other_scheduler() -> None:
+    """A group that is frozen for some steps and then trained on does not contradict the baseline."""
+    net, optimizer, sched = ref.expanded(adamw)
+    rewarm(optimizer, net, ref.history(), announce=False)
+    optimizer.param_groups[0]["lr"] = 0.0
+    net(ref.data(ref.TE)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    sched.step()
+    for _ in ref.steps(net, optimizer, sched, ref.TE + 1, ref.TE + 5):
+        pass
+
+
+def test_one_line_and_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    """What begins, counted here from the parameters; and the rate and ratio that a step has used."""
+    net, optimizer, sched = ref.expanded(adamw)
+    rewarming = rewarm(optimizer, net, ref.history())
+    history = ref.history()
+    regions = {n: history.region(n, tuple(p.shape)) for n, p in net.named_parameters()}
+    counts = [region.count(1) for region in regions.values() if region.count(1)]
+    expected = f"re-warming {sum(counts):,} entries in {len(counts)} tensors until step {ref.TE + 20}: 1.3 x"
+    assert capsys.readouterr().err == f"{expected}, then as the rest\n"
+    assert rewarming.metrics() == {"learning_rate_new": ref.BASE(ref.TE), "learning_rate_ratio": 1.0}
+    for step in ref.steps(net, optimizer, sched, ref.TE, ref.TE + 40):
+        found = rewarming.metrics()
+        assert found["learning_rate_new"] == pytest.approx(ref.eta_new(step), rel=1e-12)
+        assert found["learning_rate_ratio"] == pytest.approx(ref.eta_new(step) / ref.BASE(step), rel=1e-12)
+    rewarm(optimizer, net, history, step=ref.TE + 40)
+    assert f"past step {ref.TE + 20}: 1.3 x" in capsys.readouterr().err
+
+
+def test_what_is_no_torch_optimizer_is_refused() -> None:
+    """By its class's name, with what to pass instead."""
+
+    class Engine:
+        """Holds one, as DeepSpeed's and Apex's optimizers do."""
+
+        def __init__(self, optimizer: Optimizer | None) -> None:
+            self.optimizer = optimizer
+
+    net, optimizer, _ = ref.expanded(adamw)
+    with pytest.raises(SpecError, match=r"Engine is no torch\.optim\.Optimizer(.|\n)*the AdamW that"):
+        rewarm(Engine(optimizer), net, ref.history())  # type: ignore[arg-type]
+    for wrong in (Engine(None), [optimizer, None], "adamw", None):
+        with pytest.raises(SpecError, match=r"no torch\.optim\.Optimizer"):
+            rewarm(wrong, net, ref.history())  # type: ignore[arg-type]
+
+
 def test_an_optimizer_without_state_is_reported() -> None:
     """One warning at the first step where copies would stay copies; none for SGD, which has no state."""
     net = ref.model()
