@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile
@@ -130,6 +130,8 @@ def _read(root: Path, relative: str) -> tuple[list[Further], OpenFile | None]:
             return _torch(path, relative)
         if start[:1] == b"\x80" and (path.suffix in _PICKLES or start[1:2] in b"\2\3\4\5"):
             return _pickle(path, relative), None
+        if start == b"\x93NUM" or path.suffix == ".npz":
+            return list(_numpy(path, relative)), None
         if path.name == ".metadata":
             return _distributed(root, relative), None
     except CheckpointError as error:
@@ -216,9 +218,40 @@ def _arrays(tree: Any, relative: str) -> Iterator[Further]:
                 yield Further(f"{relative}: {place}", relative, "", StoredTensor(_NUMPY[code], shape, ()))
 
 
+def _numpy(path: Path, relative: str) -> Iterator[Further]:
+    """The array of a ``.npy`` file, or all of an ``.npz``, by their headers."""
+    import zipfile
+
+    try:
+        if path.suffix != ".npz":
+            with path.open("rb") as stream:
+                yield from _header(stream, relative, relative)
+            return
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.namelist():
+                if entry.endswith(".npy"):
+                    with archive.open(entry) as stream:
+                        yield from _header(stream, f"{relative}: {entry.removesuffix('.npy')}", relative)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"not a readable NumPy file: {error}") from error
+
+
+def _header(stream: IO[bytes], name: str, relative: str) -> Iterator[Further]:
+    """The array that a header describes; text is no tensor, and what else has no torch dtype is not known."""
+    from numpy.lib import format as npy
+
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    if dtype.kind not in "US":
+        kind = _NUMPY.get(f"{dtype.kind}{dtype.itemsize}")
+        yield Further(name, relative, "", None if kind is None else StoredTensor(kind, shape, ()))
+
+
 _NUMPY = {
     "f8": "float64", "f4": "float32", "f2": "float16", "i8": "int64", "i4": "int32", "i2": "int16",
     "i1": "int8", "u1": "uint8", "b1": "bool", "u2": "uint16", "u4": "uint32", "u8": "uint64",
+    "c8": "complex64", "c16": "complex128",
 }  # fmt: skip
 
 
