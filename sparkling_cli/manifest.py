@@ -20,8 +20,9 @@ from sparkling_cli.execute.stream import Written
 from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.layout import file as layout_file
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.plan.model import Account, Expansion, Recipe, Row
+from sparkling_cli.plan.model import Expansion, Recipe, Row
 from sparkling_cli.plan.symmetry import treatment_of, with_fills
+from sparkling_cli.results.account import Account
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.sidecar import FOLDER, MANIFEST

@@ -26,9 +26,12 @@ def show_plan(output: Output, expansion: Expansion, planned: ExpansionPlan) -> N
     """The whole plan; with ``--verbose`` every kind of tensor, state included."""
     from rich.text import Text
 
+    from sparkling_cli.report.tables import account_table
+
     states = expansion.plan.source.states
     output.show(_summary(planned))
     output.show(_kinds(planned.kinds, everything=output.verbose))
+    output.show(account_table(planned.account, everything=output.verbose))
     for key, value in planned.config.items():
         output.show(f"config  {key} = {value}")
     output.show(Text(f"output  {planned.destination}"), whole=True)

@@ -16,7 +16,8 @@ from math import prod
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Further
-from sparkling_cli.plan.model import CARRIED, Account, AccountEntry, AccountLine, Fate, Kind, Recipe, Row
+from sparkling_cli.plan.model import CARRIED, Recipe, Row
+from sparkling_cli.results.account import Account, AccountEntry, AccountLine, Fate, Kind
 from sparkling_cli.storage.tensors import ITEM_BYTES
 
 Shape = tuple[int, ...]

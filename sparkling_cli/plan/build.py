@@ -18,11 +18,12 @@ from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.plan.account import Growing, Sorted, account_of, further_notes, sort_further
 from sparkling_cli.plan.advice import check_locked, notes_for
 from sparkling_cli.plan.measure import measured_kind
-from sparkling_cli.plan.model import CARRIED, Kind, Plan, Recipe, Row
+from sparkling_cli.plan.model import CARRIED, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
 from sparkling_cli.plan.state_checks import check_numbers, check_pairs, stateless_warning
 from sparkling_cli.plan.symmetry import check_pair, treatment_of, with_fills
+from sparkling_cli.results.account import Kind
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
 from sparkling_cli.widening.geometry import Fill, Growth, Span, Treatment, View, target_shape, view_of

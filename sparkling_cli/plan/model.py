@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from sparkling_cli.formats.model import Checkpoint, OutputFile
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
+from sparkling_cli.results.account import Account, Kind
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import StoredTensor
 from sparkling_cli.widening.geometry import Fill, Growth, Treatment, View, scale_range
@@ -26,80 +24,8 @@ if TYPE_CHECKING:
     from sparkling_cli.schedule.rewarmup import Rewarmup
 
 
-class Kind(str, Enum):
-    """What a tensor of a checkpoint is."""
-
-    WEIGHT = "weight"
-    COPY = "weight copy"
-    """another copy of a weight: an average, a master copy, a second file; widened like it"""
-    MOMENT = "moment"
-    """parameter-shaped optimizer state: new entries start from zero (Eq. 24)"""
-    FACTOR = "factor"
-    """one factor of factored optimizer state: a row or column of its parameter"""
-    SCALAR = "scalar"
-    """one number"""
-    OTHER = "other"
-    """nothing that grows: random states, tables, state of parameters that keep their size"""
-
-
 #: slot of tensors that are neither weights nor state, in files that are written anew
 CARRIED = "carried"
-
-
-class Fate(str, Enum):
-    """What becomes of a tensor."""
-
-    WIDENED = "widened"
-    CARRIED = "carried"
-    LEFT_OUT = "left out"
-
-
-class AccountLine(BaseModel):
-    """Tensors of one kind that meet the same fate; bytes of their data before and after."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Kind
-    fate: Fate
-    tensors: int
-    bytes_before: int
-    bytes_after: int
-
-
-class AccountEntry(BaseModel):
-    """A tensor that is neither a weight nor state of a parameter."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    kind: Kind
-    fate: Fate
-
-
-class Account(BaseModel):
-    """Every tensor of the source.
-
-    Attributes:
-        lines: all of them, by kind and fate.
-        entries: one by one, those that are neither weights nor state of parameters, scalars aside.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    lines: tuple[AccountLine, ...] = ()
-    entries: tuple[AccountEntry, ...] = ()
-
-    @property
-    def tensors(self) -> int:
-        """Of the source, all files together; one under several names that share its bytes counts once."""
-        return sum(line.tensors for line in self.lines)
-
-    @property
-    def bytes_before(self) -> int:
-        """Of the source's tensors."""
-        return sum(line.bytes_before for line in self.lines)
 
 
 @dataclass(frozen=True, eq=False)

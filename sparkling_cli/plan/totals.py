@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from math import prod
 
 from sparkling_cli.formats.model import OutputFile
-from sparkling_cli.plan.model import Kind, Plan
+from sparkling_cli.plan.model import Plan
+from sparkling_cli.results.account import Kind
 from sparkling_cli.storage.tensors import ITEM_BYTES
 
 

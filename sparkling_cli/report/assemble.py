@@ -62,6 +62,7 @@ def assemble(
         "spec": plan.spec.as_data(),
         "axes": tuple(_axes(plan, previous)),
         "tensors": tuple(_tensors(plan)),
+        "account": plan.account,
         "before": _size(content_of(plan, after=False), None if active is None else active.before),
         "after": _size(content_of(plan, after=True), None if active is None else active.after),
         "activations": activations,

@@ -47,6 +47,7 @@ def render(data: Report) -> bytes:
         signs=SIGNS,
         treatments=TREATMENTS,
         limit=DEVIATION_LIMIT,
+        most=ROWS_AT_MOST,
         wide=WIDE,
         narrow=NARROW,
         # matrices first: a norm's drawing tells little

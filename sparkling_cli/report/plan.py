@@ -41,6 +41,7 @@ def plan_result(expansion: Expansion) -> ExpansionPlan:
         widened=totals.widened,
         config=dict(plan.config),
         kinds=tuple(tensor_kinds(plan)),
+        account=plan.account,
         notes=plan.notes,
         warnings=plan.warnings,
         spec=plan.spec.as_data(),

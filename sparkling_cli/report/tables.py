@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkling_cli.report.spark import sparkline
+from sparkling_cli.results.account import Account
 from sparkling_cli.results.base import Verdict
 from sparkling_cli.results.measured import (
     DEVIATION_LIMIT,
@@ -24,7 +25,7 @@ from sparkling_cli.results.measured import (
     TensorStat,
     Weights,
 )
-from sparkling_cli.results.numbers import percent, significant
+from sparkling_cli.results.numbers import nbytes, percent, significant
 
 #: Rows of a table of layers, unless everything is asked for.
 ROWS = 12
@@ -178,6 +179,29 @@ def symmetry_table(found: Symmetry, *, rows: int | None = ROWS) -> Table:
         place = "-" if row.layer is None else str(row.layer)
         values = (str(row.channels), significant(row.distance, 4), significant(row.cosine, 4))
         table.add_row(place, escape(row.axis), *values, Text(percent(row.locked), style=style))
+    return table
+
+
+def account_table(account: Account, *, everything: bool = False) -> Table:
+    """Every tensor of the source by kind and by what becomes of it; the last row is the source's sum."""
+    caption = "every tensor of every file of the source"
+    if account.entries and not everything:
+        caption += "; --verbose lists those that are neither weights nor state"
+    table = _table("account", caption)
+    table.add_column("tensors")
+    table.add_column("become")
+    for title in ("count", "before", "after"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for line in account.lines:
+        sizes = (f"{line.tensors:,}", nbytes(line.bytes_before), nbytes(line.bytes_after))
+        table.add_row(line.kind.value, line.fate.value, *sizes)
+    table.add_section()
+    table.add_row(
+        "all", "", f"{account.tensors:,}", nbytes(account.bytes_before), nbytes(account.bytes_after)
+    )
+    for entry in account.entries if everything else ():
+        shape = "x".join(map(str, entry.shape)) or "scalar"
+        table.add_row(escape(entry.name), entry.fate.value, "1", f"{entry.dtype} {shape}", "")
     return table
 
 

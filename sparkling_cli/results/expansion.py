@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.results.account import Account
 from sparkling_cli.results.base import Count, Result, Verdict
 from sparkling_cli.results.measured import Activations
 
@@ -56,6 +57,7 @@ class ExpansionPlan(Result):
     widened: int
     config: Annotated[dict[str, Any], Field(description="config keys whose value changes")]
     kinds: tuple[TensorKind, ...]
+    account: Annotated[Account, Field(description="every tensor of the source, and what becomes of it")]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     spec: dict[str, Any]
@@ -173,6 +175,7 @@ class Report(Result):
     spec: dict[str, Any]
     axes: tuple[AxisChange, ...]
     tensors: tuple[TensorChange, ...]
+    account: Annotated[Account, Field(description="every tensor of the source, and what became of it")]
     before: Size
     after: Size
     activations: Activations | None

@@ -21,7 +21,7 @@ from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.manifest import Manifest
-from sparkling_cli.plan.model import Kind
+from sparkling_cli.results.account import Kind
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.tensors import StoredTensor
 from sparkling_cli.widening.parts import stream_of

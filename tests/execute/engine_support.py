@@ -17,7 +17,8 @@ from sparkling_cli.execute import stream
 from sparkling_cli.execute.stream import Written
 from sparkling_cli.formats.model import Checkpoint, Checksum, OutputFile
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.plan.model import Expansion, Invocation, Kind, Plan, Recipe, Row
+from sparkling_cli.plan.model import Expansion, Invocation, Plan, Recipe, Row
+from sparkling_cli.results.account import Kind
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, Extent, StoredTensor
 from sparkling_cli.widening.geometry import Fill, Run, Treatment, View, ViewDim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import cos, pi
 
+from sparkling_cli.results.account import Account, AccountEntry, AccountLine, Fate, Kind
 from sparkling_cli.results.base import change, deviation_of
 from sparkling_cli.results.expansion import (
     AxisChange,
@@ -149,6 +150,24 @@ def tensors() -> tuple[TensorChange, ...]:
     return gate, up, down
 
 
+def account() -> Account:
+    """Weights, moments and a random state."""
+    weights, moments = 816_000_000, 3_264_000_000
+
+    def line(kind: Kind, fate: Fate, tensors: int, before: int, after: int) -> AccountLine:
+        return AccountLine(kind=kind, fate=fate, tensors=tensors, bytes_before=before, bytes_after=after)
+
+    lines = (
+        line(Kind.WEIGHT, Fate.WIDENED, 72, weights, 2 * weights),
+        line(Kind.MOMENT, Fate.WIDENED, 580, moments, 2 * moments),
+        line(Kind.OTHER, Fate.CARRIED, 1, 5056, 5056),
+    )
+    state = AccountEntry(
+        name="rng_state.pth: cpu", dtype="uint8", shape=(5056,), kind=Kind.OTHER, fate=Fate.CARRIED
+    )
+    return Account(lines=lines, entries=(state,))
+
+
 def report(*, good: bool = True, layers: int = 24, bare: bool = False) -> Report:
     """A whole report; ``bare`` leaves out all that can be missing."""
     measured = None if bare else activations(layers, off=0.0 if good else 0.24)
@@ -173,6 +192,7 @@ def report(*, good: bool = True, layers: int = 24, bare: bool = False) -> Report
         spec=SPEC,
         axes=(AxisChange(axis="ffn", before=2816, after=5632, original=2816),),
         tensors=tensors(),
+        account=account(),
         before=Size(
             parameters=408_000_000, active=408_000_000, weight_bytes=816_000_000, state_bytes=3_264_000_000
         ),
