@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sparkling_cli.cli.app import app
@@ -55,6 +59,32 @@ def test_expand_says_what_its_report_says(widened: tuple[Path, Any]) -> None:
     target, document = widened
     report = json.loads((target / "sparkling" / "report.json").read_text())
     assert {k: v for k, v in document.items() if k not in ("schema", "schema_version", "dry_run")} == report
+
+
+def arrays(value: Any) -> Iterator[Any]:
+    """All tensors and arrays in nested containers."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from arrays(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from arrays(item)
+
+
+def test_the_account_is_the_sources(widened: tuple[Path, Any], dense_checkpoint: Path) -> None:
+    """Dry run, report and manifest have one account; its sum is what the files' own libraries find."""
+    target, document = widened
+    dry = run("expand", dense_checkpoint, target.parent / "no", "--axis", "ffn", "--to", 252, "--dry-run")
+    manifest = json.loads((target / "sparkling" / "manifest.json").read_text())
+    assert dry["account"] == document["account"] == manifest["account"]
+    found = list(load_file(dense_checkpoint / "model.safetensors").values())
+    for path in (*dense_checkpoint.glob("*.pt"), *dense_checkpoint.glob("*.pth")):
+        found += arrays(torch.load(path, weights_only=False))
+    lines = document["account"]["lines"]
+    assert sum(line["tensors"] for line in lines) == len(found)
+    assert sum(line["bytes_before"] for line in lines) == sum(item.nbytes for item in found)
 
 
 def test_dry_run(dense_checkpoint: Path, tmp_path: Path) -> None:
