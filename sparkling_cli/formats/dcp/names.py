@@ -18,13 +18,13 @@ Path = tuple[str, ...]
 
 _MODEL = frozenset({"model", "module", "state_dict", "model_state_dict", "net"})
 _OPTIMIZER = frozenset({"optimizer", "optim", "optimizers", "optimizer_state_dict", "opt"})
-_STATE = re.compile(r"(?:\d+\.)?state\.(?P<param>.+)\.(?P<slot>[^.]+)")
+_STATE = re.compile(r"(?:[^.]+\.)?state\.(?P<param>.+)\.(?P<slot>[^.]+)")
 #: Megatron turns it round; ``param`` is the fp32 master weight
 _STATE_FIRST = re.compile(
     r"state\.(?P<slot>exp_avg|exp_avg_sq|fp32_param|momentum_buffer|param)\.(?P<param>.+)"
 )
 _TURNED = ("state.exp_avg.", "state.momentum_buffer.")
-_GROUP = re.compile(r"(?:\d+\.)?param_groups\.(?P<group>.+)\.(?P<field>[^.]+)")
+_GROUP = re.compile(r"(?:[^.]+\.)?param_groups\.(?P<group>.+)\.(?P<field>[^.]+)")
 #: where Megatron's distributed optimizer keeps what it does not save by parameter
 _FLAT = ("optimizer.distributed.", "chained_0.optimizer.distributed.")
 
@@ -94,7 +94,12 @@ def find_roles(paths: Mapping[str, Path], tensors: frozenset[str], where: str) -
 
 
 def _unwrapped(paths: Mapping[str, Path]) -> dict[str, Path]:
-    """Nesting without a first level that all entries share (``app``)."""
+    """Nesting without levels above the model (``app``, composer's ``state``)."""
+    above = {path[:at] for path in paths.values() if (at := _model_level(path)) is not None}
+    if len(above) == 1 and () not in above:
+        (prefix,) = above
+        cut = len(prefix)
+        return {n: p[cut:] if p[:cut] == prefix and len(p) > cut else p for n, p in paths.items()}
     found = dict(paths)
     while True:
         firsts = {path[0] for path in found.values()}
@@ -102,6 +107,11 @@ def _unwrapped(paths: Mapping[str, Path]) -> dict[str, Path]:
         if len(firsts) != 1 or not deep or firsts & (_MODEL | _OPTIMIZER):
             return found
         found = {name: path[1:] for name, path in found.items()}
+
+
+def _model_level(path: Path) -> int | None:
+    """How deep the model's own level lies in a nesting; None without one."""
+    return next((at for at, step in enumerate(path[:-1]) if step in _MODEL), None)
 
 
 def _is_optimizer(path: Path) -> bool:
