@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.formats.states import FSDP_COPY
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.symmetry import locked_axes, parting_inits, treatment_of
 from sparkling_cli.spec.model import ExpansionSpec
@@ -71,6 +72,12 @@ def check_locked(
     locked = symmetry_warning(growth, optimizer)
     if locked is None or spec.allow_locked:
         return locked
+    if not moments and any(set(state.tensors) - {FSDP_COPY} for state in checkpoint.states):
+        return (  # of torch's ASGD, for one: what else it keeps may be more than is known here
+            "the optimizer's state holds copies of the weights and no moments: copies and their sources may "
+            f"stay equal for ever (axes {', '.join(locked_axes(growth, None))}); --init random-copy parts "
+            "them"
+        )
     ways = []
     if optimizer is not None:
         ways.append("use --optimizer asymmetric (the default)")
