@@ -90,7 +90,12 @@ class PatternTable:
         """All patterns that stand for ``name``; every name is looked at once."""
         found = self._known.get(name)
         if found is None:
-            found = [p for p in self._by_key.get(skeleton(name), ()) if p.template.matches(name)]
+            key = skeleton(name)
+            only = None if "*" in name else self._only.get(key)
+            if only is not None:
+                found = [only]
+            else:
+                found = [p for p in self._by_key.get(key, ()) if p.template.matches(name)]
             self._known[name] = found
         return found
 

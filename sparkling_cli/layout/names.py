@@ -71,7 +71,7 @@ class NameTemplate:
         pattern.append(re.escape(rest))
         return re.compile("".join(pattern)), tuple(limits)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The skeleton that every matching name has."""
         return skeleton(_PLACEHOLDER.sub("0", self.text))
@@ -84,7 +84,7 @@ class NameTemplate:
             for part in self.text.split(".")
         )
 
-    @property
+    @cached_property
     def axes(self) -> tuple[str, ...]:
         """Names of the axes that are stored in the name."""
         return tuple(m.group("axis") for m in _PLACEHOLDER.finditer(self.text))
@@ -95,10 +95,19 @@ class NameTemplate:
         Raises:
             LayoutError: an axis has no index.
         """
-        missing = [axis for axis in self.axes if axis not in indices]
-        if missing:
-            raise LayoutError(f"no index for {{{missing[0]}}} of {self.text!r}")
-        return _PLACEHOLDER.sub(lambda match: str(indices[match.group("axis")]), self.text)
+        try:
+            found = [str(indices[axis]) for axis in self.axes]
+        except KeyError as error:
+            raise LayoutError(f"no index for {{{error.args[0]}}} of {self.text!r}") from None
+        return "".join(itertools.chain.from_iterable(zip(self._between, (*found, ""), strict=True)))
+
+    @cached_property
+    def _between(self) -> tuple[str, ...]:
+        """The text around the placeholders."""
+        ends = [(match.start(), match.end()) for match in _PLACEHOLDER.finditer(self.text)]
+        starts = [0, *(stop for _, stop in ends)]
+        stops = [*(start for start, _ in ends), len(self.text)]
+        return tuple(self.text[start:stop] for start, stop in zip(starts, stops, strict=True))
 
     @property
     def placeholders(self) -> tuple[tuple[str, frozenset[int] | None], ...]:

@@ -56,7 +56,7 @@ def build_plan(
     check_pair(growth, layout, treatment)
     growth = with_fills(growth, layout, treatment)
     recipes = _Recipes(layout, growth, treatment, spec)
-    weights, renamed = weights_of(checkpoint, layout, spec.names)
+    weights, renamed = weights_of(checkpoint, layout, spec.names, random="random" in spec.init)
     rows = _weight_rows(weights, recipes)
     known = _Known({weight.module: weight.stored for weight in weights}, checkpoint, recipes)
     kinds, measured = known.state_kinds()

@@ -39,13 +39,16 @@ class Weight(NamedTuple):
     stream: str
 
 
-def weights_of(checkpoint: Checkpoint, layout: ModelLayout, names: str) -> tuple[tuple[Weight, ...], bool]:
+def weights_of(
+    checkpoint: Checkpoint, layout: ModelLayout, names: str, *, random: bool = True
+) -> tuple[tuple[Weight, ...], bool]:
     """All weights, and whether they are renamed from disk names to module names.
 
     Args:
         checkpoint: the source.
         layout: its layout.
         names: ``disk``, ``module`` or ``auto`` (module names when there is optimizer state).
+        random: whether random streams are needed; without them ``stream`` is the weight's own name.
 
     Raises:
         LayoutError: a weight has no layout, a pattern no weight, or a fused tensor lacks a part.
@@ -64,7 +67,7 @@ def weights_of(checkpoint: Checkpoint, layout: ModelLayout, names: str) -> tuple
     if rename and layout.assembly:  # without one the format itself keeps both kinds of names
         _check_assembled(layout)
         return _assembled(checkpoint, layout, patterns), True
-    part_of = _parts(layout) if on_disk else {}
+    part_of = _parts(layout) if on_disk and random else {}
     module_patterns = {pattern.name: pattern for pattern in layout.tensors}
     weights = []
     seen: set[str] = set()
