@@ -2,6 +2,8 @@
 
 It reads every file of results in ``--results``, whatever has finished, and trains nothing. Losses are
 compared with those of copy-copy (the default) in the same seed, on the same text; below zero is better.
+Along a run the loss is that of the training text since the measurement before, which is new to every run
+and more than the held-out text; at the end it is that of the held-out text.
 """
 
 from __future__ import annotations
@@ -96,16 +98,19 @@ def settings(folder: Path) -> list[Setting]:
 
 
 def above(setting: Setting, name: str) -> dict[int, list[float]]:
-    """Steps after the expansion -> differences from copy-copy, one for each seed that has come so far."""
+    """Steps after the expansion -> differences from copy-copy, one for each seed that has come so far.
+
+    Of the loss on the text since the measurement before.
+    """
     found: dict[int, list[float]] = {}
     for seed, ours in sorted(setting.results.runs[COPY_COPY].items()):
         theirs = setting.results.runs.get(name, {}).get(seed)
         if theirs is None:
             continue
-        for step in sorted({int(s) for s in ours["heldout"]} & {int(s) for s in theirs["heldout"]}):
-            if step >= setting.expansion:
-                difference = theirs["heldout"][str(step)] - ours["heldout"][str(step)]
-                found.setdefault(step - setting.expansion, []).append(difference)
+        a, b = theirs["train"], ours["train"]
+        for step in sorted(int(s) for s in a.keys() & b.keys()):
+            if step > setting.expansion:
+                found.setdefault(step - setting.expansion, []).append(a[str(step)] - b[str(step)])
     return dict(sorted(found.items()))
 
 
@@ -126,7 +131,7 @@ def curve_table(setting: Setting) -> str:
     """How far every run lies above copy-copy along the horizon, and copy-copy's cosine."""
     curves = {name: above(setting, name) for name in OTHERS}
     curves = {name: curve for name, curve in curves.items() if curve}
-    head = ["steps after the expansion", *curves, "cosine of copy-copy's copies"]
+    head = ["after the expansion, up to step", *curves, "cosine of copy-copy's copies there"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     logs = setting.results.runs[COPY_COPY].values()
     for mark in MARKS:
@@ -173,11 +178,12 @@ def figure(found: Sequence[Setting], path: Path) -> None:
     from matplotlib import pyplot
 
     ended = [setting for setting in found if setting.results.final(COPY_COPY)]
-    height = max(4.6, 1.6 + 0.42 * len(ended))
-    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained")
-    _curves(left, found[0])
-    _ends(right, ended)
-    handles = {h.get_label(): h for panel in (left, right) for h in panel.get_legend_handles_labels()[0]}
+    drawing = pyplot.figure(figsize=(12, max(5.4, 3.6 + 0.42 * len(ended))), layout="constrained")
+    panels = drawing.subplot_mosaic([["curves", "cosines"], ["curves", "ends"]], width_ratios=(5, 4))
+    _curves(panels["curves"], found[0])
+    _cosines(panels["cosines"], found[0])
+    _ends(panels["ends"], ended)
+    handles = {h.get_label(): h for p in panels.values() for h in p.get_legend_handles_labels()[0]}
     drawing.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -185,29 +191,39 @@ def figure(found: Sequence[Setting], path: Path) -> None:
 
 
 def _curves(panel: Any, setting: Setting) -> None:
-    low = high = 0.0
+    late: list[float] = []
     for name, colour in OTHERS.items():
-        curve = {step: values for step, values in above(setting, name).items() if step > 0}
-        if not curve:
+        found = above(setting, name)
+        if not found:
             continue
-        steps = list(curve)
-        means = [statistics.fmean(values) for values in curve.values()]
-        errors = [_error(values) for values in curve.values()]
-        panel.plot(steps, means, color=colour, marker=".", label=name)
-        lower, upper = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
-        panel.fill_between(steps, lower, upper, color=colour, alpha=0.2, linewidth=0)
-        late = [m for s, m in zip(steps, means, strict=True) if s >= 500]
-        low, high = min([low, *late]), max([high, *late])
-    if high > low:  # the jump of the first steps may leave the panel
-        room = 0.1 * (high - low)
-        panel.set_ylim(low - room, high + room)
+        means = [statistics.fmean(values) for values in found.values()]
+        errors = [_error(values) for values in found.values()]
+        panel.errorbar(list(found), means, errors, fmt=".-", color=colour, label=name, elinewidth=0.8)
+        late += [m for s, m in zip(found, means, strict=True) if s >= 500 and name[:4] != "wide"]
+    if late and max(late) > min(late):  # the jump of the first steps, and the wide model, may leave the panel
+        room = 0.15 * (max(late) - min(late))
+        panel.set_ylim(min(late) - room, max(late) + room)
     panel.set_xscale("log")
     panel.axhline(0, color="tab:orange", linewidth=2)
     panel.set_xlabel("optimizer steps after the expansion")
-    panel.set_ylabel(
-        "held-out loss above copy-copy, nats per byte\n(below the line: better than the default)"
-    )
-    panel.set_title(f"along one run: {setting.says}", fontsize=10)
+    panel.set_ylabel("loss above copy-copy, nats per byte")
+    panel.set_title(f"below the line: better than copy-copy\n({setting.says})", fontsize=9)
+    panel.grid(alpha=0.3)
+
+
+def _cosines(panel: Any, setting: Setting) -> None:
+    for name, colour in {COPY_COPY: "tab:orange", **OTHERS}.items():
+        logs = setting.results.runs.get(name, {}).values()
+        steps = sorted({int(s) for log in logs for s in log["cosine"] if int(s) > setting.expansion})
+        if steps:
+            label = "copy-copy" if name == COPY_COPY else name
+            means = [
+                statistics.fmean(log["cosine"][str(s)] for log in logs if str(s) in log["cosine"])
+                for s in steps
+            ]
+            panel.plot([s - setting.expansion for s in steps], means, color=colour, label=label)
+    panel.set_xscale("log")
+    panel.set_title("cosine between new channels and their sources", fontsize=9)
     panel.grid(alpha=0.3)
 
 
@@ -218,10 +234,11 @@ def _ends(panel: Any, found: Sequence[Setting]) -> None:
             if values:
                 mean, error = statistics.fmean(values), _error(values)
                 panel.errorbar(mean, -row, xerr=error, fmt="o", color=colour, label=name, capsize=3)
+        panel.text(0.01, -row + 0.12, setting.says, fontsize=7, transform=panel.get_yaxis_transform())
     panel.axvline(0, color="tab:orange", linewidth=2)
-    panel.set_yticks([-row for row in range(len(found))], [s.says for s in found], fontsize=8)
-    panel.set_xlabel("at the end: held-out loss above copy-copy (left of the line: better)")
-    panel.set_title("at the end of every setting", fontsize=10)
+    panel.set_yticks([])
+    panel.set_ylim(0.6 - len(found), 0.6)
+    panel.set_xlabel("held-out loss above copy-copy at the end (left of the line: better)", fontsize=9)
     panel.grid(alpha=0.3)
 
 

@@ -211,7 +211,8 @@ def _results(tmp_path: Path) -> Path:
             heldout = {step: loss + 0.1 * seed for step, loss in zip(range(4, 9), curve, strict=True)}
             if name == "random-copy" and seed:
                 heldout[8] += 0.02
-            record = {"final": heldout[8], "heldout": heldout, "cosine": dict.fromkeys(range(4, 9), 0.5)}
+            cosine = dict.fromkeys(range(4, 9), 0.5)
+            record = {"final": heldout[8], "heldout": heldout, "train": heldout, "cosine": cosine}
             kept.add(Job("dense", "adamw", "ffn", seed, name), record)
     return tmp_path
 
@@ -244,11 +245,10 @@ def test_a_run_on_its_course_counts_where_it_has_come_to(tmp_path: Path) -> None
     (path,) = folder.glob("*.jsonl")
     job = Job("dense", "adamw", "ffn", 1, "random-copy")
     record = Store(path).read()[job]
-    heldout = {step: loss for step, loss in record["heldout"].items() if int(step) <= 6}
-    Store(path).add(job, {"heldout": heldout, "cosine": {}})
+    train = {step: loss for step, loss in record["train"].items() if int(step) <= 6}
+    Store(path).add(job, {"train": train, "cosine": {}})
     (setting,) = horizon.settings(folder)
     assert {step: len(values) for step, values in horizon.above(setting, "random-copy").items()} == {
-        0: 2,
         1: 2,
         2: 2,
         3: 1,
