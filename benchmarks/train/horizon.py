@@ -59,7 +59,7 @@ class Setting:
         widening = self.results.widening
         parts = [
             f"{self.left:,} steps left",
-            f"b2 {self.run.beta2:g}",
+            f"beta2 {self.run.beta2:g}",
             f"{'+'.join(widening.axes)} {widening.factor:g}x",
             f"at {widening.share:.0%}",
         ]
@@ -145,9 +145,9 @@ def curve_table(setting: Setting) -> str:
 
 def crossing_stated(name: str, curve: Mapping[int, Sequence[float]]) -> str:
     """One sentence on where copy-copy overtakes a pair."""
-    found, seeds = crossing(curve), len(curve[max(curve)])
-    where = f"from step {found:,} on" if found is not None else "nowhere at the end"
-    return f"- copy-copy below {name}: {where} (up to {max(curve):,} steps, {seeds} seeds there)"
+    found, last = crossing(curve), max(curve)
+    where = "no crossing" if found is None else f"copy-copy is better from step {found:,} on"
+    return f"- {name}: {where} (up to {last:,} steps; seeds that came so far: {len(curve[last])})"
 
 
 def overview(found: Sequence[Setting]) -> str:

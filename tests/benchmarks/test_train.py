@@ -236,7 +236,9 @@ def test_differences_errors_and_crossings_are_those_of_the_runs(
     monkeypatch.setattr(horizon, "MARKS", (1, 4))
     text = horizon.curve_table(setting)
     assert "| 1 | -0.1000 ± 0.0000 |" in text
-    assert "copy-copy below random-copy: from step 2 on (up to 4 steps, 2 seeds there)" in text
+    assert (
+        "- random-copy: copy-copy is better from step 2 on (up to 4 steps; seeds that came so far: 2)" in text
+    )
 
 
 def test_a_run_on_its_course_counts_where_it_has_come_to(tmp_path: Path) -> None:
