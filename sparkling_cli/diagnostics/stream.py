@@ -58,10 +58,11 @@ class Squares:
 
     def add(self, tensor: torch.Tensor) -> None:
         """Add all entries of a tensor, in float64; a tensor that was seen before is not read again."""
+        version = -1 if tensor.is_inference() else tensor._version  # inference tensors have none
         known = getattr(tensor, "_sparkling_squares", None)
-        if known is None or known[0] != tensor._version:
+        if known is None or known[0] != version or version < 0:
             norm = float(torch.linalg.vector_norm(tensor.detach().reshape(-1), dtype=torch.float64))
-            known = (tensor._version, norm * norm)
+            known = (version, norm * norm)
             tensor._sparkling_squares = known  # type: ignore[attr-defined]
         self.total += known[1]
         self.count += tensor.numel()
