@@ -20,12 +20,12 @@ def main() -> NoReturn:
             _signal.signal(number, _end_at_once)
     from sparkling_cli.execute.signals import end_process
 
-    end_process(_say)
+    end_process(_show)
     from sparkling_cli.cli.app import app
     from sparkling_cli.cli.console import run
 
     if "--json" in sys.argv[1:]:
-        import sparkling_cli.results.commands  # noqa: F401 - so that an interrupt can be told as a document
+        import sparkling_cli.results.commands  # noqa: F401 - an interrupt is printed as a document
 
     leave(run(app))
 
@@ -36,7 +36,7 @@ def _end_at_once(_number: int, _frame: object) -> None:
     os._exit(130)
 
 
-def _say(error: Interrupted) -> None:
+def _show(error: Interrupted) -> None:
     """The message of an interrupted command, wherever the signal found it.
 
     The program may be inside a write to stderr or in the import of the console; so the text goes past all

@@ -24,14 +24,14 @@ class _Process:
     """What signals do in this process. Handlers run in the main thread, between two operations of Python.
 
     Attributes:
-        say: prints the message of an interrupted command; None where signals raise.
+        show: prints the message of an interrupted command; None where signals raise.
         work: the output that is being made.
         held: how many blocks of :func:`held` the main thread is in.
         waiting: the signal that came meanwhile, and its handler.
         ending: the process is about to end: nothing else counts.
     """
 
-    say: Callable[[Interrupted], None] | None = None
+    show: Callable[[Interrupted], None] | None = None
     work: Raised | None = None
     held = 0
     waiting: tuple[Callable[[int, FrameType | None], None], int] | None = None
@@ -57,13 +57,13 @@ def held() -> Iterator[None]:
             handler(number, None)
 
 
-def end_process(say: Callable[[Interrupted], None]) -> None:
+def end_process(show: Callable[[Interrupted], None]) -> None:
     """From now on Ctrl-C, SIGTERM and SIGHUP end this process with exit code 130, its output removed.
 
     Once an output has appeared they come too late, and the process ends as it would have.
 
     Args:
-        say: prints the message. It is called anywhere, so it may use neither buffers nor imports.
+        show: prints the message. It is called anywhere, so it may use neither buffers nor imports.
     """
 
     def handler(number: int, _: FrameType | None) -> None:
@@ -79,10 +79,10 @@ def end_process(say: Callable[[Interrupted], None]) -> None:
             work.note(signal.Signals(number))
             work.discard()
             error = work.error()
-        say(error)
+        show(error)
         os._exit(error.exit_code)
 
-    _process.say = say
+    _process.show = show
     for number in (signal.SIGINT, *_ENDING):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background
             signal.signal(number, handler)
@@ -151,7 +151,7 @@ class Raised:
 def interrupts(destination: Path) -> Iterator[Raised]:
     """Signals while an output is made: what comes is remembered for the message."""
     raised = Raised(destination)
-    if _process.say is not None:
+    if _process.show is not None:
         _process.work = raised  # for good: once it has appeared, no signal says that it has not
         yield raised
         return

@@ -81,8 +81,8 @@ def missing_schedule(expansion: Expansion) -> str:
     """Why there is no re-warmup, and the command that adds one."""
     command = schedule_command(expansion, expansion.destination.name)
     return (
-        f"{expansion.rewarmup_missing}. To add one: {command} ({EXAMPLE}; put in the run's own schedule, "
-        "rates and steps)"
+        f"{expansion.rewarmup_missing}. To add one, in the folder that the output lies in: {command} "
+        f"({EXAMPLE}; put in the run's own schedule, rates and steps)"
     )
 
 

@@ -289,9 +289,9 @@ class _Attached:
         if self.looked:
             return
         self.looked = True
-        keeps = any(group.get("momentum", True) for group in self.optimizer.param_groups)
+        has_momentum = any(group.get("momentum", True) for group in self.optimizer.param_groups)
         if (
-            keeps
+            has_momentum
             and self.params
             and not any(self.optimizer.state.get(p.tensor) for p in self.params.values())
         ):

@@ -11,7 +11,7 @@ from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.regions import Births, Region, region_of
 from sparkling_cli.manifest import read_manifest
 from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
-from sparkling_cli.storage.sidecar import CURVE, MANIFEST, REWARMUP
+from sparkling_cli.storage.sidecar import CURVE, MANIFEST, REWARMUP, sidecar_root
 
 #: what wrappers put into parameter names, wherever it stands
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
@@ -68,18 +68,6 @@ def _candidates(name: str) -> list[str]:
     return found
 
 
-def _root(checkpoint: Path) -> Path:
-    """The folder above ``sparkling/`` of a checkpoint directory, or the one beside a single file."""
-    return checkpoint if checkpoint.is_dir() else checkpoint.with_name(checkpoint.name + ".sparkling")
-
-
-def _file(checkpoint: Path, name: str) -> Path:
-    root = _root(checkpoint)
-    path = root / name
-    # beside a single file the folder itself takes the place of ``sparkling/``
-    return path if path.exists() or root == checkpoint else root / name.rpartition("/")[2]
-
-
 def read_history(checkpoint: Path | str) -> History:
     """The history that ``sparkling expand`` left in (or beside) a checkpoint.
 
@@ -89,8 +77,8 @@ def read_history(checkpoint: Path | str) -> History:
     checkpoint = Path(checkpoint)
     if not checkpoint.exists():
         raise CheckpointError(f"{checkpoint} does not exist")
-    manifest = read_manifest(_file(checkpoint, MANIFEST))
-    rewarmup = read_rewarmup(_file(checkpoint, REWARMUP))
+    root = sidecar_root(checkpoint)
+    manifest, rewarmup = read_manifest(root / MANIFEST), read_rewarmup(root / REWARMUP)
     return History(manifest.model_layout(), manifest.births(), rewarmup)
 
 
@@ -107,7 +95,7 @@ def carry_history(source: Path | str, destination: Path | str) -> None:
     if not destination.is_dir():
         raise SparklingError(f"{destination} is no directory; the history goes into a checkpoint directory")
     for name in (MANIFEST, REWARMUP, CURVE):
-        found = _file(source, name)
+        found = sidecar_root(source) / name
         if not found.exists():
             raise CheckpointError(
                 f"{source} has no {name}", hint="only outputs of `sparkling expand` have one"
