@@ -111,6 +111,7 @@ def _summary(planned: ExpansionPlan) -> Table:
     active = planned.active_parameters
     if active is not None and active != planned.parameters:
         rows.append(("active parameters", active))
+    rows.append(("of them embeddings", planned.embedding_parameters))
     for title, counts in rows:
         ratio = significant(counts.after / counts.before, 4)
         table.add_row(title, count(counts.before), count(counts.after), f"{ratio}x")

@@ -2,8 +2,9 @@
 
 Everything follows from the layouts: a tensor's shape from its dims and the axes' sizes, the number of
 such tensors from the axes in its name. A tensor belongs to *one expert of many* when an expert axis is
-stacked in it (``experts | ...``) or stored in its name (``{experts}``); of those a token uses
-``used/size``. Everything else, the router, shared experts and embeddings included, is active.
+stacked in it (``experts | ...``, ``experts -> ffn``, ``(experts ffn) <- hidden``) or stored in its name
+(``{experts}``, ``experts.{index_2}``); of those a token uses ``used/size``. Everything else, the router,
+shared experts and embeddings included, is active. Buffers are no parameters.
 
 The convention is the paper's (it reproduces Table 2): every parameter counts once, embeddings and norms
 too; a tied output head is the embedding itself and is not counted again.
@@ -11,6 +12,7 @@ too; a tied output head is the embedding itself and is not counted again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -18,7 +20,7 @@ from math import prod
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.expr import PACKINGS, Role, axis_names
+from sparkling_cli.layout.expr import Product, Role, axis_names
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
 from sparkling_cli.widening.geometry import Growth
 
@@ -36,6 +38,10 @@ EXPERTS_PER_TOKEN_KEYS = (
     "router_top_k",
     "top_k",
 )
+
+
+#: A list of experts in a name: the axis is called by its place, not by what it counts.
+_NUMBERED = re.compile(r"(?:^|\.)experts\.\{(\w+)")
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class ModelShape:
     """What counting needs of a model.
 
     Attributes:
-        patterns: every tensor pattern of the module.
+        patterns: of every parameter of the module.
         sizes: axis -> entries.
         used: expert axis -> how many of its entries work on one token.
         tied: groups of names that share one storage.
@@ -108,11 +114,8 @@ class ModelShape:
 
     def _share(self, pattern: TensorPattern) -> Fraction:
         """The share of a pattern's entries that works on one token."""
-        stacked = {
-            axis for dim in pattern.dims.dims if dim.role is Role.STACK for axis in axis_names(dim.expr)
-        }
         share = Fraction(1)
-        for axis in {*pattern.template.axes, *stacked} & set(self.used):
+        for axis in expert_axes(pattern) & set(self.used):
             share *= Fraction(min(self.used[axis], self.sizes[axis]), self.sizes[axis])
         return share
 
@@ -153,9 +156,10 @@ def shape_of(
     Raises:
         LayoutError: the layout has experts, and nothing says how many of them work on one token.
     """
-    shape = ModelShape(layout.tensors, layout.sizes, {}, layout.tied)
-    expert_axes = {axis for axis in _repeated_axes(layout.tensors) if "expert" in axis}
-    if not expert_axes:
+    parameters = tuple(p for p in layout.tensors if p.name not in layout.buffers)
+    shape = ModelShape(parameters, layout.sizes, {}, layout.tied)
+    routed = {axis for pattern in parameters for axis in expert_axes(pattern)}
+    if not routed:
         return shape
     used = top_k if top_k is not None else experts_per_token(config or {})
     if used is None:
@@ -163,15 +167,19 @@ def shape_of(
             f"{layout.name} has routed experts, but the config does not say how many work on one token",
             hint="give the number by --experts-per-token",
         )
-    return replace(shape, used=dict.fromkeys(sorted(expert_axes), used))
+    return replace(shape, used=dict.fromkeys(sorted(routed), used))
 
 
-def _repeated_axes(patterns: Iterable[TensorPattern]) -> set[str]:
-    """Axes along which whole tensors repeat: in names, or stacked."""
-    found: set[str] = set()
-    for pattern in patterns:
-        found.update(pattern.template.axes)
-        for dim in pattern.dims.dims:
-            if dim.role is Role.STACK:
-                found.update(axis_names(dim.expr))
-    return found - set(PACKINGS)
+def expert_axes(pattern: TensorPattern) -> set[str]:
+    """Axes along which a tensor repeats for every routed expert; none for a router, with a row for each."""
+    found = {axis for axis in pattern.template.axes if _routed(axis)} | set(_NUMBERED.findall(pattern.name))
+    dims = pattern.dims.dims
+    for dim in dims:
+        beside = len(dims) > 1 and dim.role in (Role.BIAS, Role.SCALE)
+        if dim.role in (Role.STACK, Role.IN) or beside or isinstance(dim.expr, Product):
+            found.update(axis for axis in axis_names(dim.expr) if _routed(axis))
+    return found
+
+
+def _routed(axis: str) -> bool:
+    return axis.endswith("experts") and "shared" not in axis

@@ -10,6 +10,7 @@ from typing import Any
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation
+from sparkling_cli.layout.names import skeleton
 from sparkling_cli.models.attention import split_heads
 from sparkling_cli.models.axes import FROZEN, Coordinates, find_axes, grows
 from sparkling_cli.models.compensate import hypotheses_for
@@ -47,6 +48,7 @@ class Judgement:
         disk: tensors on disk, or None where names and layouts are the module's.
         tied: groups of names that share a storage.
         notes: what a reader of the layout should know.
+        buffers: skeletons of the names of tensors that are saved and are no parameters.
     """
 
     found: Coordinates
@@ -57,6 +59,7 @@ class Judgement:
     disk: tuple[DiskTensor, ...] | None
     tied: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = field(default=())
+    buffers: frozenset[str] = frozenset()
 
 
 def judge(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Judgement:
@@ -100,6 +103,7 @@ def judge(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Judgement
         disk,
         _tied_groups(bench),
         tuple(notes),
+        frozenset(skeleton(name) for name, _ in bench.model.named_buffers()),
     )
 
 

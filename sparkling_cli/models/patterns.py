@@ -3,29 +3,71 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.names import compress, skeleton
 
 _DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
-#: a name as its skeleton and its indices
-Split = tuple[str, tuple[int, ...]]
+#: the numbers in a name, from left to right
+Indices = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Real tensors of one skeleton and one layout."""
+    """Real tensors of one skeleton and one layout, at every combination of some indices.
+
+    Attributes:
+        key: the skeleton.
+        layout: of each of them.
+        indices: for every number in the name, the values that it has.
+        whole: for every number in the name, whether these are all that it has in the model.
+    """
 
     key: str
     layout: TensorLayout
-    indices: tuple[tuple[int, ...], ...]
-    restricted: int | None
-    """the index that tells it from other tensors of the same skeleton and another layout"""
+    indices: tuple[frozenset[int], ...]
+    whole: tuple[bool, ...]
 
 
-def split(name: str) -> Split:
+def patterns_of(grouped: Mapping[str, Iterable[tuple[TensorLayout, Iterable[Indices]]]]) -> list[Pattern]:
+    """Patterns that stand for exactly the tensors of a model.
+
+    Args:
+        grouped: skeleton -> layouts, with the indices of the tensors that have it.
+    """
+    boxes = [
+        (key, layout, box)
+        for key, layouts in grouped.items()
+        for layout, indices in layouts
+        for box in _boxes(set(indices))
+    ]
+    most: dict[int, int] = {}
+    for _, _, box in boxes:
+        for position, values in enumerate(box):
+            most[position] = max(most.get(position, 0), *values)
+    return [
+        Pattern(key, layout, box, tuple(len(values) == most[i] + 1 for i, values in enumerate(box)))
+        for key, layout, box in boxes
+    ]
+
+
+def _boxes(indices: AbstractSet[Indices]) -> list[tuple[frozenset[int], ...]]:
+    """Products of index sets that together are these indices, without overlap."""
+    if indices == {()}:
+        return [()]
+    behind: dict[int, set[Indices]] = {}
+    for first, *rest in sorted(indices):
+        behind.setdefault(first, set()).add(tuple(rest))
+    alike: dict[frozenset[Indices], set[int]] = {}
+    for first, rests in behind.items():
+        alike.setdefault(frozenset(rests), set()).add(first)
+    return [(frozenset(firsts), *box) for rests, firsts in alike.items() for box in _boxes(rests)]
+
+
+def split(name: str) -> tuple[str, Indices]:
     """A name's skeleton and the numbers in it."""
     return skeleton(name), tuple(int(m.group()) for m in _DIGITS.finditer(name))
 
@@ -41,11 +83,13 @@ def template(pattern: Pattern) -> str:
 
 
 def fill(key: str, placeholders: Sequence[str], pattern: Pattern) -> str:
-    """A skeleton with named placeholders, the first index restricted where layers differ."""
+    """A skeleton with named placeholders, restricted where the pattern's tensors are not at all indices."""
+    only = {
+        placeholder(i): "=" + compress(values)
+        for i, (values, whole) in enumerate(zip(pattern.indices, pattern.whole, strict=True))
+        if not whole
+    }
     result = key
     for place in placeholders:
-        only = ""
-        if pattern.restricted is not None and place == placeholder(pattern.restricted):
-            only = "=" + compress(i[pattern.restricted] for i in pattern.indices)
-        result = result.replace("*", "{" + place + only + "}", 1)
+        result = result.replace("*", "{" + place + only.get(place, "") + "}", 1)
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from sparkling_cli.layout.names import skeleton
 from sparkling_cli.models.axes import Coordinates
 from sparkling_cli.models.court import WIDTHS, Judgement
 from sparkling_cli.models.labels import render
-from sparkling_cli.models.patterns import Pattern, placeholder, split, template
+from sparkling_cli.models.patterns import Pattern, patterns_of, placeholder, split, template
 from sparkling_cli.models.realize_disk import disk_patterns
 from sparkling_cli.models.realize_sizes import fitted, real_sizes
 from sparkling_cli.models.roles import Path, get_path, walk
@@ -69,6 +69,7 @@ def realize(
         assembly=assembly,
         aliases=_aliases(judged, renames),
         notes=judged.notes,
+        buffers=tuple(template(p) for p in patterns if p.key in judged.buffers),
     )
     layout.check_axes()
     layout.check_shapes(real_shapes, on_disk=False)
@@ -115,35 +116,15 @@ def _patterns(
             )
         layout = witness.choose(name, list({f.text: f for f in fits}.values()))
         grouped.setdefault(key, {}).setdefault(layout.text, (layout, []))[1].append(indices)
-    return [
-        Pattern(key, layout, tuple(indices), _telling_index(key, [i for _, i in texts.values()]))
-        for key, texts in grouped.items()
-        for layout, indices in texts.values()
-    ]
-
-
-def _telling_index(key: str, groups: Sequence[Sequence[tuple[int, ...]]]) -> int | None:
-    """The first index in a name whose values differ between all groups; None for a single group.
-
-    Raises:
-        LayoutError: no single index tells them apart.
-    """
-    if len(groups) < 2:
-        return None
-    for position in range(key.count("*")):
-        values = [{indices[position] for indices in group} for group in groups]
-        if sum(map(len, values)) == len(set().union(*values)):
-            return position
-    raise LayoutError(f"tensors {key!r} have several layouts that no number in their names tells apart")
+    return patterns_of({key: list(layouts.values()) for key, layouts in grouped.items()})
 
 
 def _counts(patterns: Iterable[Pattern]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for pattern in patterns:
-        for indices in pattern.indices:
-            for position, index in enumerate(indices):
-                name = placeholder(position)
-                counts[name] = max(counts.get(name, 0), index + 1)
+        for position, indices in enumerate(pattern.indices):
+            name = placeholder(position)
+            counts[name] = max(counts.get(name, 0), max(indices) + 1)
     return counts
 
 

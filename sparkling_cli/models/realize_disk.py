@@ -95,7 +95,7 @@ def _place_name(
             return placeholder(place)
     if place < len(own) and all(v == own[place] for v in values):
         return placeholder(place)
-    if len(members) == 1 and pattern.restricted is None:
+    if len(members) == 1 and all(pattern.whole):
         return f"number_{place + 1}"  # no index of the module, so no assembly either
     raise LayoutError(f"the numbers in {members[0].name!r} on disk could not be explained")
 

@@ -10,6 +10,7 @@ from zlib import crc32
 
 from sparkling_cli import __version__
 from sparkling_cli.compute.flops import step_saving
+from sparkling_cli.compute.shape import ParameterCount
 from sparkling_cli.execute.stream import Written
 from sparkling_cli.layout.expr import Role
 from sparkling_cli.layout.model import TensorPattern
@@ -18,7 +19,7 @@ from sparkling_cli.plan.advice import symmetry_warning
 from sparkling_cli.plan.model import CARRIED, Expansion, Plan, Recipe, Row
 from sparkling_cli.plan.totals import Content, content_of
 from sparkling_cli.report.command import EXAMPLE, command_of, schedule_command, with_schedule_options
-from sparkling_cli.report.plan import active_parameters, fills
+from sparkling_cli.report.plan import fills, parameter_counts
 from sparkling_cli.report.rates import learning_rate_of
 from sparkling_cli.results.expansion import (
     AxisChange,
@@ -53,7 +54,7 @@ def assemble(
     """
     plan, previous = expansion.plan, expansion.previous
     learning_rate = None if expansion.rewarmup is None else learning_rate_of(expansion.rewarmup)
-    active = active_parameters(plan)
+    before, after, known = parameter_counts(plan)
     facts: dict[str, Any] = {
         "source": plan.source.root.name,
         "destination": expansion.destination.name,
@@ -63,8 +64,8 @@ def assemble(
         "axes": tuple(_axes(plan, previous)),
         "tensors": tuple(_tensors(plan)),
         "account": plan.account,
-        "before": _size(content_of(plan, after=False), None if active is None else active.before),
-        "after": _size(content_of(plan, after=True), None if active is None else active.after),
+        "before": _size(content_of(plan, after=False), before, known=known),
+        "after": _size(content_of(plan, after=True), after, known=known),
         "activations": activations,
         "activations_missing": activations_missing,
         "learning_rate": learning_rate,
@@ -185,10 +186,11 @@ def _tensor(recipe: Recipe, pattern: TensorPattern, count: int) -> TensorChange:
     )
 
 
-def _size(content: Content, active: int | None) -> Size:
+def _size(content: Content, counted: ParameterCount, *, known: bool) -> Size:
     return Size(
-        parameters=content.parameters,
-        active=active,
+        parameters=counted.total,
+        active=counted.active if known else None,
+        embedding=counted.embedding,
         weight_bytes=content.weight_bytes,
         state_bytes=content.state_bytes,
     )

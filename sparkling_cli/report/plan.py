@@ -12,6 +12,7 @@ from sparkling_cli.results.base import Count
 from sparkling_cli.results.expansion import Bytes, ExpansionPlan, Fill, TensorKind
 
 if TYPE_CHECKING:
+    from sparkling_cli.compute.shape import ParameterCount
     from sparkling_cli.plan.model import Expansion, Plan, Recipe
 
 
@@ -21,6 +22,7 @@ def plan_result(expansion: Expansion) -> ExpansionPlan:
     from sparkling_cli.plan.resolve import whole_heads
 
     plan, totals, destination = expansion.plan, expansion.totals, expansion.destination
+    before, after, known = parameter_counts(plan)
     heads = whole_heads(dict(plan.growth), plan.layout)
     grown = {**plan.growth, **({} if heads is None else {"heads": heads})}
     return ExpansionPlan(
@@ -29,8 +31,9 @@ def plan_result(expansion: Expansion) -> ExpansionPlan:
         format=plan.source.format,
         model=plan.layout.name,
         axes={name: Count(before=g.source, after=g.target) for name, g in grown.items()},
-        parameters=Count(before=totals.parameters_before, after=totals.parameters_after),
-        active_parameters=active_parameters(plan),
+        parameters=Count(before=before.total, after=after.total),
+        active_parameters=Count(before=before.active, after=after.active) if known else None,
+        embedding_parameters=Count(before=before.embedding, after=after.embedding),
         bytes=Bytes(
             before=totals.bytes_before,
             after=totals.bytes_after,
@@ -48,16 +51,15 @@ def plan_result(expansion: Expansion) -> ExpansionPlan:
     )
 
 
-def active_parameters(plan: Plan) -> Count | None:
-    """Parameters that work on one token, before and after; None where the top-k is not known."""
+def parameter_counts(plan: Plan) -> tuple[ParameterCount, ParameterCount, bool]:
+    """Parameters before and after, and whether it is known how many of them work on one token."""
     from sparkling_cli.compute.shape import shape_of
 
     try:
-        shape = shape_of(plan.layout, plan.source.config)
+        shape, known = shape_of(plan.layout, plan.source.config), True
     except LayoutError:
-        return None
-    before, after = shape.count().active, shape.grown(plan.growth).count().active
-    return Count(before=before, after=after)
+        shape, known = shape_of(plan.layout, top_k=1), False
+    return shape.count(), shape.grown(plan.growth).count(), known
 
 
 def tensor_kinds(plan: Plan) -> Iterator[TensorKind]:

@@ -52,6 +52,7 @@ class ExpansionPlan(Result):
     axes: dict[str, Count]
     parameters: Count
     active_parameters: Count | None
+    embedding_parameters: Annotated[Count, Field(description="those by vocabulary entry, a tied head once")]
     bytes: Bytes
     tensors: int
     widened: int
@@ -100,6 +101,7 @@ class Size(Result):
 
     parameters: int
     active: Annotated[int | None, Field(description="parameters that work on one token; null if unknown")]
+    embedding: Annotated[int, Field(description="parameters by vocabulary entry, a tied head once")]
     weight_bytes: int
     state_bytes: int
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,8 @@ from sparkling_cli.compute import (
 )
 from sparkling_cli.errors import LayoutError, SpecError
 from sparkling_cli.layout.model import AxisInfo, ModelLayout, TensorPattern
+from sparkling_cli.models.infer import infer
+from sparkling_cli.models.skeleton import build_model
 from sparkling_cli.results.numbers import count
 from sparkling_cli.widening.geometry import Growth
 from tests.compute.paper import PAPER_LAYOUT
@@ -54,6 +57,53 @@ def test_counts_equal_those_of_the_transformers_model() -> None:
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     assert count.active == count.total - experts + experts * 2 // 6
     assert count.embedding == 101 * 48
+
+
+_SIZES = {"hidden_size": 48, "vocab_size": 101, "num_attention_heads": 4, "num_key_value_heads": 2}
+_LATENT = {
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+}
+#: Classes with experts in some layers, with buffers among the weights, with biases of experts, with other
+#: names for the numbers.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {**_SIZES, **_LATENT, "num_key_value_heads": 4, "intermediate_size": 40, "n_group": 2}
+    | {"num_hidden_layers": 5, "first_k_dense_replace": 2, "moe_intermediate_size": 24, "topk_group": 1}
+    | {"n_routed_experts": 8, "num_experts_per_tok": 2},
+    "glm4_moe": {**_SIZES, "intermediate_size": 40, "num_hidden_layers": 5, "first_k_dense_replace": 2}
+    | {"head_dim": 12, "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2}
+    | {"n_group": 1, "topk_group": 1},
+    "gpt_oss": {**_SIZES, "intermediate_size": 24, "num_hidden_layers": 2, "num_local_experts": 4}
+    | {"head_dim": 12, "num_experts_per_tok": 2},
+    "qwen3_moe": {**_SIZES, "intermediate_size": 40, "num_hidden_layers": 5, "mlp_only_layers": [1, 3]}
+    | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_SIZES, "intermediate_size": 40, "num_hidden_layers": 4, "decoder_sparse_step": 2}
+    | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    | {"shared_expert_intermediate_size": 32},
+    "dbrx": {"d_model": 48, "n_heads": 4, "n_layers": 2, "vocab_size": 101, "max_seq_len": 64}
+    | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}
+    | {"ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_what_works_on_one_token_is_what_the_class_has(model_type: str) -> None:
+    """Every tensor in the layers that it occurs in; buffers aside; of experts those that are chosen."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = {"model_type": model_type, **EXPERTS[model_type]}
+    model = build_model(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    every = {"deepseek_v3": 8, "glm4_moe": 8, "dbrx": 6}.get(model_type, 4)
+    found = shape_of(infer(config), config).count()
+    assert experts > 0
+    assert found.total == sum(sizes.values())
+    assert found.active == found.total - experts + experts * 2 // every
 
 
 def test_stacked_and_named_experts_count_the_same() -> None:
