@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
+from sparkling_cli.diagnostics.measurement import split_name
 from sparkling_cli.report import charts
 from sparkling_cli.report.charts import Bar, Chart, Note, Part, Series
 from sparkling_cli.results.expansion import Compute, LearningRate, OptimizerSummary, Size
-from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations, LayerActivation
+from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations, LayerActivation, Measurement
 from sparkling_cli.results.numbers import count, moved, percent, significant
 
 #: Offenders named in one chart.
@@ -48,7 +49,7 @@ def ratios(
         ratio: the label of the ratio.
         named: whether those that moved by more than the limit are marked.
     """
-    for kind in kinds(entries):
+    for kind in dict.fromkeys(entry.role for entry in entries if entry.layer is not None):
         worst: dict[int, LayerActivation] = {}
         for entry in entries:
             if entry.role != kind or entry.layer is None:
@@ -77,9 +78,19 @@ def ratios(
         yield kind, chart, words
 
 
-def kinds(entries: Iterable[LayerActivation]) -> list[str]:
-    """Kinds of what lies in blocks, in the order of the pass."""
-    return list(dict.fromkeys(entry.role for entry in entries if entry.layer is not None))
+def of_one_model(measured: Measurement) -> Iterator[tuple[str, Chart]]:
+    """One model alone: the residual stream, and r per kind of function and linear layer, with their names."""
+    found: dict[tuple[str, str], list[tuple[int | None, float | None]]] = {}
+    series = [("RMS", "residual stream", place.name, place.rms) for place in measured.stream]
+    series += [("RMS(f)/RMS(h)", "", function.name, function.r) for function in measured.functions]
+    series += [("RMS(y)/RMS(x)", "", layer.name, layer.r) for layer in measured.layers]
+    for label, title, name, value in series:
+        block, kind = split_name(name)
+        if block is not None:
+            found.setdefault((label, title or kind), []).append((block, value))
+    for (label, kind), points in found.items():
+        lines = (Series(kind, "after", _finite(points)),)
+        yield kind, Chart(f"{kind}: {label} per block", f"{len(points)} layers.", lines, "block", label)
 
 
 def _finite(points: Iterable[tuple[int | None, float | None]]) -> tuple[tuple[float, float], ...]:
@@ -107,12 +118,12 @@ def learning_rate(rate: LearningRate) -> Chart:
         f"{significant(rate.peak_new, 4)}, then down to {significant(rate.minimum, 4)} at step "
         f"{rate.total_steps}.",
         series=(
-            *(
-                Series(f"entries of expansion {i}", "earlier", _finite(zip(rate.steps, curve, strict=True)))
-                for i, curve in enumerate(rate.earlier, start=1)
-            ),
             Series("old entries", "before", old),
-            Series("new entries", "after", new),
+            *(
+                Series(_born(rate, curve), "earlier", _finite(zip(rate.steps, curve, strict=True)))
+                for curve in rate.earlier
+            ),
+            Series(_born(rate, rate.new) if rate.earlier else "new entries", "after", new),
         ),
         x_label="step",
         y_label="learning rate",
@@ -120,6 +131,12 @@ def learning_rate(rate: LearningRate) -> Chart:
         vertical=(float(rate.expansion_step), f"expansion, step {rate.expansion_step:,}"),
         zero=True,
     )
+
+
+def _born(rate: LearningRate, curve: Sequence[float | None]) -> str:
+    """A curve by the step of its expansion, which is its first."""
+    start = next((step for step, value in zip(rate.steps, curve, strict=True) if value is not None), 0)
+    return f"new at step {start:,}"
 
 
 def learning_rate_ratio(rate: LearningRate) -> Chart | None:

@@ -1,7 +1,7 @@
 """Pictures for slides and papers, by matplotlib (extra ``plot``): PNG, SVG or PDF by the file's name.
 
-Before and old are dashed with hollow circles, after and new solid with squares, as in the HTML report.
-Equal facts give equal bytes.
+They are the charts of the HTML report (``figures``), drawn by another library: before and old are dashed with
+hollow circles, after and new solid with squares. Equal facts give equal bytes.
 """
 
 from __future__ import annotations
@@ -13,48 +13,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import MissingDependencyError, OutputError
-from sparkling_cli.report.figures import kinds
+from sparkling_cli.report import figures
+from sparkling_cli.report.charts import MARKS_UP_TO, Chart
 from sparkling_cli.results.expansion import LearningRate
-from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations, LayerActivation, Measurement
-from sparkling_cli.results.numbers import moved
+from sparkling_cli.results.measured import Activations, Measurement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 KINDS = (".png", ".svg", ".pdf")
-OLD: dict[str, Any] = {"color": "#46617f", "linestyle": "--", "marker": "o", "markerfacecolor": "white"}
-NEW: dict[str, Any] = {"color": "#b4450f", "linestyle": "-", "marker": "s"}
+_NEW = {"color": "#b4450f", "marker": "s", "markersize": 3}
+#: How a series of a chart is drawn, by its kind.
+STYLES: dict[str, dict[str, Any]] = {
+    "before": {
+        "color": "#46617f", "linestyle": "--", "marker": "o", "markerfacecolor": "white", "markersize": 6
+    },
+    "after": {**_NEW, "linestyle": "-"},
+    "earlier": _NEW,
+}  # fmt: skip
 #: Lines of earlier expansions, the oldest first.
 EARLIER = (":", "-.", (0, (5, 1, 1, 1, 1, 1)))
-MARKS_UP_TO = 40
 
 
 def plot_schedule(rate: LearningRate, path: Path) -> None:
-    """Learning rates of old and new entries over the run, like the paper's Fig. 8.
+    """Learning rates of old and new entries over the run, like the paper's Fig. 8, and their ratio.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
         OutputError: the file cannot be written, or its kind is not known.
     """
-    figure, (left, right) = _figure(path, 1, 2, (9.0, 3.4))
-    plain = {"marker": None}
-    left.plot(rate.steps, rate.old, label="old entries", **{**OLD, **plain})
-    for curve, linestyle in zip(rate.earlier, cycle(EARLIER), strict=False):
-        label = f"new at step {_start(rate, curve):,}"
-        _line(left, rate.steps, curve, {**NEW, **plain, "linestyle": linestyle, "label": label})
-    label = f"new at step {rate.expansion_step:,}" if rate.earlier else "new entries"
-    _line(left, rate.steps, rate.new, {**NEW, **plain, "label": label})
-    left.axvline(rate.expansion_step, color="0.4", linewidth=0.8, linestyle=":")
-    left.set(xlabel="step", ylabel="learning rate", ylim=(0, None), title=f"{rate.baseline}, re-warmed")
+    ratio = figures.learning_rate_ratio(rate)
+    charts = [(f"{rate.baseline}, re-warmed", figures.learning_rate(rate))]
+    if ratio is not None:
+        charts.append((f"rho = {rate.rho:g}, {rate.rewarmup_steps:,} steps", ratio))
+    figure, panels = _draw(path, charts, columns=2, size=(4.5, 3.4))
     # beside the curves: inside the panel some schedule would always pass below it
-    figure.legend(loc="outside lower left", ncols=4, frameon=False)
-    ratios = [
-        new / old if new is not None and old > 0 else None
-        for old, new in zip(rate.old, rate.new, strict=True)
-    ]
-    _line(right, rate.steps, ratios, {**NEW, **plain})
-    right.set(xlabel="step", ylabel="new / old", title=f"rho = {rate.rho:g}, {rate.rewarmup_steps:,} steps")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, frameon=False)
     _save(figure, path)
 
 
@@ -65,19 +60,14 @@ def plot_activations(measured: Activations, path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
         OutputError: the file cannot be written, or its kind is not known.
     """
-    count = bool(measured.residual) + len(kinds(measured.functions)) + len(kinds(measured.layers))
-    figure, flat = _panels(path, count)
-    if measured.residual:
-        panel = flat.pop(0)
-        points = [p for p in measured.residual if p.layer is not None]
-        _pair(panel, [p.layer for p in points], [p.before for p in points], [p.after for p in points])
-        panel.set(title="residual stream", ylabel="RMS")
-        _whole_blocks(panel)
-        panel.legend(frameon=False, fontsize=8)
-    for entries, label in ((measured.functions, "RMS(f)/RMS(h)"), (measured.layers, "RMS(y)/RMS(x)")):
-        for kind in kinds(entries):
-            chosen = [e for e in entries if e.role == kind and e.layer is not None]
-            _kind(flat.pop(0), kind, chosen, label, marked=entries is measured.functions)
+    residual = figures.residual(measured)
+    charts = [] if residual is None else [("residual stream", residual)]
+    for entries, ratio in ((measured.functions, "RMS(f)/RMS(h)"), (measured.layers, "RMS(y)/RMS(x)")):
+        named = entries is measured.functions or not measured.functions
+        charts += [(kind, chart) for kind, chart, _ in figures.ratios(entries, ratio, named=named)]
+    figure, panels = _draw(path, charts)
+    if panels:
+        panels[0].legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
@@ -88,74 +78,57 @@ def plot_measurement(measured: Measurement, path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
         OutputError: the file cannot be written, or its kind is not known.
     """
-    from sparkling_cli.diagnostics.measurement import split_name
-
-    found: dict[tuple[str, str], list[tuple[int, float | None]]] = {}
-    series = [("RMS", "residual stream", place.name, place.rms) for place in measured.stream]
-    series += [("RMS(f)/RMS(h)", "", function.name, function.r) for function in measured.functions]
-    series += [("RMS(y)/RMS(x)", "", layer.name, layer.r) for layer in measured.layers]
-    for label, title, name, value in series:
-        block, kind = split_name(name)
-        if block is not None:
-            found.setdefault((label, title or kind), []).append((block, value))
-    figure, flat = _panels(path, len(found))
-    for panel, ((label, title), points) in zip(flat, found.items(), strict=True):
-        marks = {"markersize": 3} if len(points) <= MARKS_UP_TO else {"marker": None}
-        _line(panel, [block for block, _ in points], [value for _, value in points], {**NEW, **marks})
-        panel.set(title=title, ylabel=label, xlabel="block")
-        _whole_blocks(panel)
+    figure, _ = _draw(path, list(figures.of_one_model(measured)))
     _save(figure, path)
 
 
-def _panels(path: Path, count: int) -> tuple[Figure, list[Any]]:
-    """A figure with so many panels, three in a row."""
-    columns = min(3, max(count, 1))
-    rows = max(1, ceil(count / columns))
-    figure, axes = _figure(path, rows, columns, (3.6 * columns, 2.5 * rows))
-    for panel in axes[count:]:
-        panel.set_visible(False)
-    return figure, list(axes[:count])
+def _draw(
+    path: Path,
+    charts: Sequence[tuple[str, Chart]],
+    *,
+    columns: int = 3,
+    size: tuple[float, float] = (3.6, 2.5),
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel per chart, each under its name.
 
-
-def _kind(panel: Axes, kind: str, entries: Sequence[LayerActivation], label: str, *, marked: bool) -> None:
-    blocks = [e.layer for e in entries]
-    _pair(panel, blocks, [e.r_before for e in entries], [e.r_after for e in entries])
-    for entry in entries if marked else ():
-        if entry.moved > DEVIATION_LIMIT and entry.r_after is not None:
-            panel.annotate(
-                moved(entry.deviation),
-                (entry.layer or 0, entry.r_after),
-                textcoords="offset points",
-                xytext=(0, 6),
-                ha="center",
-                fontsize=7,
-            )
-    panel.set(title=kind, ylabel=label, xlabel="block")
-    _whole_blocks(panel)
-
-
-def _whole_blocks(panel: Axes) -> None:
-    """Ticks at whole numbers: there is no block 0.5."""
+    Args:
+        path: of the file, which says its kind.
+        charts: with their names.
+        columns: panels beside each other, at most.
+        size: of one panel, in inches.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _start(rate: LearningRate, curve: Sequence[float | None]) -> int:
-    """The first step of a curve: that of its expansion."""
-    return next((step for step, value in zip(rate.steps, curve, strict=True) if value is not None), 0)
-
-
-def _pair(
-    panel: Axes, x: Sequence[int | None], before: Sequence[float | None], after: Sequence[float | None]
-) -> None:
-    marks = {} if len(x) <= MARKS_UP_TO else {"marker": None}
-    _line(panel, x, before, {**OLD, **marks, "label": "before", "markersize": 6})
-    _line(panel, x, after, {**NEW, **marks, "label": "after", "markersize": 3})
-
-
-def _line(panel: Axes, x: Sequence[Any], y: Sequence[float | None], style: dict[str, Any]) -> None:
-    panel.plot(x, [float("nan") if v is None else v for v in y], linewidth=1.4, **style)
+    columns = min(columns, max(len(charts), 1))
+    rows = max(1, ceil(len(charts) / columns))
+    figure, panels = _figure(path, rows, columns, (size[0] * columns, size[1] * rows))
+    for panel in panels[len(charts) :]:
+        panel.set_visible(False)
+    for panel, (name, chart) in zip(panels, charts, strict=False):
+        lines = cycle(EARLIER)
+        for series in chart.series:
+            style = STYLES[series.kind] if series.kind != "earlier" else {**_NEW, "linestyle": next(lines)}
+            style = style if len(series.points) <= MARKS_UP_TO else {**style, "marker": None}
+            x, y = zip(*series.points, strict=True) if series.points else ((), ())
+            panel.plot(x, y, linewidth=1.4, label=series.name, **style)
+        for note in chart.notes:
+            place: dict[str, Any] = {
+                "textcoords": "offset points",
+                "xytext": (0, 6),
+                "ha": "center",
+                "fontsize": 7,
+            }
+            panel.annotate(note.words, (note.x, note.y), **place)
+        if chart.vertical is not None:
+            panel.axvline(chart.vertical[0], color="0.4", linewidth=0.8, linestyle=":")
+        if chart.log:
+            panel.set_yscale("log")
+        elif chart.zero:
+            panel.set_ylim(0, None)
+        if chart.whole_x:  # there is no block 0.5
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.set(title=name, xlabel=chart.x_label, ylabel=chart.y_label)
+    return figure, panels[: len(charts)]
 
 
 def _figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
