@@ -258,8 +258,9 @@ class _Work:
                 f"it is {stored.dtype} {stored.shape}, {entry.dtype} {entry.shape} was written"
             )
         placed = None
-        source = self._shrunk(stored, entry, meanings.dims.get(key))
-        if self.origin is not None:
+        if self.origin is None:
+            source = self._shrunk(stored, entry, meanings.dims.get(key))
+        else:
             source = self.origin.tensors[key]
             placed = Placement(source.dtype, source.shape, source.extents, key)
         if source.dtype != entry.dtype:
@@ -276,7 +277,7 @@ class _Work:
         if wanted.shape != stored.shape:
             raise CheckpointError(f"it has shape {stored.shape}, spec and layout give {wanted.shape}")
         target = Placement(stored.dtype, stored.shape, stored.extents, key)
-        stream = name if entry.slot else self.derivation.stream(name)
+        stream = self.derivation.stream(name) if wanted.random and not entry.slot else name
         return Subject(key, wanted, self.derivation.spec.seed, stream, target, placed)
 
     def _shrunk(self, stored: StoredTensor, entry: TensorEntry, dims: TensorLayout | None) -> StoredTensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def test_it_is_asked_once_and_beside_the_work(dense_checkpoint: Path, tmp_path: 
         shutil.copy(dense_checkpoint / name, bare / name)
     done = subprocess.run(
         [sys.executable, "-c", code, str(bare), str(tmp_path), str(layout)],
+        env={**os.environ, "SPARKLING_CACHE_DIR": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
     )
