@@ -23,6 +23,7 @@ from sparkling_cli.storage.places import Handles, Placement, span_of
 from sparkling_cli.storage.pool import processors, spread
 from sparkling_cli.storage.sidecar import DIGESTS, MANIFEST, sidecar_root
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
+from sparkling_cli.verification.account import account_faults, narrow_faults
 from sparkling_cli.verification.compare import Found, Neighbours, Subject, bundles, examine
 from sparkling_cli.verification.files import FileCheck, check_small_files, file_size, gaps, list_files
 from sparkling_cli.verification.origin import listed, other_source
@@ -85,9 +86,12 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
         answer = asked.answer()
         if origin is not None and work.found is not None:
             was = origin.checkpoint
-            written = set(files.checks) - set(manifest.source.files)
-            own = {path for path in written if not files.checks[path].sidecar}
-            work.output_faults += unreadable(work.found, own, source)
+            own = {path for path, check in files.checks.items() if not check.sidecar}
+            carried = own & set(manifest.source.files)
+            closed, inside = unreadable(work.found, own - carried, carried, source)
+            work.output_faults += closed
+            work.output_faults += account_faults(manifest, was, work.found)
+            work.output_faults += narrow_faults(derivation, manifest, work.found, inside)
             shapes = weight_shapes(work.found)
             work.output_faults += class_faults(answer, shapes, lambda: (was.config, weight_shapes(was)))
             faults = [*dict.fromkeys(work.output_faults + faults)]

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint
@@ -20,30 +22,38 @@ from sparkling_cli.formats.model import Checkpoint
 #: bytes of tensors of a distributed checkpoint that are loaded to see whether a file of it can be
 _SAMPLE = 1 << 26
 _INDEX = ".metadata"
+Shape = tuple[int, ...]
 
 
-def unreadable(output: Checkpoint, files: Collection[str], source: Path | None) -> list[str]:
+def unreadable(
+    output: Checkpoint, written: Collection[str], carried: Collection[str], source: Path | None
+) -> tuple[list[str], dict[str, Counter[Shape]]]:
     """Files that their own libraries do not open, or in which they find other tensors than we do.
 
     Args:
         output: as our own reader sees it.
-        files: written files, relative to its root; those that were carried over unchanged left out.
+        written: files that were made, relative to its root.
+        carried: files that are the source's, byte for byte; of these only tensors are looked for.
         source: the checkpoint that it was made from; what cannot be opened there needs not be here.
+
+    Returns:
+        What is wrong, and for every file how many tensors of each shape are anywhere in it.
     """
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    weights: dict[str, dict[str, Shape]] = {}
     for name, key in output.weights.items():
         stored = output.tensors[key]
         for path in {extent.path for extent in stored.extents}:
-            shapes.setdefault(path, {})[name] = stored.shape
-    found = []
-    for path in sorted(files):
+            weights.setdefault(path, {})[name] = stored.shape
+    faults: list[str] = []
+    shapes: dict[str, Counter[Shape]] = {}
+    for path in sorted({*written, *carried}):
         try:
-            _open(output.root, path, shapes.get(path, {}))
+            shapes[path] = _open(output.root, path, weights.get(path, {}))
         except Exception as error:  # whatever the library raises on a file that it cannot read
-            if source is None or not _fails(source, path):
+            if path in written and (source is None or not _fails(source, path)):
                 text = " ".join(str(error).split())
-                found.append(f"{path or output.root.name} cannot be loaded: {text:.300}")
-    return found
+                faults.append(f"{path or output.root.name} cannot be loaded: {text:.300}")
+    return faults, shapes
 
 
 def _fails(root: Path, path: str) -> bool:
@@ -57,13 +67,13 @@ def _fails(root: Path, path: str) -> bool:
     return False
 
 
-def _open(root: Path, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Open a file by its own library.
+def _open(root: Path, path: str, weights: Mapping[str, Shape]) -> Counter[Shape]:
+    """Open a file by its own library; how many tensors of each shape are anywhere in it.
 
     Args:
         root: of the checkpoint.
         path: of the file.
-        shapes: name -> shape of the weights in it, where its names are theirs.
+        weights: name -> shape of the weights in it, where its names are theirs.
 
     Raises:
         Exception: it cannot be opened, or has other tensors.
@@ -72,31 +82,46 @@ def _open(root: Path, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if file.suffix == ".json":
         json.loads(file.read_bytes())
     elif file.suffix == ".safetensors":
-        _open_safetensors(file, shapes)
+        return _open_safetensors(file, weights)
     elif find_spec("torch") is None:
-        return
+        return Counter()
     elif file.name == _INDEX:
-        _open_distributed(file.parent)
+        return _open_distributed(file.parent)
     elif zipfile.is_zipfile(file):
         import torch
 
-        torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return Counter(_shapes_in(torch.load(file, map_location="cpu", mmap=True, weights_only=True)))
+    return Counter()
 
 
-def _open_safetensors(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _shapes_in(value: Any) -> Iterator[Shape]:
+    """Shapes of all tensors that are no bytes, at any depth of containers."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if value.dtype != torch.uint8:  # states of random generators
+            yield tuple(value.shape)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _shapes_in(key)
+            yield from _shapes_in(inner)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for inner in value:
+            yield from _shapes_in(inner)
+
+
+def _open_safetensors(file: Path, weights: Mapping[str, Shape]) -> Counter[Shape]:
     from safetensors import safe_open
 
     with safe_open(str(file), framework="numpy") as opened:
-        names = set(opened.keys())
-        other = names ^ set(shapes)
-        other |= {
-            name for name in names & set(shapes) if tuple(opened.get_slice(name).get_shape()) != shapes[name]
-        }
-    if shapes and other:
+        there = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    if weights and there != weights:
+        other = {name for name, _ in there.items() ^ weights.items()}
         raise CheckpointError(f"safetensors finds other tensors in it, for one {min(other)!r}")
+    return Counter(there.values())
 
 
-def _open_distributed(folder: Path) -> None:
+def _open_distributed(folder: Path) -> Counter[Shape]:
     """Read the index, and of every file the smallest tensor."""
     import torch
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -121,3 +146,5 @@ def _open_distributed(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a single process
         load(wanted, storage_reader=reader, no_dist=True)
+    kinds = index.state_dict_metadata.values()
+    return Counter(tuple(kind.size) for kind in kinds if isinstance(kind, TensorStorageMetadata))

@@ -5,6 +5,7 @@ Each of them writes an output that opens, has the right shapes and agrees with i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import sqrt
@@ -13,12 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sparkling_cli import api
-from sparkling_cli.errors import VerificationError
+from sparkling_cli.errors import CheckpointError, VerificationError
 from sparkling_cli.execute import bundle, worker
 from sparkling_cli.layout.model import Compensation
-from sparkling_cli.plan import build, naming
+from sparkling_cli.plan import account, build, naming
 from sparkling_cli.storage import places
 from sparkling_cli.verification import verify
 from sparkling_cli.widening import bfloat16, entries, fill, geometry, kernel
@@ -283,3 +285,35 @@ def test_every_fault_is_found(
         verify(checkpoint, tmp_path / "wrong")
     api.expand(checkpoint, tmp_path / "right", report="none", **options)
     verify(checkpoint, tmp_path / "right")
+
+
+def test_what_the_plan_carries_unseen_is_found(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """An average that stays narrow in a file that no format reads: no tensor of that shape may be left."""
+    source = tmp_path / "source"
+    shutil.copytree(dense_checkpoint, source)
+    average = {"shadow": [torch.zeros(96, 168), {"deep": torch.zeros(168, 96)}]}
+    torch.save(average, source / "custom_checkpoint_0.pkl")
+    with pytest.raises(CheckpointError, match="custom_checkpoint_0"):
+        api.expand(source, tmp_path / "refused", report="none", **FFN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(account.Growing, "match", lambda *_: None)
+        api.expand(source, tmp_path / "wrong", report="none", **FFN)
+    with pytest.raises(VerificationError, match=r"which grew, are in files of the output"):
+        verify(source, tmp_path / "wrong")
+    api.expand(source, tmp_path / "wanted", report="none", carry=["custom_checkpoint_0*"], **FFN)
+    verify(source, tmp_path / "wanted")
+
+
+def test_an_account_that_is_not_the_sum_of_the_source(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """A line too few in the account of what became of the source's tensors."""
+    real = build.account_of
+
+    def short(*args: Any) -> Any:
+        found = real(*args)
+        return found.model_copy(update={"lines": found.lines[1:]})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "account_of", short)
+        api.expand(dense_checkpoint, tmp_path / "out", report="none", **FFN)
+    with pytest.raises(VerificationError, match="the account gives the source"):
+        verify(dense_checkpoint, tmp_path / "out")

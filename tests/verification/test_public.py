@@ -30,17 +30,18 @@ def test_a_torch_file_with_a_record_missing(dense_checkpoint: Path, tmp_path: Pa
             if not name.endswith("data/1"):
                 new.writestr(name, old.read(name))
     damaged = replace(output, root=broken)
-    assert unreadable(replace(output, root=whole), ["optimizer.pt"], None) == []
-    (fault,) = unreadable(damaged, ["optimizer.pt"], whole)
+    faults, shapes = unreadable(replace(output, root=whole), ["optimizer.pt"], [], None)
+    assert (faults, shapes) == ([], {"optimizer.pt": {(3,): 1, (5,): 1}})
+    (fault,) = unreadable(damaged, ["optimizer.pt"], [], whole)[0]
     assert "optimizer.pt cannot be loaded" in fault
-    assert unreadable(damaged, ["optimizer.pt"], broken) == []
+    assert unreadable(damaged, ["optimizer.pt"], [], broken)[0] == []
 
 
 def test_safetensors_of_other_names(dense_checkpoint: Path, tmp_path: Path) -> None:
     """The names and shapes that safetensors finds are ours."""
     output = replace(open_checkpoint(dense_checkpoint), root=tmp_path)
     save_file({"other": torch.ones(3)}, tmp_path / "model.safetensors")
-    (fault,) = unreadable(output, ["model.safetensors"], dense_checkpoint)
+    (fault,) = unreadable(output, ["model.safetensors"], [], dense_checkpoint)[0]
     assert "finds other tensors" in fault
 
 
