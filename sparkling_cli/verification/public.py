@@ -87,7 +87,7 @@ def _open(root: Path, path: str, weights: Mapping[str, Shape]) -> Counter[Shape]
         return Counter()
     elif file.name == _INDEX:
         return _open_distributed(file.parent)
-    elif zipfile.is_zipfile(file):
+    elif file.suffix != ".distcp" and zipfile.is_zipfile(file):  # those are opened by their index
         import torch
 
         return Counter(_shapes_in(torch.load(file, map_location="cpu", mmap=True, weights_only=True)))
