@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.manifest import Manifest
-from sparkling_cli.plan.model import CARRIED, Fate
+from sparkling_cli.plan.model import CARRIED
+from sparkling_cli.results.account import Fate
 from sparkling_cli.verification.rules import Derivation
 
 Shape = tuple[int, ...]
