@@ -21,7 +21,7 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import Product, Role, axis_names
-from sparkling_cli.layout.model import ModelLayout, TensorPattern
+from sparkling_cli.layout.model import ModelLayout, TensorPattern, entries_of
 from sparkling_cli.widening.geometry import Growth
 
 #: Config keys that say how many experts work on one token. Each is what one or more model families of
@@ -88,7 +88,7 @@ class ModelShape:
         total = embedding = 0
         active = Fraction(0)
         for pattern in self.patterns:
-            entries = self._copies(pattern) * prod(pattern.dims.shape(self.sizes))
+            entries = entries_of(pattern, self.sizes)
             total += entries
             active += entries * self._share(pattern)
             if "vocab" in pattern.dims.axes():
@@ -100,17 +100,6 @@ class ModelShape:
             if "vocab" in pattern.dims.axes():
                 embedding -= entries
         return ParameterCount(total, round(active), embedding)
-
-    def _copies(self, pattern: TensorPattern) -> int:
-        return prod(
-            len(only) if only is not None else self._size(axis, pattern)
-            for axis, only in pattern.template.placeholders
-        )
-
-    def _size(self, axis: str, pattern: TensorPattern) -> int:
-        if axis not in self.sizes:
-            raise LayoutError(f"axis {axis!r} in the name {pattern.name!r} has no size")
-        return self.sizes[axis]
 
     def _share(self, pattern: TensorPattern) -> Fraction:
         """The share of a pattern's entries that works on one token."""

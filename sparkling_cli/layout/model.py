@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import PACKINGS, TensorLayout, axis_names, size_of
@@ -69,6 +70,20 @@ class TensorPattern:
     def dims(self) -> TensorLayout:
         """The parsed layout."""
         return parse_layout(self.layout)
+
+
+def entries_of(pattern: TensorPattern, sizes: Mapping[str, int]) -> int:
+    """Entries of all tensors that a pattern stands for, under the given axis sizes.
+
+    Raises:
+        LayoutError: an axis has no size.
+    """
+    entries = prod(pattern.dims.shape(sizes))
+    for axis, only in pattern.template.placeholders:
+        if only is None and axis not in sizes:
+            raise LayoutError(f"axis {axis!r} in the name {pattern.name!r} has no size")
+        entries *= sizes[axis] if only is None else len(only)
+    return entries
 
 
 class PatternTable:

@@ -114,7 +114,15 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Coo
 
 
 def _drop_unread(sizing: dict[Path, int], idle: set[Path]) -> None:
-    """Forget counts of key/value heads that move nothing and are not those of queries: none reads them."""
+    """Forget counts of heads that no tensor reads.
+
+    Counts of key/value heads that move nothing and are not those of queries; counts of heads that move
+    nothing where another count beside them does (a key that an older version of the class had).
+    """
+    for path in [p for p in idle if role_of(p[-1]) == "heads"]:
+        if any(p[:-1] == path[:-1] and role_of(p[-1]) == "heads" and p not in idle for p in sizing):
+            del sizing[path]
+            idle.discard(path)
     for path in [p for p in idle if role_of(p[-1]) == "kv_heads"]:
         beside = [p for p in sizing if p[:-1] == path[:-1] and role_of(p[-1]) == "heads"]
         if all(sizing[p] != sizing[path] for p in beside):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from sparkling_cli.models.labels import render
 from sparkling_cli.models.patterns import Pattern, patterns_of, placeholder, split, template
 from sparkling_cli.models.realize_disk import disk_patterns
 from sparkling_cli.models.realize_sizes import fitted, real_sizes
-from sparkling_cli.models.roles import Path, get_path, walk
+from sparkling_cli.models.roles import OTHER_MODALITY, Path, get_path, walk
 from sparkling_cli.models.shrink import shapes
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, text_prefix
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
@@ -24,6 +25,11 @@ from sparkling_cli.models.witness import Witness
 
 #: Roles of axes that never grow; head_dim does not either, but hidden may need it written.
 _NEVER_WRITTEN = frozenset({"vocab", "positions", "experts", "shared_experts"})
+
+#: Keys of a tower that say how wide its output is.
+_OUTPUT = re.compile(
+    r"^(out|output|proj|projection|projector|text|llm|lm|language)_|_output_dim$|^output_dims?$"
+)
 
 
 def realize(
@@ -73,7 +79,7 @@ def realize(
     )
     layout.check_axes()
     layout.check_shapes(real_shapes, on_disk=False)
-    return _as_built(layout, witness, len(prefix))
+    return _without_towers(_as_built(layout, witness, len(prefix)), config if prefix else real)
 
 
 def _as_built(layout: ModelLayout, witness: Witness, depth: int) -> ModelLayout:
@@ -89,6 +95,24 @@ def _as_built(layout: ModelLayout, witness: Witness, depth: int) -> ModelLayout:
         if info.widenable and refused:
             axes[name] = replace(info, widenable=False, reason=axes[refused[0]].reason)
     return replace(layout, axes=axes)
+
+
+def _without_towers(layout: ModelLayout, config: Mapping[str, Any]) -> ModelLayout:
+    """The layout without growth of hidden where a tower's output is as wide by a number of its own.
+
+    The class would build such a model, and text would run: only images would meet a width that is no more.
+    """
+    hidden = layout.axes.get("hidden")
+    if hidden is None or not hidden.widenable:
+        return layout
+    for path, value in walk(config):
+        tower = OTHER_MODALITY.search(".".join(path[:-1])) and _OUTPUT.search(path[-1])
+        if tower and value == hidden.size and ".".join(path) not in layout.config:
+            reason = f"{'.'.join(path)} = {value} is the width of what enters the text, and would stay"
+            refused = {n: layout.axes[n] for n in ("hidden", *hidden.joint)}
+            changed = {n: replace(info, widenable=False, reason=reason) for n, info in refused.items()}
+            return replace(layout, axes={**layout.axes, **changed})
+    return layout
 
 
 def _proved(judged: Judgement) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from sparkling_cli.errors import SpecError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.formats.states import FSDP_COPY
-from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.model import ModelLayout, entries_of
 from sparkling_cli.plan.symmetry import locked_axes, parting_inits, treatment_of
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
@@ -43,6 +43,35 @@ def notes_for(
             f"fractional growth of {', '.join(fractional)} keeps RMS, not the function: the loss may jump"
         )
     return tuple(notes)
+
+
+#: Inner widths of MLPs, by the names that axes have.
+_INNER = ("ffn", "expert_ffn", "shared_ffn")
+#: A smaller share of the parameters of all MLPs is worth a word.
+_SMALL = 0.1
+
+
+def small_share(layout: ModelLayout, growth: Mapping[str, Growth]) -> str | None:
+    """That an inner width grows which few of the MLPs' parameters have, while a wider spread one does not.
+
+    In a class whose first layers are dense, ``ffn`` may be theirs alone.
+    """
+    held = {
+        axis: sum(entries_of(p, layout.sizes) for p in layout.tensors if axis in p.dims.axes())
+        for axis in _INNER
+        if axis in layout.axes
+    }
+    total = sum(held.values())
+    asked = [axis for axis in held if axis in growth]
+    left = [axis for axis in held if axis not in growth and layout.axes[axis].widenable]
+    if not asked or not left or sum(held[axis] for axis in asked) >= _SMALL * total:
+        return None
+    most = max(left, key=lambda axis: held[axis])
+    share = sum(held[axis] for axis in asked) / total
+    return (
+        f"{' and '.join(asked)} is in {share:.1%} of the MLPs' parameters; {most} is in "
+        f"{held[most] / total:.1%} of them: --axis {most} is probably meant"
+    )
 
 
 def check_locked(

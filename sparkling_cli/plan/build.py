@@ -16,7 +16,7 @@ from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.plan.account import Growing, Sorted, account_of, further_notes, sort_further
-from sparkling_cli.plan.advice import check_locked, notes_for
+from sparkling_cli.plan.advice import check_locked, notes_for, small_share
 from sparkling_cli.plan.measure import measured_kind
 from sparkling_cli.plan.model import CARRIED, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
@@ -71,6 +71,7 @@ def build_plan(
     warnings = (
         check_locked(checkpoint, layout, spec, growth, moments=moments),
         stateless_warning(checkpoint),
+        small_share(layout, growth),
     )
     scalars = {
         f"{state.param}.{name}": 0.0

@@ -96,6 +96,12 @@ def _target(name: str, axis: AxisSpec, size: int, spec: ExpansionSpec, multiple:
         exact = size * (axis.factor or 0.0)
         step = spec.multiple_of if spec.multiple_of and name not in _HEAD_AXES else None
         target = ceil(exact / step - 1e-9) * step if step else round(exact)
+        if step and target > 2 * exact:
+            raise SpecError(
+                f"axes.{name}: {size} x {axis.factor:g} = {exact:g} would become {target}, more than twice "
+                f"what was asked for, to be a multiple of {step}",
+                hint=f"give this axis its size instead of a factor: --axis {name} --to {ceil(exact)}",
+            )
         if not step and not isclose(exact, target, rel_tol=1e-9):
             raise SpecError(
                 f"axes.{name}.factor: {size} x {axis.factor:g} = {exact:g} is no whole number",

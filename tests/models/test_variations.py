@@ -194,3 +194,33 @@ def test_all_axes_at_once_keep_the_logits_and_the_state(case: str, tmp_path: Pat
             assert new[number][slot].shape == parameters[name].shape, name
             kept = new[number][slot]
             assert torch.equal(kept[kept != 0], state[state != 0]), name
+
+
+def test_a_count_that_no_tensor_reads_is_not_written() -> None:
+    """LFM2's configs have ``num_heads`` beside ``num_attention_heads``: the class reads the latter."""
+    config = {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], "hidden_size": 64, "vocab_size": 61}
+    config |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2}
+    config |= {"layer_types": ["conv", "full_attention", "conv"], "intermediate_size": 48}
+    layout = infer({**config, "block_auto_adjust_ff_dim": False})
+    assert layout.config["num_attention_heads"] == "(kv_heads q_per_kv)"
+    assert "num_heads" not in layout.config
+
+
+def test_a_tower_of_the_same_width_holds_hidden() -> None:
+    """Qwen3.5's images end as wide as hidden by a number of the vision config: text alone would run."""
+    text = {"model_type": "qwen3_5_text", "hidden_size": 64, "vocab_size": 61, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 16}
+    text |= {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}
+    text |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    vision = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 40, "out_hidden_size": 64}
+    layout = infer(
+        {
+            "model_type": "qwen3_5",
+            "architectures": ["Qwen3_5ForConditionalGeneration"],
+            "text_config": text,
+            "vision_config": vision,
+        }
+    )
+    assert not layout.axes["hidden"].widenable
+    assert "out_hidden_size" in layout.axes["hidden"].reason
+    assert layout.axes["ffn"].widenable

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sparkling_cli.errors import SpecError
-from sparkling_cli.layout.model import AxisInfo, ModelLayout
+from sparkling_cli.layout.model import AxisInfo, ModelLayout, TensorPattern
+from sparkling_cli.plan.advice import small_share
 from sparkling_cli.plan.resolve import resolve_growth, whole_heads
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.widening.geometry import Growth
@@ -107,3 +108,34 @@ def test_architecture_multiples() -> None:
     strict = layout(ffn=AxisInfo(128, True, multiple_of=32))
     with pytest.raises(SpecError, match="--to 160"):
         grow({"axis": "ffn", "to": 150}, on=strict)
+
+
+def test_rounding_does_not_multiply_what_was_asked_for() -> None:
+    """A narrow axis is no place for ``--multiple-of 64``; the way out that is named gives what was asked."""
+    narrow = layout(mamba_expand=AxisInfo(2, widenable=True))
+    with pytest.raises(SpecError, match="more than twice") as caught:
+        grow({"axis": "mamba_expand", "factor": 1.5}, on=narrow, multiple_of=64)
+    assert (caught.value.hint or "").endswith("--axis mamba_expand --to 3")
+    assert grow({"axis": "mamba_expand", "to": 3}, on=narrow, multiple_of=64) == {
+        "mamba_expand": Growth(2, 3)
+    }
+
+
+def test_an_inner_width_of_few_layers_is_said() -> None:
+    """``ffn`` of three dense layers of sixty is not what is meant by widening the MLPs."""
+    deep = replace(
+        layout(
+            ffn=AxisInfo(18, widenable=True),
+            expert_ffn=AxisInfo(2, widenable=True),
+            experts=AxisInfo(256),
+            layers=AxisInfo(61),
+        ),
+        tensors=(
+            TensorPattern("h.{layers=0-2}.up", "ffn <- hidden"),
+            TensorPattern("h.{layers=3-60}.up", "experts | expert_ffn <- hidden"),
+        ),
+    )
+    assert "--axis expert_ffn is probably meant" in (small_share(deep, {"ffn": Growth(18, 36)}) or "")
+    assert small_share(deep, {"expert_ffn": Growth(2, 4)}) is None
+    assert small_share(deep, {"ffn": Growth(18, 36), "expert_ffn": Growth(2, 4)}) is None
+    assert small_share(deep, {"hidden": Growth(7, 14)}) is None
