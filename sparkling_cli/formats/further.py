@@ -240,9 +240,10 @@ def _header(stream: IO[bytes], name: str, relative: str) -> Iterator[Further]:
     """The array that a header describes; text is no tensor, and what else has no torch dtype is not known."""
     from numpy.lib import format as npy
 
-    version = npy.read_magic(stream)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read(stream)
+    if npy.read_magic(stream) == (1, 0):
+        shape, _, dtype = npy.read_array_header_1_0(stream)
+    else:
+        shape, _, dtype = npy.read_array_header_2_0(stream)
     if dtype.kind not in "US":
         kind = _NUMPY.get(f"{dtype.kind}{dtype.itemsize}")
         yield Further(name, relative, "", None if kind is None else StoredTensor(kind, shape, ()))
