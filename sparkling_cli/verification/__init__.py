@@ -1,7 +1,10 @@
-"""Proofs from files: an output against its own manifest, and against the checkpoint it came from.
+"""Proofs from files: an output against what was asked for, and against the checkpoint it came from.
 
-Nothing here uses the engine's arithmetic (``execute.kernel``): what a tensor must be is worked out anew,
-from index tables, so that one fault cannot hide in both.
+Nothing here uses the plan or the engine's arithmetic: ``rules`` works out from spec, layout and sizes
+what every tensor must be, ``widening.reference`` what every entry of it, and ``compare`` reads the bytes,
+so that one fault cannot hide in both. ``files`` finds files too many or too few, ``public`` opens them by
+the libraries that trainers use, ``account`` looks for tensors that were lost or stayed narrow; ``prove``
+is the entrance.
 """
 
 from sparkling_cli.results.commands import Verification
