@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fixtures import training
 from sparkling_cli import api
+from sparkling_cli.errors import SpecError
 from sparkling_cli.manifest import read_manifest
 
 AXES = {
@@ -142,7 +143,9 @@ def test_a_directory_without_optimizer_state(dense_checkpoint: Path, tmp_path: P
     source.mkdir()
     for name in ("config.json", "model.safetensors"):
         (source / name).write_bytes((dense_checkpoint / name).read_bytes())
-    result = api.expand(source, tmp_path / "wide", axes=AXES["ffn"], report="none")
+    with pytest.raises(SpecError, match="stay equal for ever"):
+        api.expand(source, tmp_path / "wide", axes=AXES["ffn"], report="none")
+    result = api.expand(source, tmp_path / "wide", axes=AXES["ffn"], init="random-copy", report="none")
     assert any("no optimizer state" in note for note in result.expansion.plan.notes)
     assert load_file(tmp_path / "wide/model.safetensors")["model.layers.0.mlp.up_proj.weight"].shape[0] == 336
 

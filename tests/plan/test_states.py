@@ -1,0 +1,126 @@
+"""What a state tensor is: by the table of names, by measuring, or as the user says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparkling_cli import api
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.states import FURTHER_MOMENTS, MOMENTS, WEIGHT_LIKE
+from tests.conftest import TinyCheckpoint
+
+FFN = [{"axis": "ffn", "factor": 2}]
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def names(tiny_checkpoint: TinyCheckpoint) -> list[str]:
+    """Parameters in the order of the Trainer's optimizer: those with weight decay first."""
+    weights = load_file(tiny_checkpoint("llama") / "model.safetensors")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama"))
+    ordered = [name for name, _ in model.named_parameters() if name in weights]
+    return [n for n in ordered if "norm" not in n] + [n for n in ordered if "norm" in n]
+
+
+def with_state(source: Path, target: Path, names: list[str], slot: str, made: Any) -> Path:
+    """A copy of a checkpoint whose optimizer has one more state of every parameter."""
+    shutil.copytree(source, target)
+    weights = load_file(source / "model.safetensors")
+    optimizer = torch.load(source / "optimizer.pt", weights_only=True)
+    for number, name in enumerate(names):
+        optimizer["state"][number][slot] = made(weights[name].float())
+    torch.save(optimizer, target / "optimizer.pt")
+    return target
+
+
+def of_down(wide: Path, names: list[str], slot: str) -> torch.Tensor:
+    """The state of a widened matrix whose columns grow and are scaled."""
+    state = torch.load(wide / "optimizer.pt", weights_only=True)["state"]
+    found: torch.Tensor = state[names.index(DOWN)][slot]
+    return found
+
+
+def as_is(weight: torch.Tensor) -> torch.Tensor:
+    """A copy."""
+    return weight.clone()
+
+
+def mixed(share: float) -> Any:
+    """A tensor whose correlation with the weight is about ``share``."""
+
+    def make(weight: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(weight.numel())
+        noise = torch.randn(weight.shape, generator=generator) * weight.std(correction=0)
+        return share * weight + (1 - share**2) ** 0.5 * noise
+
+    return make
+
+
+def rounding(weight: torch.Tensor) -> torch.Tensor:
+    """What rounding to bfloat16 takes from a weight."""
+    return weight - weight.bfloat16().float()
+
+
+@pytest.mark.parametrize("slot", ["ax", "slow_buffer", "p0", "z", "of_nobody_yet"])
+def test_copies_follow_the_weight(
+    slot: str, tiny_checkpoint: TinyCheckpoint, names: list[str], tmp_path: Path
+) -> None:
+    """Names of the table, and one that is measured: the widened copy is the widened weight, bit by bit."""
+    source = with_state(tiny_checkpoint("llama"), tmp_path / "checkpoint-3", names, slot, as_is)
+    result = api.expand(source, tmp_path / "wide", axes=FFN, report="none")
+    api.verify(source, tmp_path / "wide")
+    wide = load_file(tmp_path / "wide" / "model.safetensors")[DOWN].float()
+    assert torch.equal(of_down(tmp_path / "wide", names, slot), wide)
+    said = [note for note in result.expansion.plan.notes if slot in note]
+    assert bool(said) is (slot == "of_nobody_yet")
+
+
+@pytest.mark.parametrize(
+    ("made", "kind"), [(mixed(0.0), "moment"), (mixed(0.97), "weight"), (rounding, "weight")]
+)
+def test_measured(
+    made: Any, kind: str, tiny_checkpoint: TinyCheckpoint, names: list[str], tmp_path: Path
+) -> None:
+    """Noise is a moment; an average, and what rounding took, follow the weight."""
+    source = with_state(tiny_checkpoint("llama"), tmp_path / "checkpoint-3", names, "odd", made)
+    result = api.expand(source, tmp_path / "wide", axes=FFN, report="none")
+    api.verify(source, tmp_path / "wide")
+    old = torch.load(source / "optimizer.pt", weights_only=True)["state"][names.index(DOWN)]["odd"]
+    found, width = of_down(tmp_path / "wide", names, "odd"), old.shape[1]
+    if kind == "moment":
+        assert torch.equal(found[:, :width], old) and not found[:, width:].any()
+    else:  # at twice the width every column is halved, and occurs twice
+        assert torch.equal(found[:, :width], old / 2) and torch.equal(found[:, width:], old / 2)
+    assert [note for note in result.expansion.plan.notes if f"'odd' is taken for a {kind}" in note]
+
+
+def test_what_cannot_be_decided_is_refused(
+    tiny_checkpoint: TinyCheckpoint, names: list[str], tmp_path: Path
+) -> None:
+    """With the option that says it, which works."""
+    source = with_state(tiny_checkpoint("llama"), tmp_path / "checkpoint-3", names, "odd", mixed(0.82))
+    with pytest.raises(CheckpointError, match="'odd' is of no known kind") as caught:
+        api.expand(source, tmp_path / "wide", axes=FFN, report="none")
+    for kind in ("weight", "moment", "carry"):
+        assert f"--state odd={kind}" in str(caught.value.hint)
+    for kind, columns in (("weight", 2), ("moment", 2), ("carry", 1)):
+        api.expand(source, tmp_path / kind, axes=FFN, state={"odd": kind}, report="none")
+        api.verify(source, tmp_path / kind)
+        old = torch.load(source / "optimizer.pt", weights_only=True)["state"][names.index(DOWN)]["odd"]
+        found = of_down(tmp_path / kind, names, "odd")
+        assert found.shape == (old.shape[0], columns * old.shape[1])
+        assert bool(found[:, old.shape[1] :].any()) is (kind == "weight")
+
+
+def test_the_table_has_every_name_once() -> None:
+    """A name that stands for two kinds would be decided by the order of the code."""
+    tables = (WEIGHT_LIKE, MOMENTS, FURTHER_MOMENTS)
+    assert sum(map(len, tables)) == len(frozenset().union(*tables))
