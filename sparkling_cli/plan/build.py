@@ -11,7 +11,14 @@ from sparkling_cli.errors import CheckpointError, LayoutError, SpecError
 from sparkling_cli.formats.detect import format_of
 from sparkling_cli.formats.further import OpenFile, lay_out_further
 from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile, OutputRequest
-from sparkling_cli.formats.states import FURTHER_MOMENTS, MOMENTS, WEIGHT_LIKE, StateKind, state_kind
+from sparkling_cli.formats.states import (
+    FURTHER_MOMENTS,
+    MOMENTS,
+    NEVER_WIDENED,
+    WEIGHT_LIKE,
+    StateKind,
+    state_kind,
+)
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.parse import parse_layout
@@ -331,7 +338,8 @@ def _state_recipe(
                 f"it shall stay as it is: --state {slot}=carry",
             )
         case _:
-            return recipes.unchanged(Kind.SCALAR if prod(stored.shape) == 1 else Kind.OTHER, slot, stored)
+            rest = Kind.FACTOR if slot in NEVER_WIDENED else Kind.OTHER
+            return recipes.unchanged(Kind.SCALAR if prod(stored.shape) == 1 else rest, slot, stored)
 
 
 @dataclass(frozen=True)

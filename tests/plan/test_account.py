@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.plan.model import Account, Expansion, Fate, Kind
+from sparkling_cli.plan.model import Expansion
+from sparkling_cli.results.account import Account, Fate, Kind
 from sparkling_cli.spec.sources import make_spec
 from tests.conftest import TinyCheckpoint
 from tests.formats.make_nanogpt import make_nanogpt
