@@ -173,7 +173,9 @@ class Asking:
             assert self._config is not None
             self._answer = ask_class(self._config)
         else:
-            text, _ = self._process.communicate(json.dumps(self._config).encode())
+            assert self._process.stdout is not None
+            text = self._process.stdout.read()
+            self._process.wait()
             self._process = None
             with contextlib.suppress(ValueError, KeyError):
                 self._answer = _from_json(json.loads(text))
@@ -186,7 +188,7 @@ def _started(config: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     """A process that asks the class; Ctrl-C is for this one alone."""
     package = Path(__file__).resolve().parents[2]
     paths = [str(package), os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "sparkling_cli.models.expected"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -194,6 +196,10 @@ def _started(config: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         start_new_session=True,
     )
+    assert process.stdin is not None
+    with contextlib.suppress(OSError), process.stdin:  # it begins at once, while the output is written
+        process.stdin.write(json.dumps(config).encode())
+    return process
 
 
 def class_faults(

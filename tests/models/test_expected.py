@@ -106,3 +106,17 @@ def test_a_config_without_a_class_is_not_asked_about() -> None:
         assert asked.answer() is None
     assert ask_class({"model_type": "nobody-knows"}).reason
     assert json.dumps(expected._to_json(ask_class({"model_type": "nobody-knows"})))
+
+
+def test_the_answer_is_made_while_others_work(
+    monkeypatch: pytest.MonkeyPatch, dense_checkpoint: Path
+) -> None:
+    """The process that is asked ends by itself, before anybody waits for its answer."""
+    monkeypatch.setattr(expected.cache, "load", lambda *_: None)
+    monkeypatch.setattr(expected.cache, "store", lambda *_: None)
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    with Asking(open_checkpoint(dense_checkpoint).config) as asked:
+        assert asked._process is not None
+        assert asked._process.wait(timeout=500) == 0
+        answer = asked.answer()
+    assert answer is not None and answer.name == "LlamaForCausalLM"
