@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import CheckpointError, SpecError
-from sparkling_cli.formats.pause import collector_paused
+from sparkling_cli.formats.pause import collector_paused, collector_running
 from sparkling_cli.spec.model import ExpansionSpec
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sparkling_cli.layout.model import ModelLayout
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.models.expected import Asking
-    from sparkling_cli.plan.model import Expansion, Plan
+    from sparkling_cli.plan.model import Calibration, Expansion, Plan
     from sparkling_cli.results.commands import Verification
     from sparkling_cli.results.expansion import Report
     from sparkling_cli.results.measured import Inspection
@@ -180,8 +180,10 @@ def expand(
     """
     from sparkling_cli.execute.distributed import team_of_processes
     from sparkling_cli.execute.stream import execute
+    from sparkling_cli.execute.team import Alone
     from sparkling_cli.models.expected import Asking
     from sparkling_cli.outcome import sidecar_files
+    from sparkling_cli.plan.build import with_calibration
 
     check_report(report, data)
     if expansion is None:
@@ -206,6 +208,11 @@ def expand(
         return files
 
     with bar, team_of_processes() as team, Asking(_config_of(ready, team)) as asked:
+        if ready.plan.spec.scaling == "calibrated":
+            begin("calibrating", None)
+            unfitted = ready
+            fitted = (team or Alone()).lead(lambda: _fitted(unfitted, memory))
+            ready = replace(ready, plan=with_calibration(ready.plan, fitted))
         advance = begin("writing", ready.totals.bytes_to_write)
         written = execute(
             ready,
@@ -217,6 +224,15 @@ def expand(
             team=team,
         )
     return ExpansionResult(ready, written, reports[0] if reports else None)
+
+
+def _fitted(expansion: Expansion, memory: int) -> Calibration:
+    """Factors of scaling ``calibrated``."""
+    from sparkling_cli.diagnostics.calibrate import calibrate
+
+    asked = expansion.invocation
+    with collector_running():
+        return calibrate(expansion.plan, data=asked.data, model=asked.model, memory=memory)
 
 
 def check_report(report: str, data: Path | None) -> None:

@@ -47,12 +47,16 @@ class AxisHistory(_Data):
 
 
 class Stage(_Data):
-    """One expansion: number (1 = first), optimizer step, growth ``axis -> [before, after]``, spec."""
+    """One expansion: number (1 = first), optimizer step, growth ``axis -> [before, after]``, spec.
+
+    ``calibration`` has the factors that were fitted on tokens, by tensor in the module.
+    """
 
     stage: int
     step: int | None
     growth: dict[str, tuple[int, int]]
     spec: dict[str, Any]
+    calibration: dict[str, float] = {}
 
 
 class FileEntry(_Data):
@@ -172,12 +176,15 @@ def make_manifest(expansion: Expansion, written: Written, others: Mapping[str, b
     spec = plan.spec.as_data()
     tensors = _tensors(plan.rows, {recipe: _common(recipe) for recipe in plan.recipes}, written)
     stages = [] if previous is None else [stage.model_dump(mode="json") for stage in previous.stages]
+    if plan.spec.scaling == "calibrated" and plan.calibration is None:
+        raise ValueError("scaling 'calibrated' needs factors: nothing was fitted")
     stages.append(
         {
             "stage": len(stages) + 1,
             "step": plan.source.facts.get("global_step"),
             "growth": {name: [g.source, g.target] for name, g in sorted(plan.growth.items())},
             "spec": spec,
+            **({} if plan.calibration is None else {"calibration": dict(plan.calibration.factors)}),
         }
     )
     before = {} if previous is None else previous.births()

@@ -28,7 +28,7 @@ def expand(
         str | None,
         typer.Option(help="copy-copy (default), zero-copy, random-copy, random-zero, random-random."),
     ] = None,
-    scaling: Annotated[str | None, typer.Option(help="rms (default), function, none.")] = None,
+    scaling: Annotated[str | None, typer.Option(help="rms (default), calibrated, function, none.")] = None,
     optimizer: Annotated[
         str | None, typer.Option(help="asymmetric (default), asymmetric-scaled, copy, drop.")
     ] = None,

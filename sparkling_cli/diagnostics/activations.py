@@ -36,8 +36,8 @@ def measure(
     """Measure one checkpoint; the tokens that were used come back with the result."""
     with Probe(checkpoint, model=model, memory=memory // 2) as probe:
         if tokens is None:
-            tokens = _tokens_for(probe, data, sequences, length, seed)
-        for batch in _batches(tokens.ids, probe.sequence_bytes(tokens.ids.shape[1]), memory):
+            tokens = tokens_for(probe, data, sequences, length, seed)
+        for batch in batches_of(tokens.ids, probe.sequence_bytes(tokens.ids.shape[1]), memory):
             probe.run(batch)
         return probe.result(), tokens
 
@@ -75,11 +75,11 @@ def measure_change(
         first = stack.enter_context(Probe(before, model=model, memory=memory // 4))
         second = stack.enter_context(Probe(after, model=model, memory=memory // 4))
         if tokens is None:
-            tokens = _tokens_for(first, data, sequences, length, seed)
+            tokens = tokens_for(first, data, sequences, length, seed)
         logits: _LogitsMeter | None = _LogitsMeter()
         routers = _RoutingMeter()
         each = max(probe.sequence_bytes(tokens.ids.shape[1]) for probe in (first, second))
-        for batch in _batches(tokens.ids, each, memory):
+        for batch in batches_of(tokens.ids, each, memory):
             old, new = first.run(batch), second.run(batch)
             routers.add(first.choices, second.choices)
             if old.shape != new.shape:
@@ -152,7 +152,8 @@ class _RoutingMeter:
         )
 
 
-def _tokens_for(probe: Probe, data: Path | None, sequences: int, length: int, seed: int) -> Tokens:
+def tokens_for(probe: Probe, data: Path | None, sequences: int, length: int, seed: int) -> Tokens:
+    """The tokens that a checkpoint is measured on."""
     root = probe.checkpoint.root
     return load_tokens(
         data,
@@ -164,7 +165,7 @@ def _tokens_for(probe: Probe, data: Path | None, sequences: int, length: int, se
     )
 
 
-def _batches(ids: torch.Tensor, each: int, memory: int) -> tuple[torch.Tensor, ...]:
+def batches_of(ids: torch.Tensor, each: int, memory: int) -> tuple[torch.Tensor, ...]:
     """As many sequences at a time as fit into an eighth of the budget; their logits are held twice."""
     import torch
 

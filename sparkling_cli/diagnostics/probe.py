@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from sparkling_cli.diagnostics.lazy import LazyWeights
     from sparkling_cli.diagnostics.stream import Squares
+    from sparkling_cli.storage.read import TensorSource
 
 #: Config keys that limit a sequence's length.
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "block_size", "seq_length")
@@ -31,6 +32,7 @@ class Probe:
         model: ``package.module:factory`` of the user's own model.
         memory: bytes for weights; a quarter of it is kept from batch to batch, since what is let go does
             not always return to the system at once.
+        source: where its tensors are read, if not from its files.
 
     Raises:
         LayoutError: no model can be built.
@@ -38,7 +40,14 @@ class Probe:
         MissingDependencyError: transformers is needed and not installed.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, model: str | None = None, memory: int = 1 << 29) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        model: str | None = None,
+        memory: int = 1 << 29,
+        source: TensorSource | None = None,
+    ) -> None:
         from sparkling_cli.diagnostics.lazy import LazyWeights, load_buffers
         from sparkling_cli.diagnostics.parameters import parameter_reader
         from sparkling_cli.diagnostics.stream import Squares, StreamWatch
@@ -51,7 +60,7 @@ class Probe:
         self._logits = Squares()
         self._vocabulary = 0
         self._loss, self._predicted = 0.0, 0
-        self._source = TensorSource(checkpoint)
+        self._source = TensorSource(checkpoint) if source is None else source
         reader = parameter_reader(self.model, self._source)
         self.unused = reader.unused
         load_buffers(self.model, reader)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
 
@@ -90,11 +90,14 @@ class StreamWatch:
     Attributes:
         functions: name of a function -> (sum over the stream that it read, sum over what it added, calls).
         choices: block -> sets of experts of the tokens of the last pass, [tokens, k], sorted.
+        adjust: called with a function's name, the stream and the output before this is added; it may change
+            the output in place. Not for several outputs that are added at once.
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
         self.functions: dict[str, tuple[Squares, Squares, int]] = {}
         self.choices: dict[str, torch.Tensor] = {}
+        self.adjust: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
         self._paths = {
             id(module): path
             for path, module in model.named_modules()
@@ -186,6 +189,8 @@ class StreamWatch:
         outputs: dict[str, Squares | None] = getattr(output, _OUTPUTS, None) or {str(self._block): None}
         if len(outputs) > 1 and None in outputs.values():  # a module that mixes several of its own
             outputs = {next(reversed(outputs)): None}
+        if self.adjust is not None and len(outputs) == 1:
+            self.adjust(next(iter(outputs)), stream, output)
         for name, squares in outputs.items():
             read, added, calls = self.functions.get(name) or (Squares(), Squares(), 0)
             read.add(stream)

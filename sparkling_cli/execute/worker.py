@@ -12,8 +12,8 @@ from sparkling_cli.storage.crc import Span, crc32, merge, zeros
 from sparkling_cli.storage.places import Handles, read, write_range
 from sparkling_cli.storage.places import write as write_boxes
 from sparkling_cli.storage.pool import Stopped
-from sparkling_cli.widening import bfloat16, fill, moments
-from sparkling_cli.widening.entries import count_nonfinite
+from sparkling_cli.widening import fill, moments
+from sparkling_cli.widening.entries import as_doubles, count_nonfinite
 from sparkling_cli.widening.kernel import PIECE, Piece
 from sparkling_cli.widening.parts import Box, Unit, stream_of
 
@@ -170,7 +170,7 @@ class Worker:
             if self.around.stopped():
                 raise Stopped
             low, high = index * moments.BLOCK, min((index + 1) * moments.BLOCK, box.entries)
-            values = [_doubles(data, dtype) for data in self._picked(row, box, low, high)]
+            values = [as_doubles(data, dtype) for data in self._picked(row, box, low, high)]
             found.append(moments.block_moments(values[0] if len(values) == 1 else np.concatenate(values)))
         return found
 
@@ -203,13 +203,3 @@ def _zero(job: RowJob, start: int, stop: int, spans: list[Span]) -> None:
     for place in job.target.cut(start, stop):
         size = place.stop - place.start
         spans.append(Span(place.start, size, zeros(size)))
-
-
-def _doubles(data: Array, dtype: str) -> Array:
-    import numpy as np
-
-    if dtype in ("float32", "float64"):
-        return data.view(dtype).astype(np.float64)
-    if dtype == "bfloat16":
-        return bfloat16.widened(data.view(np.uint16)).astype(np.float64)
-    return data.view(np.float16).astype(np.float64)

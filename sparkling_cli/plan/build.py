@@ -25,7 +25,7 @@ from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.plan.account import Growing, Sorted, account_of, further_notes, sort_further
 from sparkling_cli.plan.advice import check_locked, notes_for, small_share
 from sparkling_cli.plan.measure import measured_kind
-from sparkling_cli.plan.model import CARRIED, Plan, Recipe, Row
+from sparkling_cli.plan.model import CARRIED, Calibration, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
 from sparkling_cli.plan.state_checks import check_numbers, check_pairs, stateless_warning
@@ -41,6 +41,7 @@ def build_plan(
     layout: ModelLayout,
     spec: ExpansionSpec,
     originals: Mapping[str, tuple[Span, ...]] | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """The whole widening, checked: every tensor has a layout and the shape that it says.
 
@@ -49,6 +50,7 @@ def build_plan(
         layout: its layout.
         spec: what is asked for.
         originals: of axes that have grown before (see :class:`~sparkling_cli.widening.geometry.Growth`).
+        calibration: factors fitted on tokens.
 
     Raises:
         SpecError: the spec asks for what this model cannot have.
@@ -62,8 +64,9 @@ def build_plan(
     }
     check_pair(growth, layout, treatment)
     growth = with_fills(growth, layout, treatment)
-    recipes = _Recipes(layout, growth, treatment, spec)
-    weights, renamed = weights_of(checkpoint, layout, spec.names, random="random" in spec.init)
+    recipes = _Recipes(layout, growth, treatment, spec, calibration or Calibration())
+    streams = "random" in spec.init or spec.scaling == "calibrated"
+    weights, renamed = weights_of(checkpoint, layout, spec.names, random=streams)
     rows = _weight_rows(weights, recipes)
     known = _Known({weight.module: weight.stored for weight in weights}, checkpoint, recipes)
     kinds, measured = known.state_kinds()
@@ -98,10 +101,18 @@ def build_plan(
         rows=tuple(rows),
         config=_config(checkpoint, recipes),
         scalars=scalars,
+        calibration=calibration,
         account=account_of(rows, found),
         notes=(*notes_for(checkpoint, layout, spec, growth, renamed), *measured, *further_notes(found)),
         warnings=tuple(warning for warning in warnings if warning is not None),
     )
+
+
+def with_calibration(plan: Plan, calibration: Calibration) -> Plan:
+    """The same plan with factors that were fitted on tokens."""
+    originals = {axis: grown.originals for axis, grown in plan.growth.items()}
+    made = build_plan(plan.source, plan.layout, plan.spec, originals, calibration)
+    return replace(made, notes=plan.notes, warnings=plan.warnings)
 
 
 def lay_out(plan: Plan) -> tuple[OutputFile, ...]:
@@ -136,6 +147,7 @@ class _Recipes:
     growth: Mapping[str, Growth]
     treatment: Treatment
     spec: ExpansionSpec
+    calibration: Calibration
     _made: dict[tuple[object, ...], Recipe] = field(default_factory=dict)
 
     @property
@@ -143,7 +155,7 @@ class _Recipes:
         """Every recipe that was asked for."""
         return tuple(self._made.values())
 
-    def weight(self, pattern: TensorPattern, name: str, dtype: str, slot: str = "") -> Recipe:
+    def weight(self, pattern: TensorPattern, name: str, dtype: str, stream: str, slot: str = "") -> Recipe:
         """What becomes of a weight, or of state that is a copy of it.
 
         Args:
@@ -151,15 +163,16 @@ class _Recipes:
             name: of the weight in the module; it may have compensations that others of its pattern lack.
             dtype: as stored.
             slot: "" for weights, else the state's name.
+            stream: name of its random numbers, where that is not ``name``.
 
         Raises:
             CheckpointError: new weights of this dtype cannot be computed.
         """
-        found = self.compensations(name, pattern)
-        mark = (slot, pattern.name, dtype, *found)
+        found, fitted = self.compensations(name, pattern), self.calibration.of(stream or name)
+        mark = (slot, pattern.name, dtype, fitted, *found)
         if mark not in self._made:
             view = self._view(pattern, found)
-            scale, offset = self._factor(found)
+            scale, offset = self._factor(found, fitted)
             recipe = Recipe(
                 kind=Kind.COPY if slot else Kind.WEIGHT,
                 slot=slot,
@@ -181,8 +194,8 @@ class _Recipes:
 
     def moment(self, pattern: TensorPattern, name: str, dtype: str, slot: str) -> Recipe:
         """What becomes of a moment of a parameter: see :func:`state_view`."""
-        found = self.compensations(name, pattern)
-        mark = (slot, pattern.name, dtype, *found)
+        found, fitted = self.compensations(name, pattern), self.calibration.of(name)
+        mark = (slot, pattern.name, dtype, fitted, *found)
         if mark not in self._made:
             optimizer = self.spec.optimizer
             view = state_view(self._view(pattern, found, copied=True), optimizer)
@@ -193,7 +206,7 @@ class _Recipes:
                 before=self.layout.shape_of(pattern),
                 shape=target_shape(view),
                 view=view,
-                scale=self._factor(found)[0] if optimizer == "asymmetric-scaled" else 1.0,
+                scale=self._factor(found, fitted)[0] if optimizer == "asymmetric-scaled" else 1.0,
                 zero=optimizer == "drop",
             )
         return self._made[mark]
@@ -232,19 +245,19 @@ class _Recipes:
         treatment = Treatment(scaling=self.treatment.scaling) if copied else self.treatment
         return view_of(pattern.dims, self.layout.sizes, self.growth, treatment, consumed=consumed)
 
-    def _factor(self, compensations: Iterable[Compensation]) -> tuple[float, float]:
-        """``(scale, offset)`` of a tensor's compensations: ``c (w + o) - o = c w + (c - 1) o``."""
-        scale, offset = 1.0, 0.0
+    def _factor(self, compensations: Iterable[Compensation], fitted: float) -> tuple[float, float]:
+        """``(scale, offset)`` of a tensor's factors: ``c (w + o) - o = c w + (c - 1) o``."""
+        scale, offset = fitted, 0.0
         for item in compensations:
             grown = self.growth[item.axis]
             power = (grown.target / grown.source) ** item.power
             scale *= power
             if item.offset:
-                whole = power * (self.treatment.alpha(grown) if item.fan_in else 1.0)
+                whole = fitted * power * (self.treatment.alpha(grown) if item.fan_in else 1.0)
                 if item.fan_in and self.treatment.per_column and grown.target % grown.source:
                     raise SpecError(
-                        "scaling 'function' at a fractional factor is not possible here: the final norm "
-                        "computes (1 + w), so its factor is not one number",
+                        f"scaling {self.spec.scaling!r} at a fractional factor is not possible here: the "
+                        "final norm computes (1 + w), so its factor is not one number",
                         hint="use scaling 'rms', or a whole factor",
                     )
                 offset += (whole - 1.0) * item.offset
@@ -275,7 +288,7 @@ def _weight_rows(weights: Iterable[Weight], recipes: _Recipes) -> list[Row]:
     """A row per weight."""
     rows = []
     for key, name, module, stored, pattern, stream in weights:
-        recipe = recipes.weight(pattern, module, stored.dtype)
+        recipe = recipes.weight(pattern, module, stored.dtype, stream=stream)
         if stored.shape != recipe.before:
             recipes.layout.check_one(name, pattern, stored.shape)
         rows.append(Row(key, name, stored, recipe, stream))

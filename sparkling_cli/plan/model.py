@@ -121,6 +121,21 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Factors that were fitted on tokens (scaling ``calibrated``), beyond those of the method.
+
+    Attributes:
+        factors: tensor in the module -> factor on all of its entries.
+    """
+
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, stream: str) -> float:
+        """The factor on a tensor, or part of one, that has these random numbers (see ``widening.parts``)."""
+        return self.factors.get(stream.partition("[")[0], 1.0)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A whole widening, ready to be executed, printed or compared.
 
@@ -134,6 +149,7 @@ class Plan:
         rows: every output tensor, in the output's order.
         config: config key -> new value.
         scalars: state scalars to overwrite.
+        calibration: factors fitted on tokens; None until they are, and under other scalings.
         notes: what the user should know; warnings: what the user should act on.
         account: every tensor of the source, by kind and by what becomes of it.
     """
@@ -147,6 +163,7 @@ class Plan:
     rows: tuple[Row, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
+    calibration: Calibration | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     account: Account = field(default_factory=Account)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 InitPair = Literal["copy-copy", "zero-copy", "random-copy", "random-zero", "random-random"]
-Scaling = Literal["rms", "function", "none"]
+Scaling = Literal["rms", "function", "none", "calibrated"]
 OptimizerTreatment = Literal["asymmetric", "asymmetric-scaled", "copy", "drop"]
 StateTreatment = Literal["weight", "moment", "carry"]
 BaselineType = Literal["cosine", "linear", "constant", "wsd"]
@@ -69,7 +69,11 @@ class ExpansionSpec(_Strict):
         "copy-copy"
     )
     scaling: Annotated[
-        Scaling, Field(description="rms: keep RMS (Eq. 14-17); function: Net2Net's 1/multiplicity; none")
+        Scaling,
+        Field(
+            description="rms: keep RMS (Eq. 14-17); calibrated: and fit it per layer on tokens; function: "
+            "Net2Net's 1/multiplicity; none"
+        ),
     ] = "rms"
     optimizer: Annotated[OptimizerTreatment, Field(description="what becomes of optimizer state")] = (
         "asymmetric"

@@ -183,7 +183,8 @@ class Derivation:
         What becomes ``c (w + o) - o`` is multiplied by ``c``, and ``(c - 1) o`` is added (App. D.1, for norms
         that compute ``1 + w``).
         """
-        scale, offset, consumed = 1.0, 0.0, set()
+        fitted = self._manifest.stages[-1].calibration.get(self.stream(name).partition("[")[0], 1.0)
+        scale, offset, consumed = fitted, 0.0, set()
         for template, item in self._items:
             if template.matches(name):
                 before, after = self.rules.growth[item.axis]
@@ -192,7 +193,7 @@ class Derivation:
                 if item.fan_in:
                     consumed.add(item.axis)
                 if item.offset:
-                    whole = power * (float(self.rules.factors(item.axis)[0]) if item.fan_in else 1.0)
+                    whole = fitted * power * (float(self.rules.factors(item.axis)[0]) if item.fan_in else 1.0)
                     offset += (whole - 1.0) * item.offset
         return scale, offset, frozenset(consumed)
 

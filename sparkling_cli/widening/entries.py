@@ -106,3 +106,14 @@ def count_nonfinite(data: Array, dtype: str) -> int:
     if isfinite(values.sum().item()):
         return 0
     return int(values.numel() - torch.isfinite(values).sum().item())
+
+
+def as_doubles(data: Array, dtype: str) -> Array:
+    """Bytes of floating entries as float64 numbers."""
+    import numpy as np
+
+    if dtype in ("float32", "float64"):
+        return data.view(dtype).astype(np.float64)
+    if dtype == "bfloat16":
+        return bfloat16.widened(data.view(np.uint16)).astype(np.float64)
+    return data.view(np.float16).astype(np.float64)

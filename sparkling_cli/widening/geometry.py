@@ -207,7 +207,7 @@ class Treatment:
     @property
     def per_column(self) -> bool:
         """Net2Net's 1/multiplicity per column instead of one alpha (copy-copy only)."""
-        return self.scaling == "function" and self.fan_out == self.fan_in == Fill.COPY
+        return self.scaling in ("function", "calibrated") and self.fan_out == self.fan_in == Fill.COPY
 
 
 def view_of(

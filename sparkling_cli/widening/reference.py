@@ -59,7 +59,7 @@ class Rules:
         growth: axis -> entries before and after, for axes that grow.
         fan_out: fill of new rows of a producer: copy, random or zero.
         fan_in: fill of new columns of a consumer.
-        scaling: rms, function or none.
+        scaling: rms, function, calibrated or none.
         copied: axes on which everything that meets is copied; see :func:`copied_axes`.
         originals: axis -> the original that every entry is a copy of, for axes that have grown before.
     """
@@ -113,7 +113,8 @@ class Rules:
 
         ``sqrt(sum_j m_j^2 / sum_j M_j^2)`` where all that meets on the axis is copied, original j occurring
         m_j times before and M_j times after (Eq. 16-17 in general), else ``sqrt(d/d')`` (Eq. 14, App. B).
-        For scaling ``function`` Net2Net's ``1/n`` where the source occurs n times, 1 for ``none``.
+        For scaling ``function``, and ``calibrated`` under copy-copy, Net2Net's ``1/n`` where the source
+        occurs n times; 1 for ``none``.
         """
         import numpy as np
 
@@ -122,7 +123,8 @@ class Rules:
         times = np.bincount(origin, minlength=before)
         if self.scaling == "none":
             return np.ones(after)
-        if self.scaling == "function":
+        copied = self.fan_out == self.fan_in == "copy"
+        if self.scaling == "function" or (self.scaling == "calibrated" and copied):
             return 1.0 / times[origin]
         if axis not in self.copied:
             return np.full(after, sqrt(before / after))
