@@ -344,7 +344,7 @@ def write_schedule(
     from sparkling_cli import outcome
 
     changes = {"rewarmup": dict(rewarmup or {}), "baseline": dict(baseline or {})}
-    return outcome.write_schedule(Path(output), changes)
+    return outcome.write_schedule(Path(output), changes)[0]
 
 
 def layout_of(path: Path | str, *, model: str | None = None) -> ModelLayout:

@@ -7,7 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.errors import LayoutError, MissingDependencyError, SpecError, VerificationError
+from sparkling_cli.errors import (
+    CheckpointError,
+    LayoutError,
+    MissingDependencyError,
+    SpecError,
+    VerificationError,
+)
 from sparkling_cli.execute.room import reading_back
 from sparkling_cli.formats.pause import collector_running
 from sparkling_cli.manifest import make_manifest
@@ -77,7 +83,7 @@ def sidecar_files(
     return files, facts
 
 
-def write_schedule(output: Path, changes: Mapping[str, Any]) -> Rewarmup:
+def write_schedule(output: Path, changes: Mapping[str, Any]) -> tuple[Rewarmup, str]:
     """Add the re-warmup of its last expansion to an output that exists, or replace it.
 
     What else says something of it is written anew: report, manifest and digests, so that ``verify`` passes
@@ -87,6 +93,9 @@ def write_schedule(output: Path, changes: Mapping[str, Any]) -> Rewarmup:
     Args:
         output: a checkpoint with a ``sparkling/`` folder: an output, or what training made of it.
         changes: of the spec's ``rewarmup`` and ``baseline``, over those that the output was made with.
+
+    Returns:
+        The re-warmup; and why the report stays as it was, if it does.
 
     Raises:
         CheckpointError: there is no manifest, or a file is damaged.
@@ -118,15 +127,20 @@ def write_schedule(output: Path, changes: Mapping[str, Any]) -> Rewarmup:
     described = spec.model_copy(update={"baseline": spec.baseline.model_copy(update={"expansion_step": at})})
     rewarmup = plan_rewarmup(checkpoint, described, previous, number=stage.stage)
     files = dict(rewarmup_files(rewarmup))
+    stays = ""
     if (root / REPORT_JSON).is_file():
-        report = Report.read((root / REPORT_JSON).read_bytes(), REPORT_JSON)
-        report = with_rewarmup(report, spec, rewarmup, before, manifest.growth())
-        files |= {REPORT_JSON: report.to_json(), REPORT_HTML: render(report)}
+        try:
+            report = Report.read((root / REPORT_JSON).read_bytes(), REPORT_JSON)
+        except CheckpointError as error:
+            stays = f"the report stays as it was: {error.message}"
+        else:
+            report = with_rewarmup(report, spec, rewarmup, before, manifest.growth())
+            files |= {REPORT_JSON: report.to_json(), REPORT_HTML: render(report)}
     files[MANIFEST] = with_changes((root / MANIFEST).read_bytes(), spec, files)
     if whole:
         files[DIGESTS] = with_digests((root / DIGESTS).read_bytes(), files)
     replace_files(root, files)
-    return rewarmup
+    return rewarmup, stays
 
 
 def _measure(expansion: Expansion, written: Written, memory: int) -> tuple[Activations | None, str]:

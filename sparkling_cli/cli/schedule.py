@@ -113,14 +113,14 @@ def schedule(
 
 
 def _written(source: Path, changes: dict[str, Any]) -> Rewarmup:
-    from sparkling_cli import api
+    from sparkling_cli.outcome import write_schedule
     from sparkling_cli.schedule.write import notes
     from sparkling_cli.storage.sidecar import REWARMUP, sidecar_root
 
     if source.suffix == ".json":
         raise SpecError("--write needs the output itself", hint="give its directory, or its file")
-    rewarmup: Rewarmup = api.write_schedule(source, **changes)
-    for text in notes(rewarmup):
+    rewarmup, stays = write_schedule(source, changes)
+    for text in (*notes(rewarmup), *([stays] if stays else [])):
         output.warn(text)
     output.note(f"written  {sidecar_root(source) / REWARMUP}")
     return rewarmup

@@ -219,3 +219,23 @@ def test_nothing_is_written_over_damage(widened: Path, dense_checkpoint: Path, t
     with pytest.raises(CheckpointError, match="manifest"):
         api.write_schedule(dense_checkpoint)
     assert contents(output) == before
+
+
+def test_an_output_of_the_former_version(widened: Path, tmp_path: Path) -> None:
+    """Its report cannot be read, and stays; the schedule is written all the same."""
+    output = tmp_path / "wide"
+    shutil.copytree(widened, output)
+    for name in ("rewarmup.csv", "rewarmup.json", "report.html"):
+        (output / "sparkling" / name).unlink()
+    report = (output / "sparkling" / "report.json").read_bytes()
+    older = report.replace(b'"format_version": 2', b'"format_version": 1')
+    assert older != report
+    (output / "sparkling" / "report.json").write_bytes(older)
+    (output / "sparkling" / "files.crc32").unlink()
+    result = CliRunner().invoke(app, ["schedule", str(output), "--write"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "the report stays as it was" in " ".join(result.output.split())
+    assert (output / "sparkling" / "report.json").read_bytes() == older
+    assert (output / "sparkling" / "rewarmup.json").read_bytes() == (
+        widened / "sparkling" / "rewarmup.json"
+    ).read_bytes()
