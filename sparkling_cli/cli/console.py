@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli import __version__
@@ -41,6 +42,9 @@ class Output:
         """A rich console on stdout or stderr; colour only on a terminal and without NO_COLOR."""
         from rich.console import Console
 
+        stream = sys.stderr if stderr else sys.stdout
+        if isinstance(stream, TextIOWrapper):  # bars and ellipses are no reason to fail in a C locale
+            stream.reconfigure(errors="replace")
         console = Console(stderr=stderr, highlight=False, soft_wrap=False)
         if not console.is_terminal and "COLUMNS" not in os.environ:
             # a log or a pipe has no width: a wrapped path or command could not be used again

@@ -35,6 +35,11 @@ def required(data: Mapping[str, Any], config: Mapping[str, Any], where: str) -> 
         raise NamesDifferError(
             f"{where} is for {', '.join(classes)}, the checkpoint is of type {config.get('model_type')!r}"
         )
+    named = config.get("architectures") or ()
+    if classes and named and classes[config["model_type"]] not in named:
+        raise NamesDifferError(
+            f"{where} is for {classes[config['model_type']]}, the checkpoint is of {named[0]}"
+        )
     return {key: value for key, value in data.items() if key != "requires"}
 
 

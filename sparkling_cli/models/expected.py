@@ -145,7 +145,7 @@ class Asking:
 
     def __enter__(self) -> Asking:
         config = self._config
-        if config is None or "model_type" not in config or find_spec("transformers") is None:
+        if config is None or "model_type" not in config or not _transformers_is_there():
             return self
         self._key = cache.key_of("class", config)
         known = cache.load("classes", self._key)
@@ -182,6 +182,13 @@ class Asking:
         if self._answer is not None and self._answer.name:
             cache.store("classes", self._key, _to_json(self._answer))
         return self._answer
+
+
+def _transformers_is_there() -> bool:
+    try:
+        return find_spec("transformers") is not None
+    except ModuleNotFoundError:  # an import hook that says so
+        return False
 
 
 def _started(config: Mapping[str, Any]) -> subprocess.Popen[bytes]:

@@ -338,7 +338,7 @@ def _state_recipe(
         kind = kinds[slot]
     match kind:
         case StateKind.WEIGHT if whole:
-            return recipes.weight(pattern, param, stored.dtype, slot)
+            return recipes.weight(pattern, param, stored.dtype, stream="", slot=slot)
         case StateKind.MOMENT if whole:
             return recipes.moment(pattern, param, stored.dtype, slot)
         case StateKind.OTHER | StateKind.WEIGHT | StateKind.MOMENT if pattern.dims.axes() & set(
@@ -454,7 +454,7 @@ def _further_rows(checkpoint: Checkpoint, found: Sorted, recipes: _Recipes, know
         assert item.stored is not None
         pattern = layout.module_table.find(layout.canonical(param))
         slot = item.name.removesuffix(param).rstrip(".: ") or item.file
-        recipe = recipes.weight(pattern, layout.canonical(param), item.stored.dtype, slot)
+        recipe = recipes.weight(pattern, layout.canonical(param), item.stored.dtype, stream="", slot=slot)
         yield Row(item.key, param, item.stored, recipe, layout.canonical(param))
     rewritten = {item.file for item, _ in found.widened}
     for item in found.carried:

@@ -84,7 +84,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
     with shown as advance, Asking(work.config) as asked:
         faults = work.run(advance)
         answer = asked.answer()
-        if origin is not None and work.found is not None:
+        if origin is not None and work.found is not None and not work.source_faults:
             was = origin.checkpoint
             own = {path for path, check in files.checks.items() if not check.sidecar}
             carried = own & set(manifest.source.files)
@@ -199,6 +199,10 @@ class _Meanings:
         return found if len(set(owners)) == len(owners) else [*found, "two parameters have one name"]
 
 
+class _OtherSourceError(CheckpointError):
+    """A tensor of the source is not the one that was widened."""
+
+
 class _Work:
     """All that has to be read, as tasks for a few threads."""
 
@@ -251,7 +255,12 @@ class _Work:
         for key, entry in self.manifest.tensors.items():
             try:
                 self.subjects.append(self._subject(key, entry, stored[key], meanings))
-            except (CheckpointError, LayoutError) as error:
+            except _OtherSourceError as error:
+                self.source_faults.append(f"tensor {key!r}: {error.message}")
+            except LayoutError as error:  # what the source has does not fit the layout that was widened
+                faults = self.output_faults if self.origin is None else self.source_faults
+                faults.append(f"tensor {key!r}: {error.message}")
+            except CheckpointError as error:
                 self.output_faults.append(f"tensor {key!r}: {error.message}")
             except KeyError:
                 self.output_faults.append(f"tensor {key!r} is missing")
@@ -268,7 +277,7 @@ class _Work:
             source = self.origin.tensors[key]
             placed = Placement(source.dtype, source.shape, source.extents, key)
         if source.dtype != entry.dtype:
-            raise CheckpointError(f"its source is {source.dtype}, it is {entry.dtype}")
+            raise _OtherSourceError(f"its source is {source.dtype}, it is {entry.dtype}")
         name = self.derivation.layout.canonical(entry.name)
         if entry.slot == CARRIED:
             wanted = self.derivation.carried(source)
@@ -277,7 +286,7 @@ class _Work:
         else:
             wanted = self.derivation.weight(name, meanings.dims[key], source.dtype)
         if wanted.before != source.shape:
-            raise CheckpointError(f"its source has shape {source.shape}, the layout says {wanted.before}")
+            raise _OtherSourceError(f"its source has shape {source.shape}, the layout says {wanted.before}")
         if wanted.shape != stored.shape:
             raise CheckpointError(f"it has shape {stored.shape}, spec and layout give {wanted.shape}")
         target = Placement(stored.dtype, stored.shape, stored.extents, key)

@@ -160,8 +160,8 @@ def wrong_offset(patch: Patch) -> None:
     """A norm that computes ``1 + w`` is scaled as if it did not."""
     real = build._Recipes._factor
 
-    def factor(self: Any, found: Iterable[Compensation]) -> tuple[float, float]:
-        return real(self, found)[0], 0.0
+    def factor(self: Any, found: Iterable[Compensation], fitted: float) -> tuple[float, float]:
+        return real(self, found, fitted)[0], 0.0
 
     patch.setattr(build._Recipes, "_factor", factor)
 

@@ -97,11 +97,12 @@ def test_torch_is_not_needed(dense_checkpoint: Path, tmp_path: Path) -> None:
     save_file(rounded, source / "model.safetensors", metadata={"format": "pt"})
     (source / "config.json").write_bytes((dense_checkpoint / "config.json").read_bytes())
     words = ["expand", str(source), str(tmp_path / "out"), "--axis", "ffn", "--factor", "2"]
+    words += ["--init", "random-copy"]
     program = (
         "import sys\n"
         "from sparkling_cli.cli.app import app\n"
         "from sparkling_cli.cli.console import run\n"
-        f"sys.argv[1:] = {[*words, '--init', 'random-copy', '--report', 'none']!r}\n"
+        f"sys.argv[1:] = {[*words, '--report', 'none']!r}\n"
         "assert run(app) == 0\n"
         "print('torch' in sys.modules)\n"
     )
