@@ -515,9 +515,12 @@ def carried_factors(
     one map then: r of the head is comparable after multiplication by this factor, in RMS over channels.
     """
     factors: dict[str, float] = {}
-    for item in layout.compensations:
+    carriers = {  # one of each axis: a norm's scale and bias carry the same factor
+        item.axis: item for item in layout.compensations if item.fan_in and item.tensor
+    }
+    for item in carriers.values():
         grown = growth.get(item.axis)
-        if grown is None or not item.fan_in or not item.tensor or treatment.scaling == "none":
+        if grown is None or treatment.scaling == "none":
             continue
         view = view_of(
             parse_layout(f"scale {item.axis}"),

@@ -82,13 +82,11 @@ def test_sparkling(tmp_path: Path) -> None:
         "expand", "inspect", "verify", "plan", "schedule", "layout", "architectures",
     ]  # fmt: skip
     more = {"expand": " --axis ffn --factor 3 --report none", "architectures": " llama"}
-    names = {"CKPT": "ckpt", "SRC": "ckpt", "DST": made, "OTHER": made}
+    names = {"CKPT": "ckpt", "SRC": "ckpt", "DST": made, "OTHER": made, "OUT": made}
     for row in rows:
         command = re.sub(r"[\[\]]", "", row)
         if row.split()[1] == "expand":
             command = command.replace("DST", "other")
-        if row.split()[1] == "schedule":
-            command = command.replace("CKPT", made)
         command = re.sub(r"\b[A-Z]{3,5}\b", lambda word: names[word[0]], command)
         assert run(command + more.get(row.split()[1], ""), tmp_path, environment).strip(), command
 

@@ -35,9 +35,9 @@ class InertUnpickler(pickle.Unpickler):
         return self._globals[key]
 
     def persistent_load(self, pid: Any) -> Any:
-        """A storage of which nothing is read."""
+        """A storage of which nothing is read; before torch 1.6 its name had six parts."""
         kind = self.find_class("torch", "ByteStorage")
-        if isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[1], GlobalType):
+        if isinstance(pid, tuple) and len(pid) in (5, 6) and isinstance(pid[1], GlobalType):
             return Storage("storage", pid[1], str(pid[2]), str(pid[3]), 0)
         return Storage("storage", kind, "", "", 0)
 
