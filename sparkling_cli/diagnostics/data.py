@@ -257,5 +257,11 @@ class _tokenizer:  # noqa: N801  (used like a function)
         self.end: list[int] = [] if end is None else [end]
 
     def __call__(self, text: str) -> list[int]:
-        found: list[int] = self._inner(text, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            found: list[int] = self._inner(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # whatever a tokenizer's files hold
+            raise CheckpointError(
+                f"the checkpoint's tokenizer fails on text: {type(error).__name__}: {error}",
+                hint="pass token ids instead: .npy, or .bin with uint16 or uint32",
+            ) from error
         return found

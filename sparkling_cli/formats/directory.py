@@ -222,7 +222,10 @@ def _step(holder: Any, step: str, dotted: str, where: str) -> Any:
         return holder[int(step)]
     if isinstance(holder, dict) and step in holder:
         return holder[step]
-    raise CheckpointError(f"{where}: there is no {step!r} on the way to {dotted!r}")
+    raise CheckpointError(
+        f"{where}: there is no {step!r} on the way to {dotted!r}, which has to change",
+        hint="write the config in the names of the installed transformers: load it and save_pretrained it",
+    )
 
 
 def literal_file(path: str, data: bytes, *, last: bool = False) -> OutputFile:

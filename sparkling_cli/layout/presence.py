@@ -117,13 +117,17 @@ def present_numbers(
         where: the file, for messages.
 
     Raises:
-        NamesDifferError: a key that is not optional is missing.
+        NamesDifferError: a key that is not optional is missing, or one holds no whole number.
     """
     found = {}
     for name, text in ((one, text) for key, text in table.items() for one in _spread(key, config)):
         if not set(axis_names(parse_expr(text))) <= {*axes, *PACKINGS}:
             continue  # the experts of a model without any
         key = name.rstrip("?+")
+        value = lookup(config, key)
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if value is not None and not whole:
+            raise NamesDifferError(f"{where}: {key} counts something, and the config has {value!r}")
         implied = name.endswith("+") and bool(config)
         if implied and "." in key:
             implied = lookup(config, key.rpartition(".")[0]) is not None

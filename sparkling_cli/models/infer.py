@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.pause import collector_running
+from sparkling_cli.layout.expr import axis_names
 from sparkling_cli.layout.file import from_dict, to_dict
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.parse import parse_expr
 from sparkling_cli.models import cache
 
 #: Config keys that no tensor's shape and no layer's kind depends on.
 _IRRELEVANT = frozenset(
     {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "id2label", "label2id"}
 )
+#: axes that counts of heads are made of
+_HEADS = frozenset({"heads", "kv_heads", "q_per_kv"})
 
 
 def infer(
@@ -62,6 +67,26 @@ def _with(axes: Sequence[str] | None, layout: ModelLayout) -> ModelLayout:
     return layout
 
 
+def _divisible(config: Mapping[str, Any], layout: ModelLayout) -> tuple[tuple[str, str], ...]:
+    """Counts of heads of which the class wants ``hidden`` to be a multiple: its config refuses another."""
+    from sparkling_cli.models.skeleton import config_object
+
+    width = layout.axes.get("hidden")
+    found = []
+    for key, term in layout.config.items():
+        count = config.get(key)
+        if width is None or type(count) is not int or not set(axis_names(parse_expr(term))) <= _HEADS:
+            continue
+        groups = layout.axes["kv_heads"].size if "q_per_kv" in layout.axes else 1
+        others = [n for n in range(count + groups, 3 * count + 3 * groups, groups) if width.size % n]
+        if width.size % count == 0 and others:
+            try:
+                config_object({**config, key: others[0]})
+            except LayoutError:
+                found.append(("hidden", term))
+    return tuple(found)
+
+
 @collector_running()
 def _inferred(config: Mapping[str, Any], model: str | None, model_factory: Any) -> ModelLayout:
     import torch
@@ -85,6 +110,8 @@ def _inferred(config: Mapping[str, Any], model: str | None, model_factory: Any) 
             judged = judge(tiny, factory=factory)
             name = (real.get("architectures") or [model or "model"])[0]
             layout = realize(judged, config, real, name=name, factory=factory)
+            if factory is None:
+                layout = replace(layout, divisible=_divisible(config, layout))
             return layout if renamed is None else renamed.restore(layout)
     finally:
         torch.set_num_threads(threads)

@@ -478,7 +478,11 @@ def _config(checkpoint: Checkpoint, recipes: _Recipes) -> dict[str, object]:
     found = _flat(checkpoint.config or {})
     changed: dict[str, object] = {}
     for key, value in after.items():
-        if value != before[key] or (key not in found or found[key] is None):
+        table = key.rpartition(".")[
+            0
+        ]  # of a table that the config has under an older name, nothing is implied
+        known = not table or any(name.startswith(f"{table}.") for name in found)
+        if value != before[key] or (known and found.get(key) is None):
             old = found.get(key)
             changed[key] = [value] * len(old) if isinstance(old, list) else value
     for item in layout.compensations:
