@@ -5,6 +5,7 @@ Usage: sharded_run.py OUT; writes ``<optimizer>-<dim>.pt`` with the whole parame
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -57,9 +58,15 @@ def main(out: Path) -> None:
             whole = {n: p.full_tensor().detach() for n, p in net.named_parameters()}
             if rank == 0:
                 torch.save(whole, out / f"{name}-{dim}.pt")
+    dist.barrier()  # a rank that leaves early ends the others' connections
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        0
+    )  # all is written; on a busy machine gloo's threads may abort an interpreter that is taken down
