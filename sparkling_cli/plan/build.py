@@ -155,7 +155,9 @@ class _Recipes:
         """Every recipe that was asked for."""
         return tuple(self._made.values())
 
-    def weight(self, pattern: TensorPattern, name: str, dtype: str, stream: str, slot: str = "") -> Recipe:
+    def weight(
+        self, pattern: TensorPattern, name: str, dtype: str, *, stream: str = "", slot: str = ""
+    ) -> Recipe:
         """What becomes of a weight, or of state that is a copy of it.
 
         Args:
@@ -338,7 +340,7 @@ def _state_recipe(
         kind = kinds[slot]
     match kind:
         case StateKind.WEIGHT if whole:
-            return recipes.weight(pattern, param, stored.dtype, stream="", slot=slot)
+            return recipes.weight(pattern, param, stored.dtype, slot=slot)
         case StateKind.MOMENT if whole:
             return recipes.moment(pattern, param, stored.dtype, slot)
         case StateKind.OTHER | StateKind.WEIGHT | StateKind.MOMENT if pattern.dims.axes() & set(
@@ -454,7 +456,7 @@ def _further_rows(checkpoint: Checkpoint, found: Sorted, recipes: _Recipes, know
         assert item.stored is not None
         pattern = layout.module_table.find(layout.canonical(param))
         slot = item.name.removesuffix(param).rstrip(".: ") or item.file
-        recipe = recipes.weight(pattern, layout.canonical(param), item.stored.dtype, stream="", slot=slot)
+        recipe = recipes.weight(pattern, layout.canonical(param), item.stored.dtype, slot=slot)
         yield Row(item.key, param, item.stored, recipe, layout.canonical(param))
     rewritten = {item.file for item, _ in found.widened}
     for item in found.carried:

@@ -14,7 +14,7 @@ from zlib import crc32
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checksum, OutputFile
-from sparkling_cli.formats.torchfile import TensorNode, TorchFile, lay_out, plain, read_torch_file
+from sparkling_cli.formats.torchfile import TorchFile, lay_out, plain, read_torch_file
 from sparkling_cli.formats.torchfile.archive import open_window, read_archive
 from sparkling_cli.storage.tensors import Extent
 
@@ -152,8 +152,3 @@ def shifted(file: OutputFile, offset: int) -> OutputFile:
 
 def _moved(extent: Extent, offset: int) -> Extent:
     return extent._replace(offset=extent.offset + offset)
-
-
-def is_tensor(item: TorchFile) -> bool:
-    """Whether the item is a bare tensor."""
-    return isinstance(item.tree, TensorNode)
