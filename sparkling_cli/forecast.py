@@ -16,9 +16,8 @@ from sparkling_cli.compute.quantity import parse_moment
 from sparkling_cli.compute.shape import shape_of
 from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.results import numbers
 from sparkling_cli.results.commands import Flops, Phase, RunPlan
-from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
+from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.tensors import ITEM_BYTES
 from sparkling_cli.widening.geometry import Growth
@@ -64,11 +63,10 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The cost of a run, with the growth of every expansion."""
+    """The cost of a run."""
 
     subject: Subject
     compute: ComputePlan
-    growths: tuple[Mapping[str, Growth], ...]
 
     def checkpoint_bytes(self, parameters: int) -> int:
         """Weights and optimizer state of a model of so many parameters."""
@@ -198,7 +196,7 @@ def forecast(
         grown = {name: replace(layout.axes[name], size=g.target) for name, g in growth.items()}
         layout = replace(layout, axes={**layout.axes, **grown})
     shape = shape_of(subject.layout, subject.config, top_k=experts_per_token)
-    return Forecast(subject, plan_compute(shape, steps, tokens), tuple(growth for _, growth in steps))
+    return Forecast(subject, plan_compute(shape, steps, tokens))
 
 
 def first_expansion(
@@ -211,12 +209,3 @@ def first_expansion(
     """
     spec = make_spec({"axes": list(axes), "multiple_of": multiple_of}, "options")
     return Expansion(parse_moment(moment, tokens, "--expand-at"), spec)
-
-
-def describe(expansion: Expansion) -> str:
-    """``ffn x2 at 100B``, for messages."""
-
-    def words(axis: AxisSpec) -> str:
-        return f"{axis.axis} x{axis.factor:g}" if axis.factor is not None else f"{axis.axis} to {axis.to}"
-
-    return f"{', '.join(map(words, expansion.spec.axes))} at {numbers.count(expansion.tokens)} tokens"

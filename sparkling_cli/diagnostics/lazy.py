@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sparkling_cli.diagnostics.parameters import ParameterReader, nbytes_of
+from sparkling_cli.diagnostics.stream import tensors_in
 
 if TYPE_CHECKING:
     from sparkling_cli.diagnostics.stream import StreamWatch
@@ -151,7 +152,7 @@ class LazyWeights(TorchFunctionMode):
         return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        tensors = [*tensors_in(args), *tensors_in(kwargs.values())]
         if any(self._name(t) is not None for t in tensors):
             return self._with_parameter(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -261,8 +262,8 @@ class LazyWeights(TorchFunctionMode):
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Report a product with a parameter; keep track of its views."""
         if func in _VIEWS:
-            name = next((t for t in map(_tag, _tensors(args)) if t is not None), None)
-            for tensor in _tensors((result,)):
+            name = next((t for t in map(_tag, tensors_in(args)) if t is not None), None)
+            for tensor in tensors_in((result,)):
                 if name is not None and _tag(tensor) is None:
                     self._tagged(name, tensor)
         elif func in _PRODUCTS and isinstance(result, torch.Tensor):
@@ -287,14 +288,6 @@ def _computable(tensor: torch.Tensor) -> torch.Tensor:
 
 def _tag(tensor: object) -> str | None:
     return getattr(tensor, "__dict__", {}).get(_TAG) if isinstance(tensor, torch.Tensor) else None
-
-
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 def _replace(value: Any, load: Callable[[Any], Any]) -> Any:

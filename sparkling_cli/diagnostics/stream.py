@@ -120,10 +120,10 @@ class StreamWatch:
         if self._block is None:
             return
         path = self._paths.get(id(module))
-        if path is None and isinstance(output, torch.Tensor) and any(map(self._is_stream, _tensors(args))):
+        if path is None and isinstance(output, torch.Tensor) and any(map(self._is_stream, tensors_in(args))):
             setattr(output, _NORMED, self._block)  # no matrix in it: a norm
         if path is not None and path != self._block:
-            for tensor in _tensors((output,)):
+            for tensor in tensors_in((output,)):
                 if not self._is_stream(tensor) and not self._is_normed(tensor):
                     setattr(tensor, _OUTPUTS, {path: None})
 
@@ -136,7 +136,7 @@ class StreamWatch:
         """Look at a torch call, before it runs; what comes back is given to :meth:`done` with its result."""
         if self._block is None:
             return None
-        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        tensors = [*tensors_in(args), *tensors_in(kwargs.values())]
         if func in _ADDITIONS and len(tensors) == 2:
             streams = [self._is_stream(tensor) for tensor in tensors]
             if not any(streams) and hasattr(tensors[0], _OUTPUTS) != hasattr(tensors[1], _OUTPUTS):
@@ -172,7 +172,7 @@ class StreamWatch:
             if isinstance(result, torch.Tensor):
                 setattr(result, found, self._block)
         elif found:
-            for tensor in _tensors((result,)):
+            for tensor in tensors_in((result,)):
                 # a product with a parameter is named already
                 if not self._is_stream(tensor) and (func in _ADDITIONS or not hasattr(tensor, _OUTPUTS)):
                     setattr(tensor, _OUTPUTS, found)
@@ -236,11 +236,12 @@ def _expert_counts(block: nn.Module) -> set[int]:
     return lists | {parameter.shape[0] for parameter in block.parameters() if parameter.ndim >= 3}
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """All tensors among arguments, in containers too."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from tensors_in(value)
         elif isinstance(value, dict):
-            yield from _tensors(value.values())
+            yield from tensors_in(value.values())

@@ -8,7 +8,6 @@ for ``ffn`` the gate and up rows and the down column, for each expert by itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from sparkling_cli.errors import CheckpointError, LayoutError
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.layout.expr import Expr, Product, Role, TensorLayout, axis_names
+from sparkling_cli.layout.expr import Role, TensorLayout, axis_names, factors
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, read_manifest
 from sparkling_cli.results.measured import ChannelSymmetry, Symmetry
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 #: a channel counts as locked while its distance from its source is below this share of the source's norm
 LOCKED = 0.01
-
-_NUMBERS = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 
 def measure_symmetry(trained: Path | str, expanded: Path | str, *, stage: int | None = None) -> Symmetry:
@@ -150,7 +147,7 @@ def _add(
             channels = channels[None]
         channels = channels.flatten(2) if channels.dim() > 2 else channels[..., None]
         a, b = channels[:, new], channels[:, old]
-        numbers = tuple(int(n) for n in _NUMBERS.findall(name))
+        numbers = tuple(int(part) for part in name.split(".") if part.isdigit())
         parts = [(a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1), ((a - b) ** 2).sum(-1)]
         key = _Key(numbers, axis, channels.shape[0] if front else 0)
         if key not in sums or sums[key].dot.shape != parts[0].shape:
@@ -179,17 +176,9 @@ def _axes(dims: TensorLayout, growth: Mapping[str, Growth]) -> list[str]:
     """Per view dim, the growing axes in it, joined by ``+``; "" for none."""
     found = []
     for dim in dims.dims:
-        for factor in _factors(dim.expr):
+        for factor in factors(dim.expr):
             found.append("+".join(sorted(set(axis_names(factor)) & set(growth))))
     return found
-
-
-def _factors(expr: Expr) -> Iterator[Expr]:
-    if not isinstance(expr, Product):
-        yield expr
-        return
-    for factor in expr.factors:
-        yield from _factors(factor)
 
 
 def _rows(sums: Mapping[_Key, _Sums]) -> Iterator[ChannelSymmetry]:

@@ -7,21 +7,19 @@ summed over.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING
 
 from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.layout.names import skeleton
 from sparkling_cli.results.measured import TensorStat, Weights
 from sparkling_cli.storage.read import PIECE, TensorSource
 from sparkling_cli.storage.tensors import FLOATING
 
 if TYPE_CHECKING:
     import torch
-
-_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 
 @dataclass
@@ -107,5 +105,4 @@ def named_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
 
 def role_and_layer(name: str) -> tuple[str, int | None]:
     """``model.layers.3.mlp.experts.7.up.weight`` as its role with ``*`` for both numbers, and 3."""
-    first = _NUMBER.search(name)
-    return _NUMBER.sub("*", name), None if first is None else int(first.group())
+    return skeleton(name), next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -143,6 +143,17 @@ def axis_names(expr: Expr) -> Iterator[str]:
     return (atom.name for atom in atoms(expr) if isinstance(atom, Axis))
 
 
+def factors(expr: Expr) -> tuple[Expr, ...]:
+    """A term split at its outermost products; a labelled product hands its label to every factor."""
+    if not isinstance(expr, Product):
+        return (expr,)
+    found: list[Expr] = []
+    for factor in expr.factors:
+        handed = factor if factor.label or not expr.label else replace(factor, label=expr.label)
+        found.extend(factors(handed))
+    return tuple(found)
+
+
 def size_of(expr: Expr, sizes: Mapping[str, int]) -> int:
     """Number of entries of a term.
 

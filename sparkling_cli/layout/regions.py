@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.expr import PACKINGS, Axis, Expr, Fixed, Product, TensorLayout, size_of
+from sparkling_cli.layout.expr import PACKINGS, Axis, Expr, Fixed, Product, TensorLayout, factors, size_of
 
 #: ``(start, stop, stage)`` along one dim, in order, without gaps.
 Interval = tuple[int, int, int]
@@ -78,7 +78,7 @@ class Region:
 
     def flat(self) -> tuple[tuple[Interval, ...], ...]:
         """Per storage dim, the intervals along the dim itself, its factors multiplied out."""
-        return tuple(_flattened(factors) for factors in self.dims)
+        return tuple(_flattened(parts) for parts in self.dims)
 
     def take(self, indices: Sequence[Sequence[int] | None]) -> Region:
         """The region of a part of the parameter.
@@ -88,12 +88,12 @@ class Region:
         """
         dims = []
         shape = []
-        for size, factors, chosen in zip(self.shape, self.dims, indices, strict=True):
+        for size, parts, chosen in zip(self.shape, self.dims, indices, strict=True):
             if chosen is None:
-                dims.append(factors)
+                dims.append(parts)
                 shape.append(size)
                 continue
-            along = [stage for start, stop, stage in _flattened(factors) for _ in range(start, stop)]
+            along = [stage for start, stop, stage in _flattened(parts) for _ in range(start, stop)]
             dims.append((_runs([along[i] for i in chosen]),))
             shape.append(len(chosen))
         return Region(tuple(shape), tuple(dims))
@@ -111,15 +111,9 @@ def region_of(layout: TensorLayout, sizes: Mapping[str, int], births: Births) ->
         LayoutError: an axis's births do not tile its size.
     """
     dims = tuple(
-        tuple(_intervals(factor, sizes, births) for factor in _factors(dim.expr)) for dim in layout.dims
+        tuple(_intervals(factor, sizes, births) for factor in factors(dim.expr)) for dim in layout.dims
     )
     return Region(layout.shape(sizes), dims)
-
-
-def _factors(expr: Expr) -> tuple[Expr, ...]:
-    if not isinstance(expr, Product):
-        return (expr,)
-    return tuple(inner for factor in expr.factors for inner in _factors(factor))
 
 
 def _intervals(expr: Expr, sizes: Mapping[str, int], births: Births) -> tuple[Interval, ...]:
@@ -129,7 +123,7 @@ def _intervals(expr: Expr, sizes: Mapping[str, int], births: Births) -> tuple[In
             return ((0, size, 0),)
         return _checked(expr.name, births[expr.name], size)
     if isinstance(expr, Product):
-        return _flattened(tuple(_intervals(factor, sizes, births) for factor in _factors(expr)))
+        return _flattened(tuple(_intervals(factor, sizes, births) for factor in factors(expr)))
     found: list[Interval] = []
     offset = 0
     for part in expr.parts:
@@ -151,10 +145,10 @@ def _checked(axis: str, births: Sequence[Sequence[int]], size: int) -> tuple[Int
     return intervals
 
 
-def _flattened(factors: tuple[tuple[Interval, ...], ...]) -> tuple[Interval, ...]:
+def _flattened(dims: tuple[tuple[Interval, ...], ...]) -> tuple[Interval, ...]:
     """Row-major product of intervals; an index is as old as its youngest factor."""
-    result = factors[-1]
-    for outer in reversed(factors[:-1]):
+    result = dims[-1]
+    for outer in reversed(dims[:-1]):
         width = result[-1][1]
         if len(result) == 1:
             inner = result[0][2]

@@ -63,15 +63,11 @@ def path(points: Iterable[tuple[float, float]], class_: str) -> str:
 
 
 def marker(shape: str, x: float, y: float, class_: str, title: str = "", size: float = 3.5) -> str:
-    """A hollow or filled mark: ``circle``, ``square`` or ``diamond`` (the class says how it is filled)."""
+    """A hollow or filled mark: ``circle`` or ``square`` (the class says how it is filled)."""
     hint = tag("title", escape(title)) if title else ""
     if shape == "circle":
         return tag("circle", hint, cx=float(x), cy=float(y), r=size, class_=class_)
-    if shape == "square":
-        return rect(x - size * 0.9, y - size * 0.9, size * 1.8, size * 1.8, class_, hint)
-    corners = f"M{num(x)} {num(y - size * 1.25)}L{num(x + size * 1.25)} {num(y)}"
-    corners += f"L{num(x)} {num(y + size * 1.25)}L{num(x - size * 1.25)} {num(y)}Z"
-    return tag("path", hint, d=corners, class_=class_)
+    return rect(x - size * 0.9, y - size * 0.9, size * 1.8, size * 1.8, class_, hint)
 
 
 def svg(width: float, height: float, title: str, description: str, *body: str, class_: str = "") -> str:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sparkling_cli.layout.names import skeleton
 from sparkling_cli.report.spark import sparkline
 from sparkling_cli.results.account import Account
 from sparkling_cli.results.base import Verdict
@@ -108,8 +109,8 @@ def measurement_table(found: Measurement, *, rows: int | None = None) -> Table:
     """
     kinds: dict[str, list[LayerStat]] = {}
     for layer in (*found.functions, *found.layers):
-        kinds.setdefault(_kind(layer.name), []).append(layer)
-    functions = {_kind(function.name) for function in found.functions}
+        kinds.setdefault(skeleton(layer.name), []).append(layer)
+    functions = {skeleton(function.name) for function in found.functions}
     table = _table("RMS of activations per function of a block and kind of linear layer", _stream_line(found))
     table.add_column("layers", overflow="fold")
     table.add_column("n", justify="right")
@@ -269,11 +270,6 @@ def _common_prefix(names: Sequence[str]) -> str:
     if len(first) != 1 or any(path[1].isdigit() or path[1] == "*" for path in numbered):
         return ""
     return f"{first.pop()}."
-
-
-def _kind(name: str) -> str:
-    """The layer's name with the number of its block taken out."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

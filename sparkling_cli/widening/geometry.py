@@ -27,6 +27,7 @@ from sparkling_cli.layout.expr import (
     Sum,
     TensorLayout,
     axis_names,
+    factors,
     size_of,
 )
 
@@ -230,7 +231,7 @@ def view_of(
     """
     dims: list[ViewDim] = []
     for index, dim in enumerate(layout.dims):
-        for factor in _factors(dim.expr):
+        for factor in factors(dim.expr):
             runs = _runs(factor, dim, sizes, growth, treatment, consumed, None)
             source = size_of(factor, sizes)
             target = runs[-1].target + runs[-1].length
@@ -240,12 +241,10 @@ def view_of(
 
 def target_shape(view: View) -> tuple[int, ...]:
     """The storage shape that a view widens to."""
-    return _storage_shape(view, [dim.target for dim in view])
-
-
-def source_shape(view: View) -> tuple[int, ...]:
-    """The storage shape that a view widens from."""
-    return _storage_shape(view, [dim.source for dim in view])
+    shape: dict[int, int] = {}
+    for dim in view:
+        shape[dim.dim] = shape.get(dim.dim, 1) * dim.target
+    return tuple(shape[i] for i in sorted(shape))
 
 
 def scale_range(view: View) -> tuple[float, float]:
@@ -272,30 +271,12 @@ def fills_on(
         found = {Role.OUT: produced, Role.BIAS: produced, Role.IN: consumed}.get(dim.role)
         if found is None or axis not in axis_names(dim.expr):
             continue
-        factors = [[(r.new, r.fill, r.shield) for r in d.runs] for d in view if d.dim == index]
-        for runs in product(*(dict.fromkeys(factor) for factor in factors)):
+        apart = [[(r.new, r.fill, r.shield) for r in d.runs] for d in view if d.dim == index]
+        for runs in product(*map(dict.fromkeys, apart)):
             if any(new for new, _, _ in runs):
                 shield = any(shield for _, _, shield in runs)
                 found.add(Fill.COPY if shield else max(fill for _, fill, _ in runs))
     return frozenset(produced), frozenset(consumed)
-
-
-def _storage_shape(view: View, sizes: list[int]) -> tuple[int, ...]:
-    shape: dict[int, int] = {}
-    for dim, size in zip(view, sizes, strict=True):
-        shape[dim.dim] = shape.get(dim.dim, 1) * size
-    return tuple(shape[i] for i in sorted(shape))
-
-
-def _factors(expr: Expr) -> tuple[Expr, ...]:
-    """Split at the outermost products; a labelled product hands its label to every factor."""
-    if not isinstance(expr, Product):
-        return (expr,)
-    found: list[Expr] = []
-    for factor in expr.factors:
-        handed = factor if factor.label or not expr.label else replace(factor, label=expr.label)
-        found.extend(_factors(handed))
-    return tuple(found)
 
 
 def _runs(
