@@ -12,7 +12,7 @@ from dataclasses import replace
 from sparkling_cli.layout.expr import Axis, Expr, Fixed, Product, Role, TensorLayout
 from sparkling_cli.models.families import Family
 from sparkling_cli.models.labels import Part, parent, part_count, render, rows_keep, rows_swap, span
-from sparkling_cli.models.proof import Bench
+from sparkling_cli.models.parity import LogitParity
 
 _HIDDEN = Axis("hidden")
 _HEADS: tuple[Expr, ...] = (Axis("heads"), Axis("head_dim"))
@@ -21,11 +21,11 @@ Place = tuple[int, int]
 
 
 def split_heads(
-    bench: Bench, families: Sequence[Family], layouts: Sequence[TensorLayout]
+    parity: LogitParity, families: Sequence[Family], layouts: Sequence[TensorLayout]
 ) -> list[TensorLayout]:
     """The layouts with ``(heads head_dim)`` where attention's own dims were called ``hidden``."""
     result = list(layouts)
-    if bench.found.coupled != ("heads",) or "head_dim" not in bench.found.axes:
+    if parity.found.coupled != ("heads",) or "head_dim" not in parity.found.axes:
         return result
     blocks: dict[tuple[str, ...], list[int]] = {}
     for i, family in enumerate(families):
@@ -36,7 +36,7 @@ def split_heads(
             place = _consumer(result[i], i)
             if place is not None:
                 others = {o: p for o, p in producers.items() if all(i != f for f, _ in p)}
-                _split_block(bench, families, result, others, place)
+                _split_block(parity, families, result, others, place)
     return result
 
 
@@ -75,7 +75,7 @@ def _alternatives(expr: Expr) -> list[Expr]:
 
 
 def _split_block(
-    bench: Bench,
+    parity: LogitParity,
     families: Sequence[Family],
     layouts: list[TensorLayout],
     producers: dict[str, list[Place]],
@@ -88,12 +88,12 @@ def _split_block(
         first = layouts[places[0][0]].dims[places[0][1]].expr
         for number, option in enumerate(_alternatives(first)):
             for k in range(part_count(option)):
-                parts = [span(f, at, option, k, bench.found.sizes) for f, at in places]
+                parts = [span(f, at, option, k, parity.found.sizes) for f, at in places]
                 rows = [p for p in parts if p is not None]
                 # Queries and keys may be negated together too, but not exchanged entry by entry.
-                if not rows_swap(bench, families, [*rows, whole]):
+                if not rows_swap(parity, families, [*rows, whole]):
                     continue
-                if not rows_keep(bench, families, [*rows, whole]):
+                if not rows_keep(parity, families, [*rows, whole]):
                     continue
                 layouts[i] = _with(layouts[i], d, Product(_HEADS))
                 for f, at in (p for others in producers.values() for p in others):

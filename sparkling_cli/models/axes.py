@@ -1,7 +1,7 @@
 """The axes of a tiny model: which config keys size it, grouped into axes that can grow.
 
 Found by doubling every integer of the config on the meta device and looking at which shapes move.
-Names come from hints (``roles``); what moves is measured.
+Names come from hints (``sizes``); what moves is measured.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from sparkling_cli.models.roles import OTHER_MODALITY, Path, get_path, role_of, set_path, walk
 from sparkling_cli.models.shrink import shapes as shapes_of
+from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, kind_of, set_path, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 
 Shapes = dict[str, tuple[int, ...]]
 
-#: Roles whose keys size nothing that could be an axis.
+#: Kinds whose keys size nothing that could be an axis.
 _IGNORED = frozenset({"token", "layers", "shared_layers", "multiple", "top_k", "window", "groups"})
-#: Roles of axes that are never widened, with the reason.
+#: Kinds of axes that are never widened, with the reason.
 FROZEN: Mapping[str, str] = {
     "vocab": "the vocabulary is not a width",
     "positions": "the number of positions is not a width",
@@ -37,20 +37,20 @@ class AxisKey:
 
     Attributes:
         name: axis name.
-        role: what the keys' names hint at, or None.
+        kind: what the keys' names hint at, or None.
         size: entries in the tiny model.
         keys: config paths that hold it.
     """
 
     name: str
-    role: str | None
+    kind: str | None
     size: int
     keys: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
-class Coordinates:
-    """Axes of a tiny config, and the way from axis sizes to a config.
+class TinyAxes:
+    """Axes of a tiny config, and how a config is made from axis sizes.
 
     Attributes:
         config: the tiny config.
@@ -58,7 +58,7 @@ class Coordinates:
         terms: config path -> names of the axes (and numbers) whose product is its value.
         shapes: of every tensor of the tiny model's state dict.
         moved: axis -> shapes with that axis doubled (absent: the class refuses that).
-        refused: axis -> what the class said.
+        refused: axis -> what the class raised.
         coupled: axes that only grow together with hidden.
     """
 
@@ -86,7 +86,7 @@ class Coordinates:
         return config
 
 
-def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Coordinates:
+def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> TinyAxes:
     """Measure which keys of a tiny config size its tensors, and name the axes."""
     base = shapes_of(config, factory)
     sizing: dict[Path, int] = {}
@@ -95,14 +95,14 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Coo
     for path, value in _integers(config):
         shapes = _doubled(config, {path: 2 * value}, factory)
         # A key that cannot move alone (heads that must divide hidden) may still be half of an axis.
-        if isinstance(shapes, str) or shapes != base or role_of(path[-1]) in ("heads", "kv_heads"):
+        if isinstance(shapes, str) or shapes != base or kind_of(path[-1]) in ("heads", "kv_heads"):
             sizing[path] = value
             weights[path] = 0 if isinstance(shapes, str) else _moved_dims(base, shapes)
             if shapes == base:
                 idle.add(path)
     _drop_unread(sizing, idle)
     axes, terms = _grouped(_text_first(sizing, weights), idle)
-    found = Coordinates(config, axes, terms, base)
+    found = TinyAxes(config, axes, terms, base)
     for name in list(axes):
         shapes = _try_shapes(found, {name: 2}, factory)
         if isinstance(shapes, str):
@@ -119,24 +119,24 @@ def _drop_unread(sizing: dict[Path, int], idle: set[Path]) -> None:
     Counts of key/value heads that move nothing and are not those of queries; counts of heads that move
     nothing where another count beside them does (a key that an older version of the class had).
     """
-    for path in [p for p in idle if role_of(p[-1]) == "heads"]:
-        if any(p[:-1] == path[:-1] and role_of(p[-1]) == "heads" and p not in idle for p in sizing):
+    for path in [p for p in idle if kind_of(p[-1]) == "heads"]:
+        if any(p[:-1] == path[:-1] and kind_of(p[-1]) == "heads" and p not in idle for p in sizing):
             del sizing[path]
             idle.discard(path)
-    for path in [p for p in idle if role_of(p[-1]) == "kv_heads"]:
-        beside = [p for p in sizing if p[:-1] == path[:-1] and role_of(p[-1]) == "heads"]
+    for path in [p for p in idle if kind_of(p[-1]) == "kv_heads"]:
+        beside = [p for p in sizing if p[:-1] == path[:-1] and kind_of(p[-1]) == "heads"]
         if all(sizing[p] != sizing[path] for p in beside):
             del sizing[path]
             idle.discard(path)
 
 
-def _rebase(found: Coordinates, name: str) -> None:
+def _rebase(found: TinyAxes, name: str) -> None:
     """Count an axis in the largest unit that every dim of it is a multiple of.
 
     Some classes give the width before a gate halves it: the axis is then half as long as its key says.
     """
     axis, shapes = found.axes[name], found.moved[name]
-    if len(axis.keys) != 1 or axis.role not in ("ffn", "expert_ffn", "shared_ffn"):
+    if len(axis.keys) != 1 or axis.kind not in ("ffn", "expert_ffn", "shared_ffn"):
         return
     steps = {
         b - a
@@ -148,7 +148,7 @@ def _rebase(found: Coordinates, name: str) -> None:
     halves = all(2 * step % axis.size == 0 for step in steps)
     if not halves or all(step % axis.size == 0 for step in steps):
         return
-    found.axes[name] = AxisKey(name, axis.role, axis.size // 2, axis.keys)
+    found.axes[name] = AxisKey(name, axis.kind, axis.size // 2, axis.keys)
     found.terms[axis.keys[0]] = ("2", name)
 
 
@@ -159,16 +159,16 @@ def _moved_dims(base: Shapes, shapes: Shapes) -> int:
 
 def _text_first(sizing: Mapping[Path, int], weights: Mapping[Path, int]) -> dict[Path, int]:
     """Keys of the part of the config that holds the vocabulary first; wide-reaching keys first."""
-    text = {p[:-1] for p in sizing if role_of(p[-1]) == "vocab"}
+    text = {p[:-1] for p in sizing if kind_of(p[-1]) == "vocab"}
     order = sorted(sizing, key=lambda p: (p[:-1] not in text, -weights[p]))
     return {p: sizing[p] for p in order}
 
 
 def _integers(config: Mapping[str, Any]) -> list[tuple[Path, int]]:
     found = []
-    text = {p[:-1] for p, _ in walk(config) if role_of(p[-1]) == "vocab"}
+    text = {p[:-1] for p, _ in walk(config) if kind_of(p[-1]) == "vocab"}
     for path, value in walk(config):
-        if role_of(path[-1]) in _IGNORED:
+        if kind_of(path[-1]) in _IGNORED:
             continue
         # In a composite config only the part with the vocabulary is widened.
         if path[:-1] not in text and (() not in text or OTHER_MODALITY.search(".".join(path[:-1]))):
@@ -191,7 +191,7 @@ def _doubled(config: ConfigDict, values: Mapping[Path, int], factory: ModelFacto
         return f"{type(error).__name__}: {error}"
 
 
-def _try_shapes(found: Coordinates, factors: Mapping[str, int], factory: ModelFactory | None) -> Shapes | str:
+def _try_shapes(found: TinyAxes, factors: Mapping[str, int], factory: ModelFactory | None) -> Shapes | str:
     try:
         return shapes_of(found.resized(factors), factory)
     except Exception as error:  # any model code may raise anything
@@ -206,12 +206,12 @@ def _grouped(
     hidden: dict[tuple[Path, int], list[Path]] = {}
     done: set[Path] = set()
     for path, value in sizing.items():
-        if role_of(path[-1]) == "kv_heads":
+        if kind_of(path[-1]) == "kv_heads":
             heads = _partner(path, sizing)
             if heads is not None and heads not in done:
                 done |= {path, heads}
                 _add_heads(axes, terms, heads, path, sizing)
-        elif role_of(path[-1]) == "hidden":
+        elif kind_of(path[-1]) == "hidden":
             hidden.setdefault((path[:-1], value), []).append(path)
     for (_, size), paths in hidden.items():
         name = _fresh(axes, "hidden", paths[0])
@@ -220,9 +220,9 @@ def _grouped(
         done |= set(paths)
     for path, value in sizing.items():
         if path not in done:
-            role = role_of(path[-1])
+            kind = kind_of(path[-1])
             same = [
-                p for p in idle if role == "heads" and sizing[p] == value and path in idle and p not in done
+                p for p in idle if kind == "heads" and sizing[p] == value and path in idle and p not in done
             ]
             if len(same) > 1:
                 # Counts that size nothing by themselves cannot be told apart: they grow as one.
@@ -231,13 +231,13 @@ def _grouped(
                 terms.update(dict.fromkeys(same, (name,)))
                 done |= set(same)
                 continue
-            name = _fresh(axes, role if role in _NAMED else path[-1], path)
-            axes[name] = AxisKey(name, role, value, (path,))
+            name = _fresh(axes, kind if kind in _NAMED else path[-1], path)
+            axes[name] = AxisKey(name, kind, value, (path,))
             terms[path] = (name,)
     return axes, terms
 
 
-#: Roles whose name is the axis's name; other axes are named after their config key.
+#: Kinds whose name is the axis's name; other axes are named after their config key.
 _NAMED = frozenset(
     {"ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "head_dim", "vocab", "experts", "v_dim"}
     | {"kv_lora", "q_lora", "qk_nope", "qk_rope"}
@@ -266,7 +266,7 @@ def _add_heads(
 def _partner(kv: Path, sizing: Mapping[Path, int]) -> Path | None:
     """The query-head key that belongs to a kv-head key: the nearest name, in the same config."""
     found = [
-        p for p in sizing if p[:-1] == kv[:-1] and role_of(p[-1]) == "heads" and sizing[p] % sizing[kv] == 0
+        p for p in sizing if p[:-1] == kv[:-1] and kind_of(p[-1]) == "heads" and sizing[p] % sizing[kv] == 0
     ]
     return max(found, key=lambda p: _alike(p[-1], kv[-1]), default=None)
 
@@ -285,7 +285,7 @@ def _fresh(axes: Mapping[str, AxisKey], name: str, path: Path) -> str:
     return "_".join(path) + "_" + str(len(axes))
 
 
-def _coupled(found: Coordinates, factory: ModelFactory | None) -> Coordinates:
+def _coupled(found: TinyAxes, factory: ModelFactory | None) -> TinyAxes:
     """Find head counts without a head_dim of their own: hidden and heads grow together only."""
     if "hidden" not in found.axes:
         return found
@@ -304,10 +304,10 @@ def _coupled(found: Coordinates, factory: ModelFactory | None) -> Coordinates:
         found.axes["head_dim"] = AxisKey("head_dim", "head_dim", width, ())
     moved = {**found.moved, "hidden": shapes}
     refused = {k: v for k, v in found.refused.items() if k != "hidden"}
-    return Coordinates(found.config, found.axes, found.terms, found.shapes, moved, refused, tuple(counts))
+    return TinyAxes(found.config, found.axes, found.terms, found.shapes, moved, refused, tuple(counts))
 
 
-def grows(found: Coordinates, name: str) -> bool:
+def grows(found: TinyAxes, name: str) -> bool:
     """Whether doubling the axis makes some tensors larger and none smaller."""
     shapes = found.moved.get(name)
     if shapes is None or shapes.keys() != found.shapes.keys():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.models.families import _tied_heads
-from sparkling_cli.models.proof import Bench
+from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.models.shrink import run
 
 if TYPE_CHECKING:
@@ -26,27 +26,27 @@ _POWERS = (0.0, 0.5, -0.5, 1.0, -1.0)
 
 
 def hypotheses_for(
-    bench: Bench, axes: Sequence[str], layouts: Mapping[str, TensorLayout]
+    parity: LogitParity, axes: Sequence[str], layouts: Mapping[str, TensorLayout]
 ) -> list[Compensations]:
     """Compensations to try when ``axes`` (hidden among them) grow, the likeliest first.
 
     Args:
-        bench: the tiny model.
+        parity: the tiny model.
         axes: hidden first, then the axes that grow with it.
         layouts: the likeliest layout of every tensor, for measuring.
     """
     axis = axes[0]
-    tied = bool(_tied_heads(bench.model))
-    norm = final_norm(bench)
-    embedding = embedding_name(bench.model)
+    tied = bool(_tied_heads(parity.model))
+    norm = final_norm(parity)
+    embedding = embedding_name(parity.model)
     found: list[Compensations] = []
-    for embed_power in _embedding_powers(bench, axes, layouts, embedding):
+    for embed_power in _embedding_powers(parity, axes, layouts, embedding):
         undo = -embed_power if tied else 0.0
         for head_power in _POWERS if norm else (0.0,):
             for offset in (0.0, 1.0) if tied or head_power else (0.0,):
                 comps: list[Compensation] = []
                 if embed_power:
-                    names = {embedding, *_tied_heads(bench.model)} if tied else {embedding}
+                    names = {embedding, *_tied_heads(parity.model)} if tied else {embedding}
                     comps += [Compensation(axis, n, power=embed_power) for n in sorted(names)]
                 if norm and (tied or head_power + undo):
                     comps += _on_norm(norm, axis, tied, head_power + undo, offset)
@@ -58,7 +58,7 @@ def hypotheses_for(
 
 
 def _embedding_powers(
-    bench: Bench, axes: Sequence[str], layouts: Mapping[str, TensorLayout], embedding: str
+    parity: LogitParity, axes: Sequence[str], layouts: Mapping[str, TensorLayout], embedding: str
 ) -> list[float]:
     """Exponents p of (d'/d)^p that may undo a multiplier on the embedding, the likeliest first.
 
@@ -67,23 +67,23 @@ def _embedding_powers(
     """
     if not embedding:
         return [0.0]
-    first = next((n for n, _ in bench.model.named_modules() if n.endswith(".0") and n.count(".") <= 3), None)
+    first = next((n for n, _ in parity.model.named_modules() if n.endswith(".0") and n.count(".") <= 3), None)
     owner = embedding.rpartition(".")[0]
-    found = [_power(bench, axes, layouts, first, True)] if first else []
-    found.append(_power(bench, axes, layouts, owner, False))
+    found = [_power(parity, axes, layouts, first, True)] if first else []
+    found.append(_power(parity, axes, layouts, owner, False))
     return list(dict.fromkeys(found))
 
 
 def _power(
-    bench: Bench, axes: Sequence[str], layouts: Mapping[str, TensorLayout], module: str, entering: bool
+    parity: LogitParity, axes: Sequence[str], layouts: Mapping[str, TensorLayout], module: str, entering: bool
 ) -> float:
     """Exponent that keeps the RMS of what enters or leaves a module when the axes grow; in halves."""
-    before = _rms_at(bench.model, bench.ids, module, entering)
+    before = _rms_at(parity.model, parity.ids, module, entering)
     powers = []
     for factor in (2, 3):
-        if math.isinf(bench.error(layouts, dict.fromkeys(axes, factor))):
+        if math.isinf(parity.error(layouts, dict.fromkeys(axes, factor))):
             return 0.0
-        after = _rms_at(bench.wide(dict.fromkeys(axes, factor)), bench.ids, module, entering)
+        after = _rms_at(parity.wide(dict.fromkeys(axes, factor)), parity.ids, module, entering)
         if before <= 0 or after <= 0:
             return 0.0
         powers.append(math.log(before / after) / math.log(factor))
@@ -147,12 +147,12 @@ def head_module(model: nn.Module, vocab: int) -> nn.Module | None:
     return heads[-1] if heads else None
 
 
-def final_norm(bench: Bench) -> tuple[str, ...]:
+def final_norm(parity: LogitParity) -> tuple[str, ...]:
     """Names of the 1-d parameters of the module whose output is the head's input; () if none."""
     import torch
 
-    model = bench.model
-    head = head_module(model, bench.logits.shape[-1])
+    model = parity.model
+    head = head_module(model, parity.logits.shape[-1])
     if head is None:
         return ()
     outputs: list[tuple[str, int, torch.Tensor]] = []
@@ -175,7 +175,7 @@ def final_norm(bench: Bench) -> tuple[str, ...]:
             handles.append(module.register_forward_hook(watch(name)))
     handles.append(head.register_forward_pre_hook(entering))
     try:
-        run(model, bench.ids)
+        run(model, parity.ids)
     finally:
         for handle in handles:
             handle.remove()

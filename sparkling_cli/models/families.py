@@ -1,4 +1,4 @@
-"""Hypotheses about every tensor: what its dims are, which way it points.
+"""Hypotheses about every tensor: what its dims are, in which direction it maps.
 
 Module types give the direction of Linear, Conv1D, Embedding and convolution weights. Raw parameters
 get every direction; fused dims get every order (``terms``). A hypothesis is one option per variable.
@@ -15,13 +15,13 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.names import skeleton
 from sparkling_cli.layout.parse import parse_layout
-from sparkling_cli.models.axes import Coordinates, grows
+from sparkling_cli.models.axes import TinyAxes, grows
 from sparkling_cli.models.terms import candidates, grouped_candidates
 
 if TYPE_CHECKING:
     from torch import nn
 
-#: A variable: ("term", module, size, moves) or ("way", tensor).
+#: A variable: ("term", module, size, moves) or ("direction", tensor).
 Variable = tuple[object, ...]
 Options = dict[Variable, tuple[str, ...]]
 
@@ -34,19 +34,19 @@ class Family:
         names: their names in the tiny model.
         shape: their shape in the tiny model.
         moves: per dim, axis -> entries that doubling the axis adds.
-        way: the variable that holds the direction.
+        direction: the variable that holds the direction.
         terms: per dim, the variable that holds its term.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     moves: tuple[Mapping[str, int], ...]
-    way: Variable
+    direction: Variable
     terms: tuple[Variable, ...]
 
     def text(self, choice: Mapping[Variable, str]) -> str:
         """The layout under one option per variable."""
-        return choice[self.way].format(*(choice[t] for t in self.terms))
+        return choice[self.direction].format(*(choice[t] for t in self.terms))
 
     def layout(self, choice: Mapping[Variable, str]) -> TensorLayout:
         """The parsed layout under one option per variable."""
@@ -71,9 +71,9 @@ class Hypotheses:
         return {v: o[0] for v, o in self.options.items()}
 
 
-def hypotheses(found: Coordinates, model: nn.Module) -> Hypotheses:
+def hypotheses(found: TinyAxes, model: nn.Module) -> Hypotheses:
     """All hypotheses about the tensors of a (meta) model."""
-    roles = {name: axis.role for name, axis in found.axes.items()}
+    kinds = {name: axis.kind for name, axis in found.axes.items()}
     tied = _tied_heads(model)
     grouped: dict[tuple[object, ...], list[str]] = {}
     moves: dict[str, tuple[dict[str, int], ...]] = {}
@@ -94,23 +94,23 @@ def hypotheses(found: Coordinates, model: nn.Module) -> Hypotheses:
         for n, moved in zip(shape, moves[name], strict=True):
             variable: Variable = ("term", skeleton(name).rpartition(".")[0], n, tuple(sorted(moved.items())))
             if variable not in options:
-                fits = _parsed_candidates(n, moved, found, roles)
+                fits = _parsed_candidates(n, moved, found, kinds)
                 options[variable] = tuple(fits or [str(n)])
             if options[variable] == (str(n),):
                 for axis in moved:
                     why = f"a dim of {n} entries answers {moved} to doubled axes"
                     unexplained.setdefault(name, {})[axis] = why
             terms.append(variable)
-        way: Variable = ("way", *key)
-        options[way] = ways(model, name, shape, _stacked(moves[name], roles), tied=name in tied)
-        families.append(Family(tuple(names), shape, moves[name], way, tuple(terms)))
+        direction: Variable = ("direction", *key)
+        options[direction] = directions(model, name, shape, _stacked(moves[name], kinds), tied=name in tied)
+        families.append(Family(tuple(names), shape, moves[name], direction, tuple(terms)))
     return Hypotheses(tuple(families), options, unexplained)
 
 
 def _parsed_candidates(
-    n: int, moved: Mapping[str, int], found: Coordinates, roles: Mapping[str, str | None]
+    n: int, moved: Mapping[str, int], found: TinyAxes, kinds: Mapping[str, str | None]
 ) -> list[str]:
-    texts = candidates(n, moved, found.sizes, roles)
+    texts = candidates(n, moved, found.sizes, kinds)
     if found.coupled and set(moved) == {"hidden"}:
         texts += grouped_candidates(n, found.sizes)
     fits = []
@@ -124,7 +124,7 @@ def _parsed_candidates(
     return list(dict.fromkeys(fits))
 
 
-def _moves(found: Coordinates, name: str, dim: int, n: int) -> dict[str, int]:
+def _moves(found: TinyAxes, name: str, dim: int, n: int) -> dict[str, int]:
     """What each axis that can grow adds to a dim."""
     result = {}
     for axis, shapes in found.moved.items():
@@ -149,7 +149,7 @@ def _tied_heads(model: nn.Module) -> frozenset[str]:
     return frozenset(n for key in embeddings for n in owners[key] if len(owners[key]) > 1)
 
 
-def ways(
+def directions(
     model: nn.Module, name: str, shape: tuple[int, ...], stacked: bool, *, tied: bool
 ) -> tuple[str, ...]:
     """Direction templates for a tensor, the likeliest first; ``{i}`` stands for dim i.
@@ -175,15 +175,15 @@ def ways(
             return ("{0} -> {1}",)
     if isinstance(owner, torch.nn.Conv1d) and leaf == "weight":
         return ("scale {0} {1} {2}",) if shape[1] == 1 else ("{0} <- {1} {2}",)
-    return _raw_ways(leaf, shape, stacked)
+    return _raw_directions(leaf, shape, stacked)
 
 
-def _stacked(moves: tuple[Mapping[str, int], ...], roles: Mapping[str, str | None]) -> bool:
+def _stacked(moves: tuple[Mapping[str, int], ...], kinds: Mapping[str, str | None]) -> bool:
     """Whether the leading dim counts experts, routed or shared."""
-    return bool(moves and moves[0]) and all(roles[a] in ("experts", "shared_experts") for a in moves[0])
+    return bool(moves and moves[0]) and all(kinds[a] in ("experts", "shared_experts") for a in moves[0])
 
 
-def _raw_ways(leaf: str, shape: tuple[int, ...], stacked: bool) -> tuple[str, ...]:
+def _raw_directions(leaf: str, shape: tuple[int, ...], stacked: bool) -> tuple[str, ...]:
     """Every direction of a raw parameter; a leading dim of experts may be a stack."""
     found: dict[str, None] = {}
     starts = [1, 0] if stacked and len(shape) > 2 else [0, 1] if stacked else [0]

@@ -91,8 +91,8 @@ def _divisible(config: Mapping[str, Any], layout: ModelLayout) -> tuple[tuple[st
 def _inferred(config: Mapping[str, Any], model: str | None, model_factory: Any) -> ModelLayout:
     import torch
 
-    from sparkling_cli.models.court import judge
-    from sparkling_cli.models.realize import realize
+    from sparkling_cli.models.prove import prove_axes
+    from sparkling_cli.models.real_layout import real_layout
     from sparkling_cli.models.renamed import usual_names
     from sparkling_cli.models.shrink import shrink
     from sparkling_cli.models.skeleton import load_factory, model_errors, text_config
@@ -107,9 +107,9 @@ def _inferred(config: Mapping[str, Any], model: str | None, model_factory: Any) 
                 config, factory = renamed.config, renamed.factory
             real = text_config(config, factory=factory)
             tiny = shrink(config, factory=factory)
-            judged = judge(tiny, factory=factory)
+            findings = prove_axes(tiny, factory=factory)
             name = (real.get("architectures") or [model or "model"])[0]
-            layout = realize(judged, config, real, name=name, factory=factory)
+            layout = real_layout(findings, config, real, name=name, factory=factory)
             if factory is None:
                 layout = replace(layout, divisible=_divisible(config, layout))
             return layout if renamed is None else renamed.restore(layout)

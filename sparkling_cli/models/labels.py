@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, Product, Role, Sum, TensorLayout, size_of
 from sparkling_cli.models.families import Family
-from sparkling_cli.models.proof import Bench
+from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.models.search import Choice
 
 
@@ -28,13 +28,13 @@ class Part:
 
 
 def label(
-    bench: Bench, families: Sequence[Family], layouts: Sequence[TensorLayout], axes: Sequence[str]
+    parity: LogitParity, families: Sequence[Family], layouts: Sequence[TensorLayout], axes: Sequence[str]
 ) -> list[TensorLayout]:
     """The layouts with ``gate``/``up`` and ``q``/``k``/``v`` written where they can be told apart."""
     result = list(layouts)
     for axis in axes:
         for group in _groups(families, result, axis):
-            _label_group(bench, families, result, group, axis)
+            _label_group(parity, families, result, group, axis)
     return result
 
 
@@ -70,14 +70,14 @@ def _axes(expr: Expr) -> set[str]:
 
 
 def _label_group(
-    bench: Bench,
+    parity: LogitParity,
     families: Sequence[Family],
     layouts: list[TensorLayout],
     group: tuple[list[tuple[int, int]], list[tuple[int, int]]],
     axis: str,
 ) -> None:
     outs, ins = group
-    sizes = bench.found.sizes
+    sizes = parity.found.sizes
     modules: dict[str, list[tuple[int, int]]] = {}
     for i, d in outs:
         owner = families[i].names[0].removesuffix("_bias").removesuffix(".bias").removesuffix(".weight")
@@ -91,8 +91,8 @@ def _label_group(
     if len(parts) < 2 or len(parts) > 6:
         return
     consumers = [Part(i, d, 0, families[i].shape[d]) for i, d in ins]
-    linear = [rows_keep(bench, families, [*p, *consumers]) for _, _, p in parts]
-    attention = bench.found.axes[axis].role in ("heads", "kv_heads", "q_per_kv")
+    linear = [rows_keep(parity, families, [*p, *consumers]) for _, _, p in parts]
+    attention = parity.found.axes[axis].kind in ("heads", "kv_heads", "q_per_kv")
     names = _names(linear, attention, parts, layouts, modules)
     if names is None:
         return
@@ -152,29 +152,29 @@ def _block(part: Part) -> int:
     return 1
 
 
-def rows_keep(bench: Bench, families: Sequence[Family], parts: Sequence[Part]) -> bool:
+def rows_keep(parity: LogitParity, families: Sequence[Family], parts: Sequence[Part]) -> bool:
     """Whether negating all these entries at once leaves the logits as they are."""
     import torch
 
-    state = {k: v.clone() for k, v in bench.state.items()}
+    state = {k: v.clone() for k, v in parity.state.items()}
     for part in parts:
         index = torch.tensor(_entries(part, families[part.family].shape[part.dim]))
         for name in families[part.family].names:
             state[name].index_copy_(part.dim, index, -state[name].index_select(part.dim, index))
-    return bench.unchanged(state)
+    return parity.unchanged(state)
 
 
-def rows_swap(bench: Bench, families: Sequence[Family], parts: Sequence[Part]) -> bool:
+def rows_swap(parity: LogitParity, families: Sequence[Family], parts: Sequence[Part]) -> bool:
     """Whether exchanging the first two entries of all these parts at once leaves the logits."""
     import torch
 
-    state = {k: v.clone() for k, v in bench.state.items()}
+    state = {k: v.clone() for k, v in parity.state.items()}
     for part in parts:
         first, second = _entries(part, families[part.family].shape[part.dim])[:2]
         index, other = torch.tensor([first, second]), torch.tensor([second, first])
         for name in families[part.family].names:
             state[name].index_copy_(part.dim, index, state[name].index_select(part.dim, other))
-    return bench.unchanged(state)
+    return parity.unchanged(state)
 
 
 def _names(

@@ -14,7 +14,7 @@ from sparkling_cli.formats.pause import collector_running
 from sparkling_cli.layout.expr import Role, axis_names
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.models import cache
-from sparkling_cli.models.roles import role_of, walk
+from sparkling_cli.models.sizes import kind_of, walk
 from sparkling_cli.storage.read import TensorSource
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def find_layout(
             "layout file of the package fits its tensors",
             hint=f"of a transformers model, copy its config.json into it; else {own}" if bare else own,
         )
-    from sparkling_cli.models.agreement import check_counts, check_tensors
+    from sparkling_cli.models.config_check import check_counts, check_tensors
     from sparkling_cli.models.infer import infer
 
     if model is None:
@@ -90,7 +90,7 @@ def _packaged(checkpoint: Checkpoint) -> ModelLayout | None:
         sizing = [
             ".".join(path)
             for path, value in walk(checkpoint.config or {})
-            if role_of(path[-1]) in _WIDTHS and isinstance(value, int) and not isinstance(value, bool)
+            if kind_of(path[-1]) in _WIDTHS and isinstance(value, int) and not isinstance(value, bool)
         ]
         return find_packaged(checkpoint, lambda one, other: _alike(checkpoint, one, other), sizing)
     except LayoutError:
@@ -138,7 +138,7 @@ def named_states(checkpoint: Checkpoint, layout: ModelLayout, *, model: str | No
         decayed = {n for n, shape in parameters if len(shape) > 1}
         return name_parameters(checkpoint, parameters, decayed, vocabulary_of(layout, parameters))
     if model is None:
-        from sparkling_cli.models.agreement import check_counts
+        from sparkling_cli.models.config_check import check_counts
 
         check_counts(checkpoint)
     parameters, decay = model_parameters(config, model)

@@ -16,12 +16,12 @@ from typing import Any
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.models.axes import Shapes
-from sparkling_cli.models.roles import Path, get_path, role_of, set_path, walk
 from sparkling_cli.models.shrink import run, shrink, tokens
 from sparkling_cli.models.shrink import shapes as shapes_of
+from sparkling_cli.models.sizes import Path, get_path, kind_of, set_path, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model
 
-#: The usual name of a key, for each role that is looked for.
+#: The usual name of a key, for each kind that is looked for.
 _USUAL: Mapping[str, str] = {
     "layers": "num_hidden_layers",
     "vocab": "vocab_size",
@@ -30,7 +30,7 @@ _USUAL: Mapping[str, str] = {
     "ffn": "intermediate_size",
     "heads": "num_attention_heads",
 }
-#: Roles without which no small model of the class can be made.
+#: Kinds without which no small model of the class can be made.
 _NEEDED = ("vocab", "hidden")
 _HINT = (
     "name the keys as usual (vocab_size, hidden_size, intermediate_size, num_attention_heads, head_dim, "
@@ -76,30 +76,30 @@ def usual_names(config: Mapping[str, Any], factory: ModelFactory) -> Renamed:
     unknown = [
         (path, value)
         for path, value in walk(plain)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0 and role_of(path[-1]) is None
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0 and kind_of(path[-1]) is None
     ]
-    named = {role_of(path[-1]) for path, value in walk(plain) if value is not None}
+    named = {kind_of(path[-1]) for path, value in walk(plain) if value is not None}
     if not unknown:
         return Renamed(plain, factory, {}, ())
     moves = _moves(plain, factory, unknown)
-    roles = _roles(plain, factory, moves, named)
-    missing = [role for role in _NEEDED if role not in named and role not in roles]
+    kinds = _kinds(plain, factory, moves, named)
+    missing = [kind for kind in _NEEDED if kind not in named and kind not in kinds]
     if missing:
-        tried = "; ".join(f"{'.'.join(path)} {_told(moved)}" for path, moved in moves.items())
+        tried = "; ".join(f"{'.'.join(path)} {_described(moved)}" for path, moved in moves.items())
         raise LayoutError(
             f"no number in this model's config is its {' or '.join(missing)}. Doubled one by one: {tried}",
             hint=_HINT,
         )
-    found = _renamed(plain, factory, roles, _pairs(moves))
+    found = _renamed(plain, factory, kinds, _pairs(moves))
     if "heads" in named or not any(not moved for moved in moves.values()):
         return found
     heads = _silent_heads(found, [path for path, moved in moves.items() if not moved])
-    return found if heads is None else _renamed(plain, factory, {**roles, "heads": heads}, _pairs(moves))
+    return found if heads is None else _renamed(plain, factory, {**kinds, "heads": heads}, _pairs(moves))
 
 
 @dataclass(frozen=True)
 class _Moved:
-    """What doubling a number does: dims that grow, tensors that come, or what the class says."""
+    """What doubling a number does: dims that grow, tensors that come, or what the class raises."""
 
     dims: frozenset[tuple[str, int]] = frozenset()
     added: int = 0
@@ -136,7 +136,7 @@ def _difference(base: Shapes, other: Shapes) -> _Moved:
     return _Moved(frozenset(dims), len(other) - len(base))
 
 
-def _told(moved: _Moved) -> str:
+def _described(moved: _Moved) -> str:
     if moved.refused:
         return f"is refused ({moved.refused})"
     if moved.added:
@@ -145,10 +145,10 @@ def _told(moved: _Moved) -> str:
     return f"moves {len(names)} tensors, e.g. {names[0]}" if names else "moves nothing"
 
 
-def _roles(
+def _kinds(
     config: ConfigDict, factory: ModelFactory, moves: Mapping[Path, _Moved], named: set[str | None]
 ) -> dict[str, Path]:
-    """Role -> key, for roles that no key has by its name."""
+    """Kind -> key, for kinds that no key has by its name."""
     import torch
 
     model = build_model(config, factory=factory)
@@ -167,7 +167,7 @@ def _roles(
         "positions": long[:1] if "vocab" in named else long[1:2],
         "ffn": alone if len(alone) == 1 and not named & {"ffn", "expert_ffn"} else [],
     }
-    return {role: paths[0] for role, paths in found.items() if paths and role not in named}
+    return {kind: paths[0] for kind, paths in found.items() if paths and kind not in named}
 
 
 def _pairs(moves: Mapping[Path, _Moved]) -> tuple[frozenset[str], ...]:
@@ -180,9 +180,9 @@ def _pairs(moves: Mapping[Path, _Moved]) -> tuple[frozenset[str], ...]:
 
 
 def _renamed(
-    config: ConfigDict, factory: ModelFactory, roles: Mapping[str, Path], paired: tuple[frozenset[str], ...]
+    config: ConfigDict, factory: ModelFactory, kinds: Mapping[str, Path], paired: tuple[frozenset[str], ...]
 ) -> Renamed:
-    own = {(*path[:-1], _USUAL[role]): path for role, path in roles.items()}
+    own = {(*path[:-1], _USUAL[kind]): path for kind, path in kinds.items()}
     moved = copy.deepcopy(config)
     for usual, path in own.items():
         inner = moved if len(path) == 1 else get_path(moved, path[:-1])
@@ -199,10 +199,10 @@ def _renamed(
 
 
 def _silent_heads(found: Renamed, idle: Sequence[Path]) -> Path | None:
-    """The one number that sizes nothing, divides the residual stream, and changes what the model says."""
+    """The one number that sizes nothing, divides the residual stream, and changes the logits."""
     import torch
 
-    hidden = next(v for p, v in walk(found.config) if role_of(p[-1]) == "hidden")
+    hidden = next(v for p, v in walk(found.config) if kind_of(p[-1]) == "hidden")
     try:
         tiny = shrink(found.config, factory=found.factory)
     except LayoutError:

@@ -1,4 +1,4 @@
-"""Which hypothesis is true: every combination that differs under an axis is tried on the bench."""
+"""Which hypothesis is true: every combination that differs under an axis is tried by logit parity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparkling_cli.layout.expr import Role, TensorLayout
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.families import Family, Hypotheses, Options, Variable
-from sparkling_cli.models.proof import Bench
+from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.widening.reference import Rules, Wanted
 
 _LIKELY = 3
@@ -20,11 +20,11 @@ Compensations = tuple[Compensation, ...]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the court said about growing some axes together.
+class Outcome:
+    """What the search found about growing some axes together.
 
     Attributes:
-        proved: logits survive 2x and 3x.
+        proved: logits are kept at 2x and 3x.
         error: the best relative error seen.
         tried: hypotheses tried.
         options: the variables' options that are left (all of them where not proved).
@@ -43,59 +43,112 @@ def layouts_of(families: Sequence[Family], choice: Mapping[Variable, str]) -> di
     return {name: f.layout(choice) for f in families for name in f.names}
 
 
+@dataclass(frozen=True)
+class Search:
+    """The hypotheses under which some axes may grow together, and what decides between them.
+
+    Attributes:
+        parity: decides.
+        families: of all tensors.
+        axes: that grow together.
+        base: the likeliest option of every variable.
+        classes: variable of a tensor that grows -> its options, grouped by what they do when the axes grow.
+        limit: most layouts tried per compensation.
+    """
+
+    parity: LogitParity
+    families: Sequence[Family]
+    axes: Sequence[str]
+    base: Choice
+    classes: Mapping[Variable, Sequence[tuple[str, ...]]]
+    limit: int
+
+    @property
+    def open(self) -> list[Variable]:
+        """Variables with options that differ."""
+        return sorted((v for v, classes in self.classes.items() if len(classes) > 1), key=str)
+
+    def error(self, choice: Choice, comps: Compensations) -> float:
+        """Relative error of the logits at 2x."""
+        return self.parity.error(layouts_of(self.families, choice), dict.fromkeys(self.axes, 2), comps)
+
+    def trials(self, compensations: Sequence[Compensations]) -> Iterator[tuple[Compensations, Choice]]:
+        """Every compensation with the likeliest layouts, then every layout with the likeliest of those."""
+        for comps in compensations:
+            yield comps, self.base
+        if self.open:
+            for comps in compensations[:_LIKELY]:
+                for choice in self._choices(comps):
+                    yield comps, choice
+
+    def options_of(self, choice: Choice) -> Options:
+        """For every variable the options that do the same as the chosen one."""
+        return {v: next(c for c in classes if choice[v] in c) for v, classes in self.classes.items()}
+
+    def _choices(self, comps: Compensations) -> Sequence[Choice]:
+        """All combinations, likeliest first; where there are too many, the end of a greedy descent."""
+        variables = self.open
+        total = math.prod(len(self.classes[v]) for v in variables)
+        if total <= self.limit:
+            indices = sorted(
+                itertools.product(*(range(len(self.classes[v])) for v in variables)),
+                key=lambda c: (_mixed(variables, c), sum(c), c),
+            )
+            return [
+                {**self.base, **{v: self.classes[v][i][0] for v, i in zip(variables, combo, strict=True)}}
+                for combo in indices
+            ]
+        if sum(len(self.classes[v]) for v in variables) > self.limit:
+            return []
+        return [self._descend(comps)]
+
+    def _descend(self, comps: Compensations) -> Choice:
+        """One variable at a time, keep what lowers the error, until nothing does."""
+        choice = dict(self.base)
+        best = self.error(choice, comps)
+        for _ in range(3):
+            before = best
+            for variable in self.open:
+                for group in self.classes[variable]:
+                    trial = {**choice, variable: group[0]}
+                    error = self.error(trial, comps)
+                    if error < best:
+                        best, choice = error, trial
+                if best <= self.parity.tolerance:
+                    return choice
+            if best == before:
+                break
+        return choice
+
+
 def prove(
-    bench: Bench,
+    parity: LogitParity,
     hyp: Hypotheses,
     options: Options,
     axes: Sequence[str],
     compensations: Sequence[Compensations] = ((),),
     *,
     limit: int,
-) -> Verdict:
-    """Search the options for a hypothesis under which ``axes`` grow together without a trace.
+) -> Outcome:
+    """Search the options for a hypothesis under which ``axes`` grow together and the logits stay.
 
     ``limit`` bounds the layouts tried per compensation.
     """
-    sizes = bench.found.sizes
     involved = [f for f in hyp.families if any(f.involves(a) for a in axes)]
-    used = {v for f in involved for v in (f.way, *f.terms)}
-    classes = {v: effects(v, options[v], involved, axes, sizes) for v in used}
-    open_variables = [v for v in used if len(classes[v]) > 1]
-    open_variables.sort(key=str)
-    base = {v: o[0] for v, o in options.items()}
+    used = {v for f in involved for v in (f.direction, *f.terms)}
+    classes = {v: effects(v, options[v], involved, axes, parity.found.sizes) for v in used}
+    search = Search(parity, hyp.families, axes, {v: o[0] for v, o in options.items()}, classes, limit)
     best, tried = math.inf, 0
-    factors = dict.fromkeys(axes, 2)
-    for comps, choice in _trials(bench, hyp, base, open_variables, classes, axes, compensations, limit):
-        layouts = layouts_of(hyp.families, choice)
-        error = bench.error(layouts, factors, comps)
+    for comps, choice in search.trials(compensations):
+        error = search.error(choice, comps)
         tried += 1
         best = min(best, error)
-        if error > bench.tolerance:
+        if error > parity.tolerance:
             continue
-        proved, error = bench.proves(layouts, axes, comps)
+        proved, error = parity.proves(layouts_of(hyp.families, choice), axes, comps)
         if proved:
-            kept = {v: classes[v][_index(classes[v], choice[v])] for v in used}
-            return Verdict(True, error, tried, {**options, **kept}, comps)
-    return Verdict(False, best, tried, options)
-
-
-def _trials(
-    bench: Bench,
-    hyp: Hypotheses,
-    base: Choice,
-    variables: Sequence[Variable],
-    classes: Mapping[Variable, Sequence[tuple[str, ...]]],
-    axes: Sequence[str],
-    compensations: Sequence[Compensations],
-    limit: int,
-) -> Iterator[tuple[Compensations, Choice]]:
-    """Every compensation with the likeliest layouts, then every layout with the likeliest of those."""
-    for comps in compensations:
-        yield comps, base
-    if variables:
-        for comps in compensations[:_LIKELY]:
-            for choice in _choices(bench, hyp, base, variables, classes, axes, comps, limit):
-                yield comps, choice
+            return Outcome(True, error, tried, {**options, **search.options_of(choice)}, comps)
+    return Outcome(False, best, tried, options)
 
 
 def effects(
@@ -119,8 +172,8 @@ def _effect(
     axes: Sequence[str],
     sizes: Mapping[str, int],
 ) -> object:
-    if variable[0] == "way":
-        family = next(f for f in involved if f.way == variable)
+    if variable[0] == "direction":
+        family = next(f for f in involved if f.direction == variable)
         parsed = parse_layout(option.format(*(f"d{i}" for i in range(len(family.shape)))))
         grown = [any(a in m for a in axes) for m in family.moves]
         return tuple(d.role is Role.IN for d, g in zip(parsed.dims, grown, strict=True) if g)
@@ -128,68 +181,10 @@ def _effect(
     return tuple(Wanted(parse_layout(f"scale {option}"), rules, "float64").column.source.tolist())
 
 
-def _index(classes: Sequence[tuple[str, ...]], option: str) -> int:
-    return next(i for i, c in enumerate(classes) if option in c)
-
-
-def _choices(
-    bench: Bench,
-    hyp: Hypotheses,
-    base: Choice,
-    variables: Sequence[Variable],
-    classes: Mapping[Variable, Sequence[tuple[str, ...]]],
-    axes: Sequence[str],
-    comps: Compensations,
-    limit: int,
-) -> Sequence[Choice]:
-    """All combinations, likeliest first; where there are too many, the end of a greedy descent."""
-    total = math.prod(len(classes[v]) for v in variables)
-    if total <= limit:
-        indices = sorted(
-            itertools.product(*(range(len(classes[v])) for v in variables)),
-            key=lambda c: (_mixed(variables, c), sum(c), c),
-        )
-        return [
-            {**base, **{v: classes[v][i][0] for v, i in zip(variables, combo, strict=True)}}
-            for combo in indices
-        ]
-    if sum(len(classes[v]) for v in variables) > limit:
-        return []
-    return [_descend(bench, hyp, base, variables, classes, axes, comps)]
-
-
 def _mixed(variables: Sequence[Variable], combo: Sequence[int]) -> int:
-    """How many raw parameters point another way than the first: one model is written in one way.
+    """How many raw parameters have another direction than the first: one model is written in one style.
 
     Two wrong directions can cancel on a path without a nonlinearity, so mixtures are tried last.
     """
-    ways = [i for v, i in zip(variables, combo, strict=True) if v[0] == "way"]
-    return sum(i != ways[0] for i in ways)
-
-
-def _descend(
-    bench: Bench,
-    hyp: Hypotheses,
-    base: Choice,
-    variables: Sequence[Variable],
-    classes: Mapping[Variable, Sequence[tuple[str, ...]]],
-    axes: Sequence[str],
-    comps: Compensations,
-) -> Choice:
-    """One variable at a time, keep what lowers the error; then pairs; until nothing helps."""
-    factors = dict.fromkeys(axes, 2)
-    choice = dict(base)
-    best = bench.error(layouts_of(hyp.families, choice), factors, comps)
-    for _ in range(3):
-        before = best
-        for variable in variables:
-            for group in classes[variable]:
-                trial = {**choice, variable: group[0]}
-                error = bench.error(layouts_of(hyp.families, trial), factors, comps)
-                if error < best:
-                    best, choice = error, trial
-            if best <= bench.tolerance:
-                return choice
-        if best == before:
-            break
-    return choice
+    directions = [i for v, i in zip(variables, combo, strict=True) if v[0] == "direction"]
+    return sum(i != directions[0] for i in directions)

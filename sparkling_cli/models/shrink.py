@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.models.roles import Path, get_path, role_of, set_path, walk
+from sparkling_cli.models.sizes import Path, get_path, kind_of, set_path, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, text_config
 from sparkling_cli.models.tiny_config import (
     VARIANTS,
@@ -35,22 +35,15 @@ _PATIENCE = 2
 _INDEXED = re.compile(r"\.(\d+)\.")
 
 
-#: What was tried as a tiny model: the variant's place, and layers more than the fewest possible.
-Trials = list[tuple[int, int]]
-
-
-def shrink(
-    config: Mapping[str, Any], *, factory: ModelFactory | None = None, trials: Trials | None = None
-) -> ConfigDict:
+def shrink(config: Mapping[str, Any], *, factory: ModelFactory | None = None) -> ConfigDict:
     """Return a tiny config of the same class whose model builds and runs.
 
     Args:
         config: of the real model.
         factory: the user's own model.
-        trials: a list that is told what was tried, the accepted candidate last.
 
     Raises:
-        LayoutError: no candidate was accepted; the message holds what the class said.
+        LayoutError: no candidate was accepted; the message holds what the class raised.
     """
     real = text_config(config, factory=factory)
     reasons: list[str] = []
@@ -59,13 +52,11 @@ def shrink(
     except Exception as error:  # a class whose own defaults do not build: let tiny sizes try
         kinds = frozenset()
         reasons.append(f"the config itself: {type(error).__name__}: {error}".splitlines()[0])
-    for place, variant in enumerate(VARIANTS):
+    for variant in VARIANTS:
         failed = 0
-        for more, tiny in enumerate(_with_layers(real, variant)):
+        for tiny in _with_layers(real, variant):
             if failed > _PATIENCE and layer_count(tiny) < _MAX_LAYERS:
                 continue  # the last try has as many layers as a tiny model may have
-            if trials is not None:
-                trials.append((place, more))
             try:
                 skeleton = build_model(tiny, factory=factory)
                 if not kinds <= layer_kinds(skeleton):
@@ -81,9 +72,9 @@ def shrink(
                 failed += 1
                 continue
             return tiny
-    said = "; ".join(dict.fromkeys(reasons)) or "not every kind of layer fits into few layers"
+    why = "; ".join(dict.fromkeys(reasons)) or "not every kind of layer fits into few layers"
     raise LayoutError(
-        f"no tiny model of {config.get('model_type', 'this class')!r} could be built and run: {said}",
+        f"no tiny model of {config.get('model_type', 'this class')!r} could be built and run: {why}",
         hint="give a layout file (--layout FILE)",
     )
 
@@ -103,7 +94,7 @@ def tokens(config: Mapping[str, Any], *, seed: int = 0) -> torch.Tensor:
     """Random token ids (1, 11) inside the vocabulary, clear of special ids."""
     import torch
 
-    vocab = [v for p, v in walk(config) if role_of(p[-1]) == "vocab" and isinstance(v, int) and v]
+    vocab = [v for p, v in walk(config) if kind_of(p[-1]) == "vocab" and isinstance(v, int) and v]
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(5, min(vocab, default=60), (1, 11), generator=generator)
 
@@ -145,11 +136,11 @@ def _explicit(tiny: ConfigDict, variant: Variant, factory: ModelFactory | None) 
             set_path(changed, path, value)
             try:
                 moved = shapes(changed, factory) != before
-                if moved or role_of(path[-1]) == "kv_heads":
+                if moved or kind_of(path[-1]) == "kv_heads":
                     run(build_model(changed, meta=False, factory=factory), tokens(changed))
             except Exception:  # not accepted: it stays derived
                 continue
-            if moved or role_of(path[-1]) == "kv_heads":
+            if moved or kind_of(path[-1]) == "kv_heads":
                 tiny = changed
                 break
     return tiny
@@ -157,21 +148,21 @@ def _explicit(tiny: ConfigDict, variant: Variant, factory: ModelFactory | None) 
 
 def _derived(tiny: ConfigDict) -> list[Path]:
     """Keys that may be written although the config leaves them empty."""
-    found = [p for p, v in walk(tiny) if v is None and role_of(p[-1]) in ("ffn", "head_dim", "kv_heads")]
+    found = [p for p, v in walk(tiny) if v is None and kind_of(p[-1]) in ("ffn", "head_dim", "kv_heads")]
     for path, _ in walk(tiny):
         beside = (*path[:-1], "head_dim")
-        if role_of(path[-1]) == "heads" and get_path(tiny, beside) is None and beside not in found:
+        if kind_of(path[-1]) == "heads" and get_path(tiny, beside) is None and beside not in found:
             found.append(beside)
     return found
 
 
 def _explicit_values(path: Path, tiny: ConfigDict, variant: Variant) -> list[int]:
-    role = str(role_of(path[-1]))
-    if role == "kv_heads":
-        heads = [v for p, v in walk(tiny) if p[:-1] == path[:-1] and role_of(p[-1]) == "heads"]
+    kind = str(kind_of(path[-1]))
+    if kind == "kv_heads":
+        heads = [v for p, v in walk(tiny) if p[:-1] == path[:-1] and kind_of(p[-1]) == "heads"]
         return [v for v in heads[:1] if isinstance(v, int)]
-    size = variant.sizes[role]
-    return [size, size + 4] if role == "head_dim" else [size]
+    size = variant.sizes[kind]
+    return [size, size + 4] if kind == "head_dim" else [size]
 
 
 def shapes(config: ConfigDict, factory: ModelFactory | None) -> dict[str, tuple[int, ...]]:

@@ -110,7 +110,7 @@ def model_errors(config: Mapping[str, Any], model: str | None = None) -> Iterato
     """What a model's own code raises on a config becomes an error of ours; it can raise anything.
 
     Raises:
-        LayoutError: names the config's class and what the code said.
+        LayoutError: names the config's class and what the code raised.
         MissingDependencyError: the code needs a package that is not installed.
     """
     try:
@@ -129,10 +129,10 @@ def model_errors(config: Mapping[str, Any], model: str | None = None) -> Iterato
             hint="install it, or give a layout file (--layout)",
         ) from error
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raised = " ".join(f"{type(error).__name__}: {error}".split())
         whose = model or f"the class of model_type {config.get('model_type')!r}"
         raise LayoutError(
-            f"{whose} cannot be built from this config: {said:.400}",
+            f"{whose} cannot be built from this config: {raised:.400}",
             hint="correct the config, or give a layout file (--layout)",
         ) from error
 

@@ -17,7 +17,7 @@ from sparkling_cli.results.commands import Architecture, ArchitectureAxis, Archi
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sparkling_cli.models.court import Judgement
+    from sparkling_cli.models.prove import Findings
 
 #: Up to so many rows the terminal's table shows every reason.
 _FEW = 12
@@ -85,60 +85,60 @@ def axes_in_file(model_type: str) -> tuple[str, ...]:
 
 
 def _judged_row(model_type: str, class_name: str) -> Architecture:
-    from sparkling_cli.models.court import judge
+    from sparkling_cli.models.prove import prove_axes
     from sparkling_cli.models.shrink import shrink
     from sparkling_cli.models.skeleton import default_config
 
     try:
-        judged = judge(shrink(default_config(model_type)))
+        findings = prove_axes(shrink(default_config(model_type)))
     except Exception as error:  # the library's code may raise anything on its own defaults
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return Architecture(model_type=model_type, class_name=class_name, failure=text[:300])
-    axes = judged.found.axes
+    axes = findings.found.axes
     rows = [
         ArchitectureAxis(
-            name=name, role=axes[name].role or "", proved=v.proved, reason=v.reason, joint=v.joint
+            name=name, role=axes[name].kind or "", proved=v.proved, reason=v.reason, joint=v.joint
         )
-        for name, v in judged.verdicts.items()
+        for name, v in findings.verdicts.items()
     ]
-    rows += _absent(judged)
-    experts = any(a.role == "experts" for a in axes.values())
+    rows += _absent(findings)
+    experts = any(a.kind == "experts" for a in axes.values())
     return Architecture(
         model_type=model_type,
         class_name=class_name,
         axes=tuple(rows),
         experts=experts,
-        notes=judged.notes,
+        notes=findings.notes,
     )
 
 
-def _absent(judged: Judgement) -> list[ArchitectureAxis]:
+def _absent(findings: Findings) -> list[ArchitectureAxis]:
     """A refused row, with the reason, for every column in which the class has no axis at all."""
-    roles = {axis.role for axis in judged.found.axes.values()}
+    kinds = {axis.kind for axis in findings.found.axes.values()}
     rows = []
     for name, members in COLUMNS:
-        if roles & members:
+        if kinds & members:
             continue
         reason = f"no key of its config sizes {'an inner width' if name == 'ffn' else name}"
-        times = _times_hidden(judged) if name == "ffn" else None
+        times = _times_hidden(findings) if name == "ffn" else None
         if times is not None:
             reason = f"its inner width is {times} x hidden in code, it has no key: it grows with hidden only"
         rows.append(ArchitectureAxis(name=name, role=name, proved=False, reason=reason))
     return rows
 
 
-def _times_hidden(judged: Judgement) -> int | None:
+def _times_hidden(findings: Findings) -> int | None:
     """The number n of an inner width that is ``(n hidden)``: made by one matrix, used up by another."""
     from sparkling_cli.layout.expr import Axis, Fixed, Product, Role
 
     found: dict[int, set[Role]] = {}
-    for layout in judged.layouts:
+    for layout in findings.layouts:
         for dim in layout.dims if len(layout.dims) == 2 else ():
             factors = dim.expr.factors if isinstance(dim.expr, Product) else ()
             numbers = [f.size for f in factors if isinstance(f, Fixed)]
             if len(factors) == 2 and len(numbers) == 1 and Axis("hidden") in factors:
                 found.setdefault(numbers[0], set()).add(dim.role)
-    return next((n for n, ways in found.items() if {Role.OUT, Role.IN} <= ways), None)
+    return next((n for n, directions in found.items() if {Role.OUT, Role.IN} <= directions), None)
 
 
 def counts(rows: Iterable[Architecture]) -> dict[str, int]:
@@ -170,8 +170,8 @@ def to_table(rows: Sequence[Architecture]) -> Table:
         refused = [f"{a.name}: {a.reason}" if few else a.name for a in row.axes if not a.proved]
         proved = [_axis_cell(a) for a in row.axes if a.proved]
         proved += [f"by a layout file: {', '.join(row.layout_file)}"] if row.layout_file else []
-        said = ("\n" if few else ", ").join(refused)
-        table.add_row(row.model_type, ", ".join(proved), row.failure or said)
+        reasons = ("\n" if few else ", ").join(refused)
+        table.add_row(row.model_type, ", ".join(proved), row.failure or reasons)
     return table
 
 
@@ -206,8 +206,8 @@ def _table_line(row: Architecture) -> str:
     for _, roles in COLUMNS:
         axes = [a for a in row.axes if a.role in roles]
         proved = [_axis_cell(a) for a in axes if a.proved]
-        said = proved or [f"{name} (layout file)" for name in row.layout_file if name in roles]
-        cells.append(", ".join(said) or ("refused" if axes or row.failure else "none"))
+        shown = proved or [f"{name} (layout file)" for name in row.layout_file if name in roles]
+        cells.append(", ".join(shown) or ("refused" if axes or row.failure else "none"))
     core = frozenset().union(*(roles for _, roles in COLUMNS))
     others = [_axis_cell(a) for a in row.axes if a.proved and a.role not in core]
     others += [f"{name} (layout file)" for name in row.layout_file if name not in core]
@@ -228,7 +228,7 @@ def _refusals(row: Architecture) -> list[str]:
     if row.layout_file:
         lines = [
             f"- **{row.model_type}**: its checkpoints get a layout file of the package, which is held to the "
-            f"class by tests and widens {', '.join(row.layout_file)}; what follows is said of inference."
+            f"class by tests and widens {', '.join(row.layout_file)}; what follows is about inference."
         ]
     for axis in row.axes:
         if not axis.proved and axis.reason not in FROZEN.values():

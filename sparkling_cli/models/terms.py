@@ -19,28 +19,28 @@ _MAX_PARTS = 4
 Sizes = Mapping[str, int]
 
 
-def candidates(n: int, moves: Mapping[str, int], sizes: Sizes, roles: Mapping[str, str | None]) -> list[str]:
+def candidates(n: int, moves: Mapping[str, int], sizes: Sizes, kinds: Mapping[str, str | None]) -> list[str]:
     """Terms of the layout language that a dim of size ``n`` may have, the likeliest first.
 
     Args:
         n: entries in the tiny model.
         moves: axis -> entries that doubling it adds (axes that add none are absent).
         sizes: axis sizes in the tiny model.
-        roles: axis -> hinted role.
+        kinds: axis -> hinted kind.
 
     Returns:
         Candidates as text; empty where the sizes follow no sum of products.
     """
     if not moves:
         return [str(n)]
-    whole = sorted((a for a, d in moves.items() if d == n), key=lambda a: _rank(a, roles))
-    partial = sorted((a for a, d in moves.items() if d != n), key=lambda a: _rank(a, roles))
+    whole = sorted((a for a, d in moves.items() if d == n), key=lambda a: _rank(a, kinds))
+    partial = sorted((a for a, d in moves.items() if d != n), key=lambda a: _rank(a, kinds))
     common = prod(sizes[a] for a in whole)
     if common <= 0 or n % common:
         return []
     quotient = n // common
     if not partial:
-        return _products(whole, quotient, roles)
+        return _products(whole, quotient, kinds)
     return _sums(whole, quotient, {a: moves[a] / common for a in partial}, sizes)
 
 
@@ -63,18 +63,18 @@ def grouped_candidates(n: int, sizes: Sizes) -> list[str]:
     return []
 
 
-def _rank(axis: str, roles: Mapping[str, str | None]) -> tuple[int, str]:
-    role = roles.get(axis) or ""
-    if role in _ORDER:
-        return _ORDER.index(role), axis
-    return (100 + _INNER.index(role), axis) if role in _INNER else (50, axis)
+def _rank(axis: str, kinds: Mapping[str, str | None]) -> tuple[int, str]:
+    kind = kinds.get(axis) or ""
+    if kind in _ORDER:
+        return _ORDER.index(kind), axis
+    return (100 + _INNER.index(kind), axis) if kind in _INNER else (50, axis)
 
 
 def _text(factors: Sequence[str]) -> str:
     return factors[0] if len(factors) == 1 else "(" + " ".join(factors) + ")"
 
 
-def _products(whole: Sequence[str], count: int, roles: Mapping[str, str | None]) -> list[str]:
+def _products(whole: Sequence[str], count: int, kinds: Mapping[str, str | None]) -> list[str]:
     """``count`` times a product: as outermost blocks, after the heads, or interleaved."""
     if count == 1:
         found = [_text(whole)]
@@ -82,7 +82,7 @@ def _products(whole: Sequence[str], count: int, roles: Mapping[str, str | None])
             found.append(_text(list(reversed(whole))))
         return found
     # Names that hint at nothing do not say either which factor lies outside.
-    unknown = len(whole) > 1 and any(roles.get(axis) is None for axis in whole)
+    unknown = len(whole) > 1 and any(kinds.get(axis) is None for axis in whole)
     wholes = [list(whole), list(reversed(whole))] if unknown else [list(whole)]
     return [_text([*w[:i], str(count), *w[i:]]) for w in wholes for i in range(len(w) + 1)]
 

@@ -1,4 +1,4 @@
-"""One candidate for a tiny config: layers that show every kind, sizes by role, tables renumbered."""
+"""One candidate for a tiny config: layers that show every kind, sizes by kind, tables renumbered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparkling_cli.models.roles import TINY_SIZES, Path, get_path, role_of, set_path, walk
+from sparkling_cli.models.sizes import TINY_SIZES, Path, get_path, kind_of, set_path, walk
 from sparkling_cli.models.skeleton import ConfigDict
 
 _DENSE_PREFIX = re.compile(r"first_k_dense|num_dense_layers|_layer_start_index$")
@@ -60,7 +60,7 @@ VARIANTS = (
 
 def layer_count(config: Mapping[str, Any]) -> int:
     """The largest number of layers that the config names, 0 for none."""
-    counts = [v for p, v in walk(config) if role_of(p[-1]) == "layers" and isinstance(v, int)]
+    counts = [v for p, v in walk(config) if kind_of(p[-1]) == "layers" and isinstance(v, int)]
     return max(counts, default=0)
 
 
@@ -79,25 +79,25 @@ def layer_table(path: Path) -> int | None:
 
 
 def kept_layers(real: Mapping[str, Any]) -> list[int]:
-    """Indices of layers that together show every value of everything that is said per layer."""
+    """Indices of layers that together show every value of everything that is set per layer."""
     total = layer_count(real)
-    said: list[list[str]] = [[] for _ in range(total)]
+    values: list[list[str]] = [[] for _ in range(total)]
     for path, value in walk(real):
         table = layer_table(path)
         if index_list(path, value, total):
             for i in range(total):
-                said[i].append(str(i in value))
+                values[i].append(str(i in value))
         elif isinstance(value, list) and len(value) == total and total > 1:
             for i in range(total):
-                said[i].append(repr(value[i]))
+                values[i].append(repr(value[i]))
         elif table is not None and table < total:
-            said[table].append(f"{path[-1]}={value}")
-        elif role_of(path[-1]) == "shared_layers" and isinstance(value, int) and 0 < value < total:
+            values[table].append(f"{path[-1]}={value}")
+        elif kind_of(path[-1]) == "shared_layers" and isinstance(value, int) and 0 < value < total:
             for i in range(total):  # the last ones take keys and values from earlier ones
-                said[i].append(str(i >= total - value))
+                values[i].append(str(i >= total - value))
     seen: dict[str, int] = {}
-    for i in range(total if any(said) else 0):
-        seen.setdefault(repr(said[i]), i)
+    for i in range(total if any(values) else 0):
+        seen.setdefault(repr(values[i]), i)
     return sorted(seen.values())
 
 
@@ -129,7 +129,7 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
             set_path(tiny, path, [new for new, old in enumerate(indices) if old in value])
         elif isinstance(value, list) and total > 1 and len(value) == total:
             set_path(tiny, path, [_element(key, value[i], variant) for i in indices])
-        elif role_of(key) == "shared_layers" and isinstance(value, int):
+        elif kind_of(key) == "shared_layers" and isinstance(value, int):
             set_path(tiny, path, sum(i >= total - value for i in indices))
         elif _DENSE_PREFIX.search(key) and isinstance(value, int) and value > 0:
             set_path(tiny, path, 1)
@@ -138,12 +138,12 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
             if new is not None:
                 set_path(tiny, path, new)
         elif value is None and _fills(path, variant):
-            set_path(tiny, path, variant.sizes[str(role_of(key))])
+            set_path(tiny, path, variant.sizes[str(kind_of(key))])
         elif value is None and variant.filled and _FILLABLE.search(key):
             set_path(tiny, path, 8 if key.endswith(("dim", "qkv")) else 1 if "kv" in key else 2)
         elif value is None and key == "layer_types" and variant.filled:
             set_path(tiny, path, ["full_attention"] * count)
-        elif value is None and role_of(key) == "top_k" and variant.filled:
+        elif value is None and kind_of(key) == "top_k" and variant.filled:
             set_path(tiny, path, variant.sizes["top_k"])
     if variant.related:
         _relate(real, tiny)
@@ -156,12 +156,12 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
 
 
 def _fills(path: Path, variant: Variant) -> bool:
-    return variant.filled and role_of(path[-1]) in ("head_dim", "experts", "shared_experts", "kv_heads")
+    return variant.filled and kind_of(path[-1]) in ("head_dim", "experts", "shared_experts", "kv_heads")
 
 
 def _relate(real: Mapping[str, Any], tiny: ConfigDict) -> None:
     """Keep ``size = c * hidden`` and ``size = c * hidden / heads`` where the real config has them."""
-    main = next((p for p, _ in walk(real) if role_of(p[-1]) == "hidden"), None)
+    main = next((p for p, _ in walk(real) if kind_of(p[-1]) == "hidden"), None)
     if main is None:
         return
     hidden, small = get_path(real, main), get_path(tiny, main)
@@ -169,12 +169,12 @@ def _relate(real: Mapping[str, Any], tiny: ConfigDict) -> None:
     paths = [p for p, v in beside if isinstance(v, int) and not isinstance(v, bool)]
     for path in paths:
         value = get_path(real, path)
-        wide = re.search(r"hidden_size$|_dim$|_width$", path[-1]) and role_of(path[-1]) != "head_dim"
+        wide = re.search(r"hidden_size$|_dim$|_width$", path[-1]) and kind_of(path[-1]) != "head_dim"
         if path != main and wide and value % hidden == 0 and value // hidden in (1, 2, 3, 4):
             set_path(tiny, path, value // hidden * small)
     counts = [p for p in paths if re.search(r"heads$|n_head$", p[-1]) and get_path(real, p) > 1]
     for path in paths:
-        if role_of(path[-1]) not in ("head_dim", "v_dim") or get_path(real, path) <= 1:
+        if kind_of(path[-1]) not in ("head_dim", "v_dim") or get_path(real, path) <= 1:
             continue
         fits = [n for n in counts if get_path(real, path) * get_path(real, n) % hidden == 0]
         for heads in sorted(fits, key=lambda n: -_shared_words(n[-1], path[-1]))[:1]:
@@ -207,9 +207,9 @@ def _renumber(tiny: ConfigDict, indices: list[int]) -> None:
 
 
 def _element(key: str, value: Any, variant: Variant) -> Any:
-    role = role_of(key)
-    if isinstance(value, int) and not isinstance(value, bool) and role in variant.sizes and value:
-        return variant.sizes[str(role)]
+    kind = kind_of(key)
+    if isinstance(value, int) and not isinstance(value, bool) and kind in variant.sizes and value:
+        return variant.sizes[str(kind)]
     return value
 
 
@@ -223,40 +223,40 @@ def _integer(
     nth: dict[str, int],
 ) -> int | None:
     """The tiny value of one integer key, or None to keep it."""
-    role = role_of(path[-1])
-    if role == "layers":
+    kind = kind_of(path[-1])
+    if kind == "layers":
         return count if value > 0 else value
-    if role == "token":
+    if kind == "token":
         return min(value, 3)
-    if role == "groups":
+    if kind == "groups":
         return min(value, 2 if path[-1].startswith("n") else 1)
-    if role == "rotary":
+    if kind == "rotary":
         return min(value, 4)
-    if role is None or role not in variant.sizes or value <= 0:
+    if kind is None or kind not in variant.sizes or value <= 0:
         return None
-    if role == "kv_heads":
+    if kind == "kv_heads":
         if _equal_heads(real, path, value):
-            role = "heads"  # one count for both, in every layer that says so
+            kind = "heads"  # one count for both, in every layer that has it
         else:
             return 1 if value == 1 else variant.sizes["kv_heads" if variant.grouped else "heads"]
-    if role == "hidden" and variant.coupled:
+    if kind == "hidden" and variant.coupled:
         return variant.sizes["heads"] * variant.sizes["head_dim"]
-    if role == "head_dim":
+    if kind == "head_dim":
         derived = _latent_head_dim(real, path, value, variant)
         if derived is not None:
             return derived
-    if role in ("top_k", "shared_experts", "positions", "window"):
-        return min(value, variant.sizes[role])
-    if (role, value) not in used:
-        base = variant.sizes[role]
-        used[role, value] = _another(role, base, nth.get(role, 0))
-        nth[role] = nth.get(role, 0) + 1
-    return used[role, value]
+    if kind in ("top_k", "shared_experts", "positions", "window"):
+        return min(value, variant.sizes[kind])
+    if (kind, value) not in used:
+        base = variant.sizes[kind]
+        used[kind, value] = _another(kind, base, nth.get(kind, 0))
+        nth[kind] = nth.get(kind, 0) + 1
+    return used[kind, value]
 
 
-def _another(role: str, base: int, nth: int) -> int:
-    """A further size of a role; of streams no multiple, as classes leave out a projection between equals."""
-    if role != "hidden" or nth == 0:
+def _another(kind: str, base: int, nth: int) -> int:
+    """A further size of a kind; of streams no multiple, as classes leave out a projection between equals."""
+    if kind != "hidden" or nth == 0:
         return base * (1 + nth)
     unit = base // 3 if base % 3 == 0 else base // 2
     return unit * (5, 7, 11, 13)[min(nth, 4) - 1]

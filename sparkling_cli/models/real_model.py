@@ -1,4 +1,4 @@
-"""The real model as a witness where sizes alone do not tell which of two layouts a tensor has.
+"""The real model as a model where sizes alone do not tell which of two layouts a tensor has.
 
 In a tiny model no two sizes are equal; in a real one a sliding layer's heads may be as wide as a full
 layer's latent values. Doubling an axis in the real config, on the meta device, says which it is, and
@@ -15,20 +15,20 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import Expr, TensorLayout, axis_names
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_layout
-from sparkling_cli.models.axes import Coordinates, Shapes
-from sparkling_cli.models.roles import get_path, set_path
+from sparkling_cli.models.axes import Shapes, TinyAxes
 from sparkling_cli.models.shrink import shapes as shapes_of
+from sparkling_cli.models.sizes import get_path, set_path
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 from sparkling_cli.widening.reference import Rules, Wanted
 
 
-class Witness:
+class RealModel:
     """Chooses between layouts of one real tensor; builds the real model again only if it has to."""
 
     def __init__(
         self,
-        found: Coordinates,
+        found: TinyAxes,
         real: ConfigDict,
         real_shapes: Shapes,
         sizes: Mapping[str, int],
@@ -75,8 +75,8 @@ class Witness:
         try:
             built = shapes_of(config, self.factory)
         except Exception as error:  # any model code may raise anything on sizes it does not accept
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            return f"the class refuses twice as many: {said:.300}"
+            raised = " ".join(f"{type(error).__name__}: {error}".split())
+            return f"the class refuses twice as many: {raised:.300}"
         if built.keys() != self.shapes.keys():
             other = sorted(built.keys() ^ self.shapes.keys())[0]
             return f"a config with twice as many builds a model with other tensors, e.g. {other}"
@@ -132,7 +132,7 @@ class Witness:
                 continue
             old = get_path(config, place)
             value = prod(int(n) if n.isdigit() else self.sizes[n] * (2 if n in axes else 1) for n in names)
-            # A size that the config leaves to be derived is said, so that it does not move along.
+            # A size that the config leaves to be derived is written, so that it does not move along.
             if old is None or any(n in axes for n in names):
                 set_path(config, place, [value] * len(old) if isinstance(old, list) else value)
         return config

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.names import skeleton
 from sparkling_cli.models.attention import split_heads
-from sparkling_cli.models.axes import FROZEN, Coordinates, find_axes, grows
+from sparkling_cli.models.axes import FROZEN, TinyAxes, find_axes, grows
 from sparkling_cli.models.compensate import hypotheses_for
 from sparkling_cli.models.disk import DiskTensor, disk_tensors, to_disk
 from sparkling_cli.models.families import Family, Hypotheses, Options, _tied_heads, hypotheses
 from sparkling_cli.models.labels import label, texts
-from sparkling_cli.models.proof import Bench, widened
-from sparkling_cli.models.search import Verdict, effects, layouts_of, prove
+from sparkling_cli.models.parity import LogitParity, widened
+from sparkling_cli.models.search import Outcome, effects, layouts_of, prove
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model
 
-#: Roles of the axes that people widen; for these the search tries many layouts, for others a few.
+#: Kinds of the axes that people widen; for these the search tries many layouts, for others a few.
 WIDTHS = frozenset({"hidden", "ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "q_per_kv"})
 MANY, FEW = 64, 8
 
@@ -36,8 +35,8 @@ class AxisVerdict:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """Everything that the tiny model has taught.
+class Findings:
+    """What was found out on a tiny model.
 
     Attributes:
         found: its axes and config keys.
@@ -51,7 +50,7 @@ class Judgement:
         buffers: skeletons of the names of tensors that are saved and are no parameters.
     """
 
-    found: Coordinates
+    found: TinyAxes
     families: tuple[Family, ...]
     layouts: tuple[TensorLayout, ...]
     verdicts: dict[str, AxisVerdict]
@@ -61,8 +60,13 @@ class Judgement:
     notes: tuple[str, ...] = field(default=())
     buffers: frozenset[str] = frozenset()
 
+    def layout_of(self, tensor: str) -> TensorLayout:
+        """The layout of a tensor of the tiny model."""
+        layouts = zip(self.families, self.layouts, strict=True)
+        return next(layout for family, layout in layouts if tensor in family.names)
 
-def judge(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Judgement:
+
+def prove_axes(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Findings:
     """Prove every axis of a tiny config's class.
 
     Raises:
@@ -70,13 +74,13 @@ def judge(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Judgement
     """
     found = find_axes(tiny, factory=factory)
     hyp = hypotheses(found, build_model(tiny, factory=factory))
-    bench = Bench(found, factory=factory)
-    silent = bench.silent()
+    parity = LogitParity(found, factory=factory)
+    unreached = parity.unreached()
     verdicts: dict[str, AxisVerdict] = {}
     compensations: tuple[Compensation, ...] = ()
     options = hyp.options
     for name in sorted(found.axes, key=lambda n: n != "hidden"):
-        verdict, outcome = _try(bench, hyp, options, name, silent)
+        verdict, outcome = _proved_alone(parity, hyp, options, name, unreached)
         verdicts[name] = verdict
         if outcome is not None:
             options = outcome.options
@@ -87,56 +91,58 @@ def judge(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Judgement
         verdicts[name] = AxisVerdict(hidden.proved, reason, ("hidden",))
     choice = {v: o[0] for v, o in options.items()}
     proved = [n for n, v in verdicts.items() if v.proved]
-    layouts = split_heads(bench, hyp.families, texts(hyp.families, choice))
-    widths = [n for n in proved if found.axes[n].role in WIDTHS and n != "hidden"]
-    layouts = label(bench, hyp.families, layouts, widths)
+    layouts = split_heads(parity, hyp.families, texts(hyp.families, choice))
+    widths = [n for n in proved if found.axes[n].kind in WIDTHS and n != "hidden"]
+    layouts = label(parity, hyp.families, layouts, widths)
     by_name = {n: lay for f, lay in zip(hyp.families, layouts, strict=True) for n in f.names}
-    verdicts = _retried(bench, by_name, verdicts, compensations)
-    notes = _silent_notes(hyp, silent, proved)
-    disk = _disk(bench, by_name, verdicts, compensations, notes)
-    return Judgement(
+    verdicts = _together(parity, by_name, verdicts, compensations)
+    notes = _unreached_notes(hyp, unreached, proved)
+    disk = _disk(parity, by_name, verdicts, compensations, notes)
+    return Findings(
         found,
         hyp.families,
         tuple(layouts),
         verdicts,
         compensations,
         disk,
-        _tied_groups(bench),
+        _tied_groups(parity),
         tuple(notes),
-        frozenset(skeleton(name) for name, _ in bench.model.named_buffers()),
+        frozenset(skeleton(name) for name, _ in parity.model.named_buffers()),
     )
 
 
-def _try(
-    bench: Bench, hyp: Hypotheses, options: Options, name: str, silent: frozenset[str]
-) -> tuple[AxisVerdict, Verdict | None]:
-    found = bench.found
+def _proved_alone(
+    parity: LogitParity, hyp: Hypotheses, options: Options, name: str, unreached: frozenset[str]
+) -> tuple[AxisVerdict, Outcome | None]:
+    found = parity.found
     axis = found.axes[name]
-    if axis.role in FROZEN:
-        return AxisVerdict(False, FROZEN[str(axis.role)]), None
+    if axis.kind in FROZEN:
+        return AxisVerdict(False, FROZEN[str(axis.kind)]), None
     if name in found.coupled:
         return AxisVerdict(False, "grows with hidden only"), None
     if not grows(found, name):
-        said = found.refused.get(name)
-        reason = f"the class refuses twice as many: {said}" if said else "doubling it widens no tensor"
+        raised = found.refused.get(name)
+        reason = f"the class refuses twice as many: {raised}" if raised else "doubling it widens no tensor"
         return AxisVerdict(False, reason.splitlines()[0][:300]), None
     axes = [name, *found.coupled] if name == "hidden" else [name]
     for family in (f for f in hyp.families if any(f.involves(a) for a in axes)):
-        why = _unprovable(family, hyp, options, axes, silent, found.sizes)
+        why = _unprovable(family, hyp, options, axes, unreached, found.sizes)
         if why is not None:
             return AxisVerdict(False, why), None
     comps: list[tuple[Compensation, ...]] = [()]
     if name == "hidden":
         likeliest = layouts_of(hyp.families, {v: o[0] for v, o in options.items()})
-        comps = hypotheses_for(bench, axes, likeliest)
-    limit = MANY if axis.role in WIDTHS else FEW
-    outcome = prove(bench, hyp, options, axes, comps, limit=limit)
+        comps = hypotheses_for(parity, axes, likeliest)
+    limit = MANY if axis.kind in WIDTHS else FEW
+    outcome = prove(parity, hyp, options, axes, comps, limit=limit)
     joint = tuple(axes[1:])
     if outcome.proved:
         chosen = layouts_of(hyp.families, {v: o[0] for v, o in outcome.options.items()})
-        idle = bench.idle(chosen, axes, outcome.compensations)
-        if idle is not None:
-            return AxisVerdict(False, f"no width: text does not reach the new entries of {idle}", joint), None
+        tensor = parity.unreached_growth(chosen, axes, outcome.compensations)
+        if tensor is not None:
+            return AxisVerdict(
+                False, f"no width: text does not reach the new entries of {tensor}", joint
+            ), None
         reason = f"logits of a tiny random model kept at 2x and 3x (relative error {outcome.error:.1e})"
         return AxisVerdict(True, reason, joint), outcome
     best = "no hypothesis ran" if math.isinf(outcome.error) else f"best relative error {outcome.error:.1e}"
@@ -149,7 +155,7 @@ def _unprovable(
     hyp: Hypotheses,
     options: Options,
     axes: Sequence[str],
-    silent: frozenset[str],
+    unreached: frozenset[str],
     sizes: Mapping[str, int],
 ) -> str | None:
     """Why logits can say nothing about a family, or None.
@@ -161,43 +167,43 @@ def _unprovable(
         why = [w for a, w in hyp.unexplained.get(tensor, {}).items() if a in axes]
         if why:
             return f"{tensor}: {why[0]}"
-    if not set(family.names) & silent:
+    if not set(family.names) & unreached:
         return None
-    for variable in (family.way, *family.terms):
+    for variable in (family.direction, *family.terms):
         if len(effects(variable, options[variable], [family], axes, sizes)) > 1:
-            tensor = sorted(set(family.names) & silent)[0]
+            tensor = sorted(set(family.names) & unreached)[0]
             return f"nothing can be proved about {tensor}: logits of plain text do not depend on it"
     return None
 
 
-def _retried(
-    bench: Bench,
+def _together(
+    parity: LogitParity,
     layouts: Mapping[str, TensorLayout],
     verdicts: dict[str, AxisVerdict],
     compensations: tuple[Compensation, ...],
 ) -> dict[str, AxisVerdict]:
     """All proved axes at once, under the one layout that is left; each alone only if that fails."""
     proved = [n for n, v in verdicts.items() if v.proved]
-    if not proved or bench.error(layouts, dict.fromkeys(proved, 2), compensations) <= bench.tolerance:
+    if not proved or parity.error(layouts, dict.fromkeys(proved, 2), compensations) <= parity.tolerance:
         return verdicts
     result = dict(verdicts)
     for name in proved:
-        kept, error = bench.proves(layouts, [name, *verdicts[name].joint], compensations)
+        kept, error = parity.proves(layouts, [name, *verdicts[name].joint], compensations)
         if not kept:
             reason = f"its proof needs a layout that contradicts another axis (error {error:.1e})"
             result[name] = AxisVerdict(False, reason, verdicts[name].joint)
-    together = ["hidden", *bench.found.coupled] if "hidden" in proved else []
+    together = ["hidden", *parity.found.coupled] if "hidden" in proved else []
     for name in proved:
         if together and name not in together and result[name].proved:
-            error = bench.error(layouts, dict.fromkeys([*together, name], 2), compensations)
-            if error > bench.tolerance:
+            error = parity.error(layouts, dict.fromkeys([*together, name], 2), compensations)
+            if error > parity.tolerance:
                 result[name] = AxisVerdict(False, f"not together with hidden (error {error:.1e})")
     return result
 
 
-def _silent_notes(hyp: Hypotheses, silent: frozenset[str], proved: Sequence[str]) -> list[str]:
+def _unreached_notes(hyp: Hypotheses, unreached: frozenset[str], proved: Sequence[str]) -> list[str]:
     reached = [
-        f.names[0] for f in hyp.families if set(f.names) & silent and any(f.involves(a) for a in proved)
+        f.names[0] for f in hyp.families if set(f.names) & unreached and any(f.involves(a) for a in proved)
     ]
     if not reached:
         return []
@@ -207,12 +213,12 @@ def _silent_notes(hyp: Hypotheses, silent: frozenset[str], proved: Sequence[str]
     ]
 
 
-def _tied_groups(bench: Bench) -> tuple[tuple[str, ...], ...]:
+def _tied_groups(parity: LogitParity) -> tuple[tuple[str, ...], ...]:
     groups: dict[int, list[str]] = {}
-    for name, tensor in bench.model.state_dict(keep_vars=True).items():
+    for name, tensor in parity.model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
-    heads = _tied_heads(bench.model)
-    first = {id(t): n for n, t in bench.model.named_parameters()}
+    heads = _tied_heads(parity.model)
+    first = {id(t): n for n, t in parity.model.named_parameters()}
     return tuple(
         tuple(sorted(g, key=lambda n: (n != first.get(key), n not in heads)))
         for key, g in groups.items()
@@ -221,7 +227,7 @@ def _tied_groups(bench: Bench) -> tuple[tuple[str, ...], ...]:
 
 
 def _disk(
-    bench: Bench,
+    parity: LogitParity,
     layouts: Mapping[str, TensorLayout],
     verdicts: dict[str, AxisVerdict],
     compensations: tuple[Compensation, ...],
@@ -230,26 +236,26 @@ def _disk(
     """Disk layouts, checked by converting a widened model; refusing axes that do not survive it."""
     import torch
 
-    followers = frozenset(n for g in _tied_groups(bench) for n in g[1:])
+    followers = frozenset(n for g in _tied_groups(parity) for n in g[1:])
     proved = [n for n, v in verdicts.items() if v.proved]
     try:
-        tensors = disk_tensors(bench.model, bench.state, layouts, bench.found.sizes, followers)
+        tensors = disk_tensors(parity.model, parity.state, layouts, parity.found.sizes, followers)
         if all(t.name == t.source and t.layout == layouts[t.source] for t in tensors):
             return None
         factors = dict.fromkeys(proved, 2)
-        inside = widened(bench.state, layouts, bench.found.sizes, factors, compensations)
-        truth = to_disk(bench.wide(factors), inside)
-        own = to_disk(bench.model, bench.state)
+        inside = widened(parity.state, layouts, parity.found.sizes, factors, compensations)
+        truth = to_disk(parity.wide(factors), inside)
+        own = to_disk(parity.model, parity.state)
         renamed = [_on_disk(c, tensors) for c in compensations]
-        there = widened(own, {t.name: t.layout for t in tensors}, bench.found.sizes, factors, renamed)
+        there = widened(own, {t.name: t.layout for t in tensors}, parity.found.sizes, factors, renamed)
         for name, tensor in truth.items():
             if not torch.equal(there[name], tensor):
                 raise LayoutError(f"{name!r} widened on disk is not what the module would write")
     except (LayoutError, RuntimeError, KeyError) as error:
-        said = str(error).splitlines()[0]
+        what = str(error).splitlines()[0]
         for name in proved:
-            verdicts[name] = AxisVerdict(False, f"on disk: {said}", verdicts[name].joint)
-        notes.append(f"names on disk could not be explained: {said}")
+            verdicts[name] = AxisVerdict(False, f"on disk: {what}", verdicts[name].joint)
+        notes.append(f"names on disk could not be explained: {what}")
         return None
     return tuple(tensors)
 
@@ -257,8 +263,3 @@ def _disk(
 def _on_disk(c: Compensation, tensors: list[DiskTensor]) -> Compensation:
     name = next((t.name for t in tensors if t.source == c.tensor), c.tensor)
     return Compensation(c.axis, name, c.config, c.fan_in, c.power, c.offset)
-
-
-def as_data(verdicts: Mapping[str, AxisVerdict]) -> dict[str, Any]:
-    """Verdicts as plain data."""
-    return {n: {"proved": v.proved, "reason": v.reason, "joint": list(v.joint)} for n, v in verdicts.items()}

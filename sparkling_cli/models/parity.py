@@ -1,4 +1,4 @@
-"""The court: a tiny random model, widened under a hypothesis, must say what it said before."""
+"""Logit parity: a tiny random model, widened under a hypothesis, must give the logits that it gave before."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation
-from sparkling_cli.models.axes import Coordinates
+from sparkling_cli.models.axes import TinyAxes
 from sparkling_cli.models.shrink import run, tokens
 from sparkling_cli.models.skeleton import ModelFactory, build_model
 from sparkling_cli.widening.reference import Rules, Wanted, widened_array
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 TOLERANCE = 2e-5
 
 
-class Bench:
-    """One tiny random model and its widened relatives; build once, then ``error`` any number of times."""
+class LogitParity:
+    """One tiny random model and its widened models; build once, then call ``error`` any number of times."""
 
-    def __init__(self, found: Coordinates, *, factory: ModelFactory | None = None, seed: int = 0) -> None:
+    def __init__(self, found: TinyAxes, *, factory: ModelFactory | None = None, seed: int = 0) -> None:
         import torch
 
         self.found = found
@@ -93,7 +93,7 @@ class Bench:
                 target.copy_(wide[name])
 
     def unchanged(self, state: Mapping[str, torch.Tensor]) -> bool:
-        """Whether the tiny model says the same with other weights."""
+        """Whether the tiny model gives the same logits with other weights."""
         import torch
 
         own = self.model.state_dict()
@@ -123,11 +123,11 @@ class Bench:
                 return False, worst
         return True, worst
 
-    def silent(self) -> frozenset[str]:
+    def unreached(self) -> frozenset[str]:
         """Names of parameters that the logits do not depend on: nothing can be proved about them."""
         return frozenset(name for name, used in self._used(self.model).items() if not bool(used.any()))
 
-    def idle(
+    def unreached_growth(
         self,
         layouts: Mapping[str, TensorLayout],
         axes: Sequence[str],

@@ -80,11 +80,11 @@ TINY_SIZES: Mapping[str, int] = {
 
 
 @functools.lru_cache(maxsize=4096)
-def role_of(key: str) -> str | None:
-    """Return the role that the name of a config key hints at, or None."""
-    for role, pattern in _HINTS:
+def kind_of(key: str) -> str | None:
+    """Return the kind that the name of a config key hints at, or None."""
+    for kind, pattern in _HINTS:
         if re.search(pattern, key):
-            return role
+            return kind
     return None
 
 

@@ -1,0 +1,506 @@
+"""From what was found on the tiny model to the layout of the real one: sizes, names, config keys, disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.expr import (
+    Axis,
+    Dim,
+    Expr,
+    Fixed,
+    Product,
+    Role,
+    Sum,
+    TensorLayout,
+    atoms,
+    size_of,
+    with_atoms,
+)
+from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
+from sparkling_cli.layout.names import NameTemplate, skeleton
+from sparkling_cli.layout.solve import Equation, solve_sizes
+from sparkling_cli.models.axes import FROZEN, TinyAxes
+from sparkling_cli.models.disk import DiskTensor
+from sparkling_cli.models.labels import render
+from sparkling_cli.models.patterns import Pattern, fill, patterns_of, placeholder, split, template
+from sparkling_cli.models.prove import WIDTHS, Findings
+from sparkling_cli.models.real_model import RealModel
+from sparkling_cli.models.shrink import shapes
+from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, walk
+from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, text_prefix
+from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
+
+#: Kinds of axes that never grow; head_dim does not either, but hidden may need it written.
+_NEVER_WRITTEN = frozenset({"vocab", "positions", "experts", "shared_experts"})
+
+#: Keys of a tower that say how wide its output is.
+_OUTPUT = re.compile(
+    r"^(out|output|proj|projection|projector|text|llm|lm|language)_|_output_dim$|^output_dims?$"
+)
+
+
+def real_layout(
+    findings: Findings,
+    config: Mapping[str, Any],
+    real: ConfigDict,
+    *,
+    name: str,
+    factory: ModelFactory | None = None,
+) -> ModelLayout:
+    """The layout of the model of ``config``.
+
+    Args:
+        findings: verdicts and layouts of the tiny model.
+        config: the checkpoint's config.
+        real: the language model's own config, defaults filled in.
+        name: of the class.
+        factory: the user's own model.
+
+    Raises:
+        LayoutError: the real model has tensors that the tiny one has no match for.
+    """
+    real_shapes = shapes(real, factory)
+    sizes = real_sizes(findings, real, real_shapes)
+    model = RealModel(findings.found, real, real_shapes, sizes, _proved(findings), factory)
+    patterns = _patterns(findings, real_shapes, sizes, model)
+    prefix = text_prefix(config, factory=factory)
+    renames = _renames(findings)
+    disk, assembly = disk_patterns(findings, patterns)
+    axes = {renames.get(n, n): info for n, info in _axis_infos(findings, sizes, renames).items()}
+    for stored, count in _counts(patterns).items():
+        axes.setdefault(stored, AxisInfo(count, reason="stored in the tensors' names"))
+    layout = ModelLayout(
+        name=name,
+        axes=axes,
+        tensors=tuple(TensorPattern(template(p), _renamed(p.layout, renames)) for p in patterns),
+        disk=None
+        if disk is None
+        else tuple(TensorPattern(t, _renamed(lay, renames)) for t, lay in disk.items()),
+        config=_config_terms(findings.found, real, prefix, renames, axes),
+        compensations=_compensations(findings),
+        tied=_tied(findings),
+        assembly=assembly,
+        aliases=_aliases(findings, renames),
+        notes=findings.notes,
+        buffers=tuple(template(p) for p in patterns if p.key in findings.buffers),
+    )
+    layout.check_axes()
+    layout.check_shapes(real_shapes, on_disk=False)
+    return _without_towers(_as_built(layout, model, len(prefix)), config if prefix else real)
+
+
+def _as_built(layout: ModelLayout, model: RealModel, depth: int) -> ModelLayout:
+    """The layout without axes whose widened config would build another model than the widened tensors."""
+    axes = dict(layout.axes)
+    for name, info in layout.axes.items():
+        if info.widenable:
+            contradiction = model.contradiction(layout, (name, *info.joint), depth)
+            if contradiction is not None:
+                axes[name] = replace(info, widenable=False, reason=contradiction)
+    for name, info in layout.axes.items():
+        refused = [other for other in info.joint if not axes[other].widenable]
+        if info.widenable and refused:
+            axes[name] = replace(info, widenable=False, reason=axes[refused[0]].reason)
+    return replace(layout, axes=axes)
+
+
+def _without_towers(layout: ModelLayout, config: Mapping[str, Any]) -> ModelLayout:
+    """The layout without growth of hidden where a tower's output is as wide by a number of its own.
+
+    The class would build such a model, and text would run: only images would meet a width that is no more.
+    """
+    hidden = layout.axes.get("hidden")
+    if hidden is None or not hidden.widenable:
+        return layout
+    for path, value in walk(config):
+        tower = OTHER_MODALITY.search(".".join(path[:-1])) and _OUTPUT.search(path[-1])
+        if tower and value == hidden.size and ".".join(path) not in layout.config:
+            reason = f"{'.'.join(path)} = {value} is the width of what enters the text, and would stay"
+            refused = {n: layout.axes[n] for n in ("hidden", *hidden.joint)}
+            changed = {n: replace(info, widenable=False, reason=reason) for n, info in refused.items()}
+            return replace(layout, axes={**layout.axes, **changed})
+    return layout
+
+
+def _proved(findings: Findings) -> tuple[str, ...]:
+    return tuple(name for name, verdict in findings.verdicts.items() if verdict.proved)
+
+
+def _patterns(
+    findings: Findings,
+    real_shapes: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, int],
+    model: RealModel,
+) -> list[Pattern]:
+    by_key: dict[str, list[TensorLayout]] = {}
+    for family, layout in zip(findings.families, findings.layouts, strict=True):
+        by_key.setdefault(skeleton(family.names[0]), []).append(layout)
+    grouped: dict[str, dict[str, tuple[TensorLayout, list[tuple[int, ...]]]]] = {}
+    for name, shape in real_shapes.items():
+        key, indices = split(name)
+        fits = [f for f in (fitted(lay, shape, sizes) for lay in by_key.get(key, ())) if f is not None]
+        if not fits:
+            known = "; ".join(lay.text for lay in by_key.get(key, ())) or "no tensor of that name"
+            raise LayoutError(
+                f"{name!r} has shape {shape}, which fits nothing in a tiny model of this class: {known}",
+                hint="give a layout file (--layout FILE)",
+            )
+        layout = model.choose(name, list({f.text: f for f in fits}.values()))
+        grouped.setdefault(key, {}).setdefault(layout.text, (layout, []))[1].append(indices)
+    return patterns_of({key: list(layouts.values()) for key, layouts in grouped.items()})
+
+
+def _counts(patterns: Iterable[Pattern]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for pattern in patterns:
+        for position, indices in enumerate(pattern.indices):
+            name = placeholder(position)
+            counts[name] = max(counts.get(name, 0), max(indices) + 1)
+    return counts
+
+
+def _renames(findings: Findings) -> dict[str, str]:
+    """``expert_ffn`` is called ``ffn`` where no other MLP has an inner width."""
+    axes = findings.found.axes
+    return {"expert_ffn": "ffn"} if "expert_ffn" in axes and "ffn" not in axes else {}
+
+
+def _aliases(findings: Findings, renames: Mapping[str, str]) -> dict[str, str]:
+    if renames:
+        return dict(renames)
+    stacked = [
+        "experts" in layout.axes()
+        for family, layout in zip(findings.families, findings.layouts, strict=True)
+        if family.involves("ffn")
+    ]
+    return {"expert_ffn": "ffn"} if stacked and all(stacked) else {}
+
+
+def _renamed(layout: TensorLayout, renames: Mapping[str, str]) -> str:
+    if not renames:
+        return layout.text
+    return render([Dim(_rename_term(d.expr, renames), d.role) for d in layout.dims])
+
+
+def _rename_term(expr: Expr, renames: Mapping[str, str]) -> Expr:
+    def change(atom: Axis | Fixed) -> Expr:
+        return replace(atom, name=renames.get(atom.name, atom.name)) if isinstance(atom, Axis) else atom
+
+    return with_atoms(expr, change)
+
+
+def _axis_infos(
+    findings: Findings, sizes: Mapping[str, int], renames: Mapping[str, str]
+) -> dict[str, AxisInfo]:
+    used = {a for layout in findings.layouts for a in layout.axes()}
+    infos = {}
+    for name, verdict in findings.verdicts.items():
+        known = name in used or verdict.proved or findings.found.axes[name].kind in WIDTHS
+        if name not in sizes or not known:
+            continue
+        joint = tuple(renames.get(j, j) for j in verdict.joint)
+        infos[name] = AxisInfo(sizes[name], verdict.proved, verdict.reason, joint)
+    return infos
+
+
+def _config_terms(
+    found: TinyAxes,
+    real: ConfigDict,
+    prefix: tuple[str, ...],
+    renames: Mapping[str, str],
+    known: Iterable[str],
+) -> dict[str, str]:
+    """The config keys of every axis that the layout has and that a widening may have to write."""
+    terms = {}
+    declared = set(known)
+    for path, names in found.terms.items():
+        named = [renames.get(n, n) for n in names]
+        fixed = all(found.axes[n].kind in _NEVER_WRITTEN for n in names if not n.isdigit())
+        if fixed or not declared.issuperset(n for n in named if not n.isdigit()):
+            continue
+        for place in _real_places(path, real, found):
+            terms[".".join((*prefix, *place))] = named[0] if len(named) == 1 else f"({' '.join(named)})"
+    return terms
+
+
+def _real_places(path: Path, real: ConfigDict, found: TinyAxes) -> list[Path]:
+    """The paths in the real config that a tiny one's stands for: of every layer that says the same."""
+    if not any(key.isdigit() for key in path):
+        return [path]
+    first = real_path(path, chosen_layers(real, layer_count(found.config)))
+    return [
+        p
+        for p, value in walk(real)
+        if len(p) == len(path)
+        and all(a == b or (a.isdigit() and b.isdigit()) for a, b in zip(p, path, strict=True))
+        and value == get_path(real, first)
+    ]
+
+
+def _tied(findings: Findings) -> tuple[tuple[str, ...], ...]:
+    """Tied module names, and the names of the same tensors on disk."""
+    on_disk = {t.source: t.name for t in findings.disk or ()}
+    groups = []
+    for group in findings.tied:
+        others = [on_disk[n] for n in group[1:] if on_disk.get(n, n) != n]
+        groups.append((*group, *others))
+        first = on_disk.get(group[0], group[0])
+        if first != group[0]:
+            groups.append((first, *(on_disk.get(n, n) for n in group[1:])))
+    return tuple(groups)
+
+
+def _compensations(findings: Findings) -> tuple[Compensation, ...]:
+    """Factors under module names, and again under the names on disk where those differ."""
+    on_disk = {t.source: t.name for t in findings.disk or ()}
+    found = list(findings.compensations)
+    for c in findings.compensations:
+        if c.tensor and on_disk.get(c.tensor, c.tensor) != c.tensor:
+            found.append(replace(c, tensor=on_disk[c.tensor]))
+    return tuple(found)
+
+
+def real_sizes(
+    findings: Findings, real: ConfigDict, real_shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Axis sizes from the real config; those that it leaves to be derived, from the shapes.
+
+    Raises:
+        LayoutError: the config contradicts what was found out about its keys on the tiny model.
+    """
+    found = findings.found
+    known: dict[str, int] = {}
+    values: dict[Path, int] = {}
+    layers = chosen_layers(real, layer_count(found.config))
+    for path, names in found.terms.items():
+        value = get_path(real, real_path(path, layers))
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            value = value[0]
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        values[path] = value
+        rest = [n for n in names if n not in known and not n.isdigit()]
+        if len(rest) == 1:
+            known[rest[0]] = value // prod(
+                int(n) if n.isdigit() else known[n] for n in names if n not in rest
+            )
+    _check_config(found, values, known)
+    equations = []
+    by_key: dict[str, list[TensorLayout]] = {}
+    for family, layout in zip(findings.families, findings.layouts, strict=True):
+        by_key.setdefault(skeleton(family.names[0]), []).append(layout)
+    for name, shape in real_shapes.items():
+        layouts = by_key.get(skeleton(name), [])
+        if len(layouts) == 1 and len(layouts[0].dims) == len(shape):
+            for dim, n in zip(layouts[0].dims, shape, strict=True):
+                equations.append(Equation(dim.expr, n, name))
+    return solve_sizes(equations, known) if set(found.axes) - set(known) else known
+
+
+def _check_config(found: TinyAxes, values: Mapping[Path, int], known: Mapping[str, int]) -> None:
+    """What is known of the axes gives back every number of the config that a widening would write.
+
+    Raises:
+        LayoutError: it does not, so that the config would be written wrongly.
+    """
+    for path, value in values.items():
+        names = found.terms[path]
+        axes = [n for n in names if not n.isdigit()]
+        if all(found.axes[n].kind in FROZEN for n in axes) or not known.keys() >= set(axes):
+            continue
+        product = prod(int(n) if n.isdigit() else known[n] for n in names)
+        if product != value:
+            sizes = ", ".join(f"{n} = {known[n]}" for n in axes)
+            raise LayoutError(
+                f"{'.'.join(path)} = {value} in the config is not {' x '.join(names)} with {sizes}",
+                hint="if the model is as it should be, give a layout file (--layout FILE)",
+            )
+
+
+def fitted(layout: TensorLayout, shape: Sequence[int], sizes: Mapping[str, int]) -> TensorLayout | None:
+    """The layout with anonymous sizes replaced by the real ones; None if it does not fit."""
+    if len(layout.dims) != len(shape):
+        return None
+    dims = []
+    for dim, n in zip(layout.dims, shape, strict=True):
+        expr = _fitted_term(dim.expr, n, sizes)
+        if expr is None:
+            return None
+        dims.append(Dim(expr, dim.role))
+    return TensorLayout(tuple(dims), render(dims))
+
+
+def _fitted_term(expr: Expr, n: int, sizes: Mapping[str, int]) -> Expr | None:
+    """The term with its one anonymous number, however deep, chosen so that it has ``n`` entries."""
+    try:
+        if size_of(expr, sizes) == n:
+            return expr
+    except LayoutError:
+        return None
+    if isinstance(expr, Fixed):
+        return Fixed(n, expr.label)
+    if not isinstance(expr, (Product, Sum)):
+        return None
+    inner = expr.factors if isinstance(expr, Product) else expr.parts
+    free = [i for i, e in enumerate(inner) if _has_number(e)]
+    if len(free) != 1:
+        return None
+    rest = [size_of(e, sizes) for i, e in enumerate(inner) if i != free[0]]
+    value, odd = divmod(n, prod(rest)) if isinstance(expr, Product) else (n - sum(rest), 0)
+    if odd or value < 1:
+        return None
+    fitted = _fitted_term(inner[free[0]], value, sizes)
+    if fitted is None:
+        return None
+    changed = tuple(fitted if i == free[0] else e for i, e in enumerate(inner))
+    return replace(expr, factors=changed) if isinstance(expr, Product) else replace(expr, parts=changed)
+
+
+def _has_number(expr: Expr) -> bool:
+    if isinstance(expr, (Product, Sum)):
+        return any(_has_number(e) for e in (expr.factors if isinstance(expr, Product) else expr.parts))
+    return isinstance(expr, Fixed)
+
+
+def disk_patterns(
+    findings: Findings, patterns: Sequence[Pattern]
+) -> tuple[dict[str, TensorLayout] | None, dict[str, tuple[str, ...]]]:
+    """Patterns on disk for the real model, and which of them make up which module tensor."""
+    if findings.disk is None:
+        return None, {}
+    by_source: dict[str, list[DiskTensor]] = {}
+    for tensor in findings.disk:
+        by_source.setdefault(tensor.source, []).append(tensor)
+    followers = {n for group in findings.tied for n in group[1:]}
+    followers |= {n for tensor in findings.disk for n in tensor.others}
+    result: dict[str, TensorLayout] = {}
+    assembly: dict[str, tuple[str, ...]] = {}
+    for pattern in patterns:
+        source = _representative(findings, pattern)
+        parts = by_source.get(source)
+        if parts is None:
+            if source in followers:
+                continue
+            raise LayoutError(f"{source!r} is nowhere on disk", hint="give a layout file (--layout FILE)")
+        own, templates = template(pattern), _disk_templates(source, parts, pattern, findings)
+        result.update(templates)
+        counted = all(set(NameTemplate(t).axes) >= set(NameTemplate(own).axes) for t in templates)
+        if list(templates) != [own] and counted and _assembles(source, parts, findings):
+            assembly[own] = tuple(templates)
+    return result, assembly
+
+
+def _representative(findings: Findings, pattern: Pattern) -> str:
+    """A tiny tensor with the pattern's skeleton and meaning."""
+    for family, layout in zip(findings.families, findings.layouts, strict=True):
+        if skeleton(family.names[0]) == pattern.key and _same(layout, pattern.layout):
+            return family.names[0]
+    raise AssertionError(pattern.key)
+
+
+def _same(tiny: TensorLayout, real: TensorLayout) -> bool:
+    """Equal but for anonymous sizes."""
+    blank = re.compile(r"(?<![\w])\d+")
+    return blank.sub("#", tiny.text) == blank.sub("#", real.text)
+
+
+def _disk_templates(
+    source: str, parts: Sequence[DiskTensor], pattern: Pattern, findings: Findings
+) -> dict[str, TensorLayout]:
+    """Disk name template -> layout, in the order in which the parts make up the module tensor."""
+    _, own = split(source)
+    layout = next(
+        lay for f, lay in zip(findings.families, findings.layouts, strict=True) if source in f.names
+    )
+    grouped: dict[str, list[DiskTensor]] = {}
+    for part in sorted(parts, key=lambda p: p.start):
+        grouped.setdefault(split(part.name)[0], []).append(part)
+    result: dict[str, TensorLayout] = {}
+    for key, members in grouped.items():
+        placeholders = []
+        for place in range(key.count("*")):
+            values = [split(m.name)[1][place] for m in members]
+            placeholders.append(_place_name(place, values, own, members, layout, pattern))
+        real = _fit_like(members[0].layout, layout, pattern.layout)
+        result[fill(key, placeholders, pattern)] = real
+    return result
+
+
+def _place_name(
+    place: int,
+    values: Sequence[int],
+    own: tuple[int, ...],
+    members: Sequence[DiskTensor],
+    layout: TensorLayout,
+    pattern: Pattern,
+) -> str:
+    """What a number in a name on disk counts: experts, layers, or something of its own."""
+    for dim in members[0].fixed:
+        fixed = [m.fixed.get(dim) for m in members]
+        expr = layout.dims[dim].expr
+        if list(values) == fixed and isinstance(expr, Axis):
+            return expr.name
+        if list(values) == fixed and place >= len(own):  # routed and other experts in one stack
+            return placeholder(place)
+    if place < len(own) and all(v == own[place] for v in values):
+        return placeholder(place)
+    if len(members) == 1 and all(pattern.whole):
+        return f"number_{place + 1}"  # no index of the module, so no assembly either
+    raise LayoutError(f"the numbers in {members[0].name!r} on disk could not be explained")
+
+
+def _fit_like(part: TensorLayout, tiny: TensorLayout, real: TensorLayout) -> TensorLayout:
+    """Carry replaced anonymous sizes over to a part on disk."""
+    if part.text == tiny.text:
+        return real
+    changed = {
+        before: after
+        for one, two in zip(tiny.dims, real.dims, strict=True)
+        for before, after in zip(_numbers(one.expr), _numbers(two.expr), strict=True)
+    }
+    dims = [Dim(_with_numbers(d.expr, changed), d.role) for d in part.dims]
+    return TensorLayout(tuple(dims), render(dims))
+
+
+def _numbers(expr: Expr) -> list[int]:
+    """Anonymous sizes in a term, from left to right."""
+    return [atom.size for atom in atoms(expr) if isinstance(atom, Fixed)]
+
+
+def _with_numbers(expr: Expr, changed: Mapping[int, int]) -> Expr:
+    def change(atom: Axis | Fixed) -> Expr:
+        return replace(atom, size=changed.get(atom.size, atom.size)) if isinstance(atom, Fixed) else atom
+
+    return with_atoms(expr, change)
+
+
+def _assembles(source: str, parts: Sequence[DiskTensor], findings: Findings) -> bool:
+    """Whether stacking in front and concatenating behind gives the module tensor."""
+    layout = next(
+        lay for f, lay in zip(findings.families, findings.layouts, strict=True) if source in f.names
+    )
+    sizes = findings.found.sizes
+    shape = layout.shape(sizes)
+    front = len(parts[0].fixed)
+    first = [p for p in parts if p.fixed == parts[0].fixed]
+    if any(p.others or set(p.fixed) != set(range(front)) for p in parts) or len(shape) < front:
+        return False
+    rest = shape[front:]
+    if any(len(p.layout.dims) != len(rest) for p in parts):
+        return False
+    at = 0
+    for part in sorted(first, key=lambda p: p.start):
+        own = part.layout.shape(sizes)
+        if own[1:] != rest[1:] or (part.start != at and len(first) > 1):
+            return False
+        at += own[0] if own else 0
+    roles = [d.role for d in layout.dims[front:]]
+    return (not rest or at == rest[0]) and all(
+        Role.IN not in roles or [d.role for d in p.layout.dims] == roles for p in parts
+    )
