@@ -130,13 +130,7 @@ class UniversalCheckpoint:
         """
         parsed: Parsed = checkpoint.private
         known = {key for file in parsed.files.values() for key in file.tensors}
-        unknown = [item.key for item in request.tensors if item.key not in known]
-        if unknown:
-            raise CheckpointError(
-                f"{checkpoint.root}: there is no {unknown[0]!r}; weights are not renamed in this format",
-                hint="pass --names disk",
-            )
-        declared = {item.key: item for item in request.tensors}
+        declared = request.by_key(known, str(checkpoint.root))
         shapes = {name: declared[key].shape for name, key in checkpoint.weights.items() if key in declared}
         numbers = {state.param: index for index, state in enumerate(checkpoint.states)}
         values: dict[str, float] = {}

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside
-from sparkling_cli.formats.model import OutputFile, OutputRequest, ParamState
-from sparkling_cli.formats.statedict import is_state_dict, remaining_values, weights_in
+from sparkling_cli.formats.model import ParamState
+from sparkling_cli.formats.statedict import is_state_dict, weights_in
 from sparkling_cli.formats.states import FSDP_COPY
-from sparkling_cli.formats.torchfile import TorchFile, lay_out, read_torch_file
+from sparkling_cli.formats.torchfile import TorchFile, read_torch_file
 from sparkling_cli.formats.weightfiles import FSDP_FULL, find_weights
 
 _STEM = FSDP_FULL.removesuffix(".bin")
@@ -79,9 +79,3 @@ def with_copies(states: tuple[ParamState, ...], file: TorchFile) -> tuple[ParamS
         else state
         for state in states
     ) + tuple(ParamState(name, {FSDP_COPY: key}) for name, key in copies.items() if name not in known)
-
-
-def copy_output(file: TorchFile, request: OutputRequest) -> OutputFile:
-    """The file with its tensors' new shapes."""
-    new = {item.key: (item.dtype, item.shape) for item in request.tensors if item.key in file.tensors}
-    return lay_out(file, new, values=remaining_values(file, new, {}))

@@ -16,8 +16,8 @@ from typing import IO, Any
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile
 from sparkling_cli.formats.safetensors import SafetensorsFile, lay_out_safetensors, read_safetensors
-from sparkling_cli.formats.statedict import remaining_values
-from sparkling_cli.formats.torchfile import TorchFile, lay_out, read_torch_file
+from sparkling_cli.formats.statedict import with_shapes
+from sparkling_cli.formats.torchfile import TorchFile, read_torch_file
 from sparkling_cli.formats.torchfile.file import children
 from sparkling_cli.formats.torchfile.inert import InertUnpickler
 from sparkling_cli.formats.torchfile.objects import Call, TensorNode
@@ -104,8 +104,7 @@ def lay_out_further(parsed: OpenFile, relative: str, declared: Sequence[Declared
     """
     own = {item.key: item for item in declared if item.key in parsed.keys}
     if isinstance(parsed.parsed, TorchFile):
-        new = {key: (item.dtype, item.shape) for key, item in own.items()}
-        return lay_out(parsed.parsed, new, values=remaining_values(parsed.parsed, new, {}))
+        return with_shapes(parsed.parsed, own.values())
     rows = ((key, parsed.keys[key], item.dtype, item.shape) for key, item in own.items())
     return lay_out_safetensors(relative, rows, parsed.parsed.metadata)
 

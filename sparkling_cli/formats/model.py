@@ -15,11 +15,12 @@ Life of a checkpoint:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from sparkling_cli.errors import CheckpointError
 from sparkling_cli.storage.tensors import Extent, StoredTensor
 
 
@@ -135,6 +136,24 @@ class OutputRequest:
     tensors: tuple[Declared, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
+
+    def by_key(self, known: Collection[str], where: str) -> dict[str, Declared]:
+        """Output tensors by key, of a format in which weights lie under the module's own names.
+
+        Args:
+            known: keys of the source.
+            where: the checkpoint, for messages.
+
+        Raises:
+            CheckpointError: the request renames weights.
+        """
+        for item in self.tensors:
+            if item.key not in known:
+                raise CheckpointError(
+                    f"{where}: there is no {item.key!r}; weights are not renamed in this format",
+                    hint="pass --names disk",
+                )
+        return {item.key: item for item in self.tensors}
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,11 @@ from sparkling_cli.formats.statedict import (
     is_state_dict,
     joined,
     optimizer_in,
-    remaining_values,
     scalar_changes,
     weights_in,
+    with_shapes,
 )
-from sparkling_cli.formats.torchfile import (
-    TensorNode,
-    TorchFile,
-    TreePath,
-    lay_out,
-    plain,
-    read_torch_file,
-)
+from sparkling_cli.formats.torchfile import TensorNode, TorchFile, TreePath, plain, read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class
 
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "weights")
@@ -203,18 +196,10 @@ def write_sections(
         CheckpointError: the request renames weights, which lie under the module's own names here.
     """
     file = parsed.file
-    new = {}
-    for declared in request.tensors:
-        if declared.key not in file.tensors:
-            raise CheckpointError(
-                f"{file.path.name}: there is no {declared.key!r}; weights are not renamed in this format",
-                hint="pass --names disk",
-            )
-        new[declared.key] = (declared.dtype, declared.shape)
+    declared = request.by_key(file.tensors, file.path.name)
     values, edits = scalar_changes(file, parsed.optimizer, checkpoint, request)
     edits.update(config_edits(file.tree, parsed.sections, request.config))
-    values = remaining_values(file, new, values)
-    return lay_out(file, new, edits=edits, values=values, path=path)
+    return with_shapes(file, declared.values(), edits=edits, values=values, path=path)
 
 
 def config_edits(tree: Any, sections: Sections, changes: Mapping[str, Any]) -> dict[TreePath, Any]:

@@ -12,8 +12,8 @@ from math import prod
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.model import Checkpoint, OutputRequest, ParamState
-from sparkling_cli.formats.torchfile import TensorNode, TorchFile, TreePath, plain, read_values
+from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest, ParamState
+from sparkling_cli.formats.torchfile import TensorNode, TorchFile, TreePath, lay_out, plain, read_values
 
 #: put in front of every name by wrappers; no part of the model
 WRAPPERS = ("_orig_mod.", "module.", "_forward_module.", "_fsdp_wrapped_module.")
@@ -29,14 +29,12 @@ class OptimizerTree:
     Attributes:
         states: one per parameter, in the file's order.
         groups: param groups as plain data.
-        scalar_keys: ``(number in states, name)`` -> key of a one-entry tensor.
-        scalar_paths: the same -> path of a plain number.
+        scalars: ``(number in states, name)`` -> key of a one-entry tensor, or path of a plain number.
     """
 
     states: tuple[ParamState, ...] = ()
     groups: tuple[Mapping[str, Any], ...] = ()
-    scalar_keys: Mapping[tuple[int, str], str] = field(default_factory=dict)
-    scalar_paths: Mapping[tuple[int, str], TreePath] = field(default_factory=dict)
+    scalars: Mapping[tuple[int, str], str | TreePath] = field(default_factory=dict)
 
 
 def at(tree: Any, path: TreePath) -> Any:
@@ -107,8 +105,7 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
     named = bool(holders) and all(isinstance(i, str) and not i.isdigit() for i in holders)
     names = bare_names(holders) if named else {i: str(i) for i in holders}
     states = []
-    scalar_keys: dict[tuple[int, str], str] = {}
-    scalar_paths: dict[tuple[int, str], TreePath] = {}
+    places: dict[tuple[int, str], str | TreePath] = {}
     for index, (ident, state) in enumerate(holders.items()):
         home = (*path, "state", ident)
         if not isinstance(state, dict):
@@ -119,12 +116,12 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
         for name, value in state.items():
             if isinstance(value, TensorNode):
                 if prod(value.shape) == 1 and value.dtype in PACKED and name == "step":
-                    scalar_keys[index, name] = keys[(*home, name)]
+                    places[index, name] = keys[(*home, name)]
                 else:
                     tensors[name] = keys[(*home, name)]
             elif isinstance(value, (int, float)):
                 scalars[name] = _number(value, f"{file.path.name}: {name!r} of parameter {ident!r}")
-                scalar_paths[index, name] = (*home, name)
+                places[index, name] = (*home, name)
             elif isinstance(value, (dict, list, tuple)) and any(
                 p[: len(home) + 1] == (*home, name) for p in keys
             ):
@@ -134,17 +131,18 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
                     hint="save the weights alone and restart the optimizer",
                 )
         states.append(ParamState(names[ident], tensors, scalars))
-    values = numbers_of(file, scalar_keys.values())
-    for (index, name), key in scalar_keys.items():
-        state = states[index]
-        states[index] = ParamState(state.param, state.tensors, {**state.scalars, name: values[key]})
+    values = numbers_of(file, (key for key in places.values() if isinstance(key, str)))
+    for (index, name), key in places.items():
+        if isinstance(key, str):
+            state = states[index]
+            states[index] = replace(state, scalars={**state.scalars, name: values[key]})
     groups = plain(optimizer["param_groups"])
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
         raise CheckpointError(
             f"{file.path.name}: the optimizer's param_groups must be a list of dictionaries, "
             f"found {groups!r:.80}"
         )
-    return OptimizerTree(tuple(states), tuple(groups), scalar_keys, scalar_paths)
+    return OptimizerTree(tuple(states), tuple(groups), places)
 
 
 def joined(trees: Sequence[OptimizerTree], where: str) -> OptimizerTree:
@@ -164,13 +162,11 @@ def joined(trees: Sequence[OptimizerTree], where: str) -> OptimizerTree:
         raise CheckpointError(f"{where}: one optimizer knows its parameters by number, another by name")
     states: list[ParamState] = []
     groups: list[Mapping[str, Any]] = []
-    scalar_keys: dict[tuple[int, str], str] = {}
-    scalar_paths: dict[tuple[int, str], TreePath] = {}
+    places: dict[tuple[int, str], str | TreePath] = {}
     base = 0
     for tree in trees:
         shift = base if all(known) else None
-        scalar_keys.update({(len(states) + i, name): key for (i, name), key in tree.scalar_keys.items()})
-        scalar_paths.update({(len(states) + i, name): path for (i, name), path in tree.scalar_paths.items()})
+        places.update({(len(states) + i, name): place for (i, name), place in tree.scalars.items()})
         states += [replace(state, param=_shifted(state.param, shift)) for state in tree.states]
         for group in tree.groups:
             params = group.get("params", ())
@@ -182,7 +178,7 @@ def joined(trees: Sequence[OptimizerTree], where: str) -> OptimizerTree:
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(f"{where}: two optimizers have state of parameter {twice!r}")
-    return OptimizerTree(tuple(states), tuple(groups), scalar_keys, scalar_paths)
+    return OptimizerTree(tuple(states), tuple(groups), places)
 
 
 def _shifted(param: str, shift: int | None) -> str:
@@ -222,14 +218,33 @@ def scalar_changes(
     assert len(numbers) == len(checkpoint.states) >= len(tree.states) or not request.scalars
     for full, value in request.scalars.items():
         param, _, name = full.rpartition(".")
-        place = (numbers[param], name)
-        if place in tree.scalar_keys:
-            key = tree.scalar_keys[place]
-            values[key] = packed(file.tensors[key].dtype, value)
+        place = tree.scalars[numbers[param], name]
+        if isinstance(place, str):
+            values[place] = packed(file.tensors[place].dtype, value)
         else:
-            path = tree.scalar_paths[place]
-            edits[path] = type(at(file.tree, path))(value)
+            edits[place] = type(at(file.tree, place))(value)
     return values, edits
+
+
+def with_shapes(
+    file: TorchFile,
+    tensors: Iterable[Declared],
+    *,
+    edits: Mapping[TreePath, Any] | None = None,
+    values: Mapping[str, bytes] | None = None,
+    path: str | None = None,
+) -> OutputFile:
+    """The file with its tensors' new shapes; tensors of other files are left aside.
+
+    Args:
+        file: the source's.
+        tensors: output tensors.
+        edits: see :func:`~sparkling_cli.formats.torchfile.lay_out`.
+        values: bytes of small tensors; those that are neither here nor among ``tensors`` stay as they are.
+        path: of the output file; the source's by default.
+    """
+    new = {item.key: (item.dtype, item.shape) for item in tensors if item.key in file.tensors}
+    return lay_out(file, new, edits=edits, values=remaining_values(file, new, values or {}), path=path)
 
 
 def remaining_values(

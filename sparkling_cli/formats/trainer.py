@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside, list_files, literal_file, read_json, rewritten_json
-from sparkling_cli.formats.fsdpfile import check_alone, copy_output, read_copy, with_copies
+from sparkling_cli.formats.fsdpfile import check_alone, read_copy, with_copies
 from sparkling_cli.formats.further import further_in, tensors_of
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
 from sparkling_cli.formats.pause import collector_paused
@@ -20,10 +20,10 @@ from sparkling_cli.formats.statedict import (
     OptimizerTree,
     is_optimizer,
     optimizer_in,
-    remaining_values,
     scalar_changes,
+    with_shapes,
 )
-from sparkling_cli.formats.torchfile import TorchFile, lay_out, read_torch_file
+from sparkling_cli.formats.torchfile import TorchFile, read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
 from sparkling_cli.formats.weightfiles import (
     CANDIDATES,
@@ -154,13 +154,10 @@ def _outputs(checkpoint: Checkpoint, request: OutputRequest) -> list[OutputFile]
         raise CheckpointError(f"{checkpoint.root.name}: sizes change, but there is no {CONFIG}")
     file = parsed.optimizer_file
     if file is not None:
-        own = (item for item in request.tensors if not item.name and item.key in file.tensors)
-        new = {item.key: (item.dtype, item.shape) for item in own}
         values, edits = scalar_changes(file, parsed.optimizer, checkpoint, request)
-        values = remaining_values(file, new, values)
-        files.append(lay_out(file, new, edits=edits, values=values))
+        files.append(with_shapes(file, request.tensors, edits=edits, values=values))
     if parsed.copy is not None:
-        files.append(copy_output(parsed.copy, request))
+        files.append(with_shapes(parsed.copy, request.tensors))
     return files
 
 

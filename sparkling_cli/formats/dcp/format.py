@@ -14,14 +14,13 @@ from typing import Any
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.dcp.metadata import METADATA
 from sparkling_cli.formats.dcp.read import (
+    Entry,
     Parsed,
-    bytes_value,
     read_fields,
     read_further,
     read_groups,
     read_parts,
     read_states,
-    stored_tensor,
 )
 from sparkling_cli.formats.dcp.write import part_outputs
 from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
@@ -101,15 +100,15 @@ class DcpFormat:
         folders = tuple(f for f in variant.folders if (root / f / METADATA).is_file())
         _one_model_only(root)
         parts, entries, roles = read_parts(root, folders)
-        tensors = {name: stored_tensor(root, entries[name]) for name in dict.fromkeys(roles.weights.values())}
-        states, state_tensors, scalar_keys = read_states(root, roles, entries)
+        tensors = {name: entries[name].stored() for name in dict.fromkeys(roles.weights.values())}
+        states, state_tensors, scalar_keys = read_states(roles, entries)
         present = list_files(root)
         config = read_json(root, variant.config) if variant.config in present else None
-        written = {f"{f}{METADATA}" for f in folders} | _data_files(parts)
+        written = {part.folder + METADATA for part in parts}.union(*(part.files() for part in parts))
         if config is not None:
             written.add(variant.config)
         facts, notes = run_facts(root, present)
-        values = read_fields(root, roles, entries)
+        values = read_fields(roles, entries)
         groups = read_groups(roles, values)
         _add_facts(facts, root, entries, variant.kind)
         if states:
@@ -130,10 +129,10 @@ class DcpFormat:
             config=config,
             config_file=variant.config if config is not None else "",
             carried=tuple(name for name in present if name not in written),
-            further=tuple(read_further(root, roles, entries, scalar_keys.values(), values)),
+            further=tuple(read_further(roles, entries, scalar_keys.values(), values)),
             facts=facts,
             notes=tuple(notes),
-            private=Parsed(parts, entries, roles, scalar_keys, variant.config if config is not None else ""),
+            private=Parsed(parts, entries, scalar_keys, variant.config if config is not None else ""),
         )
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
@@ -143,30 +142,13 @@ class DcpFormat:
             CheckpointError: the request renames weights, which lie under the module's own names here.
         """
         parsed: Parsed = checkpoint.private
-        declared = {}
-        for tensor in request.tensors:
-            if tensor.key not in parsed.entries:
-                raise CheckpointError(
-                    f"{checkpoint.root}: there is no {tensor.key!r}; weights are not renamed in this format",
-                    hint="pass --names disk",
-                )
-            declared[tensor.key] = tensor
+        declared = request.by_key(parsed.entries, str(checkpoint.root))
         numbers = {}
         by_name = {state.param: number for number, state in enumerate(checkpoint.states)}
         for full, value in request.scalars.items():
             param, _, slot = full.rpartition(".")
             numbers[parsed.scalar_keys[by_name[param], slot]] = value
-        files = [
-            file
-            for part in parsed.parts
-            for file in part_outputs(
-                checkpoint.root,
-                part,
-                parsed,
-                {n: d for n, d in declared.items() if parsed.entries[n].part is part},
-                numbers,
-            )
-        ]
+        files = [file for part in parsed.parts for file in part_outputs(part, declared, numbers)]
         if parsed.config_file:
             text = (checkpoint.root / parsed.config_file).read_text(encoding="utf-8")
             text = rewritten_json(text, request.config, parsed.config_file)
@@ -189,21 +171,13 @@ def _one_model_only(root: Path) -> None:
         )
 
 
-def _data_files(parts: tuple[Any, ...]) -> set[str]:
-    return {
-        part.folder + str(info.relative_path)
-        for part in parts
-        for info in part.metadata.storage_data.values()
-    }
-
-
-def _add_facts(facts: dict[str, Any], root: Path, entries: Mapping[str, Any], kind: str) -> None:
+def _add_facts(facts: dict[str, Any], root: Path, entries: Mapping[str, Entry], kind: str) -> None:
     """The kind, and the step if only the DCP entries know it."""
     facts["kind"] = kind
     for name in _STEP_KEYS:
         if name in entries and "global_step" not in facts:
             try:
-                value = bytes_value(root, entries[name])
+                value = entries[name].value()
             except UnsafePickleError:
                 continue
             if isinstance(value, (int, float)):

@@ -10,12 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparkling_cli.formats.dcp.items import box, carried_bytes, number, read_item, shifted
+from sparkling_cli.formats.dcp.items import box, number, shifted
 from sparkling_cli.formats.dcp.metadata import METADATA, dump_metadata
-from sparkling_cli.formats.dcp.read import Parsed, Part
+from sparkling_cli.formats.dcp.read import Entry, Part
 from sparkling_cli.formats.model import Checksum, Declared, OutputFile
 from sparkling_cli.storage.tensors import Extent
 
@@ -71,25 +70,18 @@ def grown_box(start: Shape, sizes: Shape, before: Shape, after: Shape) -> tuple[
 
 
 def part_outputs(
-    root: Path,
-    part: Part,
-    parsed: Parsed,
-    declared: Mapping[str, Declared],
-    numbers: Mapping[str, float],
+    part: Part, declared: Mapping[str, Declared], numbers: Mapping[str, float]
 ) -> tuple[OutputFile, ...]:
     """All files of one DCP directory; ``.metadata`` is the last.
 
     Args:
-        root: the source checkpoint.
         part: the directory.
-        parsed: the whole checkpoint, as read.
         declared: name in the checkpoint -> output tensor.
         numbers: name in the checkpoint -> new value of a one-number tensor.
     """
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-    names = {entry.fqn: name for name, entry in parsed.entries.items() if entry.part is part}
     files: dict[str, _Growing] = {}
     moved: dict[MetadataIndex, tuple[MetadataIndex, object]] = {}
     chunks: dict[str, dict[Shape, ChunkStorageMetadata]] = {}
@@ -101,28 +93,27 @@ def part_outputs(
     }
     for index in sorted(storage, key=lambda i: (str(storage[i].relative_path), storage[i].offset)):
         place = part.place(index)
-        name = names[index.fqn]
+        name = part.prefix + index.fqn
         target = declared.get(name)
         new_index = index
         if target is not None:
-            meta = part.described(index.fqn)
+            before = Entry(part, index.fqn).described.size
             start: Shape = tuple(index.offset or ())
             sizes = boxes[index.fqn, start]
-            new_start, new_sizes = grown_box(start, sizes, tuple(meta.size), target.shape)
-            item = read_item(root, place)
-            content: OutputFile | bytes = box(item, index.fqn, target.key, new_start, new_sizes)
+            new_start, new_sizes = grown_box(start, sizes, before, target.shape)
+            content: OutputFile | bytes = box(place.read(), index.fqn, target.key, new_start, new_sizes)
             new_index = MetadataIndex(index.fqn, new_start, index.index)
             grown = ChunkStorageMetadata(_size(new_start), _size(new_sizes))
             chunks.setdefault(index.fqn, {})[start] = grown
         elif name in numbers:
-            content = number(read_item(root, place), index.fqn, numbers[name])
+            content = number(place.read(), index.fqn, numbers[name])
         else:
-            content = carried_bytes(root, place, index.fqn)
+            content = place.carried(index.fqn)
         file = files.setdefault(place.file, _Growing(place.file))
         offset, length = file.add(content)
         info = _StorageInfo(storage[index].relative_path, offset, length)
         moved[index] = (new_index, info)
-    metadata = replace_metadata(part, moved, chunks, {n: d.shape for n, d in declared.items()}, names)
+    metadata = replace_metadata(part, moved, chunks, declared)
     last = OutputFile(part.folder + METADATA, len(metadata), ((0, metadata),), last=True)
     return (*(file.done() for file in files.values()), last)
 
@@ -131,18 +122,17 @@ def replace_metadata(
     part: Part,
     moved: Mapping[MetadataIndex, tuple[MetadataIndex, object]],
     chunks: Mapping[str, Mapping[Shape, ChunkStorageMetadata]],
-    shapes: Mapping[str, Shape],
-    names: Mapping[str, str],
+    declared: Mapping[str, Declared],
 ) -> bytes:
     """The new ``.metadata``: as the old one, with new sizes, boxes and places."""
     metadata = copy.copy(part.metadata)
     vars(metadata).pop("all_local_plans", None)  # Megatron's cache of how it saved, by the old sizes
     metadata.state_dict_metadata = dict(metadata.state_dict_metadata)
     for fqn, grown in chunks.items():
-        old = part.described(fqn)
+        old = Entry(part, fqn).described
         boxes = [grown[tuple(chunk.offsets)] for chunk in old.chunks]
-        new = replace(old, size=_size(shapes[names[fqn]]), chunks=boxes)
-        metadata.state_dict_metadata[fqn] = new
+        size = _size(declared[part.prefix + fqn].shape)
+        metadata.state_dict_metadata[fqn] = replace(old, size=size, chunks=boxes)
     metadata.storage_data = dict(moved[index] for index in metadata.storage_data)
     return dump_metadata(metadata)
 
