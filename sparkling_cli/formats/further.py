@@ -22,6 +22,7 @@ from sparkling_cli.formats.torchfile.file import children
 from sparkling_cli.formats.torchfile.inert import InertUnpickler
 from sparkling_cli.formats.torchfile.objects import Call, TensorNode
 from sparkling_cli.formats.torchfile.opcodes import check_opcodes
+from sparkling_cli.formats.torchfile.unpickle import Anything
 from sparkling_cli.storage.tensors import StoredTensor
 
 #: how a file in torch's format of before 1.6 begins: with a pickled number
@@ -29,19 +30,6 @@ _LEGACY = 0x1950A86A20F9469CFC6C
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"})
 #: a pickle of more bytes is no state of a run's loaders and generators
 _LONGEST_PICKLE = 1 << 28
-
-
-class _Anything(Collection[str]):
-    """A list of allowed globals that has every name on it: all of them stay inert."""
-
-    def __contains__(self, item: object) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -152,7 +140,7 @@ def tensors_in_item(root: Path, file: str, offset: int, length: int, name: str) 
         stream.seek(offset)
         if stream.read(4) != b"PK\x03\x04":  # a planner's own matter
             return
-    item = read_torch_file(root / file, file, offset=offset, length=length, allow=_Anything())
+    item = read_torch_file(root / file, file, offset=offset, length=length, allow=Anything())
     for found in (*further_in(item, (), name), *_arrays(item.tree, name)):
         yield found._replace(key="")
 
@@ -170,7 +158,7 @@ def _torch(path: Path, relative: str) -> tuple[list[Further], OpenFile | None]:
     try:
         file = read_torch_file(path, relative)
     except CheckpointError:  # objects of other libraries: listed, and only ever copied as a whole
-        file = read_torch_file(path, relative, allow=_Anything())
+        file = read_torch_file(path, relative, allow=Anything())
         found = [item._replace(key="") for item in further_in(file, ())]
         return [*found, *_arrays(file.tree, relative)], None
     return further_in(file, ()), OpenFile({key: key for key in file.tensors}, file)

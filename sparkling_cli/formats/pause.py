@@ -5,27 +5,20 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
-    """No garbage collection inside; as it was afterwards."""
+def _collector(*, on: bool) -> Iterator[None]:
     was_on = gc.isenabled()
-    gc.disable()
+    (gc.enable if on else gc.disable)()
     try:
         yield
     finally:
-        if was_on:
-            gc.enable()
+        (gc.enable if was_on else gc.disable)()
 
 
-@contextmanager
-def collector_running() -> Iterator[None]:
-    """Garbage collection inside a pause: for code that builds models, whose cycles hold tensors."""
-    was_on = gc.isenabled()
-    gc.enable()
-    try:
-        yield
-    finally:
-        if not was_on:
-            gc.disable()
+#: No garbage collection inside; as it was afterwards.
+collector_paused = partial(_collector, on=False)
+#: Garbage collection inside a pause: for code that builds models, whose cycles hold tensors.
+collector_running = partial(_collector, on=True)

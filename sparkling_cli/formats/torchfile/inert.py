@@ -7,39 +7,30 @@ imported. What comes back is plain data.
 from __future__ import annotations
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.torchfile.archive import open_window, read_archive
-from sparkling_cli.formats.torchfile.objects import Call, GlobalType, Storage, TensorNode, make_global
+from sparkling_cli.formats.torchfile.objects import Call, GlobalType, Storage, TensorNode
 from sparkling_cli.formats.torchfile.opcodes import check_opcodes
+from sparkling_cli.formats.torchfile.unpickle import Anything, TreeUnpickler
 
 _LARGEST = 64 << 20
 _PATHS = ("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath")
 
 
-class InertUnpickler(pickle.Unpickler):
-    """Accepts every global, as a stand-in."""
+class InertUnpickler(TreeUnpickler):
+    """Accepts every global, as a stand-in, and every storage, of which nothing is read."""
 
     def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream)
-        self._globals: dict[tuple[str, str], GlobalType] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        """A stand-in, whatever the name."""
-        key = (module, name)
-        if key not in self._globals:
-            self._globals[key] = make_global(module, name)
-        return self._globals[key]
+        super().__init__(stream, "", Anything())
 
     def persistent_load(self, pid: Any) -> Any:
-        """A storage of which nothing is read; before torch 1.6 its name had six parts."""
-        kind = self.find_class("torch", "ByteStorage")
+        """A storage; before torch 1.6 its name had six parts."""
         if isinstance(pid, tuple) and len(pid) in (5, 6) and isinstance(pid[1], GlobalType):
             return Storage("storage", pid[1], str(pid[2]), str(pid[3]), 0)
-        return Storage("storage", kind, "", "", 0)
+        return Storage("storage", self.find_class("torch", "ByteStorage"), "", "", 0)
 
 
 def read_attributes(path: Path, relative: str = "") -> dict[str, Any]:

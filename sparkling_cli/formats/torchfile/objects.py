@@ -7,6 +7,7 @@ can be written back (``repickle``) as they were read.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 from sparkling_cli.errors import CheckpointError
@@ -91,41 +92,28 @@ class Ordered(dict[Any, Any]):
         self.state = (state,)
 
 
+@dataclass(slots=True, eq=False)
 class Storage:
     """A storage as the pickle names it: ``(tag, type, key, location, entries)``."""
 
-    __slots__ = ("entries", "key", "kind", "location", "tag")
-
-    def __init__(self, tag: str, kind: GlobalType, key: str, location: str, entries: int) -> None:
-        self.tag = tag
-        self.kind = kind
-        self.key = key
-        self.location = location
-        self.entries = entries
+    tag: str
+    kind: GlobalType
+    key: str
+    location: str
+    entries: int
 
 
+@dataclass(slots=True, eq=False)
 class TensorNode:
     """A tensor in the tree: a storage and how to look at it. ``rest`` is what follows requires_grad."""
 
-    __slots__ = ("function", "offset", "requires_grad", "rest", "shape", "storage", "stride")
-
-    def __init__(
-        self,
-        function: GlobalType,
-        storage: Storage,
-        offset: int,
-        shape: tuple[int, ...],
-        stride: tuple[int, ...],
-        requires_grad: bool = False,
-        rest: tuple[Any, ...] = (),
-    ) -> None:
-        self.function = function
-        self.storage = storage
-        self.offset = offset
-        self.shape = shape
-        self.stride = stride
-        self.requires_grad = requires_grad
-        self.rest = rest
+    function: GlobalType
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    requires_grad: bool = False
+    rest: tuple[Any, ...] = ()
 
     @property
     def dtype(self) -> str:
