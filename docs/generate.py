@@ -88,10 +88,13 @@ def cli_page() -> str:
             lines += [f"| `{_metavar(a)}` | {_cell(getattr(a, 'help', '') or '')} |" for a in arguments] + [
                 ""
             ]
-        lines += ["| option | default | |", "|---|---|---|"]
-        lines += [
-            f"| {_flags(o)} | {_default(o)} | {_cell(o.help or '')} |" for o in options if o.name != "help"
-        ] + [""]
+        for panel in dict.fromkeys(o.rich_help_panel for o in options if o.rich_help_panel):
+            lines += [f"| {panel} | value | default | |", "|---|---|---|---|"]
+            lines += [
+                f"| {_flags(o)} | {_value(o)} | {_default(o)} | {_cell(o.help or '')} |"
+                for o in options
+                if o.rich_help_panel == panel
+            ] + [""]
         if examples.strip():
             lines += ["```text", inspect.cleandoc("\n" + examples.strip("\n")), "```", ""]
     return NOTICE + "\n".join(lines).rstrip() + "\n"
@@ -108,15 +111,11 @@ def _flags(option: Any) -> str:
 
 
 def _default(option: Any) -> str:
-    value = option.default
-    if (
-        callable(value)
-        or value in (None, (), [], False)
-        or "NOT_SET" in repr(value).upper()
-        or "UNSET" in repr(value).upper()
-    ):
-        return ""
-    return f"`{value}`"
+    return f"`{option.show_default}`" if isinstance(option.show_default, str) else ""
+
+
+def _value(option: Any) -> str:
+    return f"`{_cell(option.metavar)}`" if option.metavar else ""
 
 
 def _cell(text: str) -> str:

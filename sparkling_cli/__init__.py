@@ -1,7 +1,7 @@
 """Widen a language model in the middle of pre-training, optimizer state included.
 
 The public functions are ``expand``, ``make_plan``, ``inspect``, ``verify`` and ``layout_of`` (see
-:mod:`sparkling_cli.api`) and the spec (:mod:`sparkling_cli.spec`); the training side is
+:mod:`sparkling_cli.api`) and the spec (:mod:`sparkling_cli.spec.model`); the training side is
 :mod:`sparkling_cli.training`. They are imported when they are first used.
 """
 

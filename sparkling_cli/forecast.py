@@ -18,7 +18,7 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.results.commands import Flops, Phase, RunPlan
 from sparkling_cli.spec.model import ExpansionSpec
-from sparkling_cli.spec.sources import make_spec
+from sparkling_cli.spec.sources import axis_with_factor, make_spec
 from sparkling_cli.storage.tensors import ITEM_BYTES
 from sparkling_cli.widening.geometry import Growth
 
@@ -162,17 +162,12 @@ def parse_then(text: str, tokens: int, *, multiple_of: int | None = None) -> Exp
     pairs, at, moment = text.rpartition("@")
     if not at:
         raise SpecError(f"--then {text!r}: the moment is missing", hint="write it as ffn=2,hidden=1.5@150B")
-    axes = []
-    for pair in pairs.split(","):
-        axis, equals, factor = pair.strip().partition("=")
-        try:
-            axes.append({"axis": axis.strip(), "factor": float(factor)})
-        except ValueError:
-            raise SpecError(
-                f"--then {text!r}: {pair!r} is not AXIS=FACTOR", hint="write it as ffn=2,hidden=1.5@150B"
-            ) from None
-        if not equals:
-            raise SpecError(f"--then {text!r}: {pair!r} is not AXIS=FACTOR")
+    axes = [axis_with_factor(pair, f"--then {text!r}:") for pair in pairs.split(",")]
+    bare = [axis["axis"] for axis in axes if "factor" not in axis]
+    if bare:
+        raise SpecError(
+            f"--then {text!r}: {bare[0]!r} is not AXIS=FACTOR", hint="write it as ffn=2,hidden=1.5@150B"
+        )
     spec = make_spec({"axes": axes, "multiple_of": multiple_of}, "--then")
     return Expansion(parse_moment(moment, tokens, "--then"), spec)
 

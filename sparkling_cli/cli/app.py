@@ -13,6 +13,7 @@ import typer
 from sparkling_cli.cli import console
 from sparkling_cli.cli.architectures import architectures
 from sparkling_cli.cli.expand import expand
+from sparkling_cli.cli.help import Command, Group
 from sparkling_cli.cli.inspect import inspect
 from sparkling_cli.cli.layout import layout
 from sparkling_cli.cli.plan import plan
@@ -25,7 +26,9 @@ app = typer.Typer(
     # plain help: rich's own takes longer to import than everything else together
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=Group,
+    # as wide as the terminal, of whatever width
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": console.UNLIMITED},
     help="Widen a language model in the middle of pre-training, optimizer state included.",
     epilog="Exit codes: 0 done, 2 usage, 3 spec, 4 checkpoint, 5 layout, 6 unsafe pickle, 7 output, "
     "8 verification, 9 missing package, 130 interrupted.",
@@ -49,4 +52,4 @@ def main(
 
 
 for command in (expand, inspect, verify, plan, schedule, layout, architectures):
-    app.command()(command)
+    app.command(cls=Command)(command)

@@ -12,13 +12,17 @@ from sparkling_cli.cli.console import output
 
 def architectures(
     only: Annotated[list[str], typer.Argument(help="Model types; default: all.", metavar="TYPE")] = [],
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/architectures.md.")] = False,
+    markdown: Annotated[
+        bool, opt.option("--markdown", panel=opt.OUTPUT, words="Print docs/architectures.md.")
+    ] = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """List every causal language model class and, per axis, proved or refused with the reason.
+    """List what can be widened, class by class.
 
-    Each class is inferred and proved on the spot with a tiny random instance; results are cached.
+    Every causal language model class of the installed transformers, and per axis whether widening is
+    proved, or refused and why. Each class is inferred and proved on the spot with a tiny random instance;
+    results are cached.
 
     \b
     Examples:

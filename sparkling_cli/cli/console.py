@@ -137,11 +137,7 @@ def run(app: Callable[..., Any]) -> int:
     except typer.Exit as stop:
         return int(stop.exit_code)
     except _usage_error() as error:
-        if "--json" in sys.argv[1:]:  # the command line was not understood, so no option was read
-            output.as_json = True
-            return fail(UsageError(error.format_message()))  # type: ignore[attr-defined]
-        error.show()  # type: ignore[attr-defined]
-        return int(ExitCode.USAGE)
+        return fail(_misread(error))
     except (KeyboardInterrupt, typer.Abort):
         return fail(Interrupted("interrupted: no unfinished output was left under its final name"))
     except BrokenPipeError:
@@ -151,6 +147,14 @@ def run(app: Callable[..., Any]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         output.as_json = False  # it may be stdout itself that cannot be written
         return fail(OutputError(f"the system refused: {where}{error.strerror or error}"))
+
+
+def _misread(error: Exception) -> UsageError:
+    """A usage error of the parser; no option was read then, so --json is looked for."""
+    from sparkling_cli.cli.help import usage_error
+
+    output.as_json = "--json" in sys.argv[1:]
+    return usage_error(error)
 
 
 def _usage_error() -> type[Exception]:

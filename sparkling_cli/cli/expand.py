@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from sparkling_cli.cli import options as opt
+from sparkling_cli.cli.complete import checkpoints
 from sparkling_cli.cli.console import output
+from sparkling_cli.cli.options import option
+from sparkling_cli.spec.choices import (
+    InitPair,
+    Names,
+    OptimizerTreatment,
+    ReportKind,
+    Scaling,
+    StateTreatment,
+)
 
 
 def expand(
@@ -16,22 +26,59 @@ def expand(
     destination: Annotated[
         Path | None,
         typer.Argument(
-            help="Output; must not exist. Default: CKPT-<axis><factor>x beside CKPT.", metavar="DST"
+            help="Output; must not exist. Default: CKPT-<axis><factor>x beside CKPT.",
+            metavar="DST",
+            autocompletion=checkpoints,
         ),
     ] = None,
     axis: opt.AxisOption = [],
     factor: opt.FactorOption = [],
     to: opt.ToOption = [],
-    spec: opt.SpecOption = None,
     multiple_of: opt.MultipleOption = None,
+    spec: opt.SpecOption = None,
     init: Annotated[
         str | None,
-        typer.Option(help="copy-copy (default), zero-copy, random-copy, random-zero, random-random."),
+        option(
+            "--init",
+            panel=opt.METHOD,
+            choices=InitPair,
+            default="copy-copy",
+            words="New entries of fan-out and fan-in dims.",
+        ),
     ] = None,
-    scaling: Annotated[str | None, typer.Option(help="rms (default), calibrated, function, none.")] = None,
+    scaling: Annotated[
+        str | None,
+        option(
+            "--scaling",
+            panel=opt.METHOD,
+            choices=Scaling,
+            default="rms",
+            words="What fan-in matrices are scaled to keep: the RMS (calibrated: fitted on tokens), or the "
+            "function.",
+        ),
+    ] = None,
     optimizer: Annotated[
-        str | None, typer.Option(help="asymmetric (default), asymmetric-scaled, copy, drop.")
+        str | None,
+        option(
+            "--optimizer",
+            panel=opt.METHOD,
+            choices=OptimizerTreatment,
+            default="asymmetric",
+            words="Optimizer state: old entries keep theirs and new ones start at zero; or otherwise.",
+        ),
     ] = None,
+    seed: Annotated[
+        int | None,
+        option("--seed", panel=opt.METHOD, metavar="NUMBER", default=0, words="Seed of random entries."),
+    ] = None,
+    allow_locked: Annotated[
+        bool,
+        option(
+            "--allow-locked",
+            panel=opt.METHOD,
+            words="Go on where copies would stay equal to their sources for ever.",
+        ),
+    ] = False,
     rho: opt.RhoOption = None,
     rewarmup_steps: opt.RewarmupStepsOption = None,
     bias_correction: opt.BiasCorrectionOption = None,
@@ -43,61 +90,73 @@ def expand(
     decay: opt.DecayOption = None,
     total_steps: opt.TotalStepsOption = None,
     expansion_step: opt.ExpansionStepOption = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of random fills (0).")] = None,
-    names: Annotated[
-        str | None,
-        typer.Option(help="Weight names in the output: auto (default), disk, module."),
-    ] = None,
     layout: opt.LayoutOption = None,
     model: opt.ModelOption = None,
-    data: opt.DataOption = None,
-    report: Annotated[
-        str,
-        typer.Option(
-            help="Measure activations before and after: auto (less for large models, none for very large "
-            "ones), full, none."
-        ),
-    ] = "auto",
-    memory: Annotated[str, typer.Option(help="Memory budget, e.g. 512M, 2G.")] = "1G",
-    threads: Annotated[int | None, typer.Option(help="Worker threads; default: by the machine.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan; write nothing.")] = False,
-    allow_locked: Annotated[
-        bool,
-        typer.Option("--allow-locked", help="Go on where copies would stay equal to their sources for ever."),
-    ] = False,
     carry: Annotated[
         list[str],
-        typer.Option(
-            help="Tensors that stay as they are although their shape is one that grows: a name, * for any "
-            "part. May be repeated.",
+        option(
+            "--carry",
+            panel=opt.INPUT,
             metavar="PATTERN",
-            show_default=False,
+            words="Tensors that stay as they are although their shape is one that grows: a name, * for any "
+            "part; may be repeated.",
         ),
     ] = [],
     state: Annotated[
         list[str],
-        typer.Option(
-            help="What optimizer state of that name is: weight (widened like it), moment, carry. May be "
-            "repeated.",
-            metavar="NAME=KIND",
-            show_default=False,
+        option(
+            "--state",
+            panel=opt.INPUT,
+            metavar=f"NAME=[{'|'.join(get_args(StateTreatment))}]",
+            words="What optimizer state of that name is: widened like the weight, a moment, or left as it "
+            "is; may be repeated.",
         ),
     ] = [],
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Go on where weights or state hold NaN or Inf.")
+        bool,
+        option("--allow-nonfinite", panel=opt.INPUT, words="Go on where weights or state hold NaN or Inf."),
     ] = False,
+    dry_run: Annotated[
+        bool, option("--dry-run", panel=opt.OUTPUT, words="Print the whole plan; write nothing.")
+    ] = False,
+    report: Annotated[
+        str,
+        option(
+            "--report",
+            panel=opt.OUTPUT,
+            choices=ReportKind,
+            default="auto",
+            words="Measure activations before and after; auto: less of large models.",
+        ),
+    ] = "auto",
+    data: opt.DataOption = None,
+    names: Annotated[
+        str | None,
+        option(
+            "--names", panel=opt.OUTPUT, choices=Names, default="auto", words="Weight names in the output."
+        ),
+    ] = None,
+    memory: opt.MemoryOption = "1G",
+    threads: Annotated[
+        int | None,
+        option(
+            "--threads", panel=opt.RUNNING, metavar="COUNT", words="Worker threads; default: by the machine."
+        ),
+    ] = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
     verbose: opt.VerboseOption = False,
 ) -> None:
-    """Write a wider checkpoint: weights, optimizer state, re-warmup schedule and report.
+    """Write a wider checkpoint: weights and optimizer state.
 
-    The source is never written to. The output appears whole or not at all.
+    With it go a schedule of the new entries' learning rate and a report. The source is never written to.
+    The output appears whole or not at all.
 
     \b
     Examples:
         sparkling expand ckpt/ --axis ffn --factor 2
-        sparkling expand ckpt/ wide/ --axis hidden --axis heads --factor 1.5 --dry-run
+        sparkling expand ckpt/ wide/ --axis hidden=1.5 --axis ffn=2 --dry-run
+        sparkling expand ckpt/ --axis hidden --axis heads --factor 2
         sparkling expand ckpt/ --spec expansion.yaml --json
     """
     from sparkling_cli import api
@@ -163,9 +222,7 @@ def expand(
         show_result(output, result)
 
 
-def _spec(
-    path: Path | None, axis: list[str], factor: list[float], to: list[int], given: dict[str, Any]
-) -> Any:
+def _spec(path: Path | None, axis: list[str], factor: list[str], to: list[str], given: dict[str, Any]) -> Any:
     from sparkling_cli.spec.sources import axes_from_options, make_spec, merge, read_spec_file
 
     base = read_spec_file(path) if path else {}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from sparkling_cli.cli import options as opt
+from sparkling_cli.cli.complete import checkpoints
 from sparkling_cli.cli.console import output
+from sparkling_cli.cli.options import option
 
 if TYPE_CHECKING:
     from sparkling_cli.results.measured import Inspection
@@ -18,48 +18,77 @@ def inspect(
     checkpoint: opt.CheckpointArg,
     against: Annotated[
         Path | None,
-        typer.Option(
+        option(
             "--against",
-            help="An earlier state of the same model: what it was widened from, or the widened checkpoint "
+            panel=opt.INPUT,
+            metavar="CKPT",
+            complete=checkpoints,
+            words="An earlier state of the same model: what it was widened from, or the widened checkpoint "
             "that it was trained on from.",
-            show_default=False,
         ),
-    ] = None,
-    data: opt.DataOption = None,
-    activations: Annotated[
-        bool, typer.Option("--activations/--no-activations", help="Run the model on tokens and measure.")
-    ] = True,
-    sequences: Annotated[int, typer.Option(help="Sequences to run, at most.", min=1)] = 8,
-    length: Annotated[int, typer.Option(help="Tokens in each, at most.", min=2)] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of random tokens, where there is no text.")] = 0,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE", help="Draw it: .png, .svg or .pdf.", show_default=False),
     ] = None,
     model: opt.ModelOption = None,
     layout: opt.LayoutOption = None,
-    memory: Annotated[str, typer.Option(help="Memory budget, e.g. 512M, 2G.")] = "1G",
+    data: opt.DataOption = None,
+    activations: Annotated[
+        bool,
+        option(
+            "--activations/--no-activations",
+            panel=opt.OUTPUT,
+            default="activations",
+            words="Run the model on tokens and measure.",
+        ),
+    ] = True,
+    sequences: Annotated[
+        int,
+        option(
+            "--sequences", panel=opt.OUTPUT, metavar="COUNT", default=8, words="Sequences at most.", min=1
+        ),
+    ] = 8,
+    length: Annotated[
+        int,
+        option(
+            "--length",
+            panel=opt.OUTPUT,
+            metavar="TOKENS",
+            default=256,
+            words="Tokens in each at most.",
+            min=2,
+        ),
+    ] = 256,
+    seed: Annotated[
+        int,
+        option(
+            "--seed",
+            panel=opt.OUTPUT,
+            metavar="NUMBER",
+            default=0,
+            words="Seed of random tokens, where there is no text.",
+        ),
+    ] = 0,
+    plot: opt.PlotOption = None,
+    memory: opt.MemoryOption = "1G",
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
     verbose: opt.VerboseOption = False,
 ) -> None:
-    """Measure a checkpoint: RMS of weights, optimizer state and activations, per role and layer.
+    """Measure a checkpoint, and what changed since another.
 
-    Activations are measured on --data, else on a bundled text through the checkpoint's own tokenizer,
-    else on random tokens, with a note. Weights are read while they are used: the model may be larger
-    than memory.
+    The RMS of weights, optimizer state and activations is given by kind of tensor and layer. Activations
+    are measured on --data, else on a bundled text through the checkpoint's own tokenizer, else on random
+    tokens, with a note. Weights are read while they are used: the model may be larger than memory.
 
     With --against, what every block adds to the residual stream (attention, MLP, mixer), the stream itself,
     the logits, the loss, the routing of experts and every linear layer's r = RMS(y)/RMS(x) are compared on
-    the same tokens. Where the other checkpoint is the output of
-    an expansion that this one was trained on from, the symmetry meter says per layer how far new channels
-    have moved from their sources, and how many are still locked to them.
+    the same tokens. Where the other checkpoint is the output of an expansion that this one was trained on
+    from, the symmetry meter says per layer how far new channels have moved from their sources, and how many
+    are still locked to them.
 
     \b
     Examples:
         sparkling inspect checkpoint-1000/
-        sparkling inspect checkpoint-1000-ffn2x/ --against checkpoint-1000/ --data heldout.txt
-        sparkling inspect checkpoint-1200/ --against checkpoint-1000-ffn2x/
+        sparkling inspect wide/ --against checkpoint-1000/ --data heldout.txt
+        sparkling inspect checkpoint-1200/ --against wide/
         sparkling inspect checkpoint-1000/ --no-activations --json
     """
     from sparkling_cli.diagnostics.inspect import inspect_checkpoint

@@ -11,9 +11,9 @@ def layout(
     model: opt.ModelOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
-    """Print a checkpoint's layout as a file that `--layout` accepts and a person can read.
+    """Print what every tensor's dims mean, as a layout file.
 
-    CKPT may also be a config.json.
+    It is the file that `--layout` accepts. CKPT may also be a config.json.
 
     \b
     Examples:

@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from sparkling_cli.cli import console
+from sparkling_cli.cli.complete import axes, checkpoints, choices_of
+from sparkling_cli.spec.choices import BaselineType, BiasCorrection, DecayShape
+
+GROW, METHOD, RATE = "What to grow", "Method", "Learning rate"
+INPUT, OUTPUT, RUNNING = "Input and layout", "Output and report", "Running"
+
+
+def option(
+    *flags: str,
+    panel: str,
+    metavar: str | None = None,
+    choices: object = None,
+    default: object = None,
+    complete: Callable[..., list[str]] | None = None,
+    words: str,
+    **more: Any,
+) -> Any:
+    """An option of a group.
+
+    Args:
+        flags: its names.
+        panel: the heading that it stands under.
+        metavar: what its value is, in capitals.
+        choices: a ``Literal`` of its values, which are shown and completed; the spec checks them.
+        default: what holds when it is not given, where that is the spec's to say.
+        complete: offers values to the shell.
+        words: its help.
+        more: for ``typer.Option``.
+    """
+    if choices is not None:
+        metavar, complete = f"[{'|'.join(get_args(choices))}]", choices_of(get_args(choices))
+    return typer.Option(
+        *flags,
+        rich_help_panel=panel,
+        metavar=metavar,
+        autocompletion=complete,
+        show_default=False if default is None else str(default),
+        help=words,
+        **more,
+    )
+
 
 CheckpointArg = Annotated[
-    Path, typer.Argument(help="Checkpoint directory or file.", metavar="CKPT", show_default=False)
+    Path,
+    typer.Argument(
+        help="Checkpoint directory or file.", metavar="CKPT", show_default=False, autocompletion=checkpoints
+    ),
 ]
 
 
@@ -25,88 +70,153 @@ def _set(name: str):  # type: ignore[no-untyped-def]
 
 JsonOption = Annotated[
     bool,
-    typer.Option("--json", help="Print one JSON document instead.", callback=_set("as_json"), is_eager=True),
+    option(
+        "--json",
+        panel=RUNNING,
+        words="Print one JSON document instead.",
+        callback=_set("as_json"),
+        is_eager=True,
+    ),
 ]
 QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.", callback=_set("quiet"))
+    bool,
+    option("--quiet", "-q", panel=RUNNING, words="Print errors and warnings only.", callback=_set("quiet")),
 ]
 VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Print every tensor and note.", callback=_set("verbose"))
+    bool,
+    option("--verbose", "-v", panel=RUNNING, words="Print every tensor and note.", callback=_set("verbose")),
 ]
 LayoutOption = Annotated[
     Path | None,
-    typer.Option("--layout", help="Layout file (TOML) instead of inference.", show_default=False),
+    option("--layout", panel=INPUT, metavar="FILE", words="Layout file (TOML) instead of inference."),
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--model",
-        metavar="PACKAGE.MODULE:FACTORY",
-        help="Your own model: a callable from a config dict to an nn.Module. It is imported and run.",
-        show_default=False,
+        panel=INPUT,
+        metavar="MODULE:FACTORY",
+        words="Your own model: a callable from a config dict to an nn.Module. It is imported and run.",
     ),
 ]
 AxisOption = Annotated[
     list[str],
-    typer.Option(
-        "--axis", "-a", help="Axis to widen: ffn, hidden, heads, ... May be repeated.", show_default=False
+    option(
+        "--axis",
+        "-a",
+        panel=GROW,
+        metavar="AXIS[=FACTOR]",
+        complete=axes,
+        words="Axis to widen: ffn, hidden, heads, kv_heads, ...; may be repeated.",
     ),
 ]
 FactorOption = Annotated[
-    list[float],
-    typer.Option(
-        "--factor", "-f", help="New size / old size. One for all axes, or one each.", show_default=False
+    list[str],
+    option(
+        "--factor",
+        "-f",
+        panel=GROW,
+        metavar="NUMBER",
+        words="New size / old size: one for all axes, or one for each.",
     ),
 ]
 ToOption = Annotated[
-    list[int],
-    typer.Option(
-        "--to", help="New size instead of a factor. One for all axes, or one each.", show_default=False
+    list[str],
+    option(
+        "--to",
+        panel=GROW,
+        metavar="SIZE",
+        words="New size instead of a factor: one for all axes, or one for each.",
     ),
 ]
 SpecOption = Annotated[
     Path | None,
-    typer.Option(
-        "--spec", help="Expansion spec (YAML, TOML or JSON); options override it.", show_default=False
+    option(
+        "--spec",
+        panel=GROW,
+        metavar="FILE",
+        words="All of this in a file (YAML, TOML or JSON); options override it.",
     ),
 ]
 MultipleOption = Annotated[
     int | None,
-    typer.Option("--multiple-of", help="Round sizes given by a factor up to a multiple.", show_default=False),
+    option(
+        "--multiple-of",
+        panel=GROW,
+        metavar="SIZE",
+        words="Round sizes given by a factor up to a multiple of it.",
+    ),
 ]
 DataOption = Annotated[
     Path | None,
-    typer.Option(
+    option(
         "--data",
-        help="Text, JSONL or token file (.bin, .npy) to measure on; default: a bundled text.",
-        show_default=False,
+        panel=OUTPUT,
+        metavar="FILE",
+        words="Text, JSONL or tokens (.bin, .npy) to measure on; default: a bundled text.",
     ),
 ]
+PlotOption = Annotated[
+    Path | None,
+    option("--plot", panel=OUTPUT, metavar="FILE", words="Draw it: .png, .svg or .pdf."),
+]
+MemoryOption = Annotated[
+    str, option("--memory", panel=RUNNING, metavar="BYTES", default="1G", words="Memory budget: 512M, 2G.")
+]
 
-RhoOption = Annotated[float | None, typer.Option("--rho", help="Re-warmup peak / rate at expansion (1.3).")]
+RhoOption = Annotated[
+    float | None,
+    option(
+        "--rho", panel=RATE, metavar="RATIO", default=1.3, words="Re-warmup peak / rate at the expansion."
+    ),
+]
 RewarmupStepsOption = Annotated[
-    int | None, typer.Option("--rewarmup-steps", help="Re-warmup length tau_w in steps (250).")
+    int | None,
+    option("--rewarmup-steps", panel=RATE, metavar="STEPS", default=250, words="Length of the re-warmup."),
 ]
 BiasCorrectionOption = Annotated[
     str | None,
-    typer.Option(
-        "--bias-correction", help="inherit (default) or fresh: Adam's step counter for new entries."
+    option(
+        "--bias-correction",
+        panel=RATE,
+        choices=BiasCorrection,
+        default="inherit",
+        words="Adam's step counter for new entries.",
     ),
 ]
 ScheduleOption = Annotated[
     str | None,
-    typer.Option("--schedule", help="Baseline schedule if it cannot be read: cosine, linear, constant, wsd."),
+    option(
+        "--schedule",
+        panel=RATE,
+        choices=BaselineType,
+        words="The run's own schedule, where the checkpoint does not say it; with the options below.",
+    ),
 ]
-PeakOption = Annotated[float | None, typer.Option("--peak-lr", help="Baseline peak learning rate.")]
-MinimumOption = Annotated[float | None, typer.Option("--min-lr", help="Baseline final learning rate.")]
-WarmupOption = Annotated[int | None, typer.Option("--warmup-steps", help="Baseline warmup steps.")]
-DecayStepsOption = Annotated[int | None, typer.Option("--decay-steps", help="Baseline decay steps (wsd).")]
+PeakOption = Annotated[
+    float | None, option("--peak-lr", panel=RATE, metavar="LR", words="Its peak learning rate.")
+]
+MinimumOption = Annotated[
+    float | None, option("--min-lr", panel=RATE, metavar="LR", words="Its final learning rate.")
+]
+WarmupOption = Annotated[
+    int | None, option("--warmup-steps", panel=RATE, metavar="STEPS", words="Its warmup.")
+]
+DecayStepsOption = Annotated[
+    int | None, option("--decay-steps", panel=RATE, metavar="STEPS", words="Its decay (wsd).")
+]
 DecayOption = Annotated[
-    str | None, typer.Option("--decay", help="Shape of that decay: cosine (default), linear, 1-sqrt.")
+    str | None,
+    option(
+        "--decay", panel=RATE, choices=DecayShape, default="cosine", words="The shape of that decay (wsd)."
+    ),
 ]
-TotalStepsOption = Annotated[int | None, typer.Option("--total-steps", help="Baseline total steps.")]
+TotalStepsOption = Annotated[
+    int | None, option("--total-steps", panel=RATE, metavar="STEPS", words="Its length in all.")
+]
 ExpansionStepOption = Annotated[
-    int | None, typer.Option("--expansion-step", help="Optimizer step of this checkpoint.")
+    int | None,
+    option("--expansion-step", panel=RATE, metavar="STEP", words="Optimizer step of this checkpoint."),
 ]
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparkling_cli.cli import options as opt
+from sparkling_cli.cli.complete import checkpoints
 from sparkling_cli.cli.console import output
+from sparkling_cli.cli.options import option
 from sparkling_cli.errors import SpecError
 
 if TYPE_CHECKING:
@@ -20,41 +22,60 @@ if TYPE_CHECKING:
 def plan(
     source: Annotated[
         Path,
-        typer.Argument(help="Checkpoint, or a config.json.", metavar="CKPT_OR_CONFIG", show_default=False),
+        typer.Argument(
+            help="Checkpoint, or a config.json.",
+            metavar="CKPT_OR_CONFIG",
+            show_default=False,
+            autocompletion=checkpoints,
+        ),
     ],
     tokens: Annotated[
-        str, typer.Option("--tokens", help="Tokens of the whole run: 200B, 1.5T.", show_default=False)
+        str,
+        option("--tokens", panel=opt.GROW, metavar="COUNT", words="Tokens of the whole run: 200B, 1.5T."),
     ],
+    expand_at: Annotated[
+        str | None,
+        option(
+            "--expand-at", panel=opt.GROW, metavar="COUNT", words="Tokens before the expansion: 100B, or 50%."
+        ),
+    ] = None,
     axis: opt.AxisOption = [],
     factor: opt.FactorOption = [],
     to: opt.ToOption = [],
-    expand_at: Annotated[
-        str | None,
-        typer.Option("--expand-at", help="Tokens before the expansion: 100B, or 50%.", show_default=False),
-    ] = None,
+    multiple_of: opt.MultipleOption = None,
     then: Annotated[
         list[str],
-        typer.Option(
-            "--then", help="A later expansion: ffn=2,hidden=1.5@150B. May be repeated.", show_default=False
+        option(
+            "--then",
+            panel=opt.GROW,
+            metavar="AXIS=FACTOR,...@COUNT",
+            words="A later expansion: ffn=2,hidden=1.5@150B; may be repeated.",
         ),
     ] = [],
-    multiple_of: opt.MultipleOption = None,
     experts_per_token: Annotated[
         int | None,
-        typer.Option("--experts-per-token", help="If the config does not say.", min=1, show_default=False),
+        option(
+            "--experts-per-token",
+            panel=opt.INPUT,
+            metavar="COUNT",
+            words="Where the config does not say it.",
+            min=1,
+        ),
     ] = None,
     layout: opt.LayoutOption = None,
     model: opt.ModelOption = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Parameters and compute of a run that widens, against the wide model from scratch.
+    """Parameters and compute of a run that widens half-way.
+
+    They are set against those of the wide model from scratch.
 
     \b
-    \b
     Examples:
-        sparkling plan config.json --axis ffn --factor 2 --tokens 200B --expand-at 100B
-        sparkling plan ckpt/ -a ffn -f 2 --tokens 200B --expand-at 50B --then ffn=2@100B --json
+        sparkling plan config.json --axis ffn=2 --tokens 200B --expand-at 50%
+        sparkling plan ckpt/ --tokens 200B --axis ffn=2 --expand-at 50B \\
+            --then ffn=2@100B
     """
     from sparkling_cli.compute.quantity import parse_count
     from sparkling_cli.forecast import first_expansion, forecast, parse_then, subject_of

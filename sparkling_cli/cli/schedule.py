@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparkling_cli.cli import options as opt
+from sparkling_cli.cli.complete import checkpoints
 from sparkling_cli.cli.console import output
+from sparkling_cli.cli.options import option
 from sparkling_cli.errors import SpecError
 
 if TYPE_CHECKING:
@@ -25,27 +27,25 @@ def schedule(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Output of `sparkling expand`, or its rewarmup.json.", metavar="CKPT", show_default=False
+            help="Output of `sparkling expand`, or its rewarmup.json.",
+            metavar="CKPT",
+            show_default=False,
+            autocompletion=checkpoints,
         ),
     ],
     steps: Annotated[
         str | None,
-        typer.Option(
-            "--steps",
-            metavar="A:B",
-            help="Every step from A to B instead of a selection.",
-            show_default=False,
+        option(
+            "--steps", panel=opt.OUTPUT, metavar="A:B", words="Every step from A to B instead of a selection."
         ),
     ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE", help="Draw it: .png, .svg or .pdf.", show_default=False),
-    ] = None,
+    plot: opt.PlotOption = None,
     write: Annotated[
         bool,
-        typer.Option(
+        option(
             "--write",
-            help="Add the schedule to an output, or replace it, by the options below; then show it.",
+            panel=opt.RATE,
+            words="Add the schedule to an output, or replace it, by the options below; then show it.",
         ),
     ] = False,
     rho: opt.RhoOption = None,
@@ -62,19 +62,19 @@ def schedule(
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """The re-warmup that an expansion wrote: what the training side applies.
+    """Show or write the learning rates of old and new entries.
 
-    The row of step t is what the optimizer step after t finished ones uses. With --write the schedule is
-    written anew, from the checkpoint's own files and the options; weights and state are not touched, and
-    what is not given stays as the output was made.
+    This is what the training side applies. The row of step t is what the optimizer step after t finished
+    ones uses. With --write the schedule is written anew, from the checkpoint's own files and the options;
+    weights and state are not touched, and what is not given stays as the output was made.
 
     \b
     Examples:
         sparkling schedule wide/
-        sparkling schedule wide/ --steps 1000:1250 --json
+        sparkling schedule wide/ --steps 600:620 --json
         sparkling schedule wide/ --plot schedule.svg
-        sparkling schedule wide/ --write --schedule wsd --peak-lr 3e-4 --warmup-steps 500
-            --total-steps 20000 --decay-steps 4000 --decay linear
+        sparkling schedule wide/ --write --schedule wsd --peak-lr 3e-4 \\
+            --warmup-steps 500 --total-steps 20000 --decay-steps 4000
     """
     from sparkling_cli.schedule.rewarmup import read_rewarmup
 

@@ -8,19 +8,34 @@ from typing import Annotated
 import typer
 
 from sparkling_cli.cli import options as opt
+from sparkling_cli.cli.complete import checkpoints
 from sparkling_cli.cli.console import output
 
 
 def verify(
-    source: Annotated[Path, typer.Argument(help="The checkpoint that was widened.", metavar="SRC")],
-    destination: Annotated[Path, typer.Argument(help="The output to prove.", metavar="DST")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="The checkpoint that was widened.",
+            metavar="SRC",
+            show_default=False,
+            autocompletion=checkpoints,
+        ),
+    ],
+    destination: Annotated[
+        Path,
+        typer.Argument(
+            help="The output to prove.", metavar="DST", show_default=False, autocompletion=checkpoints
+        ),
+    ],
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Re-read source and output and check every promise of the output's manifest.
+    """Re-read source and output and check every promise.
 
-    Finds any changed bit in any file, any tensor that is not what the manifest derives from the source,
-    any new optimizer entry that is not zero. Exit code 8 when something does not hold.
+    The promises are those of the output's manifest. Finds any changed bit in any file, any tensor that is
+    not what the manifest derives from the source, any new optimizer entry that is not zero. Exit code 8
+    when something does not hold.
 
     \b
     Example:

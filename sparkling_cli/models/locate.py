@@ -50,7 +50,7 @@ def find_layout(
     if model is None and previous is not None:
         return previous.model_layout()
     if model is None:
-        packaged = _packaged(checkpoint)
+        packaged = packaged_layout(checkpoint)
         if packaged is not None:
             return packaged
     if checkpoint.config is None or (model is None and "model_type" not in checkpoint.config):
@@ -82,7 +82,7 @@ def _alike(checkpoint: Checkpoint, one: str, other: str) -> bool:
         return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pieces)
 
 
-def _packaged(checkpoint: Checkpoint) -> ModelLayout | None:
+def packaged_layout(checkpoint: Checkpoint) -> ModelLayout | None:
     """The packaged layout that fits; names alone (those of GPT-2, say) do not overrule a config's class."""
     from sparkling_cli.layout.packaged import find_packaged
 

@@ -120,7 +120,7 @@ def _target(name: str, axis: AxisSpec, size: int, spec: ExpansionSpec, multiple:
 def _check_widenable(name: str, layout: ModelLayout) -> None:
     info = layout.axes[name]
     if not info.widenable:
-        possible = _offered(layout)
+        possible = offered_axes(layout)
         raise SpecError(
             f"axes.{name}: cannot be widened in {layout.name}: {info.reason or 'not proved'}",
             hint=f"axes that can be widened here: {', '.join(possible) or 'none'}",
@@ -188,7 +188,7 @@ def _sizes(axis: str, growth: dict[str, Growth], layout: ModelLayout) -> tuple[i
 
 
 def _unknown(name: str, layout: ModelLayout) -> SpecError:
-    offered = _offered(layout)
+    offered = offered_axes(layout)
     close = difflib.get_close_matches(name, offered, n=1)
     hint = f"did you mean {close[0]!r}?" if close else None
     if name in layout.config:
@@ -201,7 +201,7 @@ def _unknown(name: str, layout: ModelLayout) -> SpecError:
     )
 
 
-def _offered(layout: ModelLayout) -> list[str]:
+def offered_axes(layout: ModelLayout) -> list[str]:
     """Every name that an axis can be asked for by, aliases included, in alphabetical order."""
     offered = [name for name, info in layout.axes.items() if info.widenable]
     if _grouped(layout) and layout.axes["q_per_kv"].widenable:

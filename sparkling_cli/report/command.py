@@ -23,10 +23,15 @@ def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
     spec = chosen.as_data()
     words = ["sparkling", "expand", *_places(invocation.source, invocation.destination)]
     axes = spec["axes"]
+    mixed = len({axis["to"] is None for axis in axes}) > 1
     for axis in axes:
-        words += ["--axis", axis["axis"]]
+        own = f"={as_word(axis['factor'])}" if mixed and axis["to"] is None else ""
+        words += ["--axis", axis["axis"] + own]
     for axis in axes:
-        words += ["--factor", as_word(axis["factor"])] if axis["to"] is None else ["--to", str(axis["to"])]
+        if axis["to"] is not None:
+            words += ["--to", str(axis["to"])]
+        elif not mixed:
+            words += ["--factor", as_word(axis["factor"])]
     words += [*as_options(chosen), *as_options(chosen.rewarmup), *as_options(chosen.baseline)]
     words += ["--allow-locked"] if spec["allow_locked"] else []
     for pattern in spec["carry"]:

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from sparkling_cli.spec.model import DecayShape
+from sparkling_cli.spec.choices import DecayShape
 
 CurveType = Literal[
     "cosine", "linear", "constant", "wsd", "polynomial", "inverse_sqrt", "cosine_with_restarts"

@@ -1,8 +1,6 @@
 """What the user wants: the expansion spec and where it may come from.
 
-``model`` the frozen schema, ``sources`` options and YAML/TOML/JSON files.
+``choices`` the values that fields choose from, ``model`` the frozen schema, ``options`` its fields as
+options, ``quantities`` sizes, ``sources`` options and YAML/TOML/JSON files. Nothing is imported here:
+``--help`` needs ``choices`` alone.
 """
-
-from sparkling_cli.spec.model import AxisSpec, BaselineSpec, ExpansionSpec, RewarmupSpec
-
-__all__ = ["AxisSpec", "BaselineSpec", "ExpansionSpec", "RewarmupSpec"]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-InitPair = Literal["copy-copy", "zero-copy", "random-copy", "random-zero", "random-random"]
-Scaling = Literal["rms", "function", "none", "calibrated"]
-OptimizerTreatment = Literal["asymmetric", "asymmetric-scaled", "copy", "drop"]
-StateTreatment = Literal["weight", "moment", "carry"]
-BaselineType = Literal["cosine", "linear", "constant", "wsd"]
-DecayShape = Literal["cosine", "linear", "1-sqrt"]
+from sparkling_cli.spec.choices import (
+    BaselineType,
+    BiasCorrection,
+    DecayShape,
+    InitPair,
+    Names,
+    OptimizerTreatment,
+    Scaling,
+    StateTreatment,
+)
 
 
 class _Strict(BaseModel):
@@ -39,7 +43,7 @@ class RewarmupSpec(_Strict):
     rho: Annotated[float, Field(gt=0, description="peak of the new entries' rate / rate at expansion")] = 1.3
     steps: Annotated[int, Field(ge=0, description="re-warmup steps (tau_w)")] = 250
     bias_correction: Annotated[
-        Literal["inherit", "fresh"],
+        BiasCorrection,
         Field(description="fresh: new entries' first updates as if Adam's step counter started anew"),
     ] = "inherit"
 
@@ -82,7 +86,7 @@ class ExpansionSpec(_Strict):
     baseline: BaselineSpec = BaselineSpec()
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of random fills")] = 0
     names: Annotated[
-        Literal["auto", "disk", "module"],
+        Names,
         Field(description="weight names in the output, for classes whose names differ on disk"),
     ] = "auto"
     allow_locked: Annotated[

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from sparkling_cli.errors import SpecError
+from sparkling_cli.errors import SpecError, UsageError
 from sparkling_cli.spec.model import ExpansionSpec
 
 if sys.version_info >= (3, 11):
@@ -56,14 +57,26 @@ def _parse(suffix: str, text: str, path: Path) -> Any:
     raise SpecError(f"cannot tell the kind of the spec file {path}: expected .yaml, .yml, .toml or .json")
 
 
+#: a whole number from here on behind ``--axis NAME=`` is taken for a size that was meant
+_NO_FACTOR = 64
+
+
 def axes_from_options(
-    axes: Sequence[str], factors: Sequence[float], sizes: Sequence[int]
+    axes: Sequence[str], factors: Sequence[str | float], sizes: Sequence[str | int]
 ) -> list[dict[str, Any]]:
-    """Pair ``--axis`` with ``--factor`` or ``--to``; one value serves all axes.
+    """Pair ``--axis`` with ``--factor`` or ``--to``; one value serves all axes that have none of their own.
+
+    Args:
+        axes: names, or ``NAME=FACTOR``.
+        factors: values of ``--factor``.
+        sizes: values of ``--to``.
 
     Raises:
-        SpecError: the numbers of values do not pair up.
+        UsageError: a value is no number.
+        SpecError: it cannot be a factor, or the numbers of values do not pair up.
     """
+    ratios = [_number(factor, f"--factor {factor}", float) for factor in factors]
+    targets = [_number(size, f"--to {size}", int) for size in sizes]
     if not axes:
         if factors or sizes:
             raise SpecError("--factor and --to need an --axis, e.g. --axis ffn --factor 2")
@@ -72,31 +85,81 @@ def axes_from_options(
     if joined:
         again = " ".join(f"--axis {name.strip()}" for name in joined[0].split(",") if name.strip())
         raise SpecError(f"--axis {joined[0]}: one axis at a time", hint=f"repeat --axis: {again}")
-    for number, factor in enumerate(factors):
-        if not factor > 1:
+    found = [axis_with_factor(axis, "--axis") for axis in axes]
+    bare = [item for item in found if "factor" not in item]
+    for number, ratio in enumerate(ratios):
+        if not ratio > 1:
             raise SpecError(
-                f"--factor {factor:g} (axes.{number}.factor): only widening; a factor is greater than 1",
+                f"--factor {ratio:g} (axes.{number}.factor): only widening; a factor is greater than 1",
                 hint="give a factor above 1, e.g. 2",
             )
-    if not factors and not sizes:
+    if not bare and not ratios and not targets:
+        return found
+    names = ", ".join(str(item["axis"]) for item in bare)
+    if not ratios and not targets:
         raise SpecError(
-            f"each --axis needs --factor or --to, found neither for {', '.join(axes)}",
-            hint="add --factor 2",
+            f"each --axis needs --factor or --to, found neither for {names}",
+            hint=f"add --factor 2, or write --axis {bare[0]['axis']}=2",
         )
-    if bool(factors) == bool(sizes):
+    if ratios and targets:
         raise SpecError(
             f"each --axis needs --factor or --to, and only one kind; "
-            f"found {len(axes)} --axis, {len(factors)} --factor, {len(sizes)} --to",
-            hint="mixed factors and sizes go in a --spec file",
+            f"found {len(bare)} --axis, {len(ratios)} --factor, {len(targets)} --to",
+            hint="write factors behind their axes (--axis ffn=2) and sizes by --to",
         )
-    field, values = ("factor", list(factors)) if factors else ("to", list(sizes))
-    if len(values) == 1:
-        values = values * len(axes)
-    if len(values) != len(axes):
+    field, values = ("factor", ratios) if ratios else ("to", targets)
+    given = len(values)
+    if given == 1:
+        values = values * len(bare)
+    if len(values) != len(bare) or not bare:
         raise SpecError(
-            f"{len(axes)} --axis but {len(values)} --{field}: give one for all, or one for each, in order"
+            f"{len(bare)} --axis without a factor but {given} --{field}: give one for all, or one for "
+            "each, in order"
         )
-    return [{"axis": axis, field: value} for axis, value in zip(axes, values, strict=True)]
+    for item, value in zip(bare, values, strict=True):
+        item[field] = value
+    return found
+
+
+def axis_with_factor(text: str, where: str) -> dict[str, Any]:
+    """``ffn=2`` or ``ffn`` as a field of the spec's ``axes``.
+
+    Raises:
+        UsageError: the factor is no number.
+        SpecError: it is a number that is a size, or no growth.
+    """
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals:
+        return {"axis": name}
+    factor = _number(value, f"{where} {text}", float)
+    if factor >= _NO_FACTOR and factor.is_integer():
+        raise SpecError(
+            f"{where} {text}: {value} times the size; behind = stands a factor",
+            hint=f"for a size: --axis {name} --to {value}; such a factor goes by --factor",
+        )
+    if not factor > 1:
+        raise SpecError(
+            f"{where} {text}: only widening; a factor is greater than 1", hint=f"give one, e.g. {name}=2"
+        )
+    return {"axis": name, "factor": factor}
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _number(value: str | float, where: str, kind: type[_Number]) -> _Number:
+    """A number as it was typed."""
+    try:
+        return kind(value)
+    except (ValueError, OverflowError):
+        what = "a number, such as 2 or 1.5" if kind is float else "a whole number, such as 4096"
+        raise UsageError(f"{where}: expected {what}", hint=_plain_number(str(value))) from None
+
+
+def _plain_number(text: str) -> str | None:
+    """The number that a text has in it: ``2x``, ``1,5``, ``4k``."""
+    match = re.fullmatch(r"x?(\d+(?:[.,]\d+)?)\s*[x*]?", text.strip().lower())
+    return f"write {match[1].replace(',', '.')}" if match else None
 
 
 def state_from_options(items: Sequence[str]) -> dict[str, str]:

@@ -1,0 +1,15 @@
+"""The values that options and spec fields choose from; light, so that ``--help`` can show them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+InitPair = Literal["copy-copy", "zero-copy", "random-copy", "random-zero", "random-random"]
+Scaling = Literal["rms", "function", "none", "calibrated"]
+OptimizerTreatment = Literal["asymmetric", "asymmetric-scaled", "copy", "drop"]
+StateTreatment = Literal["weight", "moment", "carry"]
+BiasCorrection = Literal["inherit", "fresh"]
+BaselineType = Literal["cosine", "linear", "constant", "wsd"]
+DecayShape = Literal["cosine", "linear", "1-sqrt"]
+Names = Literal["auto", "disk", "module"]
+ReportKind = Literal["auto", "full", "none"]
