@@ -189,3 +189,18 @@ def test_the_shell_is_offered_what_fits(moe_checkpoint: Path, tmp_path: Path) ->
     ]  # fmt: skip
     assert set(complete("sparkling expand ckpt --axis ", tmp_path)) >= {"expert_ffn", "hidden", "heads"}
     assert complete("sparkling expand nowhere --axis f", tmp_path) == ["ffn"]
+
+
+def test_the_recorded_command_of_the_short_form_runs(
+    sparkling: Command, dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors and sizes of one expansion are recorded so that the command gives the same again."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dense_checkpoint, "ckpt")
+    options = ("--axis", "hidden", "--to", 144, "--axis", "ffn=2", "--report", "none")
+    assert sparkling("expand", "ckpt", "wide", *options).code == 0
+    command = json.loads((tmp_path / "wide" / "sparkling" / "report.json").read_text())["command"]
+    shutil.move("wide", "first")
+    assert sparkling(*shlex.split(command)[1:]).code == 0
+    first, again = ((tmp_path / n / "sparkling" / "manifest.json").read_bytes() for n in ("first", "wide"))
+    assert first == again
