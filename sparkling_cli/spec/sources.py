@@ -125,13 +125,15 @@ def axis_with_factor(text: str, where: str) -> dict[str, Any]:
     """``ffn=2`` or ``ffn`` as a field of the spec's ``axes``.
 
     Raises:
-        UsageError: the factor is no number.
-        SpecError: it is a number that is a size, or no growth.
+        SpecError: the factor is no number, or one that is a size or no growth.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals:
         return {"axis": name}
-    factor = _number(value, f"{where} {text}", float)
+    try:
+        factor = _number(value, f"{where} {text}", float)
+    except UsageError as error:
+        raise SpecError(error.message, hint=error.hint) from None
     if factor >= _NO_FACTOR and factor.is_integer():
         raise SpecError(
             f"{where} {text}: {value} times the size; behind = stands a factor",
