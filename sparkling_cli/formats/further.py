@@ -51,7 +51,7 @@ class OpenFile:
 
 
 def further_in(file: TorchFile, used: Collection[str], label: str = "") -> list[Further]:
-    """Every tensor of a torch file that is not among those used.
+    """Every tensor of a torch file that is not among those used, and every array, which can only be copied.
 
     Args:
         file: the file, of which the tensors can be written with other shapes.
@@ -59,11 +59,12 @@ def further_in(file: TorchFile, used: Collection[str], label: str = "") -> list[
         label: stands before the tensors' places in their names; by default the file's own path.
     """
     where = label or file.relative or file.path.name
-    return [
+    tensors = (
         Further(f"{where}: {key[len(file.relative) + 1 :]}", file.relative, key, stored)
         for key, stored in file.tensors.items()
         if key not in used
-    ]
+    )
+    return [*tensors, *(item._replace(file=file.relative) for item in _arrays(file.tree, where))]
 
 
 def with_further(checkpoint: Checkpoint) -> Checkpoint:
@@ -141,7 +142,7 @@ def tensors_in_item(root: Path, file: str, offset: int, length: int, name: str) 
         if stream.read(4) != b"PK\x03\x04":  # a planner's own matter
             return
     item = read_torch_file(root / file, file, offset=offset, length=length, allow=Anything())
-    for found in (*further_in(item, (), name), *_arrays(item.tree, name)):
+    for found in further_in(item, (), name):
         yield found._replace(key="")
 
 
@@ -159,8 +160,7 @@ def _torch(path: Path, relative: str) -> tuple[list[Further], OpenFile | None]:
         file = read_torch_file(path, relative)
     except CheckpointError:  # objects of other libraries: listed, and only ever copied as a whole
         file = read_torch_file(path, relative, allow=Anything())
-        found = [item._replace(key="") for item in further_in(file, ())]
-        return [*found, *_arrays(file.tree, relative)], None
+        return [item._replace(key="") for item in further_in(file, ())], None
     return further_in(file, ()), OpenFile({key: key for key in file.tensors}, file)
 
 

@@ -13,7 +13,15 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest, ParamState
-from sparkling_cli.formats.torchfile import TensorNode, TorchFile, TreePath, lay_out, plain, read_values
+from sparkling_cli.formats.torchfile import (
+    TensorNode,
+    TorchFile,
+    TreePath,
+    lay_out,
+    plain,
+    read_values,
+    step_into,
+)
 
 #: put in front of every name by wrappers; no part of the model
 WRAPPERS = ("_orig_mod.", "module.", "_forward_module.", "_fsdp_wrapped_module.")
@@ -40,7 +48,7 @@ class OptimizerTree:
 def at(tree: Any, path: TreePath) -> Any:
     """The value at a path."""
     for step in path:
-        tree = tree[step]
+        tree = step_into(tree, step)
     return tree
 
 

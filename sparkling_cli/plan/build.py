@@ -418,21 +418,38 @@ class _Known:
         return given, notes
 
     def copied(self, item: Further) -> str | None:
-        """The parameter that a tensor is a copy of, by its name and its values; else None."""
-        layout = self.recipes.layout
+        """The parameter that a tensor is a copy of, by its name and the values in its dictionary; else None.
+
+        Norms of a young run are all ones, and biases zero: that they are copies follows from the matrices
+        beside them.
+        """
+        home, name = self._place(item)
+        return name if name and self._copies[home] is StateKind.WEIGHT else None
+
+    def _place(self, item: Further) -> tuple[str, str]:
+        """The dictionary that a tensor lies in, and the parameter whose name and shape it has; "" if none."""
         assert item.stored is not None
         name = item.key.rpartition(":")[2]
         while name:
-            weight = self.weights.get(layout.canonical(name))
+            weight = self.weights.get(self.recipes.layout.canonical(name))
             if weight is not None:
                 break
             name = name.partition(".")[2]
         else:
-            return None
-        if weight.shape != item.stored.shape or item.stored.dtype not in FLOATING:
-            return None
-        kind, _ = measured_kind(self.checkpoint.root, [(item.stored, weight)])
-        return name if kind is StateKind.WEIGHT else None
+            return item.name, ""
+        same = weight.shape == item.stored.shape and item.stored.dtype in FLOATING
+        return item.key.removesuffix(name), name if same else ""
+
+    @cached_property
+    def _copies(self) -> dict[str, StateKind]:
+        """What the tensors of every dictionary are that have names and shapes of parameters."""
+        pairs: dict[str, list[tuple[StoredTensor, StoredTensor]]] = {}
+        for item in self.checkpoint.further:
+            home, name = self._place(item) if item.key and item.stored is not None else ("", "")
+            if name and item.stored is not None:
+                weight = self.weights[self.recipes.layout.canonical(name)]
+                pairs.setdefault(home, []).append((item.stored, weight))
+        return {home: measured_kind(self.checkpoint.root, found)[0] for home, found in pairs.items()}
 
 
 #: names that are in the table

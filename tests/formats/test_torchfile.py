@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import zipfile
-from collections import OrderedDict
-from pathlib import Path
+from argparse import Namespace
+from collections import OrderedDict, defaultdict
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -87,6 +90,42 @@ def test_unchanged_file_comes_out_byte_for_byte(tmp_path: Path) -> None:
     file = saved(tmp_path, everything())
     target = rewritten(file, tmp_path / "again.pt")
     assert target.read_bytes() == file.path.read_bytes()
+
+
+def harmless() -> dict[str, Any]:
+    """Objects that trainers keep beside tensors, which ``torch.load(weights_only=True)`` does not take."""
+    generator = np.random.default_rng(3)
+    found = {
+        "args": Namespace(hidden_size=64, lr=1e-3, params_dtype=torch.bfloat16, betas=(0.9, 0.95)),
+        "time": [timedelta(seconds=3.5), datetime(2025, 5, 1, 12, 30, tzinfo=timezone.utc), date(2025, 5, 1)],
+        "version": torch.torch_version.TorchVersion("2.7.1"),
+        "path": PurePosixPath("data/train.bin"),
+        "random": [np.random.RandomState(3).get_state(), generator, generator.bit_generator.state],
+        "array": np.arange(6, dtype="int64").reshape(2, 3),
+        "number": np.float32(2.5),
+        "counts": defaultdict(int, a=1),
+        "slice": slice(1, 4),
+        "model": {"weight": torch.randn(3, 4)},
+    }
+    if importlib.util.find_spec("omegaconf"):
+        from omegaconf import OmegaConf
+
+        found["options"] = OmegaConf.create({"model": {"dim": 64, "layers": [1, 2]}, "run": "${model.dim}"})
+    return found
+
+
+def test_harmless_objects_come_out_byte_for_byte(tmp_path: Path) -> None:
+    """Options, times and random states are stand-ins that are written back as they were."""
+    file = saved(tmp_path, harmless())
+    target = rewritten(file, tmp_path / "again.pt")
+    assert target.read_bytes() == file.path.read_bytes()
+    assert plain(file.tree["args"])["hidden_size"] == 64
+    edited = rewritten(file, tmp_path / "edited.pt", edits={("args", "__3__", 0, "hidden_size"): 128})
+    loaded, was = (torch.load(path, weights_only=False) for path in (edited, file.path))
+    assert vars(loaded.pop("args")) == {**vars(was.pop("args")), "hidden_size": 128}
+    assert loaded["random"][1].integers(1 << 30) == was["random"][1].integers(1 << 30)
+    assert loaded["time"] == was["time"] and loaded["version"] == was["version"]
+    assert np.array_equal(loaded["array"], was["array"])
 
 
 def test_keys_dtypes_and_bytes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -307,6 +308,24 @@ def test_copies_of_the_weights_in_other_files(name: str, trainer: Path, tmp_path
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         assert torch.equal(found[key], value), key
+
+
+def test_copies_of_norms_that_are_all_ones(trainer: Path, tmp_path: Path) -> None:
+    """An average's norms say nothing by themselves in a young run; the matrices beside them do."""
+    source = tmp_path / "checkpoint-3"
+    shutil.copytree(trainer, source)
+    ones = {n: torch.ones_like(w) if w.dim() == 1 else w for n, w in weights_of(source).items()}
+    save_file(ones, source / "model.safetensors", metadata={"format": "pt"})
+    averages = {n: w if w.dim() == 1 else average_of({n: w})[n] for n, w in ones.items()}
+    torch.save({"shadow": averages, "since": timedelta(days=1)}, source / "custom_checkpoint_0.pkl")
+    api.expand(source, tmp_path / "wide", axes=[{"axis": "hidden", "factor": 2}], report="none")
+    found = torch.load(tmp_path / "wide" / "custom_checkpoint_0.pkl", weights_only=False)
+    wide = load_file(tmp_path / "wide" / "model.safetensors")
+    assert found["since"] == timedelta(days=1)
+    for name, weight in wide.items():
+        assert found["shadow"][name].shape == weight.shape
+        if weight.dim() == 1:
+            assert torch.equal(found["shadow"][name], weight)
 
 
 def test_named_like_weights_but_none(trainer: Path, tmp_path: Path) -> None:

@@ -29,10 +29,6 @@ from sparkling_cli.formats.torchfile import read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
 
 _STEP_KEYS = ("train_state.step", "lr_scheduler.last_epoch", "scheduler.last_epoch", "step", "global_step")
-_NUMPY = frozenset(
-    {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
-    | {"numpy.ndarray", "numpy.dtype"}
-)
 
 
 @dataclass(frozen=True)
@@ -191,7 +187,7 @@ def _olmo_core_facts(root: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     try:
-        tree = read_torch_file(path, "train/rank0.pt", allow=_NUMPY).tree
+        tree = read_torch_file(path, "train/rank0.pt").tree
     except CheckpointError:
         return {}  # carried over as it is, whatever it holds
     tree = tree if isinstance(tree, dict) else {}

@@ -9,7 +9,7 @@ from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, read_torch
 from sparkling_cli.formats.torchfile.fresh import lay_out_state_dict
 from sparkling_cli.formats.torchfile.inert import read_attributes
 from sparkling_cli.formats.torchfile.layout import REMOVED, lay_out
-from sparkling_cli.formats.torchfile.objects import Ordered, TensorNode, plain
+from sparkling_cli.formats.torchfile.objects import Ordered, TensorNode, plain, step_into
 
 __all__ = [
     "REMOVED",
@@ -23,4 +23,5 @@ __all__ = [
     "read_attributes",
     "read_torch_file",
     "read_values",
+    "step_into",
 ]

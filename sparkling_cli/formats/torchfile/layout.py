@@ -13,7 +13,7 @@ from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.formats.pause import collector_paused
 from sparkling_cli.formats.torchfile.archive import open_window
 from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, children, contiguous_strides
-from sparkling_cli.formats.torchfile.objects import Call, Ordered, TensorNode
+from sparkling_cli.formats.torchfile.objects import FIELDS, Call, Ordered, TensorNode, copied_call, step_into
 from sparkling_cli.formats.torchfile.repickle import Placement, write_tree
 from sparkling_cli.formats.torchfile.writer import Part, Slot, lay_out_archive
 from sparkling_cli.storage.tensors import ITEM_BYTES
@@ -182,20 +182,27 @@ def _edited(tree: Any, edits: Mapping[TreePath, Any]) -> Any:
     for path, value in edits.items():
         holder: Any = root
         for step in (0, *path[:-1]) if path else ():
-            child = holder[step]
+            child = step_into(holder, step)
             if id(child) not in copies:
                 fresh = _shallow(child, path)
                 copies[id(child)] = copies[id(fresh)] = fresh
                 # Keep the old container alive: its id must not be given to another.
                 copies[-id(child)] = child
-            holder[step] = copies[id(child)]
-            holder = holder[step]
+            _put(holder, step, copies[id(child)])
+            holder = copies[id(child)]
         last = path[-1] if path else 0
         if value is REMOVED:
             del holder[last]
         else:
-            holder[last] = value
+            _put(holder, last, value)
     return root[0]
+
+
+def _put(holder: Any, step: Any, value: Any) -> None:
+    if isinstance(holder, Call):
+        setattr(holder, FIELDS[step], value)
+    else:
+        holder[step] = value
 
 
 def _shallow(value: Any, path: TreePath) -> Any:
@@ -205,5 +212,7 @@ def _shallow(value: Any, path: TreePath) -> Any:
         return fresh
     if isinstance(value, (dict, list)):
         return value.copy()
+    if isinstance(value, Call):
+        return copied_call(value)
     place = ".".join(map(str, path))
     raise CheckpointError(f"{place!r} cannot be changed: it lies in a {type(value).__name__}")

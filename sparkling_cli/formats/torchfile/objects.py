@@ -62,7 +62,7 @@ class Call:
         return _call(cls, cast(GlobalType, cls), args, True)
 
     def __setstate__(self, state: Any) -> None:
-        self.state = (state,)
+        self.state = [state]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.pairs.append((key, value))
@@ -187,6 +187,25 @@ def _ordered(function: GlobalType, args: tuple[Any, ...]) -> Any:
     return Ordered() if args == () else _call(Call, function, args, False)
 
 
+#: objects that are nothing but their attributes
+NAMESPACES = frozenset({"argparse.Namespace", "types.SimpleNamespace"})
+#: fields of a call, by their names in a path (``torchfile.children``)
+FIELDS = {"__0__": "args", "__1__": "items", "__2__": "pairs", "__3__": "state"}
+
+
+def step_into(holder: Any, step: Any) -> Any:
+    """What a container or a call holds under one step of a path."""
+    return getattr(holder, FIELDS[step]) if isinstance(holder, Call) else holder[step]
+
+
+def copied_call(call: Call) -> Call:
+    """A call with the same content, whose fields can be changed."""
+    copy = _call(type(call), call.function, call.args, call.new)
+    copy.items, copy.pairs = call.items, call.pairs
+    copy.state = None if call.state is None else list(call.state)
+    return copy
+
+
 _BUILDERS = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -208,6 +227,8 @@ def plain(value: Any) -> Any:
         path = value.function.path
         if path == "_codecs.encode" and len(value.args) == 2:
             return str(value.args[0]).encode("latin1")
+        if path in NAMESPACES and value.state is not None:
+            return plain(value.state[0])
         if path in ("torch.Size", "builtins.set") and len(value.args) == 1:
             inner = (plain(v) for v in value.args[0])
             return tuple(inner) if path == "torch.Size" else set(inner)

@@ -25,6 +25,15 @@ _REBUILD = (
     "device_tensor_from_cpu_tensor",
 )  # fmt: skip
 
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+_NUMBERS = ("int", "long", "float", "bool", "str", "unicode", "bytes", "xrange")
+_NUMPY_SCALARS = (
+    *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+    "float16", "float32", "float64", "bool_", "bool",
+)  # fmt: skip
+_NUMPY_MADE = ("_reconstruct", "scalar")
+_NUMPY_RANDOM = ("mt19937.MT19937", "pcg64.PCG64", "pcg64.PCG64DXSM", "philox.Philox", "sfc64.SFC64")
+
 #: What ``torch.load(weights_only=True)`` accepts by default, less what never occurs in a checkpoint.
 ALLOWED: frozenset[str] = frozenset(
     {
@@ -41,13 +50,33 @@ ALLOWED: frozenset[str] = frozenset(
     | {f"torch.per_{name}" for name in ("tensor_affine", "tensor_symmetric", "channel_affine")}
 )  # fmt: skip
 
+#: Plain data of the standard library, NumPy, torch and OmegaConf that trainers keep beside tensors: options,
+#: times, random states. As every global it becomes a stand-in that is never looked up or called.
+HARMLESS: frozenset[str] = frozenset(
+    {f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")}
+    | {f"pathlib{sub}.{name}" for sub in ("", "._local") for name in _PATHS}
+    | {f"builtins.{name}" for name in ("frozenset", "slice", "range", "list", "dict", "tuple", *_NUMBERS)}
+    | {f"numpy.{name}" for name in ("ndarray", "dtype", *_NUMPY_SCALARS)}
+    | {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in _NUMPY_MADE}
+    | {f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")}
+    | {f"numpy.random._pickle.__{name}_ctor" for name in ("randomstate", "generator", "bit_generator")}
+    | {f"numpy.random._{name}" for name in _NUMPY_RANDOM}
+    | {
+        "argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "collections.deque",
+        "enum.Enum", "typing.Any", "uuid.UUID", "decimal.Decimal", "fractions.Fraction", "random.Random",
+        "torch.torch_version.TorchVersion",
+        "numpy.random.bit_generator.__pyx_unpickle_SeedSequence", "numpy.random.bit_generator.SeedSequence",
+    }
+)  # fmt: skip
+#: packages all of whose classes only hold options
+_OPTIONS = ("omegaconf.",)
+
 _MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _KNOWN_FAULTS = {
     "torch.distributed.tensor": "it holds sharded tensors (DTensor): save a full state dict instead",
     "torch._utils._rebuild_wrapper_subclass": "it holds a tensor subclass, whose storage format is private",
     "torch._tensor._rebuild_from_type_v2": "it holds a tensor subclass or a tensor with Python attributes",
     "torchao": "it holds quantized tensor subclasses, which cannot be widened entry by entry",
-    "numpy": "it holds NumPy objects: save plain numbers or tensors instead",
     "bitsandbytes": "it holds quantized objects, which cannot be widened entry by entry",
 }
 
@@ -84,7 +113,8 @@ class TreeUnpickler(pickle.Unpickler):
         found = self._globals.get((module, name))
         if found is None:
             path = f"{_MODULES.get(module, module)}.{name}"
-            if path not in ALLOWED and path not in self._allow:
+            harmless = path in ALLOWED or path in HARMLESS or path.startswith(_OPTIONS)
+            if not harmless and path not in self._allow:
                 raise UnsafePickleError(
                     f"{self._where}: its pickle names {path!r}, which is not on the list of harmless "
                     "globals; nothing of it was executed",
