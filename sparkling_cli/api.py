@@ -180,7 +180,7 @@ def expand(
     """
     from sparkling_cli.execute.distributed import team_of_processes
     from sparkling_cli.execute.stream import execute
-    from sparkling_cli.execute.team import Alone
+    from sparkling_cli.execute.team import Team
     from sparkling_cli.models.expected import Asking
     from sparkling_cli.outcome import sidecar_files
     from sparkling_cli.plan.build import with_calibration
@@ -211,7 +211,7 @@ def expand(
         if ready.plan.spec.scaling == "calibrated":
             begin("calibrating", None)
             unfitted = ready
-            fitted = (team or Alone()).lead(lambda: _fitted(unfitted, memory))
+            fitted = (team or Team()).lead(lambda: _fitted(unfitted, memory))
             ready = replace(ready, plan=with_calibration(ready.plan, fitted))
         advance = begin("writing", ready.totals.bytes_to_write)
         written = execute(

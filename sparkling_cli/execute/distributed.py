@@ -46,8 +46,8 @@ def team_of_processes() -> Iterator[Team | None]:
             dist.destroy_process_group()
 
 
-class Processes:
-    """A team of ranks (see :class:`~sparkling_cli.execute.team.Team`).
+class Processes(Team):
+    """A team of several ranks.
 
     Args:
         group: a gloo process group.
@@ -89,26 +89,17 @@ class Processes:
             ) from error
 
     def step(self, work: Callable[[], T]) -> list[T]:
-        """Everybody works; everybody's results, by rank.
-
-        Raises:
-            Exception: whatever the work raised on the lowest rank where it did, on every rank.
-            OutputError: a rank is gone.
-        """
+        """See :class:`Team`."""
         return self._gather(_attempt(work))
 
     def lead(self, work: Callable[[], T]) -> T:
-        """Rank 0 works; everybody gets its result.
-
-        Raises:
-            Exception: see :meth:`step`.
-        """
+        """See :class:`Team`."""
         done = self._gather(_attempt(work) if self.rank == 0 else ("done", None))
         first: T = done[0]
         return first
 
     def numbers(self) -> Callable[[], int]:
-        """See :class:`~sparkling_cli.execute.team.Team`."""
+        """See :class:`Team`."""
         key = f"counter {self._counters}"
         self._counters += 1
 

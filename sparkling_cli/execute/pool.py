@@ -10,8 +10,8 @@ from typing import TypeVar
 from sparkling_cli.execute.job import Job, PartResult
 from sparkling_cli.execute.journal import Journal
 from sparkling_cli.execute.team import Team
-from sparkling_cli.execute.worker import Surroundings, Worker
-from sparkling_cli.storage.places import Handles, span_of
+from sparkling_cli.execute.worker import Worker
+from sparkling_cli.storage.places import span_of
 from sparkling_cli.storage.pool import spread
 from sparkling_cli.widening import moments
 from sparkling_cli.widening.parts import Box, boxes, stream_of
@@ -54,7 +54,7 @@ class Pool:
             known = resumed.get(number)
             if known is not None and self._still_true(worker, known):
                 for result in known:
-                    worker.around.wrote(sum(span.length for span in result.target))
+                    worker.wrote(sum(span.length for span in result.target))
                 return known
             return worker.run(self.job.tasks[number])
 
@@ -98,11 +98,8 @@ class Pool:
         def work(worker: Worker, number: int) -> list[moments.Moments]:
             return worker.moments(*parts[number][1:])
 
-        def ignore(_number: int, _blocks: list[moments.Moments]) -> None:
-            """Nothing of this is kept for a later run."""
-
         blocks_of: dict[str, list[moments.Moments]] = {}
-        for part, blocks in zip(parts, self._shared(len(parts), work, {}, ignore), strict=True):
+        for part, blocks in zip(parts, self._shared(len(parts), work, {}), strict=True):
             blocks_of.setdefault(part[0], []).extend(blocks)
         return {stream: moments.merged(blocks) for stream, blocks in blocks_of.items()}
 
@@ -111,7 +108,7 @@ class Pool:
         count: int,
         work: Callable[[Worker, int], T],
         known: Mapping[str, moments.Moments],
-        note: Callable[[int, T], None],
+        note: Callable[[int, T], None] = lambda _number, _result: None,
     ) -> list[T]:
         """Do ``work`` for the numbers below ``count`` on all ranks; results in the numbers' order."""
         take = self.team.numbers()
@@ -122,9 +119,7 @@ class Pool:
             def wrote(size: int) -> None:
                 counter[index] += size
 
-            around = Surroundings(self.job, known, wrote, stopped, self.sealed)
-            source, target = Handles(self.job.plan.source.root), Handles(self.target, writing=True)
-            return closing(Worker(around, source, target))
+            return closing(Worker(self.job, self.target, known, self.sealed, wrote, stopped))
 
         def tick() -> None:
             nonlocal reported

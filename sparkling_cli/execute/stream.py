@@ -23,7 +23,7 @@ from sparkling_cli.execute.job import Job, PartResult, make_job
 from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_paths, source_state
 from sparkling_cli.execute.pool import Pool
 from sparkling_cli.execute.room import check_room, disk_error
-from sparkling_cli.execute.team import Alone, Team
+from sparkling_cli.execute.team import Team
 from sparkling_cli.plan.model import Expansion, Plan
 from sparkling_cli.storage.crc import Span, crc32, whole
 from sparkling_cli.storage.places import Handles
@@ -91,7 +91,7 @@ def execute(
         CheckpointError: the source is damaged or changed, or has NaN or Inf entries.
         Interrupted: Ctrl-C or SIGTERM.
     """
-    team = team or Alone()
+    team = team or Team()
     with signals.interrupts(expansion.destination) as raised, _one_torch_thread(expansion.plan):
         run = _begin(expansion, team, memory, threads, progress)
         raised.discard = run.staging.discard

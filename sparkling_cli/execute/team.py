@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-class Team(Protocol):
-    """Ranks that carry out one plan together.
+class Team:
+    """Ranks that carry out one plan together; as it stands here, one alone.
 
     Attributes:
         rank: this one's number.
@@ -18,23 +18,26 @@ class Team(Protocol):
         first_on_host: no rank with a lower number works on this machine.
     """
 
-    rank: int
-    size: int
-    first_on_host: bool
+    rank = 0
+    size = 1
+    first_on_host = True
 
     def step(self, work: Callable[[], T]) -> list[T]:
         """Everybody does some work and gets everybody's result, by rank; a barrier.
 
         Raises:
-            Exception: if the work failed anywhere, on every rank.
+            Exception: if the work failed anywhere, that of the lowest rank where it did, on every rank.
+            OutputError: a rank is gone.
         """
+        return [work()]
 
     def lead(self, work: Callable[[], T]) -> T:
         """Rank 0 does some work and everybody gets its result.
 
         Raises:
-            Exception: if the work failed, on every rank.
+            Exception: see :meth:`step`.
         """
+        return work()
 
     def numbers(self) -> Callable[[], int]:
         """A counter from 0 on that all ranks share: no number is given out twice, on any rank or thread.
@@ -42,23 +45,4 @@ class Team(Protocol):
         All ranks ask for their counters in the same order. Who is faster takes more, so that ranks end
         together whatever their work costs and however fast they are.
         """
-
-
-class Alone:
-    """A team of one."""
-
-    rank = 0
-    size = 1
-    first_on_host = True
-
-    def step(self, work: Callable[[], T]) -> list[T]:
-        """See :class:`Team`."""
-        return [work()]
-
-    def lead(self, work: Callable[[], T]) -> T:
-        """See :class:`Team`."""
-        return work()
-
-    def numbers(self) -> Callable[[], int]:
-        """See :class:`Team`."""
         return count().__next__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.execute import bundle
@@ -25,33 +25,32 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What all workers share.
+class Worker:
+    """What one thread needs: open files, two buffers, and what all threads share.
 
-    Attributes:
+    Args:
         job: the job.
-        moments: stream -> mean and deviation of the unit's old entries, where new ones are random.
+        target: root of the output in the making.
+        known: stream -> mean and deviation of the unit's old entries, where new ones are random.
+        sealed: file and offset of literals that were written together with tensors; workers add to it.
         wrote: called with the number of target bytes after every piece.
         stopped: asked before every piece; :class:`Stopped` is raised when it says yes.
-        sealed: file and offset of literals that were written together with tensors; workers add to it.
     """
 
-    job: Job
-    moments: Mapping[str, moments.Moments]
-    wrote: Callable[[int], None]
-    stopped: Callable[[], bool]
-    sealed: set[tuple[str, int]]
-
-
-class Worker:
-    """What one thread needs: open files and two buffers."""
-
-    def __init__(self, around: Surroundings, source: Handles, target: Handles) -> None:
+    def __init__(
+        self,
+        job: Job,
+        target: Path,
+        known: Mapping[str, moments.Moments],
+        sealed: set[tuple[str, int]],
+        wrote: Callable[[int], None],
+        stopped: Callable[[], bool],
+    ) -> None:
         import numpy as np
 
+        self.job, self.known, self.sealed, self.wrote, self.stopped = job, known, sealed, wrote, stopped
+        self.source, self.target = Handles(job.plan.source.root), Handles(target, writing=True)
         room = max(PIECE, bundle.ROOM)
-        self.around, self.source, self.target = around, source, target
         self._old = np.empty(room, dtype=np.uint8)
         self._new = np.empty(room, dtype=np.uint8)
 
@@ -70,7 +69,7 @@ class Worker:
         """
         results: list[PartResult] = []
         while len(results) < len(task):
-            together = bundle.gather(task, len(results), self.around.job)
+            together = bundle.gather(task, len(results), self.job)
             if together is not None:
                 results += self._run_bundle(together)
             else:
@@ -78,25 +77,25 @@ class Worker:
         return results
 
     def _run_bundle(self, together: bundle.Bundle) -> list[PartResult]:
-        if self.around.stopped():
+        if self.stopped():
             raise Stopped
         handles, buffers = (self.source, self.target), (self._old, self._new)
         results = bundle.run(together, handles, buffers, self._draw_of)
-        self.around.sealed.update((joint.path, joint.offset) for joint in together.joints)
-        self.around.wrote(sum(member.job.nbytes for member in together.members))
+        self.sealed.update((joint.path, joint.offset) for joint in together.joints)
+        self.wrote(sum(member.job.nbytes for member in together.members))
         return results
 
     def _run_part(self, part: Part) -> PartResult:
-        job = self.around.job.rows[part.row]
+        job = self.job.rows[part.row]
         target: list[Span] = []
         if job.kernel is None:
             _zero(job, 0, job.nbytes, target)
-            self.around.wrote(job.nbytes)
+            self.wrote(job.nbytes)
             return PartResult(part.row, (), tuple(target), 0)
         source: list[Span] = []
         nonfinite = 0
         for index in range(part.first, part.last):
-            if self.around.stopped():
+            if self.stopped():
                 raise Stopped
             piece = job.kernel.piece(index)
             start, stop = piece.start * job.item, piece.stop * job.item
@@ -110,7 +109,7 @@ class Worker:
 
     def _write_images(self, row: int, piece: Piece, data: Array, crc: int, spans: list[Span]) -> None:
         """Write all images of a piece; images of equal content are made and summed once."""
-        job, kernel = self.around.job.rows[row], self.around.job.rows[row].kernel
+        job, kernel = self.job.rows[row], self.job.rows[row].kernel
         assert kernel is not None
         made: tuple[int, int, int] | None = None
         made_crc: int | None = None
@@ -130,7 +129,7 @@ class Worker:
                     kernel.fill(image, data, out, self._draw_of(row) if image.program.random else None)
                     made, made_crc = content, None
                 made_crc = self._put(job, start, out, made_crc, spans)
-        self.around.wrote(written)
+        self.wrote(written)
 
     def _put(self, job: RowJob, start: int, out: Array, crc: int | None, spans: list[Span]) -> int | None:
         """Write bytes of a target and note their CRC, one span per place; returns the CRC of all."""
@@ -147,7 +146,7 @@ class Worker:
         return spans[-1].crc if whole else None
 
     def _draw_of(self, row: int) -> Draw:
-        job, known = self.around.job, self.around.moments
+        job, known = self.job, self.known
 
         def draw(unit: Unit, start: int, stop: int) -> tuple[Array, moments.Moments]:
             stream = stream_of(job.rows[row].row.stream, unit)
@@ -164,10 +163,10 @@ class Worker:
         """
         import numpy as np
 
-        dtype = self.around.job.rows[row].row.dtype
+        dtype = self.job.rows[row].row.dtype
         found = []
         for index in range(first, last):
-            if self.around.stopped():
+            if self.stopped():
                 raise Stopped
             low, high = index * moments.BLOCK, min((index + 1) * moments.BLOCK, box.entries)
             values = [as_doubles(data, dtype) for data in self._picked(row, box, low, high)]
@@ -176,7 +175,7 @@ class Worker:
 
     def _picked(self, row: int, box: Box, low: int, high: int) -> Iterator[Array]:
         """The bytes of a unit's entries ``low <= i < high``, in parts that are valid until the next one."""
-        job = self.around.job.rows[row]
+        job = self.job.rows[row]
         first, last = (int(box.places(i, i + 1)[0]) for i in (low, high - 1))
         size = (last + 1 - first) * job.item
         if size > len(self._old) and high - low > 1:  # far apart: in two halves

@@ -11,13 +11,14 @@ import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.storage.crc import Span, combine, crc32
-from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, row_major
+from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, is_contiguous, row_major
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +78,7 @@ class Placement:
 
     def _place(self, extent: Extent) -> Place | None:
         """The extent as one range of the tensor's bytes, None if it is not one."""
-        if extent.strides is not None and not _contiguous(extent.shape, extent.strides):
+        if extent.strides is not None and not is_contiguous(extent.shape, extent.strides):
             return None
         split = 0
         while split < len(self.shape) and extent.shape[split] == 1:
@@ -107,15 +108,6 @@ class Placement:
             low, high = max(start, place.start), min(stop, place.stop)
             if low < high:
                 yield Place(low, high, place.path, place.offset + low - place.start)
-
-
-def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 class Handles:
@@ -316,30 +308,20 @@ def _strided(region: Array, shape: tuple[int, ...], strides: tuple[int, ...], it
     return np.lib.stride_tricks.as_strided(region, (*shape, item), (*(s * item for s in strides), 1))
 
 
-class _mapped:  # noqa: N801 - used as a function
+@contextmanager
+def _mapped(handles: Handles, path: str, offset: int, length: int) -> Iterator[Array]:
     """A range of a file as a uint8 array over mapped pages, which are dropped on leaving."""
+    import numpy as np
 
-    def __init__(self, handles: Handles, path: str, offset: int, length: int) -> None:
-        self._base = offset - offset % mmap.ALLOCATIONGRANULARITY
-        self._skip, self._length = offset - self._base, length
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if handles.writing else 0)
-        descriptor = handles.get(path)
-        size = os.fstat(descriptor).st_size
-        if size < offset + length:
-            raise CheckpointError(
-                f"{handles.path(path)} ends at byte {size}, {offset + length} were expected",
-                hint="the file is truncated, or was changed while it was read",
-            )
-        self._map = mmap.mmap(
-            descriptor, self._skip + length, flags=mmap.MAP_SHARED, prot=protection, offset=self._base
+    size = os.fstat(handles.get(path)).st_size
+    if size < offset + length:
+        raise CheckpointError(
+            f"{handles.path(path)} ends at byte {size}, {offset + length} were expected",
+            hint="the file is truncated, or was changed while it was read",
         )
-
-    def __enter__(self) -> Array:
-        import numpy as np
-
-        return np.frombuffer(self._map, dtype=np.uint8)[self._skip : self._skip + self._length]
-
-    def __exit__(self, *_: object) -> None:
-        # not closed here: arrays still point into it; their last one going away unmaps it
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+    mode: Any = "r+" if handles.writing else "r"
+    region: Any = np.memmap(handles.path(path), np.uint8, mode, offset, (length,))
+    yield region
+    # not closed here: arrays still point into it; their last one going away unmaps it
+    if hasattr(mmap, "MADV_DONTNEED"):
+        region._mmap.madvise(mmap.MADV_DONTNEED)

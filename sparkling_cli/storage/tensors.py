@@ -38,8 +38,23 @@ class Extent(NamedTuple):  # a tuple: there are tens of thousands, and dataclass
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in entries, of a contiguous tensor."""
-    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    """Strides, in entries, of a contiguous tensor; a size of 0 counts as 1, as torch has it."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether entries lie row-major without gaps; strides of dims of size 1 do not matter."""
+    step = 1
+    for size, found in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1:
+            if found != step and 0 not in shape:
+                return False
+            step *= size
+    return True
 
 
 class StoredTensor(NamedTuple):

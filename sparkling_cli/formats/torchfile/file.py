@@ -16,7 +16,7 @@ from sparkling_cli.formats.torchfile.archive import Archive, Record, Window, ope
 from sparkling_cli.formats.torchfile.objects import Call, Ordered, Storage, TensorNode
 from sparkling_cli.formats.torchfile.opcodes import check_opcodes
 from sparkling_cli.formats.torchfile.unpickle import read_tree
-from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor
+from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor, is_contiguous
 
 #: Objects that only wrap a tensor: the tensor inside goes by the wrapper's own path.
 _TRANSPARENT = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
@@ -235,27 +235,6 @@ def children(value: Any) -> Iterator[tuple[Any, Any, str | None]]:
         inside = value.function.path
         parts = (value.args, value.items, value.pairs, value.state)
         yield from ((f"__{i}__", part, inside) for i, part in enumerate(parts) if part)
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides as torch gives them to a new tensor (a size of 0 counts as 1)."""
-    strides = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
-def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether entries lie row-major without gaps; strides of dims of size 1 do not matter."""
-    step = 1
-    for size, found in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1:
-            if found != step and 0 not in shape:
-                return False
-            step *= size
-    return True
 
 
 def read_values(file: TorchFile, keys: Iterable[str]) -> dict[str, bytes]:

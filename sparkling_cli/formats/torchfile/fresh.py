@@ -7,7 +7,6 @@ from math import prod
 from typing import Any
 
 from sparkling_cli.formats.model import OutputFile
-from sparkling_cli.formats.torchfile.file import contiguous_strides
 from sparkling_cli.formats.torchfile.layout import serialization_id
 from sparkling_cli.formats.torchfile.objects import (
     STORAGE_DTYPES,
@@ -19,7 +18,7 @@ from sparkling_cli.formats.torchfile.objects import (
 )
 from sparkling_cli.formats.torchfile.repickle import write_tree
 from sparkling_cli.formats.torchfile.writer import ALIGNMENT, Part, Slot, lay_out_archive
-from sparkling_cli.storage.tensors import ITEM_BYTES
+from sparkling_cli.storage.tensors import ITEM_BYTES, row_major
 
 
 def lay_out_state_dict(
@@ -42,7 +41,7 @@ def lay_out_state_dict(
     parts = []
     for number, (key, name, dtype, shape) in enumerate(tensors):
         size = prod(shape) * ITEM_BYTES[dtype]
-        strides = contiguous_strides(shape)
+        strides = row_major(shape)
         if dtype in storages:
             storage = Storage("storage", known("torch", storages[dtype]), str(number), "cpu", prod(shape))
             rebuild = known("torch._utils", "_rebuild_tensor_v2")

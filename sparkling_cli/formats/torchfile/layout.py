@@ -12,11 +12,11 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.formats.pause import collector_paused
 from sparkling_cli.formats.torchfile.archive import open_window
-from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, children, contiguous_strides
+from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, children
 from sparkling_cli.formats.torchfile.objects import FIELDS, Call, Ordered, TensorNode, copied_call, step_into
 from sparkling_cli.formats.torchfile.repickle import Placement, write_tree
 from sparkling_cli.formats.torchfile.writer import Part, Slot, lay_out_archive
-from sparkling_cli.storage.tensors import ITEM_BYTES
+from sparkling_cli.storage.tensors import ITEM_BYTES, row_major
 
 REMOVED: Any = object()
 
@@ -108,7 +108,7 @@ def _plan_storages(
                 content.append(_content(where, first, node.dtype, shape, values))
                 offset += prod(shape)
             at = placed[first][0]
-            plan.placements[id(node)] = Placement(at, shape, contiguous_strides(shape))
+            plan.placements[id(node)] = Placement(at, shape, row_major(shape))
         untyped = members[0][1].function.qualname == "_rebuild_tensor_v3"
         plan.entries[storage] = offset * (ITEM_BYTES[members[0][1].dtype] if untyped else 1)
         plan.content[storage] = content
