@@ -26,7 +26,7 @@ API = {
     "sparkling_cli.results.measured": ("Inspection", "Activations", "LayerActivation", "ResidualPoint"),
     "sparkling_cli.results.base": ("Verdict",),
     "sparkling_cli.training": ("rewarm", "Rewarming", "SparklingCallback"),
-    "sparkling_cli.forecast": ("subject_of", "forecast", "Expansion", "Forecast"),
+    "sparkling_cli.forecast": ("subject_of", "forecast", "Expansion"),
     "sparkling_cli.layout.model": ("ModelLayout", "AxisInfo"),
     "sparkling_cli.plan.model": ("Expansion", "Plan", "Invocation"),
     "sparkling_cli.manifest": ("read_manifest", "Manifest"),

@@ -213,7 +213,7 @@ def expand(
             unfitted = ready
             fitted = (team or Team()).lead(lambda: _fitted(unfitted, memory))
             ready = replace(ready, plan=with_calibration(ready.plan, fitted))
-        advance = begin("writing", ready.totals.bytes_to_write)
+        advance = begin("writing", ready.bytes_to_write)
         written = execute(
             ready,
             memory=memory,

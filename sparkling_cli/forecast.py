@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.compute.flops import ComputePlan, plan_compute
+from sparkling_cli.compute.flops import plan_compute
 from sparkling_cli.compute.quantity import parse_moment
 from sparkling_cli.compute.shape import shape_of
 from sparkling_cli.errors import SpecError
@@ -59,48 +59,6 @@ class Expansion:
 
     tokens: int
     spec: ExpansionSpec
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """The cost of a run."""
-
-    subject: Subject
-    compute: ComputePlan
-
-    def checkpoint_bytes(self, parameters: int) -> int:
-        """Weights and optimizer state of a model of so many parameters."""
-        return round(parameters * (self.subject.weight_bytes + self.subject.state_bytes))
-
-    def result(self) -> RunPlan:
-        """What ``sparkling plan`` shows."""
-        compute = self.compute
-        return RunPlan(
-            source=self.subject.name,
-            model=self.subject.layout.name,
-            tokens=compute.tokens,
-            phases=tuple(
-                Phase(
-                    start_tokens=phase.start,
-                    stop_tokens=phase.stop,
-                    sizes=dict(phase.sizes),
-                    parameters=phase.parameters.total,
-                    active_parameters=phase.parameters.active,
-                    embedding_parameters=phase.parameters.embedding,
-                    flops=phase.flops,
-                    checkpoint_bytes=self.checkpoint_bytes(phase.parameters.total),
-                )
-                for phase in compute.phases
-            ),
-            flops=Flops(
-                small=compute.flops_small,
-                scratch=compute.flops_scratch,
-                progressive=compute.flops_progressive,
-            ),
-            saved=compute.saved,
-            bytes_assumed=self.subject.assumed,
-            convention=CONVENTION,
-        )
 
 
 def subject_of(source: Path, *, layout: Path | None = None, model: str | None = None) -> Subject:
@@ -174,7 +132,7 @@ def parse_then(text: str, tokens: int, *, multiple_of: int | None = None) -> Exp
 
 def forecast(
     subject: Subject, expansions: Sequence[Expansion], tokens: int, *, experts_per_token: int | None = None
-) -> Forecast:
+) -> RunPlan:
     """The cost of a run of so many tokens that widens at the given moments.
 
     Raises:
@@ -191,7 +149,33 @@ def forecast(
         grown = {name: replace(layout.axes[name], size=g.target) for name, g in growth.items()}
         layout = replace(layout, axes={**layout.axes, **grown})
     shape = shape_of(subject.layout, subject.config, top_k=experts_per_token)
-    return Forecast(subject, plan_compute(shape, steps, tokens))
+    compute = plan_compute(shape, steps, tokens)
+    return RunPlan(
+        source=subject.name,
+        model=subject.layout.name,
+        tokens=compute.tokens,
+        phases=tuple(
+            Phase(
+                start_tokens=phase.start,
+                stop_tokens=phase.stop,
+                sizes=dict(phase.sizes),
+                parameters=phase.parameters.total,
+                active_parameters=phase.parameters.active,
+                embedding_parameters=phase.parameters.embedding,
+                flops=phase.flops,
+                checkpoint_bytes=round(phase.parameters.total * (subject.weight_bytes + subject.state_bytes)),
+            )
+            for phase in compute.phases
+        ),
+        flops=Flops(
+            small=compute.flops_small,
+            scratch=compute.flops_scratch,
+            progressive=compute.flops_progressive,
+        ),
+        saved=compute.saved,
+        bytes_assumed=subject.assumed,
+        convention=CONVENTION,
+    )
 
 
 def first_expansion(

@@ -16,7 +16,7 @@ from sparkling_cli.errors import SpecError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from sparkling_cli.forecast import Forecast
+    from sparkling_cli.results.commands import RunPlan
 
 
 def plan(
@@ -97,50 +97,49 @@ def plan(
         total,
         experts_per_token=experts_per_token,
     )
-    output.data(found.result())
+    output.data(found)
     for part in _tables(found):
         output.show(part)
 
 
-def _tables(found: Forecast) -> list[RenderableType]:
+def _tables(found: RunPlan) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
     from sparkling_cli.report.spark import share_bar
     from sparkling_cli.results.numbers import count, nbytes
 
-    compute = found.compute
     table = Table(box=None, pad_edge=False, title=None)
-    grown = list(compute.phases[-1].sizes)
+    grown = list(found.phases[-1].sizes)
     for title in ("tokens", *grown, "parameters", "active", "FLOPs", "checkpoint"):
         table.add_column(title, justify="right", no_wrap=True)
-    for phase in compute.phases:
+    for phase in found.phases:
         table.add_row(
-            f"{count(phase.start) if phase.start else '0'} - {count(phase.stop)}",
+            f"{count(phase.start_tokens) if phase.start_tokens else '0'} - {count(phase.stop_tokens)}",
             *(f"{phase.sizes[axis]:,}" for axis in grown),
-            count(phase.parameters.total),
-            count(phase.parameters.active),
+            count(phase.parameters),
+            count(phase.active_parameters),
             f"{phase.flops:.2e}",
-            nbytes(found.checkpoint_bytes(phase.parameters.total)),
+            nbytes(phase.checkpoint_bytes),
         )
     parts: list[RenderableType] = [
-        Text(f"{found.subject.layout.name} ({found.subject.name})", style="bold"),
+        Text(f"{found.model} ({found.source})", style="bold"),
         table,
     ]
-    if len(compute.phases) > 1:
+    if len(found.phases) > 1:
         costs = Table(box=None, pad_edge=False, show_header=False)
         for column in ("left", "right", "left"):
             costs.add_column(justify=column, no_wrap=True)
-        most = max(compute.flops_scratch, compute.flops_progressive)
+        most = max(found.flops.scratch, found.flops.progressive)
         for name, flops in (
-            ("widest from scratch", compute.flops_scratch),
-            ("this run", compute.flops_progressive),
-            ("smallest all along", compute.flops_small),
+            ("widest from scratch", found.flops.scratch),
+            ("this run", found.flops.progressive),
+            ("smallest all along", found.flops.small),
         ):
             costs.add_row(name, f"{flops:.3e} FLOPs", share_bar(flops / most, 24))
         parts += [
             "",
             costs,
-            Text(f"saved {compute.saved:.1%} of the compute of the widest from scratch", style="bold"),
+            Text(f"saved {found.saved:.1%} of the compute of the widest from scratch", style="bold"),
         ]
     return parts

@@ -54,7 +54,7 @@ def _rewarmup(expansion: Expansion) -> str:
     stage = expansion.rewarmup.stages[-1]
     return (
         f"re-warmup  of new entries in {stage.steps:,} steps from step {stage.expansion_step:,}, "
-        f"to {stage.rho:g} x {stage.eta_e:.3e} = {stage.curve.peak:.3e}"
+        f"to {stage.rho:g} x {stage.eta_e:.3e} = {stage.peak:.3e}"
     )
 
 

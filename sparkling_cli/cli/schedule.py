@@ -108,7 +108,7 @@ def schedule(
     stage = rewarmup.stages[-1]
     output.show(
         f"expansion at step {stage.expansion_step:,} of {rewarmup.baseline.total_steps:,}; new entries to "
-        f"{stage.rho:g} x {stage.eta_e:.3e} = {stage.curve.peak:.3e} in {stage.steps:,} steps"
+        f"{stage.rho:g} x {stage.eta_e:.3e} = {stage.peak:.3e} in {stage.steps:,} steps"
     )
 
 
@@ -169,7 +169,7 @@ def _result(rewarmup: Rewarmup, chosen: list[int]) -> Schedule:
         total_steps=rewarmup.baseline.total_steps,
         baseline=rewarmup.baseline,
         stages=tuple(
-            RewarmupStage(**stored, eta_e=stage.eta_e, peak=stage.curve.peak)
+            RewarmupStage(**stored, eta_e=stage.eta_e, peak=stage.peak)
             for stored, stage in zip(data["stages"], stages, strict=True)
         ),
         curve=tuple(

@@ -1,5 +1,4 @@
 """The frozen plan: everything that will be done, known and checked before a byte is written.
 
-``model`` the types, ``resolve`` spec against layout: which axis grows to what, ``build`` the rows,
-``totals`` parameters and bytes before and after.
+``model`` the types, ``resolve`` spec against layout: which axis grows to what, ``build`` the rows.
 """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,12 +15,11 @@ from sparkling_cli.formats.model import Checkpoint, OutputFile
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
 from sparkling_cli.results.account import Account, Kind
 from sparkling_cli.spec.model import ExpansionSpec
-from sparkling_cli.storage.tensors import StoredTensor
+from sparkling_cli.storage.tensors import ITEM_BYTES, StoredTensor
 from sparkling_cli.widening.geometry import Fill, Growth, Treatment, View, scale_range
 
 if TYPE_CHECKING:
     from sparkling_cli.manifest import Manifest
-    from sparkling_cli.plan.totals import Totals
     from sparkling_cli.schedule.rewarmup import Rewarmup
 
 
@@ -168,6 +167,14 @@ class Plan:
     warnings: tuple[str, ...] = ()
     account: Account = field(default_factory=Account)
 
+    def nbytes(self, *, after: bool) -> tuple[int, int]:
+        """Bytes of weights and of optimizer state, of the source or of the output."""
+        found = [0, 0]
+        for row in self.rows:
+            size = prod(row.shape if after else row.recipe.before) * ITEM_BYTES[row.dtype]
+            found[bool(row.slot)] += size
+        return found[0], found[1]
+
     @property
     def has_moments(self) -> bool:
         """Whether there is parameter-shaped state other than copies of the weights."""
@@ -219,9 +226,7 @@ class Expansion:
     rewarmup_missing: str = ""
     source_state: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
-    @cached_property
-    def totals(self) -> Totals:
-        """Parameters and bytes before and after."""
-        from sparkling_cli.plan.totals import totals_of
-
-        return totals_of(self.plan, self.files)
+    @property
+    def bytes_to_write(self) -> int:
+        """Size of all output files that are written anew."""
+        return sum(file.size for file in self.files)

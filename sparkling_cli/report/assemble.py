@@ -17,7 +17,6 @@ from sparkling_cli.layout.model import TensorPattern
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.advice import symmetry_warning
 from sparkling_cli.plan.model import CARRIED, Expansion, Plan, Recipe, Row
-from sparkling_cli.plan.totals import Content, content_of
 from sparkling_cli.report.command import EXAMPLE, command_of, schedule_command, with_schedule_options
 from sparkling_cli.report.plan import fills, parameter_counts
 from sparkling_cli.report.rates import learning_rate_of
@@ -64,8 +63,8 @@ def assemble(
         "axes": tuple(_axes(plan, previous)),
         "tensors": tuple(_tensors(plan)),
         "account": plan.account,
-        "before": _size(content_of(plan, after=False), before, known=known),
-        "after": _size(content_of(plan, after=True), after, known=known),
+        "before": _size(plan.nbytes(after=False), before, known=known),
+        "after": _size(plan.nbytes(after=True), after, known=known),
         "activations": activations,
         "activations_missing": activations_missing,
         "learning_rate": learning_rate,
@@ -186,13 +185,13 @@ def _tensor(recipe: Recipe, pattern: TensorPattern, count: int) -> TensorChange:
     )
 
 
-def _size(content: Content, counted: ParameterCount, *, known: bool) -> Size:
+def _size(nbytes: tuple[int, int], counted: ParameterCount, *, known: bool) -> Size:
     return Size(
         parameters=counted.total,
         active=counted.active if known else None,
         embedding=counted.embedding,
-        weight_bytes=content.weight_bytes,
-        state_bytes=content.state_bytes,
+        weight_bytes=nbytes[0],
+        state_bytes=nbytes[1],
     )
 
 

@@ -21,7 +21,7 @@ def plan_result(expansion: Expansion) -> ExpansionPlan:
     from sparkling_cli.execute.room import free_bytes
     from sparkling_cli.plan.resolve import whole_heads
 
-    plan, totals, destination = expansion.plan, expansion.totals, expansion.destination
+    plan, destination = expansion.plan, expansion.destination
     before, after, known = parameter_counts(plan)
     heads = whole_heads(dict(plan.growth), plan.layout)
     grown = {**plan.growth, **({} if heads is None else {"heads": heads})}
@@ -35,13 +35,13 @@ def plan_result(expansion: Expansion) -> ExpansionPlan:
         active_parameters=Count(before=before.active, after=after.active) if known else None,
         embedding_parameters=Count(before=before.embedding, after=after.embedding),
         bytes=Bytes(
-            before=totals.bytes_before,
-            after=totals.bytes_after,
-            to_write=totals.bytes_to_write,
+            before=sum(plan.nbytes(after=False)),
+            after=sum(plan.nbytes(after=True)),
+            to_write=expansion.bytes_to_write,
             free=free_bytes(destination.absolute().parent),
         ),
-        tensors=totals.tensors,
-        widened=totals.widened,
+        tensors=len(plan.rows),
+        widened=sum(row.shape != row.recipe.before for row in plan.rows),
         config=dict(plan.config),
         kinds=tuple(tensor_kinds(plan)),
         account=plan.account,

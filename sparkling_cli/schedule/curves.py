@@ -121,7 +121,19 @@ def _rise(shape: DecayShape, done: float) -> float:
 
 @dataclass(frozen=True)
 class Rewarmed:
-    """The new entries' rate by steps since the expansion: see :func:`rewarmed`.
+    """The new entries' curve, by steps since the expansion (Eq. 27-28).
+
+    ``eta_new(t) = f(t - te; tau_w, T - te, eta_e, rho eta_e, emin)`` with ``eta_e = eta(te)``: a re-warmup
+    from eta_e to rho eta_e, and then the baseline's own shape. The paper has the cosine alone. What follows
+    for other baselines is our reading:
+
+    - What remains is one fall to emin at T (``cosine``, ``linear``, ``polynomial``; ``wsd`` inside its
+      decay): as it is written, with that fall begun anew over what remains of the run. With emin = 0 the
+      ratio to the old entries' rate is constant for the powers: rho ((T - te)/(T - te - tau_w))^power.
+    - What remains is made of phases (``wsd``: stable, decay, floor; restarts; waves) or has no floor
+      (``constant``, ``inverse_sqrt``). To begin it anew would move the phases. There new entries go through
+      the baseline's own phases, times a factor that rises from 1 to rho over tau_w: on a stable rate that
+      is Eq. 27 itself, and afterwards the ratio is rho whatever the baseline does.
 
     Attributes:
         baseline: the old entries' curve.
@@ -169,24 +181,6 @@ class Rewarmed:
             decay_steps=max(0, remaining - self.steps),
             lead=0,
         )
-
-
-def rewarmed(baseline: Curve, expansion_step: int, rho: float, tau_w: int) -> Rewarmed:
-    """The new entries' curve, by steps since the expansion (Eq. 27-28).
-
-    ``eta_new(t) = f(t - te; tau_w, T - te, eta_e, rho eta_e, emin)`` with ``eta_e = eta(te)``: a re-warmup
-    from eta_e to rho eta_e, and then the baseline's own shape. The paper has the cosine alone. What follows
-    for other baselines is our reading:
-
-    - What remains is one fall to emin at T (``cosine``, ``linear``, ``polynomial``; ``wsd`` inside its
-      decay): as it is written, with that fall begun anew over what remains of the run. With emin = 0 the
-      ratio to the old entries' rate is constant for the powers: rho ((T - te)/(T - te - tau_w))^power.
-    - What remains is made of phases (``wsd``: stable, decay, floor; restarts; waves) or has no floor
-      (``constant``, ``inverse_sqrt``). To begin it anew would move the phases. There new entries go through
-      the baseline's own phases, times a factor that rises from 1 to rho over tau_w: on a stable rate that
-      is Eq. 27 itself, and afterwards the ratio is rho whatever the baseline does.
-    """
-    return Rewarmed(baseline, expansion_step, rho, tau_w)
 
 
 def fresh_factor(beta1: float, beta2: float, k: int, n: int | None = None) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import read_sidecar
-from sparkling_cli.schedule.curves import Curve, Rewarmed, rewarmed
+from sparkling_cli.schedule.curves import Curve, Rewarmed
 from sparkling_cli.storage.sidecar import REWARMUP
 
 FORMAT: Literal[2] = 2
@@ -23,44 +23,22 @@ BiasCorrection = Literal["inherit", "fresh"]
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Rewarmed):
     """One expansion's re-warmup.
 
     Attributes:
         stage: number of the expansion, from 1.
-        curve: the new entries' rate by steps since the expansion (Eq. 27).
         bias_correction: ``fresh`` corrects the new entries' first Adam updates.
         betas: Adam's, at the expansion, if known.
     """
 
     stage: int
-    curve: Rewarmed
     bias_correction: BiasCorrection = "inherit"
     betas: tuple[float, float] | None = None
 
-    @property
-    def expansion_step(self) -> int:
-        """te, optimizer steps done before the expansion."""
-        return self.curve.expansion_step
-
-    @property
-    def rho(self) -> float:
-        """Peak of the new entries' rate over eta_e."""
-        return self.curve.rho
-
-    @property
-    def steps(self) -> int:
-        """tau_w."""
-        return self.curve.steps
-
-    @property
-    def eta_e(self) -> float:
-        """The baseline's rate at te."""
-        return self.curve.eta_e
-
     def eta_new(self, step: int) -> float:
         """The new entries' rate at a step of the whole run, te <= step."""
-        return self.curve(step - self.expansion_step)
+        return self(step - self.expansion_step)
 
 
 @dataclass(frozen=True)
@@ -119,12 +97,9 @@ def add_stage(
         number: of the expansion; by default one more than the last.
     """
     earlier = () if previous is None else previous.stages
-    made = [
-        Stage(s.stage, rewarmed(baseline, s.expansion_step, s.rho, s.steps), s.bias_correction, s.betas)
-        for s in earlier
-    ]
+    made = [replace(stage, baseline=baseline) for stage in earlier]
     number = number if number is not None else 1 + (earlier[-1].stage if earlier else 0)
-    made.append(Stage(number, rewarmed(baseline, expansion_step, rho, steps), bias_correction, betas))
+    made.append(Stage(baseline, expansion_step, rho, steps, number, bias_correction, betas))
     return Rewarmup(baseline, tuple(made))
 
 
@@ -155,15 +130,8 @@ class RewarmupFile(_Data):
 def to_data(rewarmup: Rewarmup, notes: tuple[str, ...] = ()) -> dict[str, Any]:
     """Plain data for the JSON file."""
     stages = tuple(
-        StageData(
-            stage=s.stage,
-            expansion_step=s.expansion_step,
-            rho=s.rho,
-            steps=s.steps,
-            bias_correction=s.bias_correction,
-            betas=s.betas,
-        )
-        for s in rewarmup.stages
+        StageData(**{name: getattr(stage, name) for name in StageData.model_fields})
+        for stage in rewarmup.stages
     )
     file = RewarmupFile(format_version=FORMAT, baseline=rewarmup.baseline, stages=stages, notes=notes)
     return file.model_dump(mode="json")
@@ -187,10 +155,7 @@ def from_data(data: Mapping[str, Any], where: str, *, replacing: bool = False) -
     try:
         file = RewarmupFile.model_validate(data if version == FORMAT else _from_version_1(data))
         baseline = file.baseline
-        stages = tuple(
-            Stage(s.stage, rewarmed(baseline, s.expansion_step, s.rho, s.steps), s.bias_correction, s.betas)
-            for s in file.stages
-        )
+        stages = tuple(Stage(baseline=baseline, **stage.model_dump()) for stage in file.stages)
         if version != FORMAT and not replacing:
             _check_version_1(data, stages, where)
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
@@ -216,12 +181,12 @@ def _check_version_1(data: Mapping[str, Any], stages: tuple[Stage, ...], where: 
     """
     for stored, stage in zip(data["stages"], stages, strict=True):
         before = Curve(**stored["curve"])
-        span = stage.curve.baseline.total_steps - stage.expansion_step
+        span = stage.baseline.total_steps - stage.expansion_step
         for since in {0, span, *range(0, span, max(1, span // 997))}:
-            if not isclose(before(since), stage.curve(since), rel_tol=1e-9, abs_tol=1e-9 * stage.curve.peak):
+            if not isclose(before(since), stage(since), rel_tol=1e-9, abs_tol=1e-9 * stage.peak):
                 raise CheckpointError(
                     f"{where}: written by an earlier version, with a curve that this version does not make "
-                    f"(expansion {stage.stage}, {stage.curve.baseline.type})",
+                    f"(expansion {stage.stage}, {stage.baseline.type})",
                     hint="write it anew: sparkling schedule CKPT --write, with the options that describe the "
                     "run's schedule; or train on with the version that wrote it",
                 )

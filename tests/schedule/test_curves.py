@@ -19,7 +19,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.formats.model import Checkpoint, ParamState
 from sparkling_cli.schedule.baseline import baseline_of
-from sparkling_cli.schedule.curves import Curve, fresh_factor, rewarmed
+from sparkling_cli.schedule.curves import Curve, Rewarmed, fresh_factor
 from sparkling_cli.schedule.rewarmup import add_stage, from_data, read_rewarmup
 from sparkling_cli.schedule.write import notes, plan_rewarmup, rewarmup_files
 from sparkling_cli.spec.model import BaselineSpec, ExpansionSpec
@@ -61,7 +61,7 @@ def test_eq_25_to_28(tw: int, total: int, te: int, rho: float, tau: int, floor: 
     """Old and new entries' rates equal the equations, computed in 60 digits, to 1e-12 relative."""
     peak = 1.9556e-3
     base = Curve("cosine", peak, floor, 0.0, tw, total)
-    new = rewarmed(base, te, rho, tau)
+    new = Rewarmed(base, te, rho, tau)
     d = {k: Decimal(v) for k, v in {"peak": peak, "floor": floor, "rho": rho}.items()}
     eta_e = exact_f(te, tw, total, Decimal(0), d["peak"], d["floor"])
     for t in [*range(te, min(te + 2 * tau + 3, total)), *range(te, total + 1, 97), total]:
@@ -281,19 +281,19 @@ def test_a_described_decay(decay: str, half: float) -> None:
 
 def test_other_shapes_begin_anew() -> None:
     """Linear falls to emin, constant stays at rho eta_e, wsd keeps rho through its decay."""
-    linear = rewarmed(Curve("linear", 1e-3, 1e-4, 0.0, 10, 110), 60, 1.3, 5)
+    linear = Rewarmed(Curve("linear", 1e-3, 1e-4, 0.0, 10, 110), 60, 1.3, 5)
     eta_e = 1e-4 + 9e-4 * 0.5
     assert linear(0) == pytest.approx(eta_e)
     assert linear(5) == pytest.approx(1.3 * eta_e)
     assert linear(27.5) == pytest.approx(1e-4 + (1.3 * eta_e - 1e-4) / 2)
     assert linear(50) == pytest.approx(1e-4)
-    constant = rewarmed(Curve("constant", 1e-3, 0.0, 0.0, 10, 110), 60, 1.3, 5)
+    constant = Rewarmed(Curve("constant", 1e-3, 0.0, 0.0, 10, 110), 60, 1.3, 5)
     assert constant(5) == constant(50) == pytest.approx(1.3e-3)
     base = Curve("wsd", 1e-3, 0.0, 0.0, 10, 110, 20)
-    wsd = rewarmed(base, 60, 1.3, 5)
+    wsd = Rewarmed(base, 60, 1.3, 5)
     for t in range(65, 110):
         assert wsd(t - 60) / base(t) == pytest.approx(1.3)
-    inside = rewarmed(base, 100, 1.3, 4)
+    inside = Rewarmed(base, 100, 1.3, 4)
     assert inside(4) == pytest.approx(1.3 * base(100)) and inside(10) == 0.0
 
 
