@@ -60,9 +60,8 @@ class SharedStep:
     @property
     def further(self) -> list[Further]:
         """Every tensor of the file; flat partitions are left out of the output."""
-        file = read_torch_file(self.file.path, OPTIMIZER, allow=_OWN)
-        gone = {*file.tensors} - {*self.file.tensors} | {*_removed(self.file)}
-        return [item._replace(left_out=item.key in gone, key="") for item in further_in(file, ())]
+        gone = _removed(self.file)
+        return [item._replace(left_out=item.key in gone, key="") for item in further_in(self.file, ())]
 
 
 def read_options(
@@ -84,8 +83,7 @@ def read_options(
             raise CheckpointError(f"{root}: {OPTIMIZER} is missing: the conversion was not finished")
         return (), None
     try:
-        path = inside(root, OPTIMIZER, "the directory")
-        file = read_torch_file(path, OPTIMIZER, allow=_OWN, without=(_FLAT,))
+        file = read_torch_file(inside(root, OPTIMIZER, "the directory"), OPTIMIZER, allow=_OWN)
     except UnsafePickleError:
         if partitioned:
             raise
@@ -130,8 +128,8 @@ def options_output(step: SharedStep, value: float | None) -> OutputFile:
 
 
 def _flat_paths(file: TorchFile) -> list[TreePath]:
-    """Where flat partitions stand beside the steps."""
-    return [
+    """Where flat partitions stand: on their own, and beside the steps."""
+    return [(_FLAT,)] * (_FLAT in file.tree) + [
         (*_STATES, index, name)
         for index, state in file.tree[_STATES[0]][_STATES[1]].items()
         for name, item in state.items()
@@ -139,6 +137,6 @@ def _flat_paths(file: TorchFile) -> list[TreePath]:
     ]
 
 
-def _removed(file: TorchFile) -> list[str]:
+def _removed(file: TorchFile) -> set[str]:
     removed = _flat_paths(file)
-    return [key for key, path in file.paths.items() if any(path[: len(cut)] == cut for cut in removed)]
+    return {key for key, path in file.paths.items() if any(path[: len(cut)] == cut for cut in removed)}

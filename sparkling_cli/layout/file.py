@@ -21,6 +21,8 @@ else:
 FORMAT = 1
 
 
+#: fields that a layout and its file have alike, in the file's order
+_AS_THEY_ARE = ("notes", "ordered", "buffers", "divisible", "tied")
 #: JSON and TOML have lists only
 _Names = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -82,15 +84,11 @@ def from_dict(data: Mapping[str, Any], where: str) -> ModelLayout:
         axes={name: AxisInfo(**axis.model_dump()) for name, axis in file.axes.items()},
         tensors=tuple(TensorPattern(*item) for item in file.tensors.items()),
         disk=None if file.disk is None else tuple(TensorPattern(*i) for i in file.disk.items()),
-        config=file.config,
         compensations=tuple(Compensation(**c.model_dump()) for c in file.compensate),
-        tied=file.tied,
+        config=file.config,
         assembly=file.assembly,
         aliases=file.aliases,
-        notes=file.notes,
-        ordered=file.ordered,
-        buffers=file.buffers,
-        divisible=file.divisible,
+        **{name: getattr(file, name) for name in _AS_THEY_ARE},
     )
     layout.check_axes()
     return layout
@@ -99,16 +97,9 @@ def from_dict(data: Mapping[str, Any], where: str) -> ModelLayout:
 def to_dict(layout: ModelLayout) -> dict[str, Any]:
     """The layout as plain data; ``from_dict`` gives it back. Defaults are left out."""
     data: dict[str, Any] = {"format": FORMAT, "name": layout.name}
-    if layout.notes:
-        data["notes"] = list(layout.notes)
-    if layout.ordered:
-        data["ordered"] = True
-    if layout.buffers:
-        data["buffers"] = list(layout.buffers)
-    if layout.divisible:
-        data["divisible"] = [list(pair) for pair in layout.divisible]
-    if layout.tied:
-        data["tied"] = [list(group) for group in layout.tied]
+    for name in _AS_THEY_ARE:
+        if value := getattr(layout, name):
+            data[name] = value if value is True else [v if isinstance(v, str) else list(v) for v in value]
     data["axes"] = {name: _axis_dict(info) for name, info in layout.axes.items()}
     if layout.aliases:
         data["aliases"] = dict(layout.aliases)

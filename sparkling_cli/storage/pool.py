@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 W = TypeVar("W")
@@ -43,9 +43,9 @@ def spread(
     Raises:
         Exception: the first that a thread met; the others are stopped.
     """
-    news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-    stop = threading.Event()
-    lock = threading.Lock()
+    results: dict[int, T] = {}
+    errors: list[BaseException] = []
+    stop, lock = threading.Event(), threading.Lock()
 
     def thread(index: int) -> None:
         import numpy as np
@@ -53,52 +53,27 @@ def spread(
         try:
             # NaN and Inf are looked for, not warned of
             with opened(index, stop.is_set) as tools, np.errstate(all="ignore"):
-                while not stop.is_set():
-                    number = take()
-                    if number >= count:
-                        break
+                while not stop.is_set() and (number := take()) < count:
                     result = work(tools, number)
                     with lock:
                         done(number, result)
-                    news.put(("result", (number, result)))
-            news.put(("done", None))
+                        results[number] = result
         except Stopped:
-            news.put(("done", None))
+            return
         except BaseException as error:
+            errors.append(error)
             stop.set()
-            news.put(("error", error))
 
-    running = [threading.Thread(target=thread, args=(i,), daemon=True) for i in range(threads)]
-    for one in running:
-        one.start()
-    try:
-        return _listen(news, threads, tick)
-    finally:
-        stop.set()
-        for one in running:
-            one.join()
-
-
-def _listen(
-    news: queue.SimpleQueue[tuple[str, Any]],
-    running: int,
-    tick: Callable[[], None],
-) -> dict[int, Any]:
-    results: dict[int, Any] = {}
-    first: BaseException | None = None
-    while running:
+    with ThreadPoolExecutor(threads) as pool:
+        running = [pool.submit(thread, index) for index in range(threads)]
         try:
-            kind, value = news.get(timeout=_POLL)
-        except queue.Empty:
-            kind, value = "", None
-        if kind == "result":
-            results[value[0]] = value[1]
-        elif kind:
-            running -= 1
-            first = first or value
-        tick()
-    if first is not None:
-        raise first
+            while wait(running, timeout=_POLL).not_done:
+                tick()
+        finally:
+            stop.set()
+    tick()
+    if errors:
+        raise errors[0]
     return results
 
 

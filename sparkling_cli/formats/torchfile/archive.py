@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 from sparkling_cli.errors import CheckpointError
 
-_LOCAL = struct.Struct("<IHHHHHIIIHH")
-_CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
+LOCAL = struct.Struct("<IHHHHHIIIHH")
+CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
 _END = struct.Struct("<IHHHHIIH")
 _LOCATOR = struct.Struct("<IIQI")
 _END64 = struct.Struct("<IQHHIIQQQQ")
-_U32 = 0xFFFFFFFF
+U32 = 0xFFFFFFFF
 #: First bytes of a file written by torch.save before 1.6 (or with the old serialization switched on).
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -127,7 +127,7 @@ def read_archive(window: Window) -> Archive:
     entries = _central_directory(window, count, start, size)
     prefix = entries[0][0].split("/", 1)[0] + "/" if entries and "/" in entries[0][0] else ""
     entries.sort(key=lambda entry: entry[1])
-    window.expect([header for _, header, _, _ in entries], _LOCAL.size)
+    window.expect([header for _, header, _, _ in entries], LOCAL.size)
     records = []
     seen = set()
     previous_end = 0
@@ -196,17 +196,17 @@ def _central_directory(window: Window, count: int, start: int, size: int) -> lis
     entries: list[tuple[str, int, int, int]] = []
     at = 0
     for _ in range(count):
-        if at + _CENTRAL.size > size:
+        if at + CENTRAL.size > size:
             break
-        fields = _CENTRAL.unpack_from(data, at)
+        fields = CENTRAL.unpack_from(data, at)
         magic, flags, method, crc = fields[0], fields[3], fields[4], fields[7]
         packed, plain, name_size, extra_size, comment_size = fields[8:13]
         header = fields[16]
-        after = at + _CENTRAL.size
+        after = at + CENTRAL.size
         name = data[after : after + name_size].decode("utf-8", "replace")
         if magic != 0x02014B50:
             raise CheckpointError(f"{window.where}: its directory is damaged at entry {len(entries)}")
-        if _U32 in (packed, plain, header):
+        if U32 in (packed, plain, header):
             extra = data[after + name_size : after + name_size + extra_size]
             packed, plain, header = _zip64(window.where, name, extra, packed, plain, header)
         if method != 0 or flags & 1 or packed != plain:
@@ -232,9 +232,9 @@ def _zip64(where: str, name: str, extra: bytes, packed: int, plain: int, header:
         if kind == 1:
             values = iter(struct.unpack_from(f"<{size // 8}Q", extra, at + 4))
             try:
-                plain = next(values) if plain == _U32 else plain
-                packed = next(values) if packed == _U32 else packed
-                header = next(values) if header == _U32 else header
+                plain = next(values) if plain == U32 else plain
+                packed = next(values) if packed == U32 else packed
+                header = next(values) if header == U32 else header
             except StopIteration:
                 break
             return packed, plain, header
@@ -245,8 +245,8 @@ def _zip64(where: str, name: str, extra: bytes, packed: int, plain: int, header:
 def _data_start(window: Window, name: str, header: int) -> int:
     """Where a record's bytes start, from its local header, whose name must agree with the directory."""
     raw_name = name.encode()
-    raw = window.read(header, _LOCAL.size + len(raw_name))
-    fields = _LOCAL.unpack_from(raw)
-    if fields[0] != 0x04034B50 or raw[_LOCAL.size :] != raw_name or fields[9] != len(raw_name):
+    raw = window.read(header, LOCAL.size + len(raw_name))
+    fields = LOCAL.unpack_from(raw)
+    if fields[0] != 0x04034B50 or raw[LOCAL.size :] != raw_name or fields[9] != len(raw_name):
         raise CheckpointError(f"{window.where}: record {name!r} and its header at {header} disagree")
-    return header + _LOCAL.size + int(fields[9]) + int(fields[10])
+    return header + LOCAL.size + int(fields[9]) + int(fields[10])

@@ -55,6 +55,7 @@ class TorchFile:
     pickled: bytes = field(repr=False)
 
 
+@collector_paused()
 def read_torch_file(
     path: Path,
     relative: str,
@@ -62,7 +63,6 @@ def read_torch_file(
     offset: int = 0,
     length: int | None = None,
     allow: Collection[str] = (),
-    without: Collection[str] = (),
 ) -> TorchFile:
     """Open a torch zip file, or an archive inside a bigger file.
 
@@ -72,24 +72,11 @@ def read_torch_file(
         offset: where the archive starts in the file.
         length: its bytes; up to the file's end by default.
         allow: more globals (dotted names) that its pickle may name; they stay inert.
-        without: keys of the outermost dictionary that are left out, here and in what is laid out from it.
 
     Raises:
         CheckpointError: missing, truncated, damaged, legacy or big-endian.
         UnsafePickleError: the pickle names a global that is not on the list.
     """
-    with collector_paused():
-        return _read(path, relative, offset, length, allow, without)
-
-
-def _read(
-    path: Path,
-    relative: str,
-    offset: int,
-    length: int | None,
-    allow: Collection[str],
-    without: Collection[str],
-) -> TorchFile:
     where = relative or path.name
     with open_window(path, where, offset, length) as window:
         archive = read_archive(window)
@@ -97,9 +84,6 @@ def _read(
         pickled = small["data.pkl"]
     check_opcodes(pickled, where)
     tree = read_tree(pickled, where, allow)
-    for key in without:
-        if isinstance(tree, dict):
-            tree.pop(key, None)
     found = _Collector(where, relative, offset, archive, 10_000 + 2 * len(pickled))
     found.collect(tree)
     return TorchFile(

@@ -21,6 +21,7 @@ from sparkling_cli.storage.tensors import ITEM_BYTES, row_major
 REMOVED: Any = object()
 
 
+@collector_paused()
 def lay_out(
     file: TorchFile,
     new: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
@@ -44,28 +45,18 @@ def lay_out(
     Raises:
         CheckpointError: a dtype changes, or tensors overlap in a storage without being the same view.
     """
-    with collector_paused():
-        return _lay_out(file, new or {}, edits or {}, values or {}, file.relative if path is None else path)
-
-
-def _lay_out(
-    file: TorchFile,
-    new: Mapping[str, tuple[str, tuple[int, ...]]],
-    edits: Mapping[TreePath, Any],
-    values: Mapping[str, bytes],
-    path: str,
-) -> OutputFile:
     where = file.relative or file.path.name
     shapes: dict[int, tuple[int, ...]] = {}
-    for key, (dtype, shape) in new.items():
+    for key, (dtype, shape) in (new or {}).items():
         node = file.nodes[key]
         if node.dtype != dtype:
             raise CheckpointError(f"{where}: {key!r} is {node.dtype}; it cannot be written as {dtype}")
         shapes[id(node)] = tuple(shape)
-    tree = _edited(file.tree, edits)
+    tree = _edited(file.tree, edits or {})
     kept = {id(n) for n in tensor_nodes(tree)} if edits else None
-    plan = _plan_storages(where, file.nodes, file.aliases, shapes, kept, values)
+    plan = _plan_storages(where, file.nodes, file.aliases, shapes, kept, values or {})
     pickled = write_tree(tree, plan.placements, plan.entries, where)
+    path = file.relative if path is None else path
     return lay_out_archive(path, file.archive.prefix, list(_parts(file, plan, pickled)))
 
 

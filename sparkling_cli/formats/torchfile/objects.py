@@ -149,6 +149,9 @@ STORAGE_DTYPES = {
 }  # fmt: skip
 
 
+_PATHS = ("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath")
+#: what lies deeper in an object is not looked into: an object may contain itself
+_DEEPEST = 20
 _ARGUMENTS = {"_rebuild_tensor": 4, "_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}
 
 
@@ -214,25 +217,44 @@ _BUILDERS = {
 }
 
 
-def plain(value: Any) -> Any:
-    """Numbers, text and containers as ordinary Python data; tensors and calls become their ``repr``.
+def plain(value: Any, depth: int = 0) -> Any:
+    """Numbers, text and containers as ordinary Python data; tensors become their names.
 
-    ``torch.Size`` becomes a tuple, bytes and sets come back as such.
+    ``torch.Size`` becomes a tuple, bytes and sets come back as such, enumerations become their values, paths
+    text, objects of other classes dictionaries with their class under ``__class__``.
     """
+    if depth > _DEEPEST:
+        return repr(type(value))
     if isinstance(value, dict):
-        return {plain(k): plain(v) for k, v in value.items()}
+        return {plain(k, depth + 1): plain(v, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(plain(v) for v in value)
+        return type(value)(plain(v, depth + 1) for v in value)
     if isinstance(value, Call):
-        path = value.function.path
-        if path == "_codecs.encode" and len(value.args) == 2:
-            return str(value.args[0]).encode("latin1")
-        if path in NAMESPACES and value.state is not None:
-            return plain(value.state[0])
-        if path in ("torch.Size", "builtins.set") and len(value.args) == 1:
-            inner = (plain(v) for v in value.args[0])
-            return tuple(inner) if path == "torch.Size" else set(inner)
-        return repr(value)
+        return _plain_call(value, depth + 1)
     if isinstance(value, GlobalType):
         return value.path
-    return f"<tensor {value.shape}>" if isinstance(value, TensorNode) else value
+    if isinstance(value, (TensorNode, Storage)):
+        return f"<{type(value).__name__}>"
+    return value
+
+
+def _plain_call(value: Call, depth: int) -> Any:
+    path, args = value.function.path, [plain(arg, depth) for arg in value.args]
+    if path == "_codecs.encode" and len(args) == 2:
+        return str(args[0]).encode("latin1")
+    if path in ("torch.Size", "builtins.set") and len(args) == 1:
+        return tuple(args[0]) if path == "torch.Size" else set(args[0])
+    state = value.state[0] if value.state is not None else None
+    if path in NAMESPACES and state is not None:
+        return plain(state, depth)
+    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
+        state = {**(state[0] or {}), **state[1]}
+    if isinstance(state, dict):
+        return {"__class__": path, **{str(k): plain(v, depth) for k, v in state.items()}}
+    if value.pairs:
+        return {plain(k, depth): plain(v, depth) for k, v in value.pairs}
+    if path in _PATHS:
+        return "/".join(map(str, args)).replace("//", "/")
+    if len(args) == 1 and isinstance(args[0], (str, int, float, list, tuple)):
+        return args[0]
+    return {"__class__": path, "args": args}

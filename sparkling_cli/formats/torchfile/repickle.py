@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from itertools import islice
 from typing import Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
@@ -161,54 +160,29 @@ class _Writer:
     def save_list(self, value: list[Any]) -> None:
         self.out += b"]"
         self.put(value)
-        if len(value) == 1:
-            self.save(value[0])
-            self.out += b"a"
-            return
-        for start in range(0, len(value), _BATCH):
-            self.out += b"("
-            for item in value[start : start + _BATCH]:
-                self.save(item)
-            self.out += b"e"
+        self.save_batches([(item,) for item in value], b"ae", plain=True)
 
     def save_dict(self, value: dict[Any, Any]) -> None:
         self.out += b"}"
         self.put(value)
-        if len(value) == 1:
-            self.save_pairs(value.items())
-            return
-        pairs = iter(value.items())
-        # Python writes an empty last batch if the size is a multiple of the batch, so this does too.
-        while value:
-            batch = list(islice(pairs, _BATCH))
-            self.out += b"("
-            for key, item in batch:
-                self.save(key)
-                self.save(item)
-            self.out += b"u"
-            if len(batch) < _BATCH:
-                return
+        self.save_batches(list(value.items()), b"su", plain=True)
 
-    def save_pairs(self, items: Any) -> None:
-        """The pairs of an object that is no plain dict."""
-        pairs = iter(items)
-        while batch := list(islice(pairs, _BATCH)):
-            if len(batch) > 1:
-                self.out += b"("
-            for key, item in batch:
-                self.save(key)
-                self.save(item)
-            self.out += b"u" if len(batch) > 1 else b"s"
+    def save_batches(self, items: Sequence[tuple[Any, ...]], codes: bytes, *, plain: bool = False) -> None:
+        """What a container holds, some at a time, each with the opcode for one alone or for several.
 
-    def save_items(self, items: Sequence[Any]) -> None:
-        """The list items of an object that is no plain list."""
-        for start in range(0, len(items), _BATCH):
+        Of a plain list or dict Python marks the last batch as several even if it is one, and of a dict it
+        writes an empty last batch if the size is a multiple of the batch; so this does too.
+        """
+        several = plain and len(items) > 1
+        for start in range(0, len(items) + (several and codes == b"su"), _BATCH):
             batch = items[start : start + _BATCH]
-            if len(batch) > 1:
+            marked = several or len(batch) > 1
+            if marked:
                 self.out += b"("
             for item in batch:
-                self.save(item)
-            self.out += b"e" if len(batch) > 1 else b"a"
+                for part in item:
+                    self.save(part)
+            self.out += codes[marked : marked + 1]
 
     def save_global(self, module: str, name: str) -> None:
         known = self.globals.get((module, name))
@@ -230,15 +204,15 @@ class _Writer:
         self.save(value.args)
         self.out += b"\x81" if value.new else b"R"
         self.put(value)
-        self.save_items(value.items)
-        self.save_pairs(value.pairs)
+        self.save_batches([(item,) for item in value.items], b"ae")
+        self.save_batches(value.pairs, b"su")
         self.save_state(value.state)
 
     def save_ordered(self, value: Ordered) -> None:
         self.save_global("collections", "OrderedDict")
         self.out += b")R"
         self.put(value)
-        self.save_pairs(value.items())
+        self.save_batches(list(value.items()), b"su")
         self.save_state(value.state)
 
     def save_state(self, state: Any) -> None:

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sparkling_cli.formats.model import Checksum, OutputFile
+from sparkling_cli.formats.torchfile.archive import CENTRAL, LOCAL, U32
 from sparkling_cli.storage.tensors import Extent
 
 ALIGNMENT = 64
-_U32 = 0xFFFFFFFF
-_LOCAL = struct.Struct("<IHHHHHIIIHH")
-_CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
 
 
 class Slot(NamedTuple):
@@ -118,31 +116,31 @@ def _local_header(name: bytes, cursor: int, size: int) -> bytes:
     wide = _wide(size, 0, cursor)
     padding = -(cursor + 30 + len(name) + len(wide) + 4) % ALIGNMENT
     extra = wide + b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-    fixed = _LOCAL.pack(0x04034B50, 0, _flags(size), 0, 0, 0, 0, 0, 0, len(name), len(extra))
+    fixed = LOCAL.pack(0x04034B50, 0, _flags(size), 0, 0, 0, 0, 0, 0, len(name), len(extra))
     return fixed + name + extra
 
 
 def _wide(size: int, stored: int, cursor: int) -> bytes:
     """The zip64 extra field, where 32 bits do not do."""
-    if size < _U32 and cursor < _U32:
+    if size < U32 and cursor < U32:
         return b""
-    wide = struct.pack("<QQ", size, stored) if size >= _U32 else b""
-    if cursor >= _U32:
+    wide = struct.pack("<QQ", size, stored) if size >= U32 else b""
+    if cursor >= U32:
         wide += struct.pack("<Q", cursor)
     return struct.pack("<HH", 1, len(wide)) + wide
 
 
 def _descriptor(crc: int, size: int, cursor: int) -> bytes:
-    if size >= _U32 or cursor >= _U32:
+    if size >= U32 or cursor >= U32:
         return struct.pack("<4sIQQ", b"PK\x07\x08", crc, size, size)
     return struct.pack("<4sIII", b"PK\x07\x08", crc, size, size)
 
 
 def _directory_entry(name: bytes, crc: int, size: int, cursor: int) -> bytes:
     wide = _wide(size, size, cursor)
-    small = min(size, _U32)
-    fixed = _CENTRAL.pack(0x02014B50, 0, 0, _flags(size), 0, 0, 0, crc, small, small, len(name),
-        len(wide), 0, 0, 0, 0, min(cursor, _U32),
+    small = min(size, U32)
+    fixed = CENTRAL.pack(0x02014B50, 0, 0, _flags(size), 0, 0, 0, crc, small, small, len(name),
+        len(wide), 0, 0, 0, 0, min(cursor, U32),
     )  # fmt: skip
     return fixed + name + wide
 
@@ -152,5 +150,5 @@ def _end(count: int, start: int, size: int) -> bytes:
     end64 = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 0x031E, 45, 0, 0, count, count, size, start)
     locator = struct.pack("<IIQI", 0x07064B50, 0, start + size, 1)
     few = min(count, 0xFFFF)
-    end = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, few, few, min(size, _U32), min(start, _U32), 0)
+    end = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, few, few, min(size, U32), min(start, U32), 0)
     return end64 + locator + end
