@@ -149,7 +149,8 @@ def _named(checkpoint: Checkpoint, model: str | None, layout: Path | None) -> Ch
     known = model is not None or "model_type" in (checkpoint.config or {})
     if known and checkpoint.config is not None:
         with suppress(CheckpointError):  # Muon's groups: only the layout tells embeddings and head apart
-            return name_parameters(checkpoint, *model_parameters(checkpoint.config, model))
+            own = model_parameters(checkpoint.config, model)
+            return name_parameters(checkpoint, own.shapes, own.decayed)
     made = _manifest_of(checkpoint)
     previous = read_manifest(made) if made.is_file() else None
     found = find_layout(checkpoint, layout_path=layout, model=model, previous=previous)

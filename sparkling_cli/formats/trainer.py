@@ -121,7 +121,7 @@ class TrainerDirectory:
             root=root,
             format=self.name,
             tensors={**weights.tensors, **moments},
-            weights=weights.names,
+            weights=weights.weights,
             states=states,
             param_groups=optimizer.groups,
             config=config,

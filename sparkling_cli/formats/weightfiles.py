@@ -39,7 +39,7 @@ class WeightFiles:
     """All weight files of a directory, parsed.
 
     Attributes:
-        names: weight name -> key. Keys are the weight names; tied names that share bytes share a key.
+        names: name in the files -> key. Keys are these names; tied ones that share bytes share a key.
         tensors: key -> place.
         files: relative path -> metadata of a safetensors file, or the parsed torch file.
         index: relative path of the index, "" without one.
@@ -51,6 +51,16 @@ class WeightFiles:
     files: Mapping[str, Mapping[str, str] | TorchFile | None]
     index: str = ""
     index_metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Weight name, without what wrappers (compilation, data parallelism) put in front -> key.
+
+        Raises:
+            CheckpointError: two names become one.
+        """
+        bare = bare_names(self.names)
+        return {bare[name]: key for name, key in self.names.items()}
 
     @property
     def paths(self) -> frozenset[str]:
@@ -165,11 +175,6 @@ def _torch(path: Path, relative: str) -> _Read:
     for key, path_in_tree in file.paths.items():
         name = str(path_in_tree[0])
         names[name] = first.setdefault(file.aliases.get(key, key), name)
-    if list(bare_names(names).values()) != list(names):
-        raise CheckpointError(
-            f"{relative}: its names start with a wrapper's prefix, e.g. {next(iter(names))!r}",
-            hint="save the unwrapped model: model.save_pretrained(...)",
-        )
     return names, {name: file.tensors[key] for key, name in first.items()}, file
 
 
@@ -183,6 +188,8 @@ def weight_outputs(weights: WeightFiles, declared: Sequence[Declared]) -> tuple[
     Raises:
         CheckpointError: a dtype that the format does not have, or names twice.
     """
+    in_files = weights.weights  # names with what wrappers put in front
+    declared = [item._replace(name=in_files.get(item.name, item.name)) for item in declared]
     rows: dict[str, list[Declared]] = {}
     for item in declared:
         rows.setdefault(item.source_file, []).append(item)

@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 #: fields that a layout and its file have alike, in the file's order
-_AS_THEY_ARE = ("notes", "ordered", "buffers", "divisible", "tied")
+_AS_THEY_ARE = ("notes", "ordered", "buffers", "divisible", "ignored", "tied")
 #: JSON and TOML have lists only
 _Names = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -63,6 +63,7 @@ class _File(_Strict):
     ordered: bool = False
     buffers: _Names = ()
     divisible: tuple[Annotated[tuple[str, str], Field(strict=False)], ...] = Field(default=(), strict=False)
+    ignored: _Names = ()
 
 
 def from_dict(data: Mapping[str, Any], where: str) -> ModelLayout:

@@ -178,6 +178,7 @@ class ModelLayout:
             a trainer decays exactly those with more than one dim.
         buffers: patterns of ``tensors`` that are saved with the weights and are no parameters.
         divisible: pairs of terms; the class wants the first one's size to be a multiple of the second one's.
+        ignored: regular expressions of names that the class leaves aside when it loads a checkpoint.
     """
 
     name: str
@@ -193,6 +194,7 @@ class ModelLayout:
     ordered: bool = False
     buffers: tuple[str, ...] = ()
     divisible: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @cached_property
     def sizes(self) -> dict[str, int]:

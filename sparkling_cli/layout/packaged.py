@@ -91,6 +91,16 @@ def _may_fit(text: str, kinds: Set[str], model_type: object) -> bool:
     return needed is None or NameTemplate(needed[1]).key in kinds
 
 
+def base_prefixes(model_type: object) -> tuple[str, ...]:
+    """Prefixes of the base model's names in the files that are for a model type, with their dot."""
+    found = set()
+    for text in map(_text, packaged_names()):
+        first = _NEEDED.search(text, text.index("\n[tensors]\n"))
+        if first and "\n[classes]\n" in text and f"\n{model_type} = " in text:
+            found.add(first[1].partition(".")[0] + ".")
+    return tuple(sorted(found))
+
+
 def find_packaged(
     checkpoint: _Source, alike: Callable[[str, str], bool], sizing: Sequence[str] = ()
 ) -> ModelLayout | None:

@@ -6,13 +6,17 @@ in the shape of a model with a million layers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.names import skeletons
 from sparkling_cli.storage.tensors import FLOATING
+
+if TYPE_CHECKING:
+    from sparkling_cli.models.locate import Parameters
 
 #: Names of a language model's layer count; every layer has at least one tensor.
 _LAYERS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"})
@@ -48,7 +52,7 @@ def _numbers(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, f
             yield key, value
 
 
-def check_tensors(checkpoint: Checkpoint, parameters: list[tuple[str, tuple[int, ...]]]) -> None:
+def check_tensors(checkpoint: Checkpoint, model: Parameters) -> None:
     """Weights that the model has under the same name have the same sizes there; layers are equally many.
 
     The order of sizes does not matter here: some classes store a tensor transposed. Nor do kinds of
@@ -56,13 +60,15 @@ def check_tensors(checkpoint: Checkpoint, parameters: list[tuple[str, tuple[int,
 
     Args:
         checkpoint: the tensors.
-        parameters: names and shapes in the model that its config describes.
+        model: the one that its config describes.
 
     Raises:
         CheckpointError: with the name and, if it is there, both shapes.
     """
-    shapes = dict(parameters)
-    _check_layers(checkpoint, set(shapes), set(checkpoint.weights))
+    shapes = dict(model.shapes)
+    ignored = [re.compile(pattern) for pattern in model.ignored]
+    stored = {name for name in checkpoint.weights if not any(p.search(name) for p in ignored)}
+    _check_layers(checkpoint, set(shapes), stored | (checkpoint.weights.keys() & shapes.keys()))
     for name, shape in shapes.items():
         if name not in checkpoint.weights:
             continue

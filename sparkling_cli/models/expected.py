@@ -79,6 +79,7 @@ def ask_class(config: Mapping[str, Any]) -> ClassTensors:
     """Build the class of a config and ask it."""
     from sparkling_cli.models.disk import to_disk
     from sparkling_cli.models.skeleton import build_model, model_errors
+    from sparkling_cli.models.stored import ignored_by
 
     try:
         with model_errors(config):
@@ -94,12 +95,9 @@ def ask_class(config: Mapping[str, Any]) -> ClassTensors:
             kept = {k: v for k, v in state.items() if k in buffers or k in followers}
             names = (_shapes(plain), _shapes(to_disk(model, plain)))
             optional = (_shapes(kept), _shapes(to_disk(model, kept)))
-            patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     except (SparklingError, ImportError) as error:
         return ClassTensors("", str(error).partition("\n")[0], ({}, {}), ({}, {}), (), ())
-    return ClassTensors(
-        type(model).__name__, "", names, optional, tuple(map(tuple, tied)), tuple(sorted(patterns))
-    )
+    return ClassTensors(type(model).__name__, "", names, optional, tuple(map(tuple, tied)), ignored_by(model))
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

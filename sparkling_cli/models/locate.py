@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError, LayoutError
 from sparkling_cli.formats.model import Checkpoint
@@ -15,13 +16,27 @@ from sparkling_cli.layout.expr import Role, axis_names
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.models import cache
 from sparkling_cli.models.sizes import kind_of, walk
+from sparkling_cli.models.stored import fitted_to, ignored_by, is_buffer
 from sparkling_cli.storage.read import TensorSource
 
 if TYPE_CHECKING:
     from sparkling_cli.manifest import Manifest
 
-#: parameters of a model in order, and which of them the Trainer decays
-Parameters = tuple[list[tuple[str, tuple[int, ...]]], set[str]]
+
+class Parameters(NamedTuple):
+    """What a class says of its parameters.
+
+    Attributes:
+        shapes: names and shapes, in ``named_parameters()`` order.
+        decayed: names of those that the Trainer decays.
+        ignored: patterns of names that the class leaves aside when it loads a checkpoint.
+    """
+
+    shapes: list[tuple[str, tuple[int, ...]]]
+    decayed: set[str]
+    ignored: tuple[str, ...]
+
+
 #: What config keys hold that a packaged layout must know, by the roots of their names.
 _WIDTHS = frozenset(
     {"hidden", "ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "head_dim", "experts"}
@@ -47,12 +62,13 @@ def find_layout(
         from sparkling_cli.layout.packaged import layout_for
 
         return layout_for(checkpoint, layout_path, lambda one, other: _alike(checkpoint, one, other))
+    shapes = {name: checkpoint.tensors[key].shape for name, key in checkpoint.weights.items()}
     if model is None and previous is not None:
-        return previous.model_layout()
+        return fitted_to(shapes, previous.model_layout())
     if model is None:
         packaged = packaged_layout(checkpoint)
         if packaged is not None:
-            return packaged
+            return fitted_to(shapes, packaged)
     if checkpoint.config is None or (model is None and "model_type" not in checkpoint.config):
         own = "pass --layout FILE (docs: layout language) or --model package.module:factory"
         bare = checkpoint.config is None and checkpoint.root.is_dir()
@@ -66,8 +82,8 @@ def find_layout(
 
     if model is None:
         check_counts(checkpoint)
-        check_tensors(checkpoint, model_parameters(checkpoint.config, None)[0])
-    return infer(checkpoint.config, model=model)
+        check_tensors(checkpoint, model_parameters(checkpoint.config, None))
+    return fitted_to(shapes, infer(checkpoint.config, model=model))
 
 
 def _alike(checkpoint: Checkpoint, one: str, other: str) -> bool:
@@ -83,20 +99,35 @@ def _alike(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def packaged_layout(checkpoint: Checkpoint) -> ModelLayout | None:
-    """The packaged layout that fits; names alone (those of GPT-2, say) do not overrule a config's class."""
-    from sparkling_cli.layout.packaged import find_packaged
+    """The packaged layout that fits; names alone (those of GPT-2, say) do not overrule a config's class.
 
-    try:
-        sizing = [
-            ".".join(path)
-            for path, value in walk(checkpoint.config or {})
-            if kind_of(path[-1]) in _WIDTHS and isinstance(value, int) and not isinstance(value, bool)
-        ]
-        return find_packaged(checkpoint, lambda one, other: _alike(checkpoint, one, other), sizing)
-    except LayoutError:
-        if "model_type" not in (checkpoint.config or {}):
-            raise
-        return None
+    Names may lack the base model's prefix, and there may be old buffers: see ``models.stored.fitted_to``.
+    """
+    from sparkling_cli.layout.packaged import base_prefixes, find_packaged
+
+    config = checkpoint.config or {}
+    sizing = [
+        ".".join(path)
+        for path, value in walk(config)
+        if kind_of(path[-1]) in _WIDTHS and isinstance(value, int) and not isinstance(value, bool)
+    ]
+    stored = checkpoint.weights.items()
+    own = {name: key for name, key in stored if not is_buffer(name, checkpoint.tensors[key].shape)}
+    named = [own]
+    for prefix in base_prefixes(config.get("model_type")):
+        if not any(name.startswith(prefix) for name in own):
+            named.append({name if name == "lm_head.weight" else prefix + name: own[name] for name in own})
+    for weights in named:
+        source = replace(checkpoint, weights=weights)
+        try:
+            found = find_packaged(source, lambda one, other: _alike(checkpoint, one, other), sizing)
+        except LayoutError:
+            if "model_type" not in config:
+                raise
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -141,8 +172,8 @@ def named_states(checkpoint: Checkpoint, layout: ModelLayout, *, model: str | No
         from sparkling_cli.models.config_check import check_counts
 
         check_counts(checkpoint)
-    parameters, decay = model_parameters(config, model)
-    return name_parameters(checkpoint, parameters, decay, vocabulary_of(layout, parameters))
+    known = model_parameters(config, model)
+    return name_parameters(checkpoint, known.shapes, known.decayed, vocabulary_of(layout, known.shapes))
 
 
 def vocabulary_of(layout: ModelLayout, parameters: Iterable[tuple[str, tuple[int, ...]]]) -> frozenset[str]:
@@ -169,7 +200,7 @@ def vocabulary_of(layout: ModelLayout, parameters: Iterable[tuple[str, tuple[int
 
 
 def model_parameters(config: Mapping[str, Any], model: str | None) -> Parameters:
-    """Names and shapes in ``named_parameters()`` order, and the Trainer's decayed ones; kept like layouts."""
+    """What the class of a config, or the user's factory, says of its parameters; kept like layouts."""
     key = hashlib.blake2b(
         json.dumps([config, model, cache.versions()], sort_keys=True, default=str).encode(), digest_size=16
     ).hexdigest()
@@ -178,7 +209,8 @@ def model_parameters(config: Mapping[str, Any], model: str | None) -> Parameters
         found = ask_model(config, model)
         if model is None:
             cache.store("parameters", key, found)
-    return [(name, tuple(shape)) for name, shape in found["parameters"]], set(found["decayed"])
+    shapes = [(name, tuple(shape)) for name, shape in found["parameters"]]
+    return Parameters(shapes, set(found["decayed"]), tuple(found["ignored"]))
 
 
 @collector_running()
@@ -195,4 +227,5 @@ def ask_model(config: Mapping[str, Any], model: str | None) -> dict[str, Any]:
     return {
         "parameters": [[name, list(p.shape)] for name, p in built.named_parameters()],
         "decayed": sorted(decayed),
+        "ignored": list(ignored_by(built)),
     }

@@ -19,6 +19,7 @@ from sparkling_cli.models.labels import label, texts
 from sparkling_cli.models.parity import LogitParity, widened
 from sparkling_cli.models.search import Outcome, effects, layouts_of, prove
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model
+from sparkling_cli.models.stored import ignored_by
 
 #: Kinds of the axes that people widen; for these the search tries many layouts, for others a few.
 WIDTHS = frozenset({"hidden", "ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "q_per_kv"})
@@ -48,6 +49,7 @@ class Findings:
         tied: groups of names that share a storage.
         notes: what a reader of the layout should know.
         buffers: skeletons of the names of tensors that are saved and are no parameters.
+        ignored: patterns of names that the class leaves aside when it loads a checkpoint.
     """
 
     found: TinyAxes
@@ -59,6 +61,7 @@ class Findings:
     tied: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = field(default=())
     buffers: frozenset[str] = frozenset()
+    ignored: tuple[str, ...] = ()
 
     def layout_of(self, tensor: str) -> TensorLayout:
         """The layout of a tensor of the tiny model."""
@@ -108,6 +111,7 @@ def prove_axes(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Find
         _tied_groups(parity),
         tuple(notes),
         frozenset(skeleton(name) for name, _ in parity.model.named_buffers()),
+        ignored_by(parity.model),
     )
 
 

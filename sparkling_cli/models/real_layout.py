@@ -89,6 +89,7 @@ def real_layout(
         aliases=_aliases(findings, renames),
         notes=findings.notes,
         buffers=tuple(template(p) for p in patterns if p.key in findings.buffers),
+        ignored=findings.ignored,
     )
     layout.check_axes()
     layout.check_shapes(real_shapes, on_disk=False)

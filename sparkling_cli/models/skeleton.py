@@ -90,6 +90,10 @@ def config_object(config: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:  # a copy of a known class under a name of its own (Kimi-K2)
+        model_type = next(
+            (t for name in config.get("architectures") or () if (t := _type_of(name))), model_type
+        )
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise LayoutError(
             f"config.json names model_type {model_type!r}, which the installed transformers does not have",
@@ -97,12 +101,20 @@ def config_object(config: Mapping[str, Any]) -> Any:
             "(--model package.module:factory)",
         )
     with quiet(), model_errors(config):
-        built = CONFIG_MAPPING[model_type].from_dict(clean_config(config))
+        built = CONFIG_MAPPING[model_type].from_dict({**clean_config(config), "model_type": model_type})
     # A sub-config may hold attributes that only from_dict of the parent fixes up.
     built._attn_implementation = "eager"
     with contextlib.suppress(Exception):
         built._experts_implementation = "eager"
     return built
+
+
+def _type_of(class_name: object) -> str | None:
+    """The model type of a class of the library; None of other names."""
+    import transformers
+
+    config_class = getattr(getattr(transformers, str(class_name), None), "config_class", None)
+    return getattr(config_class, "model_type", None)
 
 
 @contextlib.contextmanager
@@ -194,7 +206,7 @@ def _check_type(config: Mapping[str, Any], built: Any, cls: Any) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     wanted = getattr(cls, "config_class", None)
-    model_type = config.get("model_type")
+    model_type = built.model_type
     listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type), ())
     if wanted is None or cls.__name__ in ((listed,) if isinstance(listed, str) else listed):
         return

@@ -400,12 +400,26 @@ def test_several_optimizers_and_foreign_training_state(tmp_path: Path) -> None:
     assert "ds_to_universal" in refused(root)
 
 
-def test_wrapped_names_are_refused(tmp_path: Path) -> None:
-    """Weights of a compiled model do not load by from_pretrained; the message says what to do."""
-    root = model_directory(tmp_path / "a", kind="bin")
-    torch.save({"_orig_mod.a": torch.zeros(1)}, root / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="save_pretrained"):
-        open_checkpoint(root)
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_wrapped_names_stay_as_they_are_in_the_files(tmp_path: Path, kind: str, shards: int) -> None:
+    """Weights of a compiled model have the module's names; what is written has the wrapper's again."""
+    root = model_directory(tmp_path / "source", shards=shards, kind=kind)
+    for path in (p for p in root.iterdir() if p.suffix in (".bin", ".safetensors")):
+        tensors = load_file(path) if kind == "safetensors" else torch.load(path, weights_only=True)
+        wrapped = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+        if kind == "safetensors":
+            save_file(wrapped, path, metadata={"format": "pt"})
+        else:
+            torch.save(wrapped, path)
+    for path in root.glob("*.index.json"):
+        index = json.loads(path.read_text())
+        index["weight_map"] = {f"_orig_mod.{n}": file for n, file in index["weight_map"].items()}
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    checkpoint = open_checkpoint(root)
+    assert list(checkpoint.weights) == list("abcd")
+    for name in rewritten(checkpoint, tmp_path / "target"):
+        assert (tmp_path / "target" / name).read_bytes() == (root / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("warmup", [0, 0.0, 0.03, 0.999, 1, 1.0, 7])
