@@ -1,46 +1,15 @@
-"""The drawing of what was widened: axes as bars, tensors as blocks with their new rows and columns."""
+"""The drawing of what was widened: tensors as blocks with their new rows and columns."""
 
 from __future__ import annotations
 
 from math import log, sqrt
 
 from sparkling_cli.report import svg
-from sparkling_cli.results.expansion import AxisChange, TensorChange
+from sparkling_cli.results.expansion import TensorChange
 from sparkling_cli.results.numbers import significant
 
 #: Patterns drawn as blocks; the table beside the drawing lists all of them.
 BLOCKS_AT_MOST = 8
-
-
-def axes_drawing(axes: tuple[AxisChange, ...], width: float, class_: str = "") -> str:
-    """One bar per axis: solid for the entries that were there, hatched for the new ones."""
-    body = []
-    y = 4.0
-    room = width - 8
-    largest = max(axis.after / axis.before for axis in axes)
-    for axis in axes:
-        old = room / largest
-        new = old * (axis.after / axis.before - 1)
-        body.append(svg.text(2, y + 13, axis.axis, "bar-name"))
-        words = f"{axis.before:,} → {axis.after:,}  (×{significant(axis.factor)})"
-        body.append(svg.text(width - 4, y + 13, words, "bar-words", "end"))
-        body.append(svg.rect(2, y + 20, old, 26, "entries old"))
-        body.append(svg.rect(2 + old, y + 20, new, 26, "entries new"))
-        body.append(_inside(2, old, y + 37, f"{axis.before:,} kept", "on-old"))
-        body.append(_inside(2 + old, new, y + 37, f"{axis.after - axis.before:,} new", "on-new"))
-        y += 62
-    names = ", ".join(f"{axis.axis} from {axis.before} to {axis.after}" for axis in axes)
-    return svg.svg(width, y, "Axes that grew", f"Widened: {names}.", *body, class_=f"chart {class_}".strip())
-
-
-def _inside(x: float, room: float, y: float, words: str, class_: str) -> str:
-    """Words in a bar, on a plate so that hatching does not disturb them; nothing where they don't fit."""
-    need = 6.8 * len(words) + 12
-    if need > room:
-        return ""
-    middle = x + room / 2
-    plate = svg.rect(middle - need / 2, y - 13, need, 18, f"plate {class_}")
-    return plate + svg.text(middle, y, words, f"plate-words {class_}", "middle")
 
 
 def tensor_block(change: TensorChange) -> str:

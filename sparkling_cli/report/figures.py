@@ -8,7 +8,7 @@ from functools import partial
 from sparkling_cli.diagnostics.measurement import split_name
 from sparkling_cli.report import charts
 from sparkling_cli.report.charts import Bar, Chart, Note, Part, Series
-from sparkling_cli.results.expansion import Compute, LearningRate, OptimizerSummary, Size
+from sparkling_cli.results.expansion import AxisChange, Compute, LearningRate, OptimizerSummary, Size
 from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations, LayerActivation, Measurement
 from sparkling_cli.results.numbers import count, moved, percent, significant
 
@@ -158,6 +158,21 @@ def learning_rate_ratio(rate: LearningRate) -> Chart | None:
     )
 
 
+def axes(grown: Sequence[AxisChange]) -> Callable[[float, str], str]:
+    """A bar per axis, relative to its size before: the entries that were there, and the new ones."""
+    rows = []
+    for axis in grown:
+        new = axis.after - axis.before
+        parts = (
+            Part(1.0, "old", f"{axis.before:,} kept"),
+            Part(new / axis.before, "new", f"{new:,} new"),
+        )
+        words = f"{axis.before:,} → {axis.after:,}  (×{significant(axis.factor)})"
+        rows.append(Bar(axis.axis, parts, words))
+    names = ", ".join(f"{axis.axis} from {axis.before} to {axis.after}" for axis in grown)
+    return partial(charts.bars, "Axes that grew", f"Widened: {names}.", rows)
+
+
 def optimizer(summary: OptimizerSummary) -> Callable[[float, str], str]:
     """Bars of kept and new entries per kind of state."""
     kind = {"copy": "copied", "drop": "zero"}.get(summary.treatment, "zero")
@@ -170,7 +185,7 @@ def optimizer(summary: OptimizerSummary) -> Callable[[float, str], str]:
         )
         rows.append(Bar(slot.slot, parts, f"{count(slot.entries)} entries"))
     description = "; ".join(f"{s.slot}: {s.kept} of {s.entries} entries kept" for s in summary.slots)
-    return partial(_bars, "Optimizer state, kept and new entries", description, rows)
+    return partial(charts.bars, "Optimizer state, kept and new entries", description, rows)
 
 
 def compute(facts: Compute, before: Size, after: Size) -> Callable[[float, str], str]:
@@ -191,8 +206,4 @@ def compute(facts: Compute, before: Size, after: Size) -> Callable[[float, str],
         ),
     ]
     description = f"This run takes {first + second:.1%} of the compute of the wide model from scratch."
-    return partial(_bars, "Training compute", description, rows)
-
-
-def _bars(title: str, description: str, rows: list[Bar], width: float, class_: str) -> str:
-    return charts.bars(title, description, rows, width, class_)
+    return partial(charts.bars, "Training compute", description, rows)

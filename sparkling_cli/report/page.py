@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from sparkling_cli.report import charts, figures
-from sparkling_cli.report.drawing import BLOCKS_AT_MOST, axes_drawing, tensor_block
+from sparkling_cli.report.drawing import BLOCKS_AT_MOST, tensor_block
 from sparkling_cli.report.resume import snippet
 from sparkling_cli.results import numbers
 from sparkling_cli.results.expansion import Report
@@ -54,6 +54,7 @@ def render(data: Report) -> bytes:
         drawn=sorted(data.tensors, key=lambda change: change.role == "elementwise")[:BLOCKS_AT_MOST],
         **_signal(data.activations),
         **_rates(data),
+        axes_bars=_drawing(figures.axes(data.axes)),
         optimizer_bars=_drawing(figures.optimizer(data.optimizer)) if data.optimizer else None,
         compute_bars=_drawing(figures.compute(data.compute, data.before, data.after))
         if data.compute
@@ -119,7 +120,6 @@ def _template() -> Template:
     }
     environment.globals |= {
         "draw": _drawing(charts.draw),
-        "axes_drawing": _drawing(axes_drawing),
         "tensor_block": _drawing(tensor_block),
     }
     return environment.from_string(_text("page.html.jinja"))

@@ -30,27 +30,23 @@ def tag(name: str, *children: str, **attributes: object) -> str:
 
 
 def _attribute(value: object) -> str:
-    return num(value) if isinstance(value, float) else escape(str(value), quote=True)
+    return num(value) if isinstance(value, (int, float)) else escape(str(value), quote=True)
 
 
-def text(x: float, y: float, words: str, class_: str = "", anchor: str = "start", **more: object) -> str:
+def text(x: float, y: float, words: str, class_: str = "", anchor: str = "start") -> str:
     """A line of text."""
-    return tag(
-        "text", escape(words), x=float(x), y=float(y), class_=class_ or None,
-        text_anchor=None if anchor == "start" else anchor, **more,
-    )  # fmt: skip
+    place = None if anchor == "start" else anchor
+    return tag("text", escape(words), x=x, y=y, class_=class_ or None, text_anchor=place)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> str:
     """A straight line."""
-    return tag("line", x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), class_=class_)
+    return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 
 def rect(x: float, y: float, width: float, height: float, class_: str, *children: str) -> str:
     """A rectangle; children may be a title."""
-    return tag(
-        "rect", *children, x=float(x), y=float(y), width=float(width), height=float(height), class_=class_
-    )
+    return tag("rect", *children, x=x, y=y, width=width, height=height, class_=class_)
 
 
 def path(points: Iterable[tuple[float, float]], class_: str) -> str:
@@ -66,7 +62,7 @@ def marker(shape: str, x: float, y: float, class_: str, title: str = "", size: f
     """A hollow or filled mark: ``circle`` or ``square`` (the class says how it is filled)."""
     hint = tag("title", escape(title)) if title else ""
     if shape == "circle":
-        return tag("circle", hint, cx=float(x), cy=float(y), r=size, class_=class_)
+        return tag("circle", hint, cx=x, cy=y, r=size, class_=class_)
     return rect(x - size * 0.9, y - size * 0.9, size * 1.8, size * 1.8, class_, hint)
 
 
