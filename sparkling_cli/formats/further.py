@@ -18,11 +18,10 @@ from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFil
 from sparkling_cli.formats.safetensors import SafetensorsFile, lay_out_safetensors, read_safetensors
 from sparkling_cli.formats.statedict import with_shapes
 from sparkling_cli.formats.torchfile import TorchFile, read_torch_file
-from sparkling_cli.formats.torchfile.file import children
-from sparkling_cli.formats.torchfile.inert import InertUnpickler
+from sparkling_cli.formats.torchfile.file import walk
 from sparkling_cli.formats.torchfile.objects import Call, TensorNode
 from sparkling_cli.formats.torchfile.opcodes import check_opcodes
-from sparkling_cli.formats.torchfile.unpickle import Anything
+from sparkling_cli.formats.torchfile.unpickle import Anything, InertUnpickler
 from sparkling_cli.storage.tensors import StoredTensor
 
 #: how a file in torch's format of before 1.6 begins: with a pickled number
@@ -188,7 +187,7 @@ def _pickle(path: Path, relative: str) -> list[Further]:
 
 
 def _nodes(tree: Any, relative: str) -> Iterator[Further]:
-    for place, value in _walk(tree, ()):
+    for place, value in walk(tree):
         if isinstance(value, TensorNode):
             stored = StoredTensor(value.dtype, value.shape, ())
             yield Further(f"{relative}: {place}", relative, "", stored)
@@ -196,7 +195,7 @@ def _nodes(tree: Any, relative: str) -> Iterator[Further]:
 
 def _arrays(tree: Any, relative: str) -> Iterator[Further]:
     """NumPy arrays: random states, mostly."""
-    for place, value in _walk(tree, ()):
+    for place, value in walk(tree):
         state = value.state[0] if isinstance(value, Call) and value.state else None
         if isinstance(state, tuple) and len(state) == 5 and value.function.path.endswith("._reconstruct"):
             shape, kind = state[1], state[2]
@@ -241,18 +240,6 @@ _NUMPY = {
     "i1": "int8", "u1": "uint8", "b1": "bool", "u2": "uint16", "u4": "uint32", "u8": "uint64",
     "c8": "complex64", "c16": "complex128",
 }  # fmt: skip
-
-
-def _walk(tree: Any, place: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Every value of a tree with its place in it; what is named twice is met once."""
-    stack, seen = [(place, tree)], set()
-    while stack:
-        where, value = stack.pop()
-        if isinstance(value, (TensorNode, Call)):
-            yield ".".join(where), value
-        if isinstance(value, (dict, list, tuple, Call)) and id(value) not in seen:
-            seen.add(id(value))
-            stack += [((*where, str(name)), item) for name, item, _ in children(value)]
 
 
 def _distributed(root: Path, relative: str) -> list[Further]:

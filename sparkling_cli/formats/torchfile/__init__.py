@@ -1,13 +1,17 @@
 """Torch zip files without ``torch.load``: read as inert trees, written back with other tensor shapes.
 
 ``archive`` the zip container, ``opcodes`` and ``unpickle`` the pickle, ``objects`` what it is read into,
-``file`` reading, ``layout`` with ``repickle`` and ``writer`` the way back, ``fresh`` files from nothing,
-``inert`` the attributes of an arbitrary pickled object.
+``file`` reading, ``layout`` with ``repickle`` and ``writer`` the way back, ``fresh`` files from nothing.
 """
 
-from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, read_torch_file, read_values
+from sparkling_cli.formats.torchfile.file import (
+    TorchFile,
+    TreePath,
+    read_attributes,
+    read_torch_file,
+    read_values,
+)
 from sparkling_cli.formats.torchfile.fresh import lay_out_state_dict
-from sparkling_cli.formats.torchfile.inert import read_attributes
 from sparkling_cli.formats.torchfile.layout import REMOVED, lay_out
 from sparkling_cli.formats.torchfile.objects import Ordered, TensorNode, plain, step_into
 

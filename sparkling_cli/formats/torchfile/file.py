@@ -12,10 +12,10 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.pause import collector_paused
-from sparkling_cli.formats.torchfile.archive import Archive, Record, Window, open_window, read_archive
-from sparkling_cli.formats.torchfile.objects import Call, Ordered, Storage, TensorNode
+from sparkling_cli.formats.torchfile.archive import Archive, Window, open_window, read_archive
+from sparkling_cli.formats.torchfile.objects import Call, Ordered, Storage, TensorNode, plain
 from sparkling_cli.formats.torchfile.opcodes import check_opcodes
-from sparkling_cli.formats.torchfile.unpickle import read_tree
+from sparkling_cli.formats.torchfile.unpickle import Anything, read_tree
 from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor, is_contiguous
 
 #: Objects that only wrap a tensor: the tensor inside goes by the wrapper's own path.
@@ -192,13 +192,10 @@ class _Collector:
                     f"{self.where}: {key!r} with shape {node.shape} and strides {node.stride} from entry "
                     f"{node.offset} runs out of its storage of {record.size} bytes"
                 )
-        return StoredTensor(dtype, node.shape, (self._extent(node, record, item),))
-
-    def _extent(self, node: TensorNode, record: Record, item: int) -> Extent:
         strides = None if is_contiguous(node.shape, node.stride) else node.stride
-        start = (0,) * len(node.shape)
         at = self.base + record.start + node.offset * item
-        return Extent(self.relative, at, start, node.shape, strides)
+        box = Extent(self.relative, at, (0,) * len(node.shape), node.shape, strides)
+        return StoredTensor(dtype, node.shape, (box,))
 
 
 def children(value: Any) -> Iterator[tuple[Any, Any, str | None]]:
@@ -219,6 +216,36 @@ def children(value: Any) -> Iterator[tuple[Any, Any, str | None]]:
         inside = value.function.path
         parts = (value.args, value.items, value.pairs, value.state)
         yield from ((f"__{i}__", part, inside) for i, part in enumerate(parts) if part)
+
+
+def walk(tree: Any) -> Iterator[tuple[str, TensorNode | Call]]:
+    """Every tensor and recorded call of a tree with its dotted place; what is named twice comes once."""
+    stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    seen: set[int] = set()
+    while stack:
+        where, value = stack.pop()
+        if isinstance(value, (TensorNode, Call)):
+            yield ".".join(where), value
+        if isinstance(value, (dict, list, tuple, Call)) and id(value) not in seen:
+            seen.add(id(value))
+            stack += [((*where, str(name)), item) for name, item, _ in children(value)]
+
+
+def read_attributes(path: Path, relative: str = "") -> dict[str, Any]:
+    """The attributes of an arbitrary pickled object (``training_args.bin``) as plain data; nothing is run.
+
+    Args:
+        path: a torch file.
+        relative: its name in messages.
+
+    Raises:
+        CheckpointError: it is no torch file, is damaged, or holds no object with attributes.
+    """
+    where = relative or path.name
+    value = plain(read_torch_file(path, where, allow=Anything()).tree)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: expected an object with attributes, found {type(value).__name__}")
+    return value
 
 
 def read_values(file: TorchFile, keys: Iterable[str]) -> dict[str, bytes]:

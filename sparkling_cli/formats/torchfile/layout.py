@@ -12,7 +12,7 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.formats.pause import collector_paused
 from sparkling_cli.formats.torchfile.archive import open_window
-from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, children
+from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, walk
 from sparkling_cli.formats.torchfile.objects import FIELDS, Call, Ordered, TensorNode, copied_call, step_into
 from sparkling_cli.formats.torchfile.repickle import Placement, write_tree
 from sparkling_cli.formats.torchfile.writer import Part, Slot, lay_out_archive
@@ -53,7 +53,7 @@ def lay_out(
             raise CheckpointError(f"{where}: {key!r} is {node.dtype}; it cannot be written as {dtype}")
         shapes[id(node)] = tuple(shape)
     tree = _edited(file.tree, edits or {})
-    kept = {id(n) for n in tensor_nodes(tree)} if edits else None
+    kept = {id(value) for _, value in walk(tree)} if edits else None
     plan = _plan_storages(where, file.nodes, file.aliases, shapes, kept, values or {})
     pickled = write_tree(tree, plan.placements, plan.entries, where)
     path = file.relative if path is None else path
@@ -151,19 +151,6 @@ def serialization_id(pickled: bytes) -> bytes:
     """Forty digits that differ between files of different content; readers only compare them."""
     number = int.from_bytes(hashlib.sha256(pickled).digest(), "big")
     return b"%040d" % (number % 10**40)
-
-
-def tensor_nodes(tree: Any) -> Iterator[TensorNode]:
-    """Every tensor in a tree."""
-    stack = [tree]
-    seen: set[int] = set()
-    while stack:
-        value = stack.pop()
-        if isinstance(value, TensorNode):
-            yield value
-        elif isinstance(value, (dict, list, tuple, Call)) and id(value) not in seen:
-            seen.add(id(value))
-            stack.extend(item for _, item, _ in children(value))
 
 
 def _edited(tree: Any, edits: Mapping[TreePath, Any]) -> Any:

@@ -226,7 +226,7 @@ def plain(value: Any, depth: int = 0) -> Any:
     if depth > _DEEPEST:
         return repr(type(value))
     if isinstance(value, dict):
-        return {plain(k, depth + 1): plain(v, depth + 1) for k, v in value.items()}
+        return {_plain_key(k, depth + 1): plain(v, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(plain(v, depth + 1) for v in value)
     if isinstance(value, Call):
@@ -236,6 +236,15 @@ def plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (TensorNode, Storage)):
         return f"<{type(value).__name__}>"
     return value
+
+
+def _plain_key(value: Any, depth: int) -> Any:
+    found = plain(value, depth)
+    try:
+        hash(found)
+    except TypeError:  # an object as a key: a parameter, for one
+        return repr(value)
+    return found
 
 
 def _plain_call(value: Call, depth: int) -> Any:
@@ -252,7 +261,7 @@ def _plain_call(value: Call, depth: int) -> Any:
     if isinstance(state, dict):
         return {"__class__": path, **{str(k): plain(v, depth) for k, v in state.items()}}
     if value.pairs:
-        return {plain(k, depth): plain(v, depth) for k, v in value.pairs}
+        return {_plain_key(k, depth): plain(v, depth) for k, v in value.pairs}
     if path in _PATHS:
         return "/".join(map(str, args)).replace("//", "/")
     if len(args) == 1 and isinstance(args[0], (str, int, float, list, tuple)):
