@@ -37,10 +37,17 @@ WEIGHT_LIKE = frozenset(
         "ax",  # ASGD
         "slow_buffer", "slow_params", "slow_param", "slow_weights", "lookahead_params",  # Ranger, Lookahead
         "p0",  # Prodigy
-        "mov_avg_param", "pbar", "prev_param", "x0",  # SRMM, FOCUS, AdaSmooth, DAdaptSGD
+        "mov_avg_param", "pbar", "prev_param",  # SRMM, FOCUS, AdaSmooth
         "kahan_comp",  # what rounding took from a bfloat16 weight: it lies on the weight's own scale
     }
 )  # fmt: skip
+
+#: weights of the first step, which say nothing of today's
+INITIAL = frozenset({"p0"})
+
+#: where dual averaging starts (MADGRAD, DAdaptSGD): at every step it makes the weights anew, of
+#: that and of sums of gradients, so a wider model's would not last
+STARTING_POINTS = frozenset({"x0"})
 
 #: state that always has its parameter's shape, whose new entries start from zero
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "variance"})

@@ -10,21 +10,14 @@ from math import prod, sqrt
 from sparkling_cli.errors import CheckpointError, LayoutError, SpecError
 from sparkling_cli.formats.detect import format_of
 from sparkling_cli.formats.further import OpenFile, lay_out_further
-from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile, OutputRequest
-from sparkling_cli.formats.states import (
-    FURTHER_MOMENTS,
-    MOMENTS,
-    NEVER_WIDENED,
-    WEIGHT_LIKE,
-    StateKind,
-    state_kind,
-)
+from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest
+from sparkling_cli.formats.states import NEVER_WIDENED, StateKind, state_kind
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.plan.account import Growing, Sorted, account_of, further_notes, sort_further
 from sparkling_cli.plan.advice import check_locked, notes_for, small_share
-from sparkling_cli.plan.measure import measured_kind
+from sparkling_cli.plan.known import Known
 from sparkling_cli.plan.model import CARRIED, Calibration, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
@@ -68,12 +61,12 @@ def build_plan(
     streams = "random" in spec.init or spec.scaling == "calibrated"
     weights, renamed = weights_of(checkpoint, layout, spec.names, random=streams)
     rows = _weight_rows(weights, recipes)
-    known = _Known({weight.module: weight.stored for weight in weights}, checkpoint, recipes)
+    known = Known({weight.module: weight.stored for weight in weights}, checkpoint, layout, spec)
     kinds, measured = known.state_kinds()
     rows += _state_rows(checkpoint, recipes, kinds)
     growing = Growing.of(recipes.all)
     found = sort_further(checkpoint.further, growing, spec.carry, known.copied)
-    rows += _further_rows(checkpoint, found, recipes, known)
+    rows += _further_rows(checkpoint, found, recipes)
     check_pairs(checkpoint)
     if not spec.allow_nonfinite:
         check_numbers(checkpoint)
@@ -357,116 +350,11 @@ def _state_recipe(
             return recipes.unchanged(Kind.SCALAR if prod(stored.shape) == 1 else rest, slot, stored)
 
 
-@dataclass(frozen=True)
-class _Known:
-    """The weights, against which tensors of unknown names are measured.
-
-    Attributes:
-        weights: name in the module -> where the weight lies.
-        checkpoint: the source.
-        recipes: of its weights.
-    """
-
-    weights: Mapping[str, StoredTensor]
-    checkpoint: Checkpoint
-    recipes: _Recipes
-    _prefixes: dict[str, StateKind] = field(default_factory=dict)
-
-    def state_kinds(self) -> tuple[dict[str, StateKind], list[str]]:
-        """Kinds of states that the spec gives, or whose name is not in the table; and what was measured.
-
-        Raises:
-            CheckpointError: neither name nor values say what a state is.
-        """
-        layout, spec = self.recipes.layout, self.recipes.spec
-        given = {
-            slot: {"weight": StateKind.WEIGHT, "moment": StateKind.MOMENT, "carry": StateKind.SCALAR}[kind]
-            for slot, kind in spec.state.items()
-        }
-        pairs: dict[str, list[tuple[StoredTensor, StoredTensor]]] = {}
-        other: set[str] = set()
-        for state in self.checkpoint.states:
-            unknown = [s for s in state.tensors if s not in _NAMED and s not in given]
-            if not unknown:
-                continue
-            weight = self.weights.get(layout.canonical(state.param))
-            for slot in unknown:
-                stored = self.checkpoint.tensors[state.tensors[slot]]
-                shape = stored.shape if weight is None else weight.shape
-                match state_kind(slot, stored.dtype, stored.shape, shape):
-                    case StateKind.UNKNOWN if weight is not None:
-                        pairs.setdefault(slot, []).append((stored, weight))
-                    case StateKind.OTHER:
-                        other.add(slot)
-        notes = []
-        for slot, found in pairs.items():
-            if slot in other:  # of a square parameter, and so by chance of its shape
-                given[slot] = StateKind.OTHER
-                continue
-            kind, text = measured_kind(self.checkpoint.root, found)
-            if kind is StateKind.UNKNOWN and not any(_nonzero(self.checkpoint, s) for s, _ in found):
-                kind, text = StateKind.MOMENT, "all of it is zero"
-            if kind is StateKind.UNKNOWN:
-                raise CheckpointError(
-                    f"optimizer state {slot!r} is of no known kind, and its values do not say whether it "
-                    f"follows the weights: {text}",
-                    hint=f"say what it is: --state {slot}=weight (a copy or average of the weights), "
-                    f"--state {slot}=moment (new entries start from zero) or --state {slot}=carry",
-                )
-            given[slot] = kind
-            notes.append(f"optimizer state {slot!r} is taken for a {kind.value}: {text}")
-        return given, notes
-
-    def copied(self, item: Further) -> str | None:
-        """The parameter that a tensor is a copy of, by its name and the values in its dictionary; else None.
-
-        Norms of a young run are all ones, and biases zero: that they are copies follows from the matrices
-        beside them.
-        """
-        home, name = self._place(item)
-        return name if name and self._copies[home] is StateKind.WEIGHT else None
-
-    def _place(self, item: Further) -> tuple[str, str]:
-        """The dictionary that a tensor lies in, and the parameter whose name and shape it has; "" if none."""
-        assert item.stored is not None
-        name = item.key.rpartition(":")[2]
-        while name:
-            weight = self.weights.get(self.recipes.layout.canonical(name))
-            if weight is not None:
-                break
-            name = name.partition(".")[2]
-        else:
-            return item.name, ""
-        same = weight.shape == item.stored.shape and item.stored.dtype in FLOATING
-        return item.key.removesuffix(name), name if same else ""
-
-    @cached_property
-    def _copies(self) -> dict[str, StateKind]:
-        """What the tensors of every dictionary are that have names and shapes of parameters."""
-        pairs: dict[str, list[tuple[StoredTensor, StoredTensor]]] = {}
-        for item in self.checkpoint.further:
-            home, name = self._place(item) if item.key and item.stored is not None else ("", "")
-            if name and item.stored is not None:
-                weight = self.weights[self.recipes.layout.canonical(name)]
-                pairs.setdefault(home, []).append((item.stored, weight))
-        return {home: measured_kind(self.checkpoint.root, found)[0] for home, found in pairs.items()}
-
-
-#: names that are in the table
-_NAMED = WEIGHT_LIKE | MOMENTS | FURTHER_MOMENTS
-
-
-def _nonzero(checkpoint: Checkpoint, stored: StoredTensor) -> bool:
-    from sparkling_cli.storage.read import read_tensor
-
-    return bool(read_tensor(checkpoint.root, stored).any())
-
-
 #: a tensor of up to so many bytes that stays as it is becomes part of its file's own text
 _LITERAL = 4096
 
 
-def _further_rows(checkpoint: Checkpoint, found: Sorted, recipes: _Recipes, known: _Known) -> Iterator[Row]:
+def _further_rows(checkpoint: Checkpoint, found: Sorted, recipes: _Recipes) -> Iterator[Row]:
     """Rows of copies of weights, and of what is carried inside of files that are written anew."""
     layout = recipes.layout
     for item, param in found.widened:

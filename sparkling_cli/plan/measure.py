@@ -1,27 +1,38 @@
-"""What a tensor of a weight's shape is, where its name does not say it: measured against the weight.
+"""What a tensor of a weight's shape is: measured against the weight, on a few thousand entries.
 
-A copy or an average of a weight correlates with it. What rounding took from a weight (a compensation term)
-does not, but its magnitude follows the weight's, entry by entry. A moment does neither.
+A copy or an average of a weight correlates with it, and has its size. What rounding took from a weight (a
+compensation term) does not, but its magnitude follows the weight's, entry by entry. A moment does neither;
+where weight decay is part of the gradient, some of the weight is in it, no more than the decay's rate allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import isfinite, prod
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite, log, prod, sqrt
+from operator import mul
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from typing import Any, NamedTuple
 
-from sparkling_cli.formats.states import StateKind
+from sparkling_cli.formats.states import INITIAL, StateKind
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
 
 #: a tensor with at least this correlation with the weight is a copy or an average of it
 COPY = 0.9
 #: with at most this one it is none; accumulated gradients of a young run reach 0.6
 NONE = 0.75
+#: a copy that is known as one has at least this correlation; averages were measured down to 0.85
+LEAST = 0.5
+#: a copy is so many times the weight, at least and at most
+SIZE = (0.5, 2.0)
 #: correlation of the logarithms of magnitudes, of compensation terms and of everything else
 SCALE, NO_SCALE = 0.6, 0.4
-#: fewer entries than this say nothing; more than that many are not read
-_FEWEST, _MOST = 64, 1 << 20
+#: of which a compensation term follows the first power; squared gradients with weight decay follow the second
+FIRST_POWER = (0.5, 1.5)
+#: weights of the first step have a size within this factor of today's
+_GROWN = 100.0
+#: fewer entries than this say nothing
+_FEWEST = 64
 #: tensors that are looked at
 _TENSORS = 8
 
@@ -30,22 +41,54 @@ Pair = tuple[StoredTensor, StoredTensor]
 
 
 class Likeness(NamedTuple):
-    """How a tensor resembles a weight: correlation of values, and of the logarithms of magnitudes."""
+    """How a tensor resembles a weight.
+
+    Attributes:
+        values: correlation of the entries.
+        size: standard deviation, in those of the weight.
+        magnitudes: correlation of the logarithms of the entries' magnitudes.
+        power: to which power of the weight's magnitude the entries' follow it (by least squares).
+    """
 
     values: float
+    size: float
     magnitudes: float
+    power: float
+
+    @property
+    def slope(self) -> float:
+        """How many times the weight is in the tensor (by least squares)."""
+        return self.values * self.size
 
 
-def measured_kind(root: Path, pairs: Iterable[Pair]) -> tuple[StateKind, str]:
+def decay_slope(groups: Iterable[Mapping[str, Any]]) -> float:
+    """How many times the weight is in a moment, at most, because weight decay is part of the gradient.
+
+    An average of gradients has the rate of the decay; a sum with momentum ``m``, 1 / (1 - m) times as much.
+
+    Args:
+        groups: the optimizer's.
+    """
+    found = 0.0
+    for group in groups:
+        decay, momentum = group.get("weight_decay"), group.get("momentum")
+        if isinstance(decay, (int, float)):
+            kept = momentum if isinstance(momentum, (int, float)) and 0 <= momentum < 1 else 0.0
+            found = max(found, decay / (1 - kept))
+    return found
+
+
+def measured_kind(root: Path, pairs: Iterable[Pair], decay: float = 0.0) -> tuple[StateKind, str]:
     """The kind of a state of one name, from its largest tensors, and the numbers as text.
 
     Args:
         root: the checkpoint.
         pairs: every tensor of that name, with its parameter's weight.
+        decay: how many times the weight may be in a moment (see :func:`decay_slope`).
     """
     usable = [pair for pair in pairs if pair[0].dtype in FLOATING and prod(pair[0].shape) >= _FEWEST]
     usable.sort(key=lambda pair: -prod(pair[0].shape))
-    found = [one for one in (likeness(root, *pair) for pair in usable[:_TENSORS]) if one is not None]
+    found = _found(root, usable[:_TENSORS])
     if not found:
         return StateKind.UNKNOWN, "its tensors are too small, or constant"
     low, high = min(abs(one.values) for one in found), max(abs(one.values) for one in found)
@@ -55,37 +98,77 @@ def measured_kind(root: Path, pairs: Iterable[Pair]) -> tuple[StateKind, str]:
         f"{scales[-1]:.2f}"
     )
     if min(one.values for one in found) >= COPY:
-        return StateKind.WEIGHT, text
+        slope = median(one.slope for one in found)
+        text += f", {slope:.2g} times the weight"
+        return StateKind.WEIGHT if _is_copy(slope, decay) else StateKind.UNKNOWN, text
     if high <= NONE and scales[-1] <= NO_SCALE:
         return StateKind.MOMENT, text
-    if high <= NONE and scales[0] >= SCALE:
+    if high <= NONE and scales[0] >= SCALE and _within(FIRST_POWER, median(one.power for one in found)):
         return StateKind.WEIGHT, text
     return StateKind.UNKNOWN, text
 
 
+def doubt(root: Path, pairs: Iterable[Pair], slot: str, kind: StateKind, decay: float) -> str:
+    """Why a state cannot be what its name says, in words that follow "its values"; "" if it can.
+
+    Args:
+        root: the checkpoint.
+        pairs: tensors of that name, with their parameters' weights.
+        slot: the name.
+        kind: what it stands for.
+        decay: how many times the weight may be in a moment (see :func:`decay_slope`).
+    """
+    found = _found(
+        root, [pair for pair in pairs if pair[0].dtype in FLOATING and prod(pair[0].shape) >= _FEWEST]
+    )
+    if not found:
+        return ""
+    values, slope = median(one.values for one in found), median(one.slope for one in found)
+    if kind is StateKind.MOMENT:
+        if min(one.values for one in found) < COPY or not _is_copy(slope, decay):
+            return ""
+        return f"are those of the weights (correlation {values:.2f}, {slope:.2g} times the weight)"
+    if slot in INITIAL:
+        size = median(one.size for one in found)
+        return "" if 1 / _GROWN <= size <= _GROWN else f"are {size:.2g} times as large as the weights"
+    follows = abs(values) <= NONE and median(one.magnitudes for one in found) >= NO_SCALE
+    follows = follows and _within(FIRST_POWER, median(one.power for one in found))
+    return "" if values >= LEAST or follows else f"do not follow the weights (correlation {values:.2f})"
+
+
+def _is_copy(slope: float, decay: float) -> bool:
+    """Whether something with that much of the weight in it is a copy, which weight decay cannot explain."""
+    return _within(SIZE, slope) and slope > 2 * decay
+
+
+def _within(bounds: tuple[float, float], value: float) -> bool:
+    return bounds[0] <= value <= bounds[1]
+
+
+def _found(root: Path, pairs: Sequence[Pair]) -> list[Likeness]:
+    return [one for one in (likeness(root, *pair) for pair in pairs) if one is not None]
+
+
 def likeness(root: Path, one: StoredTensor, weight: StoredTensor) -> Likeness | None:
     """Of a tensor and a weight of the same shape; None where one of them is constant."""
-    import numpy as np
+    from sparkling_cli.storage.read import sampled
 
-    values, reference = _entries(root, one), _entries(root, weight)
-    if values.std() == 0 or reference.std() == 0:
+    values, reference = sampled(root, one), sampled(root, weight)
+    found = _correlation(values, reference)
+    if found is None:
         return None
-    both = (values != 0) & (reference != 0)
-    magnitudes = 0.0
-    if both.sum() >= _FEWEST:
-        logs = np.log(np.abs(values[both])), np.log(np.abs(reference[both]))
-        if all(log.std() > 0 for log in logs):
-            magnitudes = float(np.corrcoef(*logs)[0, 1])
-    found = Likeness(float(np.corrcoef(values, reference)[0, 1]), magnitudes)
-    return found if all(map(isfinite, found)) else None
+    both = [(log(abs(a)), log(abs(b))) for a, b in zip(values, reference, strict=True) if a and b]
+    scales = _correlation(*map(list, zip(*both, strict=True))) if len(both) >= _FEWEST else None
+    return Likeness(*found, *((0.0, 0.0) if scales is None else (scales[0], scales[0] * scales[1])))
 
 
-def _entries(root: Path, stored: StoredTensor):  # type: ignore[no-untyped-def]
-    """The first entries of a tensor, whole rows, as doubles."""
-    from sparkling_cli.storage.read import read_tensor
-
-    rows = None
-    if stored.shape:
-        row = max(prod(stored.shape[1:]), 1)
-        rows = slice(0, min(stored.shape[0], max(_MOST // row, 1)))
-    return read_tensor(root, stored, rows=rows).double().flatten().numpy()
+def _correlation(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float] | None:
+    """Pearson's, and the quotient of the standard deviations; None where one is constant or not finite."""
+    count = len(values)
+    means = sum(values) / count, sum(reference) / count
+    left, right = [a - means[0] for a in values], [b - means[1] for b in reference]
+    square, other = sum(map(mul, left, left)), sum(map(mul, right, right))
+    if not (isfinite(square) and isfinite(other) and square > 0 and other > 0):
+        return None
+    root = sqrt(square) * sqrt(other)
+    return (sum(map(mul, left, right)) / root, sqrt(square / other)) if root else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.storage.places import Handles, Placement
@@ -106,6 +107,52 @@ def read_tensor(root: Path, stored: StoredTensor, *, rows: slice | None = None) 
         return _read(files, Placement(stored.dtype, stored.shape, stored.extents, str(root)), stored, rows)
     finally:
         files.close()
+
+
+#: how many entries a sample has, in how many pieces
+_SAMPLE, _SAMPLE_PIECES = 4096, 4
+_PACKED = {"float64": "d", "float32": "f", "bfloat16": "f", "float16": "e"}
+
+
+def sampled(root: Path, stored: StoredTensor) -> list[float]:
+    """A few thousand entries of a floating tensor, at places that depend on its shape alone.
+
+    It needs neither torch nor numpy where the tensor's bytes lie in a row.
+
+    Args:
+        root: the checkpoint's directory or file.
+        stored: where its boxes lie.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable or too short.
+    """
+    placement = Placement(stored.dtype, stored.shape, stored.extents, str(root))
+    size = prod(stored.shape)
+    step, piece = size // _SAMPLE_PIECES, _SAMPLE // _SAMPLE_PIECES
+    starts = [0] if size <= _SAMPLE else [step * i + (step - piece) // 2 for i in range(_SAMPLE_PIECES)]
+    item, found = placement.item, bytearray()
+    files = Handles(root)
+    try:
+        for start in starts:
+            data = _buffer((piece if size > _SAMPLE else size) * item, flat=placement.flat)
+            read_bytes(files, placement, start * item, start * item + len(data), data)
+            found += bytes(data)
+    finally:
+        files.close()
+    if stored.dtype == "bfloat16":  # the upper half of a float32
+        wide = bytearray(2 * len(found))
+        wide[2::4], wide[3::4] = found[::2], found[1::2]
+        found = wide
+    code = _PACKED[stored.dtype]
+    return [*struct.unpack(f"<{len(found) // struct.calcsize(code)}{code}", found)]
+
+
+def _buffer(nbytes: int, *, flat: bool) -> Any:
+    if flat:
+        return memoryview(bytearray(nbytes))
+    import numpy as np
+
+    return np.empty(nbytes, dtype=np.uint8)
 
 
 def torch_dtype(name: str) -> torch.dtype:

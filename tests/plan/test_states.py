@@ -83,6 +83,11 @@ def test_copies_follow_the_weight(
     assert bool(said) is (slot == "of_nobody_yet")
 
 
+def squares(weight: torch.Tensor) -> torch.Tensor:
+    """Squared gradients that weight decay alone is left of: their magnitude follows the weight's."""
+    return 1e-4 * weight.square()
+
+
 @pytest.mark.parametrize(
     ("made", "kind"), [(mixed(0.0), "moment"), (mixed(0.97), "weight"), (rounding, "weight")]
 )
@@ -102,11 +107,12 @@ def test_measured(
     assert [note for note in result.expansion.plan.notes if f"'odd' is taken for a {kind}" in note]
 
 
+@pytest.mark.parametrize("made", [mixed(0.82), squares, lambda w: 0.01 * w])
 def test_what_cannot_be_decided_is_refused(
-    tiny_checkpoint: TinyCheckpoint, names: list[str], tmp_path: Path
+    made: Any, tiny_checkpoint: TinyCheckpoint, names: list[str], tmp_path: Path
 ) -> None:
     """With the option that says it, which works."""
-    source = with_state(tiny_checkpoint("llama"), tmp_path / "checkpoint-3", names, "odd", mixed(0.82))
+    source = with_state(tiny_checkpoint("llama"), tmp_path / "checkpoint-3", names, "odd", made)
     with pytest.raises(CheckpointError, match="'odd' is of no known kind") as caught:
         api.expand(source, tmp_path / "wide", axes=FFN, report="none")
     for kind in ("weight", "moment", "carry"):
@@ -118,6 +124,65 @@ def test_what_cannot_be_decided_is_refused(
         found = of_down(tmp_path / kind, names, "odd")
         assert found.shape == (old.shape[0], columns * old.shape[1])
         assert bool(found[:, old.shape[1] :].any()) is (kind == "weight")
+
+
+def followed(weight: torch.Tensor) -> torch.Tensor:
+    """FTRL's linear term, of which it makes the weight: ``w = -lr z / (beta + sqrt(n))``."""
+    squares = torch.rand(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
+    return -weight * (1.0 + squares.sqrt()) / 0.01
+
+
+@pytest.mark.parametrize(
+    ("slot", "made", "why"),
+    [
+        ("momentum_buffer", mixed(0.97), "known as a moment, but its values are those of the weights"),
+        ("prev", as_is, "known as a moment, but its values are those of the weights"),
+        ("z", followed, "known as a weight, but its values do not follow the weights"),
+        ("slow_buffer", mixed(0.0), "known as a weight, but its values do not follow the weights"),
+        ("p0", lambda w: mixed(0.0)(w) * 1e-4, "known as a weight, but its values are 0.0001 times as large"),
+        ("x0", as_is, "makes the weights anew at every step"),
+    ],
+)  # fmt: skip
+def test_a_name_that_its_values_contradict(
+    slot: str, made: Any, why: str, tiny_checkpoint: TinyCheckpoint, names: list[str], tmp_path: Path
+) -> None:
+    """Refused, with the options that say what it is; each of them works."""
+    source = with_state(tiny_checkpoint("llama"), tmp_path / "checkpoint-3", names, slot, made)
+    with pytest.raises(CheckpointError, match=f"'{slot}'.*{why}") as caught:
+        api.expand(source, tmp_path / "wide", axes=FFN, report="none")
+    assert not (tmp_path / "wide").exists()
+    old = torch.load(source / "optimizer.pt", weights_only=True)["state"][names.index(DOWN)][slot]
+    for kind in ("weight", "moment"):
+        assert f"--state {slot}={kind}" in str(caught.value.hint)
+        api.expand(source, tmp_path / kind, axes=FFN, state={slot: kind}, report="none")
+        api.verify(source, tmp_path / kind)
+        new = of_down(tmp_path / kind, names, slot)[:, old.shape[1] :]
+        assert torch.equal(new, old / 2 if kind == "weight" else torch.zeros_like(old))
+
+
+def test_weight_decay_makes_no_copy_of_a_moment(
+    tiny_checkpoint: TinyCheckpoint, names: list[str], tmp_path: Path
+) -> None:
+    """Torch's SGD whose gradients are gone: its momentum is decay / (1 - momentum) = 1 times the weight."""
+    source = tmp_path / "checkpoint-3"
+    shutil.copytree(tiny_checkpoint("llama"), source)
+    weights = load_file(source / "model.safetensors")
+    parameters = [torch.nn.Parameter(weights[name].float()) for name in names]
+    old = torch.load(source / "optimizer.pt", weights_only=True)["param_groups"]
+    sizes = [len(group["params"]) for group in old]
+    groups = [{"params": parameters[: sizes[0]]}, {"params": parameters[sizes[0] :]}]
+    optimizer = torch.optim.SGD(groups, lr=1e-6, momentum=0.9, weight_decay=0.1)
+    for _ in range(200):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    torch.save(optimizer.state_dict(), source / "optimizer.pt")
+    buffer = optimizer.state[parameters[names.index(DOWN)]]["momentum_buffer"]
+    assert torch.allclose(buffer, parameters[names.index(DOWN)], rtol=1e-3)
+    api.expand(source, tmp_path / "wide", axes=FFN, report="none")
+    api.verify(source, tmp_path / "wide")
+    found = of_down(tmp_path / "wide", names, "momentum_buffer")
+    assert torch.equal(found[:, : buffer.shape[1]], buffer) and not found[:, buffer.shape[1] :].any()
 
 
 def test_the_table_has_every_name_once() -> None:

@@ -1,0 +1,165 @@
+"""What an optimizer's state is: by name, held against the weights; by measuring; or as the spec gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from heapq import nlargest
+from math import prod
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.model import Checkpoint, Further
+from sparkling_cli.formats.states import (
+    FURTHER_MOMENTS,
+    MOMENTS,
+    STARTING_POINTS,
+    WEIGHT_LIKE,
+    StateKind,
+    state_kind,
+)
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.plan.measure import Pair, decay_slope, doubt, measured_kind
+from sparkling_cli.spec.model import ExpansionSpec
+from sparkling_cli.storage.tensors import FLOATING, StoredTensor
+
+_GIVEN = {"weight": StateKind.WEIGHT, "moment": StateKind.MOMENT, "carry": StateKind.SCALAR}
+#: tensors in which a name of the table is held against the weights
+_CONFIRMED = 3
+
+
+@dataclass(frozen=True)
+class Known:
+    """The weights, against which tensors are measured.
+
+    Attributes:
+        weights: name in the module -> where the weight lies.
+        checkpoint: the source.
+        layout: of the model.
+        spec: what is asked for.
+    """
+
+    weights: Mapping[str, StoredTensor]
+    checkpoint: Checkpoint
+    layout: ModelLayout
+    spec: ExpansionSpec
+
+    def state_kinds(self) -> tuple[dict[str, StateKind], list[str]]:
+        """Kinds of states that the spec gives, or whose name is not in the table; and what was measured.
+
+        Raises:
+            CheckpointError: neither name nor values say what a state is, or they contradict each other.
+        """
+        given = {slot: _GIVEN[kind] for slot, kind in self.spec.state.items()}
+        decay = decay_slope(self.checkpoint.param_groups)
+        notes = []
+        for slot, (pairs, chance) in self._by_slot(given).items():
+            if slot in STARTING_POINTS:
+                raise CheckpointError(
+                    f"optimizer state {slot!r}: this optimizer makes the weights anew at every step, of "
+                    f"{slot!r} and of sums of gradients, which a wider model does not have",
+                    hint="expand a checkpoint without the optimizer's state, and restart the optimizer; or, "
+                    f"if it is something else: {_ways(slot)}",
+                )
+            if slot in _NAMED:
+                kind = StateKind.WEIGHT if slot in WEIGHT_LIKE else StateKind.MOMENT
+                found = doubt(self.checkpoint.root, pairs[:_CONFIRMED], slot, kind, decay)
+                if found:
+                    raise CheckpointError(
+                        f"optimizer state {slot!r} is known as a {kind.value}, but its values {found}",
+                        hint=f"say what it is: {_ways(slot)}; or expand a checkpoint without the optimizer's "
+                        "state, and restart the optimizer",
+                    )
+                continue
+            if chance:  # of a square parameter, and so by chance of its shape
+                given[slot] = StateKind.OTHER
+                continue
+            kind, text = measured_kind(self.checkpoint.root, pairs, decay)
+            if kind is StateKind.UNKNOWN and not any(self._nonzero(stored) for stored, _ in pairs):
+                kind, text = StateKind.MOMENT, "all of it is zero"
+            if kind is StateKind.UNKNOWN:
+                raise CheckpointError(
+                    f"optimizer state {slot!r} is of no known kind, and its values do not say whether it "
+                    f"follows the weights: {text}",
+                    hint=f"say what it is: {_ways(slot)}",
+                )
+            given[slot] = kind
+            notes.append(f"optimizer state {slot!r} is taken for a {kind.value}: {text}")
+        return given, notes
+
+    def _by_slot(self, given: Mapping[str, StateKind]) -> dict[str, tuple[list[Pair], bool]]:
+        """State name -> its tensors, the largest first, each with its weight; of parameter's shape all.
+
+        With them, whether some of that name have another shape.
+        """
+        found: dict[str, tuple[list[Pair], bool]] = {}
+        alike: dict[tuple[str, ...], list[tuple[StoredTensor, Mapping[str, str]]]] = {}
+        for state in self.checkpoint.states:  # tens of thousands, of a few kinds
+            weight = self.weights.get(state.param) or self.weights.get(self.layout.canonical(state.param))
+            if weight is not None and state.tensors:
+                alike.setdefault(tuple(state.tensors), []).append((weight, state.tensors))
+        for slots, states in alike.items():
+            largest = nlargest(_CONFIRMED, states, key=lambda item: prod(item[0].shape))
+            for slot in slots:
+                if slot in given or slot == "step":
+                    continue
+                pairs, chance = found.get(slot, ([], False))
+                for weight, tensors in largest if slot in _NAMED else states:
+                    stored = self.checkpoint.tensors[tensors[slot]]
+                    kind = state_kind(slot, stored.dtype, stored.shape, weight.shape)
+                    if kind is StateKind.OTHER:
+                        chance = True
+                    elif kind is not StateKind.SCALAR:
+                        pairs.append((stored, weight))
+                if pairs:
+                    found[slot] = sorted(pairs, key=lambda pair: -prod(pair[0].shape)), chance
+        return found
+
+    def copied(self, item: Further) -> str | None:
+        """The parameter that a tensor is a copy of, by its name and the values in its dictionary; else None.
+
+        Norms of a young run are all ones, and biases zero: that they are copies follows from the matrices
+        beside them.
+        """
+        home, name = self._place(item)
+        return name if name and self._copies[home] is StateKind.WEIGHT else None
+
+    def _place(self, item: Further) -> tuple[str, str]:
+        """The dictionary that a tensor lies in, and the parameter whose name and shape it has; "" if none."""
+        assert item.stored is not None
+        name = item.key.rpartition(":")[2]
+        while name:
+            weight = self.weights.get(self.layout.canonical(name))
+            if weight is not None:
+                break
+            name = name.partition(".")[2]
+        else:
+            return item.name, ""
+        same = weight.shape == item.stored.shape and item.stored.dtype in FLOATING
+        return item.key.removesuffix(name), name if same else ""
+
+    @cached_property
+    def _copies(self) -> dict[str, StateKind]:
+        """What the tensors of every dictionary are that have names and shapes of parameters."""
+        pairs: dict[str, list[Pair]] = {}
+        for item in self.checkpoint.further:
+            home, name = self._place(item) if item.key and item.stored is not None else ("", "")
+            if name and item.stored is not None:
+                pairs.setdefault(home, []).append((item.stored, self.weights[self.layout.canonical(name)]))
+        return {home: measured_kind(self.checkpoint.root, found)[0] for home, found in pairs.items()}
+
+    def _nonzero(self, stored: StoredTensor) -> bool:
+        from sparkling_cli.storage.read import read_tensor
+
+        return bool(read_tensor(self.checkpoint.root, stored).any())
+
+
+#: names that are in the table
+_NAMED = WEIGHT_LIKE | MOMENTS | FURTHER_MOMENTS
+
+
+def _ways(slot: str) -> str:
+    return (
+        f"--state {slot}=weight (a copy or average of the weights), --state {slot}=moment (new entries start "
+        f"from zero) or --state {slot}=carry"
+    )
