@@ -58,6 +58,14 @@ def stored(*shape: int, offset: int = 0, dtype: str = "float32") -> StoredTensor
     return StoredTensor(dtype, shape, (Extent("a", offset, (0,) * len(shape), shape),))
 
 
+@pytest.fixture(autouse=True)
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file, all zeros: state is held against the weights."""
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "a").write_bytes(bytes(1 << 14))
+    monkeypatch.chdir(tmp_path)
+
+
 def checkpoint(states: bool = True, **extra: StoredTensor) -> Checkpoint:
     """The toy on disk: experts apart; state as in the module."""
     tensors = {"embed.weight": stored(10, 4), "norm.weight": stored(4)}
