@@ -202,8 +202,7 @@ def expand(
         return bar.enter_context(progress(title, total)) if progress else lambda _count: None
 
     def sidecar(written: Written) -> Mapping[str, bytes]:
-        begin("measuring", None)
-        files, found = sidecar_files(ready, written, memory=memory)
+        files, found = sidecar_files(ready, written, memory=memory, begin=begin)
         reports.append(found)
         return files
 

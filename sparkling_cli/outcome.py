@@ -34,6 +34,7 @@ from sparkling_cli.storage.sidecar import (
 )
 
 if TYPE_CHECKING:
+    from sparkling_cli.diagnostics.activations import Begin
     from sparkling_cli.execute.stream import Written
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
 #: under ``--report auto``, activations of an output with more bytes of weights, or more weight tensors
 #: (experts come into memory one by one), are not measured
 AUTO_LIMIT, AUTO_TENSORS = 1 << 30, 10_000
-#: under ``--report auto``, floating-point operations that the forward passes may take: seconds on two cores
-AUTO_WORK = 2e11
+#: under ``--report auto``, floating-point operations of the forward passes; they take about as long as to
+#: write a GiB
+AUTO_WORK = 5e10
 
 
 def plan_schedule(plan: Plan, manifest: Manifest | None) -> tuple[Rewarmup | None, str]:
@@ -70,12 +72,19 @@ def plan_schedule(plan: Plan, manifest: Manifest | None) -> tuple[Rewarmup | Non
 
 
 def sidecar_files(
-    expansion: Expansion, written: Written, *, memory: int
+    expansion: Expansion, written: Written, *, memory: int, begin: Begin
 ) -> tuple[Mapping[str, bytes], Report]:
-    """All small files of an output, the manifest last, and the report's facts."""
+    """All small files of an output, the manifest last, and the report's facts.
+
+    Args:
+        expansion: what was done.
+        written: digests of what was read and written.
+        memory: budget in bytes.
+        begin: see :data:`~sparkling_cli.diagnostics.activations.Begin`.
+    """
     from sparkling_cli.report.page import render
 
-    facts = assemble(expansion, written, *_measure(expansion, written, memory))
+    facts = assemble(expansion, written, *_measure(expansion, written, memory, begin))
     files = {} if expansion.rewarmup is None else dict(rewarmup_files(expansion.rewarmup))
     files[REPORT_JSON] = facts.to_json()
     files[REPORT_HTML] = render(facts)
@@ -143,7 +152,9 @@ def write_schedule(output: Path, changes: Mapping[str, Any]) -> tuple[Rewarmup, 
     return rewarmup, stays
 
 
-def _measure(expansion: Expansion, written: Written, memory: int) -> tuple[Activations | None, str]:
+def _measure(
+    expansion: Expansion, written: Written, memory: int, begin: Begin
+) -> tuple[Activations | None, str]:
     """Activations of source and output on the same tokens, or why they were not measured."""
     from math import prod
 
@@ -180,6 +191,7 @@ def _measure(expansion: Expansion, written: Written, memory: int) -> tuple[Activ
                 memory=memory,
                 sequences=sequences,
                 length=length,
+                begin=begin,
                 carried=carried_factors(plan.layout, plan.growth, plan.treatment),
                 widened={row.name for row in weights if row.shape != row.recipe.before},
             )
@@ -194,7 +206,7 @@ def affordable(parameters: int) -> tuple[int, int]:
     """Sequences, and tokens in each, whose forward passes take about ``AUTO_WORK`` operations.
 
     A ratio of RMS is an average over tokens and entries, and the same tokens go through both models, so a
-    few hundred tokens say what thousands do.
+    hundred tokens say what thousands do.
 
     Args:
         parameters: of both models together; each takes two operations per token.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
@@ -73,29 +73,14 @@ class Output:
 
             sys.stdout.write(json.dumps(document(result), indent=2, allow_nan=False) + "\n")
 
-    @contextmanager
-    def progress(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        """A bar by bytes with rate and time left (a moving one without a total), on a terminal only."""
-        console = self.console(stderr=True)
-        if self.as_json or self.quiet or not console.is_terminal:
-            yield lambda _count: None
-            return
-        from rich import progress as bars
+    def progress(self, title: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
+        """A stage of a long command, of so many bytes: a bar on a terminal, else lines of a log on stderr."""
+        from sparkling_cli.cli import progress
 
-        sizes: list[bars.ProgressColumn] = [
-            bars.DownloadColumn(binary_units=True),
-            bars.TransferSpeedColumn(),
-            bars.TimeRemainingColumn(),
-        ]
-        with bars.Progress(
-            bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
-            *(sizes if total is not None else [bars.TimeElapsedColumn()]),
-            console=console,
-            transient=True,
-        ) as display:
-            task = display.add_task(title, total=total)
-            yield lambda count: display.advance(task, count)
+        if self.as_json or self.quiet:
+            return nullcontext(progress.silent)
+        console = self.console(stderr=True)
+        return progress.bar(console, title, total) if console.is_terminal else progress.log(title, total)
 
 
 #: set by the app's callback; commands read it.

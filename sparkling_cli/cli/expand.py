@@ -199,7 +199,8 @@ def expand(
     )
     budget = parse_bytes(memory, "--memory", least=LEAST_MEMORY)
     api.check_report(report, data)
-    expansion = api.make_plan(source, chosen, destination, layout=layout, model=model)
+    with output.progress("planning", None):
+        expansion = api.make_plan(source, chosen, destination, layout=layout, model=model)
     if dry_run:
         check_destination(expansion.plan.source.root, expansion.destination)
         planned = plan_result(expansion)

@@ -6,7 +6,7 @@ measured; everything is computed in float32, whatever the weights are stored in.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+
+#: begins a stage by its title and the bytes that it goes over (None: not known); called with bytes gone over
+Begin = Callable[[str, "int | None"], Callable[[int], None]]
 
 
 def measure(
@@ -55,6 +58,7 @@ def measure_change(
     seed: int = 0,
     carried: Mapping[str, float] | None = None,
     widened: Collection[str] = (),
+    begin: Begin | None = None,
 ) -> tuple[Activations, Measurement, Measurement]:
     """Measure two checkpoints on the same tokens, in step, batch by batch.
 
@@ -70,7 +74,10 @@ def measure_change(
         seed: of random tokens.
         carried: see :func:`~sparkling_cli.diagnostics.measurement.compare`.
         widened: see there.
+        begin: is told of the models that are built, and of the bytes of weights that the tokens went through.
     """
+    begin = begin or (lambda _title, _total: lambda _count: None)
+    begin("building the models", None)
     with ExitStack() as stack:
         first = stack.enter_context(Probe(before, model=model, memory=memory // 4))
         second = stack.enter_context(Probe(after, model=model, memory=memory // 4))
@@ -79,7 +86,10 @@ def measure_change(
         logits: _LogitsMeter | None = _LogitsMeter()
         routers = _RoutingMeter()
         each = max(probe.sequence_bytes(tokens.ids.shape[1]) for probe in (first, second))
-        for batch in batches_of(tokens.ids, each, memory):
+        batches = batches_of(tokens.ids, each, memory)
+        advance = begin("measuring", len(batches) * (first.block_bytes + second.block_bytes))
+        first.advance = second.advance = advance
+        for batch in batches:
             old, new = first.run(batch), second.run(batch)
             routers.add(first.choices, second.choices)
             if old.shape != new.shape:

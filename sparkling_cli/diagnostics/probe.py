@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SparklingError
@@ -66,6 +66,8 @@ class Probe:
         load_buffers(self.model, reader)
         self._labels = _labels(self.model, reader.names)
         lists = _block_lists(self.model)
+        self.advance: Callable[[int], None] = lambda _count: None
+        self.block_bytes = sum(_bytes_of(block) for _, blocks in lists for block in blocks)
         self._watch = StreamWatch(
             self.model, {f"{path}.{i}": block for path, blocks in lists for i, block in enumerate(blocks)}
         )
@@ -199,8 +201,9 @@ class Probe:
         return hook
 
     def _after_block(self, path: str, name: str) -> Any:
-        def hook(_: nn.Module, __: object, output: Any) -> None:
+        def hook(block: nn.Module, __: object, output: Any) -> None:
             self._watch.leave()
+            self.advance(_bytes_of(block))
             hidden = _first_tensor((output,))
             if hidden is not None:
                 self._add_stream(path, name, hidden)
@@ -269,6 +272,10 @@ def build_lazy(checkpoint: Checkpoint, model: str | None) -> nn.Module:
             f"{type(error).__name__}: {error}"
         ) from error
     return made.eval()
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _stats(sums: Mapping[str, tuple[Squares, Squares, int]]) -> tuple[LayerStat, ...]:

@@ -129,9 +129,22 @@ def _judged(facts: dict[str, Any], growth: Mapping[str, Growth]) -> Report:
         facts["warnings"],
         copies=any(grown.copied for grown in growth.values()),
         keeps_function=keeps_function(growth, facts["spec"]["scaling"]),
+        remedy=_remedy(growth, facts["spec"]),
     )
     compute = _compute(facts["before"].active, facts["after"].active, rate)
     return Report(**{**facts, "compute": compute, "verdict": verdict})
+
+
+def _remedy(growth: Mapping[str, Growth], spec: Mapping[str, Any]) -> str:
+    """What would keep a signal that the formulas do not keep, in a sentence."""
+    ways = []
+    if spec["scaling"] != "calibrated":
+        ways.append("--scaling calibrated, which fits what each block adds on tokens")
+    if not all(grown.copied for grown in growth.values()) and spec["init"] != "copy-copy":
+        ways.append("--init copy-copy")
+    elif any(grown.target % grown.source for grown in growth.values()):
+        ways.append("a whole factor")
+    return f"To keep the signal, make the output again with {', or with '.join(ways)}." if ways else ""
 
 
 def keeps_function(growth: Mapping[str, Growth], scaling: str) -> bool:

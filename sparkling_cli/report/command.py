@@ -46,6 +46,12 @@ def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
     return shlex.join(words)
 
 
+def places_in(command: str, destination: str) -> tuple[str, str]:
+    """Source and output of a recorded command, as it names them; the output's name where it names none."""
+    source, given = shlex.split(command)[2:4]
+    return source, str(Path(source).with_name(destination)) if given.startswith("-") else given
+
+
 def schedule_command(expansion: Expansion, where: str) -> str:
     """A command that adds a re-warmup schedule to an output whose source says none; it runs as it is."""
     return shlex.join(

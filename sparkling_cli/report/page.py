@@ -7,6 +7,7 @@ which rows are shown. Equal facts give equal bytes.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from functools import cache
 from importlib import resources
@@ -16,6 +17,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from sparkling_cli.report import charts, figures
+from sparkling_cli.report.command import places_in
 from sparkling_cli.report.drawing import BLOCKS_AT_MOST, tensor_block
 from sparkling_cli.report.resume import snippet
 from sparkling_cli.results import numbers
@@ -41,8 +43,11 @@ TREATMENTS = {
 
 def render(data: Report) -> bytes:
     """The page."""
+    source, output = places_in(data.command, data.destination)
     page = _template().render(
         data=data,
+        verify=shlex.join(["sparkling", "verify", source, output]),
+        snippet=snippet(data.provenance.format, output),
         style=Markup(_text("page.css")),  # the package's own
         signs=SIGNS,
         treatments=TREATMENTS,
@@ -93,7 +98,6 @@ def _rates(data: Report) -> dict[str, Any]:
     return {
         "rate_chart": figures.learning_rate(rate),
         "rate_ratio": figures.learning_rate_ratio(rate),
-        "snippet": snippet(data.provenance.format, data.destination),
     }
 
 

@@ -12,19 +12,26 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 FLAT = 1e-3
 
 
-def sparkline(values: Sequence[float | None], width: int | None = None, *, logarithmic: bool = False) -> str:
+def sparkline(
+    values: Sequence[float | None],
+    width: int | None = None,
+    *,
+    logarithmic: bool = False,
+    scale: Sequence[float | None] = (),
+) -> str:
     """The values as one line of blocks, lowest to highest; ``×`` for what is not finite.
 
     Args:
         values: None is not finite.
         width: more values than this are averaged in equal groups.
         logarithmic: heights by the logarithm, where all values are positive (RMS over depth).
+        scale: values of another line, which the heights are to be compared with.
     """
     chosen = values
     if width is not None and len(values) > width:
         groups = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
         chosen = [_mean(group) for group in groups]
-    finite = [v for v in chosen if v is not None and isfinite(v)]
+    finite = [v for v in (*chosen, *scale) if v is not None and isfinite(v)]
     if logarithmic and finite and min(finite) > 0:
         chosen = [log(v) if v is not None and isfinite(v) else None for v in chosen]
         finite = [log(v) for v in finite]

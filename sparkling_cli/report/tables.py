@@ -26,12 +26,13 @@ from sparkling_cli.results.measured import (
     TensorStat,
     Weights,
 )
-from sparkling_cli.results.numbers import nbytes, percent, significant
+from sparkling_cli.results.numbers import ROUNDING, nbytes, percent, significant
 
 #: Rows of a table of layers, unless everything is asked for.
 ROWS = 12
 #: Of linear layers behind a table of functions: they are not what is judged.
 FEW = 5
+_DEPTH = "residual stream by depth: "
 _STYLES = {"good": "green", "note": "yellow", "attention": "red"}
 _MARKS = {"good": "ok", "note": "note", "attention": "LOOK"}
 
@@ -52,42 +53,55 @@ def facts_line(found: Inspection) -> Text:
 
 
 def change_tables(found: Activations, *, rows: int | None = ROWS) -> list[Table]:
-    """What two models do on the same tokens: functions of the blocks first, then linear layers."""
+    """What two models do on the same tokens: functions of the blocks first, then linear layers.
+
+    Args:
+        found: the comparison.
+        rows: at most, and what is unchanged to rounding in one; None for everything.
+    """
     tables = []
     if found.functions:
-        functions = sorted(found.functions, key=lambda entry: -entry.moved)
-        shown = functions[:rows]
-        caption = f"{len(shown)} of {len(functions)} functions of blocks, worst first{_stream_caption(found)}"
-        title = "what blocks add to the residual stream h: RMS(f(Norm h))/RMS(h)"
         tables.append(
-            _ratios(title, caption, shown, functions, ("function", "RMS(h)", "RMS(f)"), judged=True)
+            _ratios(
+                "r = RMS(f(Norm h))/RMS(h) of what blocks add",
+                ("function", "RMS(h)", "RMS(f)"),
+                sorted(found.functions, key=lambda entry: -entry.moved),
+                rows,
+                f"functions of blocks, worst first{_stream_caption(found)}",
+                judged=True,
+            )
         )
     if found.layers and (rows is None or not found.functions or found.worst(1)[0].moved > DEVIATION_LIMIT):
-        layers = found.worst()
-        shown = layers[: FEW if rows is not None and found.functions else rows]
-        caption = f"{len(shown)} of {len(layers)} linear layers, worst first"
-        caption += "" if found.functions else _stream_caption(found)
-        title = "r = RMS(y)/RMS(x) of linear layers on the same tokens"
-        columns = ("layer", "RMS(x)", "RMS(y)")
-        tables.append(_ratios(title, caption, shown, layers, columns, judged=not found.functions))
+        tables.append(
+            _ratios(
+                "r = RMS(y)/RMS(x) of linear layers on the same tokens",
+                ("layer", "RMS(x)", "RMS(y)"),
+                found.worst(),
+                FEW if rows is not None and found.functions else rows,
+                "linear layers, worst first" + ("" if found.functions else _stream_caption(found)),
+                judged=not found.functions,
+            )
+        )
     return tables
 
 
 def _ratios(
     title: str,
-    caption: str,
-    shown: Sequence[LayerActivation],
-    everything: Sequence[LayerActivation],
     columns: tuple[str, str, str],
+    entries: Sequence[LayerActivation],
+    rows: int | None,
+    caption: str,
     *,
     judged: bool,
 ) -> Table:
-    """Ratios before and after; coloured where the verdict is about them."""
-    table = _table(title, caption)
+    """Ratios before and after, the worst first; coloured where the verdict is about them."""
+    changed = [entry for entry in entries if rows is None or entry.moved >= ROUNDING]
+    shown = changed[:rows]
+    table = _table(title, f"{len(shown)} of {len(entries)} {caption}")
     table.add_column(columns[0], overflow="fold")
     for name in (*columns[1:], "r before", "r after", "change"):
         table.add_column(name, justify="right", no_wrap=True)
-    prefix = _common_prefix([entry.name for entry in everything])
+    prefix = _common_prefix([entry.name for entry in entries])
     for entry in shown:
         far, near = entry.moved > DEVIATION_LIMIT, entry.moved > DEVIATION_LIMIT / 2
         style = ("red" if far else "yellow" if near else "green") if judged else "default"
@@ -99,6 +113,10 @@ def _ratios(
             significant(entry.r_after, 4),
             Text(percent(entry.deviation, signed=True), style=style),
         )
+    if len(changed) < len(entries):
+        count = len(entries) - len(changed)
+        name = f"all {count}" if not changed else f"{count} others"
+        table.add_row(name, "", "", "", "", Text("unchanged", style="green" if judged else "default"))
     return table
 
 
@@ -206,13 +224,13 @@ def account_table(account: Account, *, everything: bool = False) -> Table:
     return table
 
 
-def verdict_lines(verdict: Verdict) -> list[Text]:
+def verdict_lines(verdict: Verdict) -> list[Text | Table]:
     """The headline and every finding, each marked in words as well as in colour."""
-    lines = [Text(verdict.headline, style=f"bold {_STYLES[verdict.level]}")]
+    findings = Table.grid(padding=(0, 1))
     for finding in verdict.findings:
-        mark = Text(f"  {_MARKS[finding.level]:<5}", style=_STYLES[finding.level])
-        lines.append(mark + Text(finding.text, style="default"))
-    return lines
+        mark = Text(f"  {_MARKS[finding.level]}", style=_STYLES[finding.level])
+        findings.add_row(mark, Text(finding.text))
+    return [Text(verdict.headline, style=f"bold {_STYLES[verdict.level]}"), findings]
 
 
 def _table(title: str, caption: str = "") -> Table:
@@ -232,21 +250,22 @@ def _stream_caption(found: Activations) -> str:
     if not found.residual:
         return ""
     before, after = ([getattr(p, when) for p in found.residual] for when in ("before", "after"))
-    return f"\nresidual stream by depth: {_ends(before)} before, {_ends(after)} after"
+    ends = f"{_ends(before, scale=after)} before\n{' ' * len(_DEPTH)}{_ends(after, scale=before)} after"
+    return f"\n{_DEPTH}{ends}"
 
 
 def _stream_line(found: Measurement) -> str:
     words = []
     if found.stream:
-        words.append(f"residual stream by depth: {_ends([place.rms for place in found.stream])}")
+        words.append(f"{_DEPTH}{_ends([place.rms for place in found.stream])}")
     words.append(f"RMS of logits {significant(found.logits_rms, 4)}")
     if found.loss is not None:
         words.append(f"loss {found.loss:.4f} nats per token")
     return "; ".join(words)
 
 
-def _ends(values: Sequence[float | None]) -> str:
-    line = sparkline(values, logarithmic=True)
+def _ends(values: Sequence[float | None], *, scale: Sequence[float | None] = ()) -> str:
+    line = sparkline(values, logarithmic=True, scale=scale)
     return f"{line} {significant(values[0], 4)} to {significant(values[-1], 4)}"
 
 

@@ -42,6 +42,7 @@ def verdict_of_expansion(
     *,
     copies: bool,
     keeps_function: bool,
+    remedy: str = "",
 ) -> Verdict:
     """The verdict on an expansion, by the order of harm: locked copies, no re-warmup, what moved, the rest.
 
@@ -54,6 +55,7 @@ def verdict_of_expansion(
         warnings: of the plan.
         copies: whether new entries start as copies on both sides.
         keeps_function: whether this widening is exactly function-preserving.
+        remedy: what would keep a signal that has moved, in a sentence.
     """
     symmetry = list(_symmetry(locked, copies))
     schedule = list(_schedule(learning_rate, learning_rate_missing))
@@ -62,6 +64,8 @@ def verdict_of_expansion(
         signal = [Finding(level="note", text=text)]
     else:
         signal = list(_signal(activations, keeps_function=keeps_function))
+        if remedy and _needs_attention(signal):
+            signal.append(Finding(level="attention", text=remedy))
     known = {finding.text for finding in (*symmetry, *schedule, *signal)}
     others = [Finding(level="attention", text=sentence(w)) for w in warnings if sentence(w) not in known]
     if locked is not None:

@@ -102,6 +102,19 @@ def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
             f"({rewarmup.baseline.warmup_steps} steps): the new entries' peak, rho times the rate at that "
             "step, stays below the old entries'"
         )
+    return tuple(found)
+
+
+def remarks(rewarmup: Rewarmup) -> tuple[str, ...]:
+    """What is worth knowing of a schedule, and calls for no decision."""
+    stage = rewarmup.stages[-1]
+    found = []
+    remaining = rewarmup.baseline.total_steps - stage.expansion_step
+    if remaining > stage.steps > remaining / 10:
+        found.append(
+            f"re-warmup takes {stage.steps} of the {remaining} steps that remain, more than a tenth "
+            f"(--rewarmup-steps {max(1, remaining // 10)} would be a tenth)"
+        )
     if stage.betas is not None and stage.betas[1] >= LONG_MEMORY and stage.bias_correction == "inherit":
         worst = max(1 / fresh_factor(*stage.betas, k) for k in range(1, 200))
         found.append(
@@ -111,18 +124,6 @@ def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
             "--bias-correction fresh takes it out"
         )
     return tuple(found)
-
-
-def remarks(rewarmup: Rewarmup) -> tuple[str, ...]:
-    """What is worth knowing of a schedule, and calls for no decision."""
-    stage = rewarmup.stages[-1]
-    remaining = rewarmup.baseline.total_steps - stage.expansion_step
-    if not remaining > stage.steps > remaining / 10:
-        return ()
-    return (
-        f"re-warmup takes {stage.steps} of the {remaining} steps that remain, more than a tenth "
-        f"(--rewarmup-steps {max(1, remaining // 10)} would be a tenth)",
-    )
 
 
 def rewarmup_files(rewarmup: Rewarmup) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def test_verify_says_ok_on_stdout(sparkling: Command, dense_checkpoint: Path, wi
     """It is the fact that was asked for."""
     done = sparkling("verify", dense_checkpoint, wide)
     assert done.code == 0
-    assert done.out.startswith("ok: ") and done.err == ""
+    assert done.out.startswith("ok: ")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d verifying [\d.]+ MiB\n", done.err)  # the log of a batch job
 
 
 def test_another_source_puts_no_blame_on_the_output(

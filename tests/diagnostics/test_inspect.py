@@ -235,6 +235,26 @@ def test_worst_layers_come_first(width: int) -> None:
     assert everything.count(".mlp") == 40
 
 
+def test_what_is_unchanged_is_one_line_and_two_lines_share_a_scale() -> None:
+    """Rows that only rounding moved are counted; half the stream is not drawn like the whole."""
+    before = Measurement(
+        layers=(),
+        functions=tuple(LayerStat.of(f"model.layers.{i}.mlp", 1.0, 1.0, 1) for i in range(9)),
+        stream=(StreamStat(name="embeddings", rms=0.1), StreamStat(name="model.layers.0", rms=10.0)),
+        logits_rms=3.0,
+        loss=2.0,
+        vocabulary=512,
+    )
+    moved = (LayerStat.of("model.layers.0.mlp", 1.0, 1.2, 1), *before.functions[1:])
+    stream = (before.stream[0], StreamStat(name="model.layers.0", rms=1.0))
+    after = before.model_copy(update={"functions": moved, "stream": stream})
+    text = printed(*tables.change_tables(compare(before, after)), width=80)
+    assert text.count(".mlp") == 1 and "8 others" in text and "unchanged" in text
+    assert "▁█ 0.1 to 10 before" in text and "▁▄ 0.1 to 1 after" in text
+    calm = printed(*tables.change_tables(compare(before, before)), width=80)
+    assert ".mlp" not in calm and "all 9" in calm
+
+
 def test_colour_only_where_it_is_wanted(dense_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NO_COLOR takes the colours away, on a terminal too."""
     report = inspect_checkpoint(dense_checkpoint, against=dense_checkpoint, sequences=1, length=8)

@@ -119,7 +119,11 @@ def test_the_page_says_how_to_train_on(form: str, line: str) -> None:
     """Two lines of Python, of which the first imports what the second calls, from where it really is."""
     data = report()
     source = data.provenance.model_copy(update={"format": form})
-    page = render(data.model_copy(update={"destination": "wide", "provenance": source})).decode()
+    command = data.command.replace("checkpoint-30000-ffn2x", "wide")
+    facts = {"destination": "wide", "provenance": source, "command": command}
+    page = render(data.model_copy(update=facts)).decode()
+    first, _, rest = page.partition("<pre>sparkling verify checkpoint-30000 wide</pre>")
+    assert 'class="verdict' in first and 'class="tiles"' in rest  # at the top
     match = re.search(r"<pre>(from .*? import (\w+))\n(.*?)</pre>", page)
     assert match is not None
     exec(match[1], {})  # the name is there

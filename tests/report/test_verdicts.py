@@ -101,6 +101,7 @@ def test_verdict(case: Case, expanded: Any) -> None:
     else:
         assert report.verdict.headline == MOVED, case.why
         assert attention[0].startswith("The signal ratio RMS(f(Norm h))/RMS(h) moved")
+        assert any("--scaling calibrated" in text and "--init copy-copy" in text for text in attention)
         for kind in case.moved:
             assert f"{kind} in " in attention[0], case.why
     for words in case.words:

@@ -21,7 +21,7 @@ from sparkling_cli.formats.model import Checkpoint, ParamState
 from sparkling_cli.schedule.baseline import baseline_of
 from sparkling_cli.schedule.curves import Curve, Rewarmed, fresh_factor
 from sparkling_cli.schedule.rewarmup import add_stage, from_data, read_rewarmup
-from sparkling_cli.schedule.write import notes, plan_rewarmup, rewarmup_files
+from sparkling_cli.schedule.write import notes, plan_rewarmup, remarks, rewarmup_files
 from sparkling_cli.spec.model import BaselineSpec, ExpansionSpec
 from sparkling_cli.storage.sidecar import CURVE, REWARMUP
 
@@ -388,8 +388,10 @@ def test_a_second_expansion_keeps_the_first_ones_curve() -> None:
 def test_users_are_told() -> None:
     """Notes on beta2 = 0.999 and on a re-warmup that outlasts the run."""
     short = checkpoint(global_step=150, max_steps=200, schedule=SCHEDULE)
-    said = notes(plan_rewarmup(short, ExpansionSpec(**SPEC)))
-    assert any("beta2 = 0.999" in n and "6.6" in n for n in said)
+    planned = plan_rewarmup(short, ExpansionSpec(**SPEC))
+    said = notes(planned)
+    assert any("beta2 = 0.999" in n and "6.6" in n for n in remarks(planned))  # it calls for no decision
+    assert not any("beta2" in n for n in said)
     assert any("only 50 remain" in n for n in said)
 
 
