@@ -138,7 +138,9 @@ def test_weights_are_measured_when_no_model_can_be_built(dense_checkpoint: Path,
     """An unknown class still gives weight statistics, and a note says why there is nothing more."""
     shutil.copy(dense_checkpoint / "model.safetensors", tmp_path)
     config = json.loads((dense_checkpoint / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "model_type": "unheard_of", "architectures": ["Unheard"]})
+    )
     report = inspect_checkpoint(tmp_path)
     assert report.activations is None
     assert any("not measured" in note and "unheard_of" in note for note in report.notes)
