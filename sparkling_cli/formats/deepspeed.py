@@ -2,10 +2,13 @@
 
 What ZeRO itself saves are flat partitions of all parameters glued together; DeepSpeed's own converter makes
 one folder per parameter out of them, which can be widened, and loaded under any ZeRO stage and rank count.
+A pipeline model (GPT-NeoX) has no ``module`` among its model states: its weights lie in a file per layer, and
+a parameter is named by its layer's number.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -17,11 +20,20 @@ from sparkling_cli.formats.directory import list_files
 from sparkling_cli.formats.further import further_in
 from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest, ParamState
 from sparkling_cli.formats.statedict import numbers_of, packed, remaining_values, weights_in
-from sparkling_cli.formats.torchfile import TorchFile, TreePath, lay_out, plain, read_torch_file
+from sparkling_cli.formats.torchfile import (
+    ATTRIBUTES,
+    Call,
+    TorchFile,
+    TreePath,
+    lay_out,
+    plain,
+    read_torch_file,
+)
 from sparkling_cli.formats.zerofile import OPTIMIZER, SharedStep, options_output, read_options
 from sparkling_cli.storage.tensors import StoredTensor
 
 ZERO = "zero/"
+_LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _CONVERT = "python -m deepspeed.checkpoint.ds_to_universal --input_folder {source} --output_folder {target}"
 
 
@@ -32,7 +44,7 @@ class Parsed:
     Attributes:
         files: model states and parameters' files, by relative path.
         models: which of them are model states.
-        steps: number of a state -> key of its own ``step``.
+        steps: number of a state -> key of its own ``step``, or the file that is nothing but that number.
         shared: the one step of ZeRO-3.
     """
 
@@ -78,16 +90,27 @@ class UniversalCheckpoint:
             UnsafePickleError: model states that are not weights-only-safe; they were not executed.
         """
         present = list_files(root)
-        models = tuple(n for n in present if "/" not in n and n.endswith("_model_states.pt"))
-        if not models or any("mp_rank_00" not in name for name in models):
+        layers = {name: found for name in present if (found := _LAYER.fullmatch(name))}
+        models = tuple(
+            n for n in present if "/" not in n and n.endswith("_model_states.pt") and n not in layers
+        )
+        split = [name for name, found in layers.items() if int(found[2])]
+        if not models or split or any("mp_rank_00" not in name for name in models):
             raise CheckpointError(
                 f"{root}: expected model states of one tensor-parallel rank, found "
-                f"{', '.join(models) or 'none'}",
+                f"{', '.join((*models, *split)) or 'none'}",
                 hint="save and convert the checkpoint without tensor parallelism",
             )
-        files = {name: read_torch_file(root / name, name) for name in (*models, *_parameter_files(present))}
+        wanted_files = (*models, *layers, *_parameter_files(present))
+        files = {name: read_torch_file(root / name, name) for name in wanted_files}
         states, steps = _read_states(files)
-        weights = _read_weights(root, files[models[0]], states)
+        tree = files[models[0]].tree
+        if isinstance(tree, dict) and tree.get("module", "") is None:
+            weights = _layer_weights(
+                root, {int(found[1]): files[name] for name, found in layers.items()}, states
+            )
+        else:
+            weights = _read_weights(root, files[models[0]], states)
         partitioned = all(key.startswith(ZERO) for key in weights.values())
         groups, shared = read_options(root, present, partitioned=partitioned)
         if shared is not None:  # ZeRO-3: the fp32 files are the weights
@@ -98,7 +121,7 @@ class UniversalCheckpoint:
                 for s in states
             )
         wanted = {*weights.values(), *(key for s in states for key in s.tensors.values())}
-        tree = files[models[0]].tree
+        config = plain(tree["args"]) if isinstance(tree.get("args"), (dict, Call)) else None
         tensors = _unflattened(files, _param_shapes(tree), wanted)
         further = [item for file in files.values() for item in further_in(file, tensors)]
         if shared is not None:
@@ -115,6 +138,8 @@ class UniversalCheckpoint:
             weights=weights,
             states=states,
             param_groups=groups,
+            config=config if isinstance(config, dict) else None,
+            config_file="" if config is None else f"{models[0]}: args",
             carried=tuple(n for n in present if n not in files and not (shared and n == OPTIMIZER)),
             further=tuple(further),
             facts=facts,
@@ -136,10 +161,15 @@ class UniversalCheckpoint:
         values: dict[str, float] = {}
         for full, value in request.scalars.items() if parsed.shared is None else ():
             values[parsed.steps[numbers[full.rpartition(".")[0]]]] = value
-        files = [
-            _output(file, declared, values, _shape_edits(file, shapes) if name in parsed.models else {})
-            for name, file in parsed.files.items()
-        ]
+        edits: dict[str, dict[TreePath, Any]] = {
+            name: {(): int(value)} for name, value in values.items() if name in parsed.files
+        }
+        for name in parsed.models:
+            edits[name] = {
+                **_shape_edits(parsed.files[name], shapes),
+                **_args_edits(parsed.files[name], request),
+            }
+        files = [_output(file, declared, values, edits.get(name, {})) for name, file in parsed.files.items()]
         if parsed.shared is not None:  # which has one counter for all: they are dropped together
             restart = next(iter(request.scalars.values()), None)
             files.append(options_output(parsed.shared, restart))
@@ -213,6 +243,10 @@ def _read_states(files: Mapping[str, TorchFile]) -> tuple[tuple[ParamState, ...]
             continue
         _, param, slot = name.split("/")
         slot = slot.removesuffix(".pt")
+        if slot == "step" and type(file.tree) in (int, float):  # of an optimizer that counts in Python
+            scalars.setdefault(param, {})[slot] = float(file.tree)
+            keys[param] = name
+            continue
         if len(file.tensors) != 1:
             raise CheckpointError(f"{name}: expected one tensor, found {len(file.tensors)}")
         ((key, stored),) = file.tensors.items()
@@ -226,6 +260,36 @@ def _read_states(files: Mapping[str, TorchFile]) -> tuple[tuple[ParamState, ...]
             raise CheckpointError(f"zero/{param} has no fp32.pt: the conversion was not finished")
     states = tuple(ParamState(p, slots, scalars.get(p, {})) for p, slots in folders.items())
     return states, {i: keys[s.param] for i, s in enumerate(states) if s.param in keys}
+
+
+def _layer_weights(
+    root: Path, layers: Mapping[int, TorchFile], states: tuple[ParamState, ...]
+) -> dict[str, str]:
+    """Weights of a pipeline model, by the number of their layer.
+
+    Raises:
+        CheckpointError: layers are missing.
+    """
+    weights = {
+        f"{number}.{name}": key
+        for number, file in sorted(layers.items())
+        for name, key in weights_in(file, ()).items()
+    }
+    lost = next((state.param for state in states if state.param not in weights), None)
+    if lost is not None:
+        raise CheckpointError(
+            f"{root}: it is a pipeline model, whose weights lie in layer_*-model_*-model_states.pt, and none "
+            f"has {lost!r}",
+            hint="the converter does not copy these files: copy them from the folder that was converted",
+        )
+    return weights
+
+
+def _args_edits(file: TorchFile, request: OutputRequest) -> dict[TreePath, Any]:
+    """The run's arguments with their new sizes."""
+    args: Any = file.tree.get("args")
+    path: TreePath = ("args",) if isinstance(args, dict) else ("args", *ATTRIBUTES)
+    return {(*path, key): value for key, value in request.config.items()}
 
 
 def _read_weights(root: Path, file: TorchFile, states: tuple[ParamState, ...]) -> dict[str, str]:

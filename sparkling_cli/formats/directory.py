@@ -72,8 +72,8 @@ def inside(root: Path, relative: str, named_by: str) -> Path:
                 f"{relative}: a link that leads nowhere", hint="remove it, or replace it by the file"
             ) from error
         allowed = [root.resolve()]
-        if root.resolve().parent.name == "snapshots":
-            allowed.append(root.resolve().parent.parent / "blobs")
+        places = root.resolve().parents  # a snapshot, or a folder in one
+        allowed += [place.parent / "blobs" for place in places if place.name == "snapshots"]
         if not any(target.is_relative_to(place) for place in allowed):
             raise CheckpointError(
                 f"{relative}: a link that leads out of the checkpoint, to {target}",

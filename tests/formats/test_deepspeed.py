@@ -195,3 +195,124 @@ def test_resumes_where_it_was(tmp_path: Path, stage: int) -> None:
     fresh.load_checkpoint(str(tmp_path / "dropped"))
     assert made.steps_of(fresh) == {0.0}
     assert made.train(fresh, WIDE, 1, first=3)[0] == pytest.approx(expected[0], abs=0.02)
+
+
+def _pipeline(root: Path) -> dict[str, torch.Tensor]:
+    """GPT-NeoX's layers after the conversion: a file each, no module, steps that are Python numbers."""
+    hidden, ffn, vocab, heads = 32, 128, 61, 4
+    generator = torch.Generator().manual_seed(1)
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    layers: dict[int, dict[str, torch.Tensor]] = {0: {"word_embeddings.weight": made(vocab, hidden)}}
+    for number in (2, 3):
+        layers[number] = {
+            **{
+                f"{norm}_layernorm.{part}": made(hidden)
+                for norm in ("input", "post_attention")
+                for part in PARTS
+            },
+            "attention.query_key_value.weight": made(3 * hidden, hidden),
+            "attention.query_key_value.bias": made(3 * hidden),
+            "attention.rotary_emb.inv_freq": made(4),
+            "attention.dense.weight": made(hidden, hidden),
+            "attention.dense.bias": made(hidden),
+            "mlp.linear1.weight": made(ffn, hidden),
+            "mlp.linear1.bias": made(ffn),
+            "mlp.linear2.weight": made(hidden, ffn),
+            "mlp.linear2.bias": made(hidden),
+        }
+    layers[5] = {"norm.weight": made(hidden), "norm.bias": made(hidden)}
+    layers[6] = {"final_linear.weight": made(vocab, hidden)}
+    root.mkdir()
+    weights = {}
+    for number, tensors in layers.items():
+        torch.save(tensors, root / f"layer_{number:02d}-model_00-model_states.pt")
+        weights.update({f"{number}.{name}": value for name, value in tensors.items()})
+    trained = {name: value for name, value in weights.items() if "inv_freq" not in name}
+    for name, value in trained.items():
+        folder = root / "zero" / name
+        folder.mkdir(parents=True)
+        for slot, tensor in (("fp32", value), ("exp_avg", 0.1 * value), ("exp_avg_sq", value.square())):
+            torch.save({"cat_dim": 0, "param": tensor.clone()}, folder / f"{slot}.pt")
+        torch.save(20, folder / "step.pt")
+    args = {"hidden_size": hidden, "num_attention_heads": heads, "num_layers": 2, "intermediate_size": None}
+    states = {
+        "module": None,
+        "param_shapes": [OrderedDict((name, value.shape) for name, value in trained.items())],
+        "global_steps": 20,
+        "args": args,
+    }
+    torch.save(states, root / "mp_rank_00_model_states.pt")
+    torch.save({"param_groups": [{"lr": 1e-3}]}, root / "zero" / "optimizer_state.pt")
+    return weights
+
+
+PARTS = ("weight", "bias")
+
+
+def _neox(weights: dict[str, torch.Tensor], ids: torch.Tensor, heads: int) -> torch.Tensor:
+    """Logits of GPT-NeoX's layers (parallel residual, no positions)."""
+    functional = torch.nn.functional
+    x = functional.embedding(ids, weights["0.word_embeddings.weight"])
+    size = (x.shape[-1],)
+    for number in (2, 3):
+        w = {
+            name.partition(".")[2]: value for name, value in weights.items() if name.startswith(f"{number}.")
+        }
+        a, b = (
+            functional.layer_norm(x, size, *(w[f"{norm}_layernorm.{part}"] for part in PARTS))
+            for norm in ("input", "post_attention")
+        )
+        qkv = functional.linear(a, *(w[f"attention.query_key_value.{part}"] for part in PARTS))
+        q, k, v = qkv.view(*ids.shape, heads, 3, -1).permute(3, 0, 2, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        inner = functional.gelu(functional.linear(b, *(w[f"mlp.linear1.{part}"] for part in PARTS)))
+        x = x + functional.linear(mixed, *(w[f"attention.dense.{part}"] for part in PARTS))
+        x = x + functional.linear(inner, *(w[f"mlp.linear2.{part}"] for part in PARTS))
+    x = functional.layer_norm(x, size, *(weights[f"5.norm.{part}"] for part in PARTS))
+    return functional.linear(x, weights["6.final_linear.weight"])
+
+
+def test_pipeline_model(tmp_path: Path) -> None:
+    """Recognized without options; the same logits, wide state and numbers; steps that are no tensors."""
+    narrow = _pipeline(tmp_path / "step20_universal")
+    target = widen(tmp_path / "step20_universal", tmp_path / "wide", {"hidden": 2, "heads": 2, "ffn": 2})
+    wide, fp32 = {}, {}
+    for path in sorted(target.glob("layer_*")):
+        number = int(path.name.split("_")[1].partition("-")[0])
+        loaded = torch.load(path, weights_only=True)
+        wide.update({f"{number}.{name}": value for name, value in loaded.items()})
+    for folder in (target / "zero").iterdir():
+        if folder.is_dir():
+            fp32[folder.name] = torch.load(folder / "fp32.pt", weights_only=True)["param"]
+            assert torch.load(folder / "step.pt", weights_only=True) == 20
+            old = torch.load(tmp_path / "step20_universal" / "zero" / folder.name / "exp_avg.pt")["param"]
+            new = torch.load(folder / "exp_avg.pt", weights_only=True)["param"]
+            check_moments({"exp_avg": old}, {"exp_avg": new}, folder.name)
+    assert all(torch.equal(wide[name], value) for name, value in fp32.items())
+    ids = torch.arange(24).reshape(2, 12)
+    torch.testing.assert_close(_neox(wide, ids, 8), _neox(narrow, ids, 4), rtol=1e-5, atol=1e-5)
+    states = torch.load(target / "mp_rank_00_model_states.pt", weights_only=True)
+    assert states["args"]["hidden_size"] == 64 and states["args"]["num_attention_heads"] == 8
+    assert all(tuple(wide[name].shape) == tuple(shape) for name, shape in states["param_shapes"][0].items())
+
+
+def test_pipeline_model_without_its_layers(tmp_path: Path) -> None:
+    """The converter leaves the layers' files behind; the message says so."""
+    _pipeline(tmp_path / "step20_universal")
+    (tmp_path / "step20_universal" / "layer_03-model_00-model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"none has '3\.") as refused:
+        open_checkpoint(tmp_path / "step20_universal")
+    assert "copy them" in str(refused.value.hint)
+
+
+def test_steps_that_are_python_numbers_restart(tmp_path: Path) -> None:
+    """A dropped optimizer's counters are zero in their own type."""
+    _pipeline(tmp_path / "step20_universal")
+    target = widen(
+        tmp_path / "step20_universal", tmp_path / "wide", {"ffn": 2}, optimizer="drop", allow_locked=True
+    )
+    steps = {torch.load(path, weights_only=True) for path in (target / "zero").glob("*/step.pt")}
+    assert steps == {0} and all(type(step) is int for step in steps)

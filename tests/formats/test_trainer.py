@@ -300,6 +300,12 @@ def test_links(tmp_path: Path) -> None:
     shutil.move(root / "model.safetensors", tmp_path / "hub" / "blobs" / "123")
     (root / "model.safetensors").symlink_to("../../blobs/123")
     assert list(open_checkpoint(root).weights) == list("abcd")
+    root = model_directory(tmp_path / "hub" / "snapshots" / "abc" / "last-checkpoint")
+    shutil.move(root / "model.safetensors", tmp_path / "hub" / "blobs" / "456")
+    (root / "model.safetensors").symlink_to("../../../blobs/456")
+    assert list(open_checkpoint(root).weights) == list("abcd")
+    (root / "notes.txt").symlink_to(tmp_path / "outside.txt")
+    assert "leads out of the checkpoint" in refused(root)
 
 
 def test_files_that_are_no_files(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from sparkling_cli.formats.torchfile.file import (
 )
 from sparkling_cli.formats.torchfile.fresh import lay_out_state_dict
 from sparkling_cli.formats.torchfile.layout import REMOVED, lay_out
-from sparkling_cli.formats.torchfile.objects import Ordered, TensorNode, plain, step_into
+from sparkling_cli.formats.torchfile.objects import ATTRIBUTES, Call, Ordered, TensorNode, plain, step_into
 
 __all__ = [
+    "ATTRIBUTES",
     "REMOVED",
+    "Call",
     "Ordered",
     "TensorNode",
     "TorchFile",

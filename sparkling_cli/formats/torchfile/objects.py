@@ -192,6 +192,8 @@ def _ordered(function: GlobalType, args: tuple[Any, ...]) -> Any:
 
 #: objects that are nothing but their attributes
 NAMESPACES = frozenset({"argparse.Namespace", "types.SimpleNamespace"})
+#: steps of a path from an object to its attributes
+ATTRIBUTES = ("__3__", 0)
 #: fields of a call, by their names in a path (``torchfile.children``)
 FIELDS = {"__0__": "args", "__1__": "items", "__2__": "pairs", "__3__": "state"}
 
