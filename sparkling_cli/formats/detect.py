@@ -68,6 +68,9 @@ def recognized(path: Path | str) -> tuple[Path, Format]:
         for form in formats():
             if form.claims(root) is not None:
                 return root, form
+        other = _other_kind(root)
+    if other is not None:
+        raise CheckpointError(f"{root} is {other[0]}", hint=other[1])
     raise CheckpointError(
         f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_nearby(root)
     )
@@ -100,6 +103,35 @@ def format_of(name: str) -> Format:
         if form.name == name:
             return form
     raise CheckpointError(f"no checkpoint format is called {name!r}")
+
+
+#: what is no checkpoint of a training run, by the end of a file's name: what it is, what to do
+_OTHER_KINDS = {
+    ".gguf": (
+        "a GGUF file: weights for inference, without optimizer state and most often quantized",
+        "give the checkpoint that it was converted from",
+    ),
+    ".onnx": ("an ONNX file: a model for inference", "give the checkpoint that it was exported from"),
+    ".h5": ("a Keras or TensorFlow file", "load it with transformers and save_pretrained() it"),
+    ".msgpack": ("a Flax file", "load it with transformers and save_pretrained() it"),
+}
+_ADAPTER = (
+    "an adapter (adapter_config.json): what was added to a model, and not the model",
+    "merge it into its base first: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(DIR); "
+    "a merged model has no optimizer state, so see the how-to on --init random-copy",
+)
+
+
+def _other_kind(root: Path) -> tuple[str, str] | None:
+    """What a path without a checkpoint's files is, where its files' names tell it; and what to do."""
+    names = [root.name] if root.is_file() else sorted(path.name for path in root.iterdir())
+    if root.is_dir() and "adapter_config.json" in names:
+        return _ADAPTER
+    found = {Path(name).suffix for name in names} & set(_OTHER_KINDS)
+    if root.is_file() and not found:
+        with root.open("rb") as file:
+            found = {".gguf"} if file.read(4) == b"GGUF" else set()
+    return _OTHER_KINDS[min(found)] if found else None
 
 
 def _meant(text: str, root: Path) -> str | None:

@@ -10,7 +10,9 @@ import contextlib
 import copy
 import functools
 import importlib
+import importlib.metadata
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -117,14 +119,40 @@ def _type_of(class_name: object) -> str | None:
     return getattr(config_class, "model_type", None)
 
 
+#: the first version of transformers whose models can be built without their weights as is done here
+NEEDED = (5, 0)
+
+
+def _check_version() -> None:
+    """The installed transformers, if there is one, is new enough.
+
+    Raises:
+        MissingDependencyError: it is too old; says which is needed and which is there.
+    """
+    try:
+        found = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return  # the import says so
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < NEEDED:
+        needed = ".".join(map(str, NEEDED))
+        raise MissingDependencyError(
+            f"transformers {needed} or later is needed to build a model from its own code; "
+            f"{found} is installed",
+            hint=f"pip install 'transformers>={needed}', in an environment of its own if the trainer needs "
+            f"{found}; or give a layout file (--layout)",
+        )
+
+
 @contextlib.contextmanager
 def model_errors(config: Mapping[str, Any], model: str | None = None) -> Iterator[None]:
     """What a model's own code raises on a config becomes an error of ours; it can raise anything.
 
     Raises:
         LayoutError: names the config's class and what the code raised.
-        MissingDependencyError: the code needs a package that is not installed.
+        MissingDependencyError: the code needs a package that is not installed, or is too old.
     """
+    if model is None:
+        _check_version()
     try:
         yield
     except SparklingError:

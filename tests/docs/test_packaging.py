@@ -212,3 +212,20 @@ def test_the_wheel_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
     sparkling("expand", str(source), "wide", "--axis", "ffn", "--factor", "2")
     assert (tmp_path / "wide" / "sparkling" / "report.html").stat().st_size > 10_000
     sparkling("verify", str(source), "wide")
+
+
+def test_an_older_transformers_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which version is needed, as pyproject.toml says it, and which is there; no name of a module in it."""
+    from sparkling_cli.errors import MissingDependencyError
+    from sparkling_cli.models import skeleton
+
+    (needed,) = (r for r in declared("hf") if r.name == "transformers")
+    assert str(needed.specifier) == f">={'.'.join(map(str, skeleton.NEEDED))}"
+    monkeypatch.setattr(skeleton.importlib.metadata, "version", lambda _name: "4.57.1")
+    with pytest.raises(MissingDependencyError) as caught, skeleton.model_errors({"model_type": "llama"}):
+        raise AssertionError("the model's code is not tried")
+    assert "transformers 5.0 or later is needed" in caught.value.message
+    assert "4.57.1 is installed" in caught.value.message
+    assert "pip install 'transformers>=5.0'" in str(caught.value.hint)
+    with skeleton.model_errors({}, "package.module:factory"):
+        pass  # a user's own model needs no transformers
