@@ -1,4 +1,4 @@
-"""Checkpoints in one torch file: nanoGPT, Lightning, and plain ``{"model": ..., "optimizer": ...}``.
+"""Checkpoints in one torch file: nanoGPT, Lightning, composer, plain ``{"model": ..., "optimizer": ...}``.
 
 What a file is follows from what is in it. The file is never unpickled by torch, and never whole in memory.
 """
@@ -23,6 +23,7 @@ from sparkling_cli.formats.statedict import (
     scalar_changes,
     weights_in,
     with_shapes,
+    without_attribute,
 )
 from sparkling_cli.formats.torchfile import TensorNode, TorchFile, TreePath, plain, read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class
@@ -96,7 +97,10 @@ def find_sections(file: TorchFile) -> Sections:
         raise CheckpointError(
             f"{file.path.name} holds a {type(tree).__name__}, expected a dictionary with a state dict in it"
         )
-    models = [key for key in MODEL_KEYS if is_state_dict(tree.get(key))]
+    homes = [(), *((key,) for key, value in tree.items() if isinstance(value, dict))]
+    models = [(*home, key) for home in homes for key in MODEL_KEYS if is_state_dict(at(tree, home).get(key))]
+    if len(models) > 1 and len(models[0]) == 1:  # what lies deeper is another matter
+        models = [path for path in models if len(path) == 1]
     if not models and is_state_dict(tree) and all(isinstance(v, TensorNode) for v in tree.values()):
         return Sections("state-dict", (), (), None)
     if not models:
@@ -105,13 +109,21 @@ def find_sections(file: TorchFile) -> Sections:
             hint='save {"model": model.state_dict(), "optimizer": optimizer.state_dict()} with torch.save',
         )
     if len(models) > 1:
-        raise CheckpointError(f"{file.path.name} has two models: {' and '.join(models)}")
-    kind = "plain"
+        names = " and ".join(".".join(path) for path in models)
+        raise CheckpointError(f"{file.path.name} has two models: {names}")
+    kind, home = "plain", models[0][:-1]
     if "model_args" in tree:
         kind = "nanogpt"
     elif "pytorch-lightning_version" in tree:
         kind = "lightning"
-    return Sections(kind, (models[0],), _optimizer_paths(tree), _config_path(tree))
+    elif home and is_timestamp(at(tree, home).get("timestamp")):
+        kind = "composer"
+    return Sections(kind, models[0], _optimizer_paths(tree), _config_path(tree, home))
+
+
+def is_timestamp(value: Any) -> bool:
+    """What composer counts of the run so far."""
+    return isinstance(value, dict) and isinstance(value.get("Timestamp"), dict)
 
 
 def _optimizer_paths(tree: Any, path: TreePath = ()) -> tuple[TreePath, ...]:
@@ -124,15 +136,23 @@ def _optimizer_paths(tree: Any, path: TreePath = ()) -> tuple[TreePath, ...]:
     return tuple(found for key, item in items for found in _optimizer_paths(item, (*path, key)))
 
 
-def _config_path(tree: Mapping[str, Any]) -> TreePath | None:
-    """The dictionary with the model's sizes; inside it, a nested transformers config if there is one."""
+def _config_path(tree: Mapping[str, Any], home: TreePath) -> TreePath | None:
+    """The dictionary with the model's sizes; inside it, a nested transformers config if there is one.
+
+    Args:
+        tree: the file's.
+        home: the dictionary that the model's section is in.
+    """
     for key in CONFIG_KEYS:
-        value = tree.get(key)
+        value = at(tree, home).get(key)
         if not isinstance(value, dict) or not value:
             continue
         nested = [k for k, v in value.items() if isinstance(v, dict) and "model_type" in v]
-        return (key, nested[0]) if len(nested) == 1 and "model_type" not in value else (key,)
-    return None
+        return (*home, key, nested[0]) if len(nested) == 1 and "model_type" not in value else (*home, key)
+    value, path = tree, (*home, "integrations", "huggingface", "model", "config", "content")
+    for step in path:
+        value = value.get(step) if isinstance(value, dict) else None
+    return path if isinstance(value, dict) else None
 
 
 def read_sections(
@@ -157,10 +177,12 @@ def read_sections(
         carried: files beside it.
     """
     weights = weights_in(file, sections.model)
-    if sections.kind == "lightning":
-        weights = without_attribute(weights)
     trees = [optimizer_in(file, path) for path in sections.optimizers]
     optimizer = joined(trees, file.path.name) if trees else OptimizerTree()
+    if sections.kind in ("lightning", "composer"):
+        bare = without_attribute(weights)
+        weights = {bare[name]: key for name, key in weights.items()}
+        optimizer = optimizer.renamed(bare)
     if config is None and sections.config is not None:
         config = plain(at(file.tree, sections.config))
         config_file = f"{file.path.name}: {'.'.join(map(str, sections.config))}"
@@ -231,15 +253,6 @@ def _steps(config: Any, dotted: str) -> TreePath:
     return tuple(steps)
 
 
-def without_attribute(weights: Mapping[str, str]) -> dict[str, str]:
-    """Names without the LightningModule's attribute that holds the model, if that is its only part."""
-    firsts = {name.partition(".")[0] for name in weights}
-    if len(firsts) == 1 and all("." in name for name in weights):
-        cut = len(firsts.pop()) + 1
-        return {name[cut:].removeprefix("_orig_mod."): key for name, key in weights.items()}
-    return dict(weights)
-
-
 def _planned(weights: Mapping[str, str], optimizer: OptimizerTree) -> dict[str, None]:
     keys = dict.fromkeys(weights.values())
     keys.update(dict.fromkeys(key for state in optimizer.states for key in state.tensors.values()))
@@ -253,6 +266,15 @@ def facts_of(tree: Any, sections: Sections, optimizer: OptimizerTree) -> dict[st
         if sections.model and type(tree.get(key)) is int:
             facts["global_step"] = tree[key]
             break
+    if sections.kind == "composer":
+        facts["kind"] = "composer"
+        home = at(tree, sections.model[:-1])
+        if type(home["timestamp"]["Timestamp"].get("batch")) is int:
+            facts["global_step"] = home["timestamp"]["Timestamp"]["batch"]
+        for scheduler in (home.get("schedulers") or {}).values():  # its shape is a function, not a number
+            rates = scheduler.get("base_lrs") if isinstance(scheduler, dict) else None
+            if isinstance(rates, list) and rates and all(type(rate) is float for rate in rates):
+                facts["schedule"] = {"peak": max(rates)}
     if "global_step" not in facts and optimizer.states and "step" in optimizer.states[0].scalars:
         facts["global_step"] = int(optimizer.states[0].scalars["step"])
     if optimizer.states:

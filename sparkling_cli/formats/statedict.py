@@ -44,6 +44,17 @@ class OptimizerTree:
     groups: tuple[Mapping[str, Any], ...] = ()
     scalars: Mapping[tuple[int, str], str | TreePath] = field(default_factory=dict)
 
+    def renamed(self, names: Mapping[str, str]) -> OptimizerTree:
+        """The same with parameters under other names; those that have none keep theirs."""
+        states = tuple(replace(state, param=names.get(state.param, state.param)) for state in self.states)
+        groups = tuple(
+            {**group, "params": [names.get(param, param) for param in group["params"]]}
+            if isinstance(group.get("params"), (list, tuple))
+            else group
+            for group in self.groups
+        )
+        return replace(self, states=states, groups=groups)
+
 
 def at(tree: Any, path: TreePath) -> Any:
     """The value at a path."""
@@ -91,6 +102,14 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
         twice = next(n for n in found.values() if sum(m == n for m in found.values()) > 1)
         raise CheckpointError(f"two weights are called {twice!r} once wrappers' prefixes are taken off")
     return found
+
+
+def without_attribute(names: Iterable[str]) -> dict[str, str]:
+    """Name -> the name without the attribute that holds the model, if that is the trainer's only part."""
+    names = tuple(names)
+    firsts = {name.partition(".")[0] for name in names}
+    cut = len(firsts.pop()) + 1 if len(firsts) == 1 and all("." in name for name in names) else 0
+    return {name: name[cut:].removeprefix("_orig_mod.") if cut else name for name in names}
 
 
 def weights_in(file: TorchFile, path: TreePath) -> dict[str, str]:

@@ -28,7 +28,16 @@ from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
 from sparkling_cli.formats.torchfile import read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
 
-_STEP_KEYS = ("train_state.step", "lr_scheduler.last_epoch", "scheduler.last_epoch", "step", "global_step")
+#: where composer keeps the config of a transformers model, key by key
+_COMPOSER_CONFIG = "state.integrations.huggingface.model.config.content."
+_STEP_KEYS = (
+    "state.timestamp.Timestamp.batch",
+    "train_state.step",
+    "lr_scheduler.last_epoch",
+    "scheduler.last_epoch",
+    "step",
+    "global_step",
+)
 
 
 @dataclass(frozen=True)
@@ -100,9 +109,11 @@ class DcpFormat:
         states, state_tensors, scalar_keys = read_states(roles, entries)
         present = list_files(root)
         config = read_json(root, variant.config) if variant.config in present else None
+        within = "" if config is not None else _COMPOSER_CONFIG
         written = {part.folder + METADATA for part in parts}.union(*(part.files() for part in parts))
         if config is not None:
             written.add(variant.config)
+        config = config or _entries_as_config(entries, within) or None
         facts, notes = run_facts(root, present)
         values = read_fields(roles, entries)
         groups = read_groups(roles, values)
@@ -123,12 +134,14 @@ class DcpFormat:
             states=states,
             param_groups=groups,
             config=config,
-            config_file=variant.config if config is not None else "",
+            config_file="" if config is None else within.rstrip(".") or variant.config,
             carried=tuple(name for name in present if name not in written),
             further=tuple(read_further(roles, entries, scalar_keys.values(), values)),
             facts=facts,
             notes=tuple(notes),
-            private=Parsed(parts, entries, scalar_keys, variant.config if config is not None else ""),
+            private=Parsed(
+                parts, entries, scalar_keys, variant.config if config and not within else "", within
+            ),
         )
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
@@ -139,17 +152,38 @@ class DcpFormat:
         """
         parsed: Parsed = checkpoint.private
         declared = request.by_key(parsed.entries, str(checkpoint.root))
-        numbers = {}
+        numbers: dict[str, Any] = {}
         by_name = {state.param: number for number, state in enumerate(checkpoint.states)}
         for full, value in request.scalars.items():
             param, _, slot = full.rpartition(".")
             numbers[parsed.scalar_keys[by_name[param], slot]] = value
+        for key, value in request.config.items() if parsed.within else ():
+            name = parsed.within + key
+            if name not in parsed.entries:
+                raise CheckpointError(
+                    f"{checkpoint.root}: there is no {name!r}, which has to change",
+                    hint=f"put the model's config.json, with {key}, into the folder",
+                )
+            numbers[name] = value
         files = [file for part in parsed.parts for file in part_outputs(part, declared, numbers)]
         if parsed.config_file:
             text = (checkpoint.root / parsed.config_file).read_text(encoding="utf-8")
             text = rewritten_json(text, request.config, parsed.config_file)
             files.insert(0, literal_file(parsed.config_file, text.encode()))
         return tuple(sorted(files, key=lambda file: file.last))
+
+
+def _entries_as_config(entries: Mapping[str, Entry], within: str) -> dict[str, Any]:
+    """A config that is stored key by key; empty if there is none."""
+    config: dict[str, Any] = {}
+    for name, entry in entries.items():
+        if within and name.startswith(within) and not entry.is_tensor:
+            *path, last = name.removeprefix(within).split(".")
+            holder = config
+            for step in path:
+                holder = holder.setdefault(step, {})
+            holder[last] = entry.value()
+    return config
 
 
 def variant_of(root: Path) -> Variant | None:

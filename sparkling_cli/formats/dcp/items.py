@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 from sparkling_cli.errors import CheckpointError
@@ -84,8 +84,10 @@ def scalar_of(item: TorchFile, name: str) -> float | None:
     return numbers_of(item, [key])[key]
 
 
-def number(item: TorchFile, name: str, value: float) -> OutputFile:
-    """The item of a one-entry tensor with another value."""
+def number(item: TorchFile, name: str, value: Any) -> OutputFile:
+    """The item of a one-entry tensor, or of a plain value, with another value."""
+    if not item.tensors:
+        return lay_out(item, edits={(): value})
     key = tensor_key(item, name)
     return lay_out(item, values={key: packed(item.tensors[key].dtype, value)})
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.statedict import bare_names
+from sparkling_cli.formats.statedict import bare_names, without_attribute
 
 Path = tuple[str, ...]
 
@@ -25,6 +25,8 @@ _STATE_FIRST = re.compile(
 )
 _TURNED = ("state.exp_avg.", "state.momentum_buffer.")
 _GROUP = re.compile(r"(?:[^.]+\.)?param_groups\.(?P<group>.+)\.(?P<field>[^.]+)")
+#: by which a checkpoint of composer is known
+_COMPOSER = ("state", "timestamp")
 #: where Megatron's distributed optimizer keeps what it does not save by parameter
 _FLAT = ("optimizer.distributed.", "chained_0.optimizer.distributed.")
 
@@ -57,7 +59,7 @@ def find_roles(paths: Mapping[str, Path], tensors: frozenset[str], where: str) -
     Raises:
         CheckpointError: there are no weights; the message lists what there is.
     """
-    nested = _unwrapped(paths)
+    nested = _unwrapped(paths, tensors)
     optimizers = {p[0] for p in nested.values() if len(p) > 1 and _is_optimizer(p)}
     states: dict[str, dict[str, str]] = {}
     groups: dict[str, dict[str, str]] = {}
@@ -88,14 +90,18 @@ def find_roles(paths: Mapping[str, Path], tensors: frozenset[str], where: str) -
             f"{where} holds no model weights; its entries are: {shown}{', ...' if len(paths) > 8 else ''}",
             hint='save {"model": model_state_dict, "optimizer": optimizer_state_dict}',
         )
+    if any(path[:2] == _COMPOSER for path in paths.values()):
+        bare = without_attribute([*weights, *(name for name in states if name not in weights)])
+        weights = {bare[name]: key for name, key in weights.items()}
+        states = {bare[name]: slots for name, slots in states.items()}
     used = {*weights.values(), *(n for s in states.values() for n in s.values())}
     used |= {n for fields in groups.values() for n in fields.values()}
     return Roles(weights, states, groups, tuple(n for n in paths if n not in used))
 
 
-def _unwrapped(paths: Mapping[str, Path]) -> dict[str, Path]:
+def _unwrapped(paths: Mapping[str, Path], tensors: frozenset[str]) -> dict[str, Path]:
     """Nesting without levels above the model (``app``, composer's ``state``)."""
-    above = {path[:at] for path in paths.values() if (at := _model_level(path)) is not None}
+    above = {paths[name][:at] for name in tensors if (at := _model_level(paths[name])) is not None}
     if len(above) == 1 and () not in above:
         (prefix,) = above
         cut = len(prefix)

@@ -154,12 +154,21 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Parsed:
-    """What the writer needs again."""
+    """What the writer needs again.
+
+    Attributes:
+        parts: the directories.
+        entries: of all of them.
+        scalar_keys: number of a state and name -> entry of a one-number tensor.
+        config_file: with the model's sizes; "" if it has none of its own.
+        within: what the names of entries begin with that are keys of the config.
+    """
 
     parts: tuple[Part, ...]
     entries: Mapping[str, Entry]
     scalar_keys: Mapping[tuple[int, str], str]
     config_file: str
+    within: str = ""
 
 
 def read_parts(root: Path, folders: tuple[str, ...]) -> tuple[tuple[Part, ...], dict[str, Entry], Roles]:

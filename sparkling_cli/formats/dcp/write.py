@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.formats.dcp.items import box, number, shifted
 from sparkling_cli.formats.dcp.metadata import METADATA, dump_metadata
@@ -70,14 +70,14 @@ def grown_box(start: Shape, sizes: Shape, before: Shape, after: Shape) -> tuple[
 
 
 def part_outputs(
-    part: Part, declared: Mapping[str, Declared], numbers: Mapping[str, float]
+    part: Part, declared: Mapping[str, Declared], numbers: Mapping[str, Any]
 ) -> tuple[OutputFile, ...]:
     """All files of one DCP directory; ``.metadata`` is the last.
 
     Args:
         part: the directory.
         declared: name in the checkpoint -> output tensor.
-        numbers: name in the checkpoint -> new value of a one-number tensor.
+        numbers: name in the checkpoint -> new value of a one-number tensor, or of a plain value.
     """
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
