@@ -68,8 +68,13 @@ def recognized(path: Path | str) -> tuple[Path, Format]:
         for form in formats():
             if form.claims(root) is not None:
                 return root, form
-        other = _other_kind(root)
-    if other is not None:
+        inside, other = _checkpoints_in(root), _other_kind(root)
+    if inside:
+        raise CheckpointError(
+            f"{root} is a folder of checkpoints: {', '.join(path.name for path in inside[:5])}",
+            hint=f"choose one: {inside[-1]}",
+        )
+    if other:
         raise CheckpointError(f"{root} is {other[0]}", hint=other[1])
     raise CheckpointError(
         f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_nearby(root)
@@ -150,12 +155,25 @@ def _meant(text: str, root: Path) -> str | None:
     return f"{folder.resolve()} is there, and holds no {lost!r}"
 
 
+def _checkpoints_in(root: Path) -> list[Path]:
+    """The folders in a folder that are checkpoints, or called so, the latest step last."""
+
+    def is_one(path: Path) -> bool:
+        try:
+            return path.name.startswith("checkpoint-") or any(form.claims(path) for form in formats())
+        except CheckpointError:
+            return False
+
+    def step(path: Path) -> tuple[int, str]:
+        return int("0" + "".join(filter(str.isdigit, path.name))), path.name
+
+    found = [path for path in root.iterdir() if path.is_dir() and is_one(path)] if root.is_dir() else []
+    return sorted(found, key=step)
+
+
 def _nearby(root: Path) -> str | None:
     """Where a checkpoint might be meant, if the path is a run's folder, or one file of a checkpoint."""
     if not root.is_dir():
         around = any(form.claims(root.parent) is not None for form in formats())
         return f"it is one file of a checkpoint: give its folder, {root.parent}" if around else None
-    found = sorted(path.name for path in root.glob("checkpoint-*") if path.is_dir())
-    if found:
-        return f"there are checkpoints inside: {', '.join(found[:5])}; name one of them"
     return f"it holds: {', '.join(sorted(path.name for path in root.iterdir())[:8]) or 'nothing'}"

@@ -27,6 +27,11 @@ from sparkling_cli.storage.tensors import StoredTensor
 #: how a file in torch's format of before 1.6 begins: with a pickled number
 _LEGACY = 0x1950A86A20F9469CFC6C
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"})
+#: weights in formats that are not read: of the old size after widening, so they are left out
+_EXPORTED = (".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite")
+#: files that are no text and hold no tensors of a model: tokenizers, pictures; and logs
+_NO_TENSORS = frozenset({".model", ".tiktoken", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf", ".pyc"})
+_EVENTS = "events.out.tfevents"
 #: a pickle of more bytes is no state of a run's loaders and generators
 _LONGEST_PICKLE = 1 << 28
 
@@ -67,19 +72,36 @@ def further_in(file: TorchFile, used: Collection[str], label: str = "") -> list[
 
 
 def with_further(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with every tensor of the files that are carried over.
+    """The checkpoint with every tensor of the files that are carried over, and without exported weights.
 
     Raises:
         CheckpointError: a file that is named like one of tensors cannot be looked into.
     """
     found: list[Further] = []
     files: dict[str, OpenFile] = {}
-    for relative in checkpoint.carried:
-        tensors, parsed = _read(checkpoint.root, relative)
+    unknown: list[str] = []
+    carried = tuple(path for path in checkpoint.carried if not path.endswith(_EXPORTED))
+    for relative in carried:
+        read = _read(checkpoint.root, relative)
+        if read is None:
+            unknown.append(relative)
+            continue
+        tensors, parsed = read
         found += tensors
         if parsed is not None and tensors:
             files[relative] = parsed
-    return replace(checkpoint, further=(*checkpoint.further, *found), further_files=files)
+    exported = [path for path in checkpoint.carried if path.endswith(_EXPORTED)]
+    left_out = [f"{path} is not carried over: it holds the weights at their old size" for path in exported]
+    notes = (*checkpoint.notes, *left_out)
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        which = f"{', '.join(unknown[:5])}{more}"
+        notes = (
+            *notes,
+            f"{which}: of no known format, carried as they are without a look at what is in them",
+        )
+    further = (*checkpoint.further, *found)
+    return replace(checkpoint, carried=carried, further=further, further_files=files, notes=notes)
 
 
 def lay_out_further(parsed: OpenFile, relative: str, declared: Sequence[Declared]) -> OutputFile:
@@ -103,27 +125,31 @@ def tensors_of(root: Path, relative: str) -> list[Further]:
     Raises:
         CheckpointError: it is named like a file of tensors and cannot be looked into.
     """
-    return _read(root, relative)[0]
+    read = _read(root, relative)
+    return [] if read is None else read[0]
 
 
-def _read(root: Path, relative: str) -> tuple[list[Further], OpenFile | None]:
+def _read(root: Path, relative: str) -> tuple[list[Further], OpenFile | None] | None:
+    """Tensors of a file, and the file if it can be written with other shapes; None of an unknown format."""
     path = root / relative
     with path.open("rb") as stream:
-        start = stream.read(4)
+        start = stream.read(1 << 10)
     try:
         if path.suffix == ".safetensors":
             return _safetensors(path, relative)
-        if start == b"PK\x03\x04" and path.suffix not in (".npz", ".zip", ".docx", ".jar"):
+        if start[:4] == b"PK\x03\x04" and path.suffix not in (".npz", ".zip", ".docx", ".jar"):
             return _torch(path, relative)
         if start[:1] == b"\x80" and (path.suffix in _PICKLES or start[1:2] in b"\2\3\4\5"):
             return _pickle(path, relative), None
-        if start == b"\x93NUM" or path.suffix == ".npz":
+        if start[:4] == b"\x93NUM" or path.suffix == ".npz":
             return list(_numpy(path, relative)), None
         if path.name == ".metadata":
             return _distributed(root, relative), None
     except CheckpointError as error:
         return [Further(f"{relative}: ({error.message})", relative, "", None)], None
-    return [], None
+    part = path.suffix == ".distcp" and (path.parent / ".metadata").is_file()
+    known = part or path.suffix in _NO_TENSORS or _EVENTS in path.name or b"\0" not in start
+    return ([], None) if known else None
 
 
 def tensors_in_item(root: Path, file: str, offset: int, length: int, name: str) -> Iterator[Further]:

@@ -37,8 +37,6 @@ from sparkling_cli.formats.weightfiles import (
 CONFIG = "config.json"
 #: The Trainer's optimizer file, and accelerate's.
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
-#: Weights in formats that are not read: of the old size after widening, so they are not carried over.
-_OTHER_WEIGHTS = (".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite")
 #: Traces of training states that lie elsewhere in the directory, in a form that this format does not read.
 _ELSEWHERE: Mapping[str, str] = {
     "zero_to_fp32.py": "DeepSpeed; convert it: python -m deepspeed.checkpoint.ds_to_universal",
@@ -162,9 +160,7 @@ def _outputs(checkpoint: Checkpoint, request: OutputRequest) -> list[OutputFile]
 
 
 def _is_other_weights(name: str) -> bool:
-    """Whole-model weights of another format, or of one that is read, at the top of the directory."""
-    if name.endswith(_OTHER_WEIGHTS):
-        return True
+    """Whole-model weights in files that are read, at the top of the directory."""
     top = "/" not in name
     return top and (name.endswith(".safetensors") or (name.startswith("pytorch_model") and ".bin" in name))
 

@@ -206,8 +206,9 @@ def test_what_is_missing_is_named(single: tuple[Path, GPT], tmp_path: Path) -> N
     (path / "__0_0.distcp").write_bytes(b"\0" * 64 + data[:-64])
     with pytest.raises(CheckpointError):
         open_checkpoint(path)
-    with pytest.raises(CheckpointError, match="folder of checkpoints"):
+    with pytest.raises(CheckpointError, match="folder of checkpoints") as caught:
         open_checkpoint(source.parent)
+    assert f"choose one: {source.parent}" in str(caught.value.hint)
 
 
 def test_no_weights(tmp_path: Path) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import shutil
-from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.plan.model import Expansion
-from sparkling_cli.results.account import Account, Fate, Kind
+from sparkling_cli.results.account import Account
 from sparkling_cli.spec.sources import make_spec
 from tests.conftest import TinyCheckpoint
 from tests.formats.make_nanogpt import make_nanogpt
@@ -55,15 +52,6 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def distributed(trainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same Llama as a DCP directory, with its optimizer by names."""
-    root = tmp_path_factory.mktemp("dcp") / "step-3"
-    dcp.save(nested(trainer), checkpoint_id=root, no_dist=True)
-    shutil.copy(trainer / "config.json", root)
-    return root
-
-
 def nested(trainer: Path) -> dict[str, Any]:
     """Model and optimizer of a Trainer's directory, state by parameter name."""
     weights = load_file(trainer / "model.safetensors")
@@ -73,152 +61,6 @@ def nested(trainer: Path) -> dict[str, Any]:
         for name, value in weights.items()
     }
     return {"model": weights, "optimizer": {"state": moments, "param_groups": [{"lr": 1e-3}]}}
-
-
-def growing_shapes(weights: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
-    """Shapes of the weights that grow with the MLPs."""
-    mlps = (w for name, w in weights.items() if ".mlp." in name and w.ndim == 2)
-    return sorted({tuple(w.shape) for w in mlps})
-
-
-def disguised(shape: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
-    """A growing shape as it is, stacked, transposed, flattened or concatenated."""
-    kind = rng.randrange(6)
-    if kind == 0:
-        return shape
-    if kind == 1:
-        return (rng.randint(2, 5), *shape)
-    if kind == 2:
-        return shape[::-1]
-    if kind == 3:
-        return (prod(shape),)
-    if kind == 4:
-        return (rng.randint(2, 3), prod(shape))
-    dim = rng.randrange(len(shape))
-    return tuple(size * (2 if at == dim else 1) for at, size in enumerate(shape))
-
-
-def harmless(rng: random.Random) -> tuple[int, ...]:
-    """A shape that has nothing to do with any of the model's: products of primes above its sizes."""
-    return tuple(rng.choice((5, 7, 11, 13)) * rng.choice((1, 17)) for _ in range(rng.randint(1, 3)))
-
-
-Holder = Callable[[Any, torch.Tensor], None]
-
-
-def at_depths() -> Iterator[tuple[str, Holder]]:
-    """Ways to put a tensor into a dictionary: at the top, deep, in lists, as a key."""
-    yield "top", lambda tree, t: tree.__setitem__("extra", t)
-    yield "dictionary", lambda tree, t: tree.__setitem__("extra", {"a": {"b": {"c": {"d": {"e": t}}}}})
-    yield "lists", lambda tree, t: tree.__setitem__("extra", [1, [t], "x"])
-    yield "tuple", lambda tree, t: tree.__setitem__("extra", (0, {"k": (t,)}))
-    yield "key", lambda tree, t: tree.__setitem__("extra", {t: 1})
-    yield "key's value", lambda tree, t: tree.__setitem__("extra", {torch.ones(2): {"exp_avg": t}})
-    yield "parameter", lambda tree, t: tree.__setitem__("extra", torch.nn.Parameter(t, requires_grad=False))
-
-
-def in_group(optimizer: Any, tensor: torch.Tensor) -> None:
-    """In an optimizer's group, where NorMuon keeps its momentum."""
-    optimizer["param_groups"][0]["momentum_buffer"] = tensor
-
-
-def in_torch_file(path: Path, holder: Holder, tensor: torch.Tensor) -> None:
-    """Put a tensor into a torch file."""
-    tree = torch.load(path, weights_only=False)
-    holder(tree, tensor)
-    torch.save(tree, path)
-
-
-def torch_beside(name: str, root: Path, tensor: torch.Tensor) -> None:
-    """In a torch file of its own, which no format knows."""
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"some": {"thing": tensor}}, root / name)
-
-
-def safetensors_beside(root: Path, tensor: torch.Tensor) -> None:
-    """In a safetensors file in a folder of its own."""
-    (root / "ema").mkdir(exist_ok=True)
-    save_file({"thing": tensor.contiguous()}, root / "ema" / "thing.safetensors")
-
-
-def legacy_beside(root: Path, tensor: torch.Tensor) -> None:
-    """In torch's format of before 1.6."""
-    torch.save({"thing": tensor}, root / "old.pth", _use_new_zipfile_serialization=False)
-
-
-def distributed_beside(root: Path, tensor: torch.Tensor) -> None:
-    """In a DCP directory inside of the checkpoint."""
-    dcp.save({"thing": tensor}, checkpoint_id=root / "states" / "dataloader", no_dist=True)
-
-
-def places() -> Iterator[tuple[str, str, Callable[[Path, torch.Tensor], None]]]:
-    """(format, place, how a tensor is put there)."""
-    for depth, holder in at_depths():
-        yield "single", depth, lambda root, t, h=holder: in_torch_file(root, h, t)
-    yield "single", "group", lambda root, t: in_torch_file(root, lambda x, u: in_group(x["optimizer"], u), t)
-    yield "trainer", "optimizer's group", lambda root, t: in_torch_file(root / "optimizer.pt", in_group, t)
-    for depth, holder in at_depths():
-        yield (
-            "trainer", f"optimizer file, {depth}",
-            lambda root, t, h=holder: in_torch_file(root / "optimizer.pt", h, t),
-        )  # fmt: skip
-    for form in ("trainer", "distributed"):
-        for name in ("custom_checkpoint_0.pkl", "consolidated/consolidated.pth", "a/b/c/state.bin"):
-            yield form, name, partial(torch_beside, name)
-        yield form, "ema/thing.safetensors", safetensors_beside
-        yield form, "old.pth", legacy_beside
-        yield form, "states/dataloader", distributed_beside
-
-
-PLACES = list(places())
-
-
-@pytest.mark.parametrize(
-    ("form", "place", "put"), PLACES, ids=[f"{form}: {place}" for form, place, _ in PLACES]
-)
-def test_a_made_up_tensor(
-    form: str,
-    place: str,
-    put: Callable[[Path, torch.Tensor], None],
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-) -> None:
-    """One of a growing shape is refused by name, at any place; one of another shape is in the account."""
-    original: Path = request.getfixturevalue(form)
-    rng = random.Random(f"{form} {place}")
-    for trial in range(4):
-        grows = trial % 2 == 0
-        source = tmp_path / f"{trial}" / original.name
-        source.parent.mkdir()
-        copy = shutil.copytree if original.is_dir() else shutil.copy
-        copy(original, source)
-        shapes = growing_shapes(weights_of(original))
-        shape = disguised(rng.choice(shapes), rng) if grows else harmless(rng)
-        put(source, torch.rand(shape))
-        if grows:
-            with pytest.raises(CheckpointError, match="that of something that grows") as caught:
-                planned(source)
-            pattern = str(caught.value.hint).partition("--carry '")[2].rstrip("'")
-            made = planned(source, carry=[pattern])  # the way out works when it is followed literally
-        else:
-            made = planned(source)
-        entry = [e for e in made.plan.account.entries if e.shape == shape]
-        assert [(e.fate, e.kind) for e in entry] == [(Fate.CARRIED, Kind.OTHER)]
-
-
-def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The weights, by other code than the tool's."""
-    if checkpoint.is_file():
-        found: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["model"]
-        return found
-    if (checkpoint / "model.safetensors").exists():
-        return load_file(checkpoint / "model.safetensors")
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    return {
-        name.removeprefix("model."): torch.empty(item.size)
-        for name, item in metadata.items()
-        if name.startswith("model.") and hasattr(item, "size")
-    }
 
 
 def storages(value: Any, found: dict[tuple[int, ...], int]) -> dict[tuple[int, ...], int]:
@@ -314,7 +156,10 @@ def test_copies_of_norms_that_are_all_ones(trainer: Path, tmp_path: Path) -> Non
     """An average's norms say nothing by themselves in a young run; the matrices beside them do."""
     source = tmp_path / "checkpoint-3"
     shutil.copytree(trainer, source)
-    ones = {n: torch.ones_like(w) if w.dim() == 1 else w for n, w in weights_of(source).items()}
+    ones = {
+        n: torch.ones_like(w) if w.dim() == 1 else w
+        for n, w in load_file(source / "model.safetensors").items()
+    }
     save_file(ones, source / "model.safetensors", metadata={"format": "pt"})
     averages = {n: w if w.dim() == 1 else average_of({n: w})[n] for n, w in ones.items()}
     torch.save({"shadow": averages, "since": timedelta(days=1)}, source / "custom_checkpoint_0.pkl")

@@ -84,12 +84,6 @@ class DcpFormat:
                         hint="saving was not finished, or the file, whose name starts with a dot, was not "
                         "copied",
                     )
-            steps = [p.name for p in root.glob("*") if p.is_dir() and variant_of(p) is not None]
-            if steps:
-                raise CheckpointError(
-                    f"{root} is a folder of checkpoints: {', '.join(sorted(steps)[:5])}",
-                    hint=f"choose one: {root / sorted(steps)[-1]}",
-                )
         return None
 
     def open(self, root: Path) -> Checkpoint:
