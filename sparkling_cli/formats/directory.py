@@ -228,6 +228,55 @@ def _step(holder: Any, step: str, dotted: str, where: str) -> Any:
     )
 
 
+def read_yaml(root: Path, relative: str) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        CheckpointError: unreadable, no YAML, or no mapping.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load((root / relative).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{root / relative}: cannot be read as YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{root / relative}: expected a mapping, found a {type(found).__name__}")
+    return found
+
+
+def rewritten_yaml(text: str, changes: Mapping[str, Any], where: str) -> str:
+    """YAML text in block style with other numbers under some keys; all other lines stay.
+
+    Args:
+        text: the source's text.
+        changes: dotted key -> number.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: a key is there more than once, or the mapping that it is in is not.
+    """
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        start, stop, indent = 0, len(text), ""
+        for step in path:
+            opened = re.compile(rf"^{indent}{re.escape(step)}:[ \t]*\n(?P<indent>[ \t]+)\S", re.MULTILINE)
+            found = opened.search(text, start, stop)
+            if found is None:
+                raise CheckpointError(f"{where}: there is no block {step!r}, where {dotted!r} must change")
+            start, indent = found.start("indent"), found["indent"]
+            end = re.compile(rf"^(?!{indent}|[ \t]*(#.*)?$)", re.MULTILINE).search(text, start, stop)
+            stop = end.start() if end else stop
+        line = re.compile(rf"^{indent}{re.escape(last)}:.*$", re.MULTILINE)
+        block, count = line.subn(f"{indent}{last}: {value}", text[start:stop])
+        if count > 1:
+            raise CheckpointError(f"{where}: the key {dotted!r} is there {count} times")
+        if not count:
+            block = block.rstrip("\n") + f"\n{indent}{last}: {value}\n"
+        text = text[:start] + block + text[stop:]
+    return text
+
+
 def literal_file(path: str, data: bytes, *, last: bool = False) -> OutputFile:
     """An output file without tensors."""
     return OutputFile(path, len(data), ((0, data),) if data else (), last=last)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.directory import inside, list_files, literal_file
+from sparkling_cli.formats.directory import inside, list_files, literal_file, read_yaml, rewritten_yaml
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
 from sparkling_cli.formats.singlefile import Parsed, find_sections, read_sections, write_sections
 from sparkling_cli.formats.torchfile import read_torch_file
@@ -46,7 +43,7 @@ class LitGptDirectory:
         """
         present = list_files(root)
         file = read_torch_file(inside(root, WEIGHTS, "the directory"), WEIGHTS)
-        config = _read_yaml(root / CONFIG)
+        config = read_yaml(root, CONFIG)
         carried = tuple(name for name in present if name not in (WEIGHTS, CONFIG))
         return read_sections(
             root, self.name, file, find_sections(file), config=config, config_file=CONFIG, carried=carried
@@ -56,34 +53,6 @@ class LitGptDirectory:
         """The torch file and the config, whose other lines stay as they are."""
         parsed: Parsed = checkpoint.private
         text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
-        config = rewritten_yaml(text, request.config)
+        config = rewritten_yaml(text, request.config, CONFIG)
         weights = write_sections(parsed, checkpoint, request, path=WEIGHTS)
         return (weights, literal_file(CONFIG, config.encode()))
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: cannot be read as YAML: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: expected a mapping, found a {type(found).__name__}")
-    return found
-
-
-def rewritten_yaml(text: str, changes: Mapping[str, Any]) -> str:
-    """YAML text with other numbers under some top-level keys; all other lines stay.
-
-    Raises:
-        CheckpointError: a key is there more than once.
-    """
-    for key, value in changes.items():
-        line = re.compile(rf"^{re.escape(key)}:.*$", re.MULTILINE)
-        text, count = line.subn(f"{key}: {value}", text)
-        if count > 1:
-            raise CheckpointError(f"{CONFIG}: the key {key!r} is there {count} times")
-        if not count:
-            text = text.rstrip("\n") + f"\n{key}: {value}\n"
-    return text

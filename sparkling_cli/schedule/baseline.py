@@ -246,6 +246,7 @@ _READ: Mapping[str, Callable[[_Source], dict[str, Any]]] = {
     "inverse_sqrt": _inverse_sqrt,
     "warmup_stable_decay": _wsd,
     "wsd": _wsd,
+    "curve": lambda source: dict(source.kwargs),  # trainers whose files give all of a curve's own fields
 }
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
+Shape = tuple[int, ...]
+
 #: Bytes per entry of every dtype that a checkpoint may hold, by torch's own names.
 ITEM_BYTES: Mapping[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
@@ -68,3 +70,17 @@ class StoredTensor(NamedTuple):
     def nbytes(self) -> int:
         """Size of the data in bytes."""
         return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def grown_box(start: Shape, sizes: Shape, before: Shape, after: Shape) -> tuple[Shape, Shape]:
+    """A box of a tensor of shape ``before``, in the same place of one of shape ``after``.
+
+    Every dim's boundaries are moved by one monotone map, so boxes that tile the one tile the other.
+    """
+    new_start, new_sizes = [], []
+    for at, size, old, new in zip(start, sizes, before, after, strict=True):
+        low = at * new // old if old else 0
+        high = (at + size) * new // old if old else new
+        new_start.append(low)
+        new_sizes.append(high - low)
+    return tuple(new_start), tuple(new_sizes)

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.dcp.metadata import read_metadata
 from sparkling_cli.formats.dcp.names import find_roles
-from sparkling_cli.formats.dcp.write import grown_box
 from sparkling_cli.formats.detect import open_checkpoint
+from sparkling_cli.storage.tensors import grown_box
 from tests.formats.make_dcp import (
     CONFIG,
     load_whole,

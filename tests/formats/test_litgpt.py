@@ -10,15 +10,15 @@ import torch
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.detect import open_checkpoint
-from sparkling_cli.formats.litgpt import rewritten_yaml
+from sparkling_cli.formats.directory import rewritten_yaml
 from tests.formats.widening import check_moments, widen
 
 
 def test_yaml_lines_stay() -> None:
     """Only the numbers change; a key that was implied is added at the end."""
     text = "a: 1\nn_embd: 48\nname: x # a remark\nnested:\n  n_embd: 3\n"
-    assert rewritten_yaml(text, {"n_embd": 96, "head_size": 8}) == (
-        "a: 1\nn_embd: 96\nname: x # a remark\nnested:\n  n_embd: 3\nhead_size: 8\n"
+    assert rewritten_yaml(text, {"n_embd": 96, "head_size": 8, "nested.n_embd": 6}, "x") == (
+        "a: 1\nn_embd: 96\nname: x # a remark\nnested:\n  n_embd: 6\nhead_size: 8\n"
     )
 
 

@@ -16,7 +16,7 @@ from sparkling_cli.formats.dcp.items import box, number, shifted
 from sparkling_cli.formats.dcp.metadata import METADATA, dump_metadata
 from sparkling_cli.formats.dcp.read import Entry, Part
 from sparkling_cli.formats.model import Checksum, Declared, OutputFile
-from sparkling_cli.storage.tensors import Extent
+from sparkling_cli.storage.tensors import Extent, grown_box
 
 if TYPE_CHECKING:
     import torch
@@ -53,20 +53,6 @@ class _Growing:
         return OutputFile(
             self.path, self.size, tuple(self.literals), tuple(self.tensors), tuple(self.checksums)
         )
-
-
-def grown_box(start: Shape, sizes: Shape, before: Shape, after: Shape) -> tuple[Shape, Shape]:
-    """A box of a tensor of shape ``before``, in the same place of one of shape ``after``.
-
-    Every dim's boundaries are moved by one monotone map, so boxes that tile the one tile the other.
-    """
-    new_start, new_sizes = [], []
-    for at, size, old, new in zip(start, sizes, before, after, strict=True):
-        low = at * new // old if old else 0
-        high = (at + size) * new // old if old else new
-        new_start.append(low)
-        new_sizes.append(high - low)
-    return tuple(new_start), tuple(new_sizes)
 
 
 def part_outputs(

@@ -1,0 +1,163 @@
+"""OLMo's unsharded steps: ``model.pt``, ``optim.pt``, ``train.pt`` and ``config.yaml``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.directory import inside, list_files, literal_file, read_yaml, rewritten_yaml
+from sparkling_cli.formats.further import further_in
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.formats.statedict import (
+    OptimizerTree,
+    is_optimizer,
+    is_state_dict,
+    optimizer_in,
+    scalar_changes,
+    weights_in,
+    with_shapes,
+)
+from sparkling_cli.formats.torchfile import TorchFile, read_torch_file
+from sparkling_cli.formats.trainer_facts import optimizer_class
+
+MODEL, OPTIMIZER, TRAIN, CONFIG = "model.pt", "optim.pt", "train.pt", "config.yaml"
+#: schedules that are one curve, by OLMo's names
+_CURVES = {"cosine_with_warmup": "cosine", "linear_with_warmup": "linear", "constant": "constant"}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What the writer needs again."""
+
+    model: TorchFile
+    optimizer: TorchFile | None
+    tree: OptimizerTree
+
+
+class OlmoStep:
+    """A folder ``stepN-unsharded``. Order of calls: ``claims``, ``open``, ``outputs``."""
+
+    name = "olmo"
+
+    def claims(self, root: Path) -> str | None:
+        """Weights beside a config.
+
+        Raises:
+            CheckpointError: one without the other, a sharded step, or a folder of steps.
+        """
+        if not root.is_dir():
+            return None
+        if (root / MODEL).is_file() and (root / CONFIG).is_file():
+            return "an unsharded step of OLMo"
+        sharded = any((root / MODEL.removesuffix(".pt")).glob("rank*.pt"))
+        if sharded and (root / CONFIG).is_file():
+            raise CheckpointError(
+                f"{root} is a sharded step of OLMo, whose files hold flat parts of the parameters",
+                hint=f"unshard it, and expand the result: python scripts/unshard.py {root} {root}-unsharded",
+            )
+        if (root / OPTIMIZER).is_file() and (root / TRAIN).is_file():
+            lost = MODEL if not (root / MODEL).is_file() else CONFIG
+            raise CheckpointError(f"{root / lost} is missing, which OLMo writes beside {OPTIMIZER}")
+        return None
+
+    def open(self, root: Path) -> Checkpoint:
+        """Names, shapes and places; sizes and schedule from ``config.yaml``.
+
+        Raises:
+            CheckpointError: missing, damaged or contradictory files.
+            UnsafePickleError: a torch file that is not weights-only-safe; it was not executed.
+        """
+        present = list_files(root)
+        config = read_yaml(root, CONFIG)
+        sizes = config.get("model")
+        if not isinstance(sizes, dict):
+            raise CheckpointError(f"{root / CONFIG}: there is no block model, the model's sizes, in it")
+        model = read_torch_file(inside(root, MODEL, "the folder"), MODEL)
+        if not is_state_dict(model.tree):
+            raise CheckpointError(f"{MODEL}: expected a state dict: names and tensors")
+        weights = weights_in(model, ())
+        file, tree, notes = None, OptimizerTree(), []
+        if OPTIMIZER in present:
+            file = read_torch_file(inside(root, OPTIMIZER, "the folder"), OPTIMIZER)
+            if not is_optimizer(file.tree):
+                raise CheckpointError(f"{OPTIMIZER}: expected an optimizer's state dict: state, param_groups")
+            tree = optimizer_in(file, ())
+        else:
+            notes.append(f"there is no {OPTIMIZER}: weights only")
+        moments = (
+            {} if file is None else {k: file.tensors[k] for s in tree.states for k in s.tensors.values()}
+        )
+        stored = {**{key: model.tensors[key] for key in weights.values()}, **moments}
+        facts: dict[str, Any] = {"kind": "OLMo", **_steps(root, present), **_schedule(config)}
+        if tree.states:
+            facts["optimizer_class"] = optimizer_class(tree.states, tree.groups, {})
+        ours = (MODEL, OPTIMIZER, CONFIG)
+        return Checkpoint(
+            root=root,
+            format=self.name,
+            tensors=stored,
+            weights=weights,
+            states=tree.states,
+            param_groups=tree.groups,
+            config=sizes,
+            config_file=f"{CONFIG}: model",
+            carried=tuple(name for name in present if name not in ours),
+            further=tuple(item for part in (model, file) if part for item in further_in(part, stored)),
+            facts=facts,
+            notes=tuple(notes),
+            private=Parsed(model, file, tree),
+        )
+
+    def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
+        """Both torch files, and the config, whose other lines stay as they are."""
+        parsed: Parsed = checkpoint.private
+        text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
+        config = rewritten_yaml(text, {f"model.{k}": v for k, v in request.config.items()}, CONFIG)
+        files = [literal_file(CONFIG, config.encode()), with_shapes(parsed.model, request.tensors)]
+        if parsed.optimizer is not None:
+            values, edits = scalar_changes(parsed.optimizer, parsed.tree, checkpoint, request)
+            files.append(with_shapes(parsed.optimizer, request.tensors, edits=edits, values=values))
+        return tuple(files)
+
+
+def _steps(root: Path, present: tuple[str, ...]) -> dict[str, int]:
+    """The step, from the trainer's state."""
+    if TRAIN not in present:
+        return {}
+    try:
+        tree = read_torch_file(root / TRAIN, TRAIN).tree
+    except CheckpointError:
+        return {}  # carried over as it is, whatever it holds
+    step = tree.get("global_step") if isinstance(tree, dict) else None
+    return {"global_step": step} if type(step) is int else {}
+
+
+def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Peak, and the whole curve where it is counted in steps."""
+    optimizer, scheduler = config.get("optimizer"), config.get("scheduler")
+    if not isinstance(optimizer, dict) or not isinstance(scheduler, dict):
+        return {}
+    peak, total = optimizer.get("learning_rate"), scheduler.get("t_max") or config.get("max_duration")
+    if not isinstance(peak, (int, float)):
+        return {}
+    schedule: dict[str, Any] = {"peak": float(peak)}
+    if isinstance(total, str) and total.replace(".", "", 1).replace("e", "", 1).isdigit():
+        total = int(float(total))
+    kind, warmup, share = (scheduler.get(name) for name in ("name", "t_warmup", "alpha_f"))
+    if kind not in _CURVES or scheduler.get("units", "steps") != "steps":
+        return {"schedule": schedule}
+    if not all(isinstance(number, (int, float)) for number in (total, warmup, share)):
+        return {"schedule": schedule}
+    assert total is not None and warmup is not None and share is not None
+    first = scheduler.get("warmup_min_lr")
+    schedule["type"] = "curve"
+    schedule["warmup_steps"] = int(warmup)
+    schedule["kwargs"] = {
+        "type": _CURVES[kind],
+        "minimum": peak * share,
+        "initial": float(first) if isinstance(first, (int, float)) else 0.1 * peak,
+    }
+    return {"schedule": schedule, "max_steps": int(total)}
