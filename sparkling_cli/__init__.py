@@ -38,4 +38,14 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES.get(name, "sparkling_cli.api")), name)
+    found = getattr(importlib.import_module(_HOMES.get(name, "sparkling_cli.api")), name)
+    if name.islower():
+        from sparkling_cli.api import in_python
+
+        found = in_python(found)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -6,14 +6,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from sparkling_cli.errors import CheckpointError, SpecError
+from sparkling_cli.errors import CheckpointError, SparklingError, SpecError
 from sparkling_cli.formats.pause import collector_paused, collector_running
 from sparkling_cli.spec.model import ExpansionSpec
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from sparkling_cli.schedule.rewarmup import Rewarmup
 
 #: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts; of a stage
-#: without bytes the total is None.
+#: without bytes the total is None. ``progress=True`` is :func:`sparkling_cli.report.progress.shown`.
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -53,6 +54,21 @@ class ExpansionResult:
     def destination(self) -> Path:
         """The output."""
         return self.expansion.destination
+
+    def __repr__(self) -> str:
+        verdict = f": {self.report.verdict.headline}" if self.report is not None else ""
+        return f"ExpansionResult({self.destination}{verdict})"
+
+    def _repr_html_(self) -> str | None:
+        """The report in a frame of its own, for notebooks: verdict and figures first, the rest below."""
+        if self.report is None:
+            return None
+        from markupsafe import escape
+
+        from sparkling_cli.report.page import render
+
+        page = escape(render(self.report).decode())
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: 36em; border: 0"></iframe>'
 
 
 def open_source(
@@ -93,20 +109,22 @@ def previous_manifest(source: Path) -> Manifest | None:
 @collector_paused()  # plans of many tensors are many objects
 def make_plan(
     source: Path | str,
-    spec: ExpansionSpec,
+    spec: ExpansionSpec | None = None,
     destination: Path | str | None = None,
     *,
-    layout: Path | None = None,
+    layout: Path | str | None = None,
     model: str | None = None,
+    **options: Any,
 ) -> Expansion:
-    """Plan an expansion from shapes alone.
+    """Plan an expansion from shapes alone; :func:`expand` carries it out.
 
     Args:
         source: the checkpoint.
-        spec: what to do.
+        spec: what to do; or its fields as keyword ``options``, as in :func:`expand`.
         destination: the output. Default: beside the source, named after the growth.
         layout: a layout file instead of inference.
         model: ``package.module:factory`` of a user's own model.
+        options: fields of the spec.
 
     Raises:
         SpecError, CheckpointError, LayoutError: the source, the spec or their union is unsound.
@@ -121,6 +139,8 @@ def make_plan(
     from sparkling_cli.schedule.write import notes, remarks
 
     source = Path(source)
+    layout = None if layout is None else Path(layout)
+    spec = _spec(spec, options)
     root, _ = recognized(source)  # a folder of anything else is not walked
     state = snapshot(root)
     checkpoint, found, previous = open_source(source, layout=layout, model=model)
@@ -149,13 +169,13 @@ def expand(
     destination: Path | str | None = None,
     spec: ExpansionSpec | None = None,
     *,
-    layout: Path | None = None,
+    layout: Path | str | None = None,
     model: str | None = None,
-    memory: int = 1 << 30,
+    memory: int | str = 1 << 30,
     threads: int | None = None,
-    data: Path | None = None,
+    data: Path | str | None = None,
     report: str = "auto",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     expansion: Expansion | None = None,
     **options: Any,
 ) -> ExpansionResult:
@@ -164,16 +184,18 @@ def expand(
     Args:
         source: the checkpoint; never written to.
         destination: the output; must not exist. Default: beside the source, named after the growth.
-        spec: what to do; or its fields as keyword ``options`` (``axes=[{"axis": "ffn", "factor": 2}]``).
+        spec: what to do; or its fields as keyword ``options``.
         layout: a layout file instead of inference.
         model: ``package.module:factory`` of a user's own model.
-        memory: budget in bytes.
+        memory: budget in bytes, or a text such as ``2G``.
         threads: worker threads; default by the machine.
         data: text or tokens to measure activations on.
         report: ``full``, ``none``, or ``auto``: activations are measured unless the model is large.
-        progress: see :data:`Progress`.
+        progress: True for a bar on a terminal or in a notebook and lines elsewhere; or see :data:`Progress`.
         expansion: a plan made before by :func:`make_plan`.
-        options: fields of the spec.
+        options: ``axis="ffn", factor=2``, or ``axes={"ffn": 2, "hidden": 1.5}``; every option of the command
+            line by its own name (``init="zero-copy"``, ``rewarmup_steps=10``, ``schedule="wsd"``); or the
+            fields of the spec.
 
     Raises:
         SparklingError: one of its kinds; nothing that looks finished is left behind.
@@ -184,10 +206,17 @@ def expand(
     from sparkling_cli.models.expected import Asking
     from sparkling_cli.outcome import sidecar_files
     from sparkling_cli.plan.build import with_calibration
+    from sparkling_cli.spec.quantities import LEAST_MEMORY, parse_bytes
 
+    data = None if data is None else Path(data)
+    memory = parse_bytes(memory, "--memory", least=LEAST_MEMORY) if isinstance(memory, str) else memory
     check_report(report, data)
+    if progress is True:
+        from sparkling_cli.report.progress import shown
+
+        progress = shown
     if expansion is None:
-        expansion = make_plan(source, _spec(spec, options), layout=layout, model=model)
+        expansion = make_plan(source, spec, layout=layout, model=model, **options)
     if destination is not None:
         given = replace(expansion.invocation, destination=Path(destination))
         expansion = replace(expansion, destination=Path(destination), invocation=given)
@@ -306,7 +335,11 @@ def verify(source: Path | str, destination: Path | str, *, progress: Progress | 
 
 
 def inspect(
-    checkpoint: Path | str, against: Path | str | None = None, *, data: Path | None = None, **options: Any
+    checkpoint: Path | str,
+    against: Path | str | None = None,
+    *,
+    data: Path | str | None = None,
+    **options: Any,
 ) -> Inspection:
     """Measure a checkpoint, or compare it with an earlier one.
 
@@ -321,6 +354,7 @@ def inspect(
     """
     from sparkling_cli.diagnostics.inspect import inspect_checkpoint
 
+    data = None if data is None else Path(data)
     return inspect_checkpoint(checkpoint, against=against, data=data, **options)
 
 
@@ -362,13 +396,34 @@ def layout_of(path: Path | str, *, model: str | None = None) -> ModelLayout:
 
 
 def _spec(spec: ExpansionSpec | None, options: Mapping[str, Any]) -> ExpansionSpec:
+    from sparkling_cli.spec.options import from_keywords
     from sparkling_cli.spec.sources import make_spec
 
     if spec is None:
-        return make_spec(options, "options")
+        return make_spec(from_keywords(options), "options")
     if options:
         raise SpecError(f"give a spec or its fields as options, not both; options: {', '.join(options)}")
     return spec
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def in_python(function: _Function) -> _Function:
+    """The function with errors in the words of a call: ``axis="ffn"`` for ``--axis ffn``."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except SparklingError as error:
+            from sparkling_cli.spec.options import python_words
+
+            error.message = python_words(error.message)
+            error.hint = python_words(error.hint) if error.hint else None
+            raise
+
+    return cast("_Function", called)
 
 
 def default_destination(source: Path, plan: Plan) -> Path:

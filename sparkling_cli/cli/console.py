@@ -75,12 +75,11 @@ class Output:
 
     def progress(self, title: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
         """A stage of a long command, of so many bytes: a bar on a terminal, else lines of a log on stderr."""
-        from sparkling_cli.cli import progress
+        from sparkling_cli.report import progress
 
         if self.as_json or self.quiet:
             return nullcontext(progress.silent)
-        console = self.console(stderr=True)
-        return progress.bar(console, title, total) if console.is_terminal else progress.log(title, total)
+        return progress.shown(title, total, self.console(stderr=True))
 
 
 #: set by the app's callback; commands read it.

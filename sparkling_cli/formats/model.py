@@ -94,6 +94,9 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     private: Any = None
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.root}, {self.format}, {len(self.tensors)} tensors)"
+
     @property
     def by_key(self) -> dict[str, StoredTensor]:
         """Every tensor that can be written with another shape, further ones included."""

@@ -196,6 +196,10 @@ class ModelLayout:
     divisible: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {axis.size}" for name, axis in self.axes.items() if axis.widenable)
+        return f"ModelLayout({self.name}: {sizes})"
+
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Axis sizes before widening."""

@@ -167,6 +167,9 @@ class Plan:
     warnings: tuple[str, ...] = ()
     account: Account = field(default_factory=Account)
 
+    def __repr__(self) -> str:
+        return f"Plan({self.source.root}, {self.layout.name}, {len(self.rows)} tensors)"
+
     def nbytes(self, *, after: bool) -> tuple[int, int]:
         """Bytes of weights and of optimizer state, of the source or of the output."""
         found = [0, 0]
@@ -225,6 +228,10 @@ class Expansion:
     rewarmup: Rewarmup | None = None
     rewarmup_missing: str = ""
     source_state: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        grown = ", ".join(f"{name} {g.source} to {g.target}" for name, g in self.plan.growth.items())
+        return f"Expansion({self.plan.source.root} to {self.destination}: {grown})"
 
     @property
     def bytes_to_write(self) -> int:

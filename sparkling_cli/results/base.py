@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from math import inf, isfinite
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from sparkling_cli.errors import MissingDependencyError
 
 
 def finite(value: Any) -> Any:
@@ -23,6 +25,46 @@ class Result(BaseModel):
     """A part of a result, or a whole one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __repr__(self) -> str:
+        """Its plain values, and how many there are of what it holds several of."""
+        words = []
+        for name, value in self:
+            if isinstance(value, (tuple, list, dict)):
+                words += [f"{len(value)} {name}"] if value else []
+            elif isinstance(value, (str, int, float)):
+                words.append(f"{name}={value!r:.60}")
+        return f"{type(self).__name__}({', '.join(words)})"
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same facts as plain data, as JSON has them."""
+        return self.model_dump(mode="json")
+
+
+class Rows(Result):
+    """A result that is a table: ``rows_of`` names the field that holds its rows."""
+
+    rows_of: ClassVar[str]
+
+    def to_pandas(self, field: str = "") -> Any:
+        """The rows as a ``pandas.DataFrame``, a column for each of their numbers and names.
+
+        Args:
+            field: that holds other rows (``functions`` of activations).
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise MissingDependencyError(
+                "a table for pandas needs pandas, which is not installed", hint="pip install pandas"
+            ) from None
+        return pandas.DataFrame([row.to_dict() for row in getattr(self, field or self.rows_of)])
 
 
 def deviation_of(before: float | None, after: float | None) -> float | None:

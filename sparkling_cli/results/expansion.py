@@ -191,6 +191,9 @@ class Report(Result):
     warnings: tuple[str, ...] = ()
     verdict: Verdict
 
+    def __repr__(self) -> str:
+        return f"Report({self.source} to {self.destination}: {self.verdict.headline})"
+
     @classmethod
     def read(cls, content: bytes, where: str) -> Report:
         """The inverse of :meth:`to_json`.

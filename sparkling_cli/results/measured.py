@@ -9,11 +9,11 @@ to the stream: ``r = RMS(f(Norm h)) / RMS(h)`` (Sec. 3.1, App. B).
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from sparkling_cli.results.base import Change, Number, Result, Verdict, deviation_of
+from sparkling_cli.results.base import Change, Number, Result, Rows, Verdict, deviation_of
 
 #: A ratio r may move by this share before it is named.
 DEVIATION_LIMIT = 0.10
@@ -41,8 +41,10 @@ class StreamStat(Result):
     rms: Number
 
 
-class Measurement(Result):
+class Measurement(Rows):
     """One model's forward passes over all the tokens."""
+
+    rows_of: ClassVar[str] = "layers"
 
     layers: Annotated[tuple[LayerStat, ...], Field(description="linear layers, in the order of the pass")]
     functions: Annotated[tuple[LayerStat, ...], Field(description="of the blocks: what each adds")]
@@ -119,8 +121,10 @@ class Routing(Result):
     kept: Annotated[float, Field(description="share of tokens whose set of experts is the same as before")]
 
 
-class Activations(Result):
+class Activations(Rows):
     """Two models on the same tokens: RMS of activations, residual stream, logits, loss, routing."""
+
+    rows_of: ClassVar[str] = "layers"
 
     data: Annotated[str, Field(description="what was measured on, in words")]
     random_tokens: Annotated[bool, Field(description="true: random tokens, the loss means little")]
@@ -197,8 +201,10 @@ class TensorStat(Result):
         return self.role if self.layer is None else self.role.replace("*", str(self.layer), 1)
 
 
-class Weights(Result):
+class Weights(Rows):
     """Weights and optimizer state of a checkpoint, in the order of its tensors."""
+
+    rows_of: ClassVar[str] = "tensors"
 
     tensors: tuple[TensorStat, ...]
     nonfinite: Annotated[tuple[str, ...], Field(description="names of those with NaN or Inf in them")]
@@ -227,8 +233,10 @@ class ChannelSymmetry(Result):
     locked: Annotated[Number, Field(description="share of channels that are still equal to their source")]
 
 
-class Symmetry(Result):
+class Symmetry(Rows):
     """The same over all layers and axes."""
+
+    rows_of: ClassVar[str] = "layers"
 
     cosine: Number
     distance: Number
@@ -282,3 +290,8 @@ class Inspection(Result):
         Field(description="null unless this checkpoint was trained on from the other, an expansion's output"),
     ]
     verdict: Annotated[Verdict | None, Field(description="what the change means; null without one")]
+
+    def __repr__(self) -> str:
+        other = f" against {self.against}" if self.against else ""
+        verdict = f": {self.verdict.headline}" if self.verdict else ""
+        return f"Inspection({self.checkpoint}{other}, {self.parameters:,} parameters{verdict})"

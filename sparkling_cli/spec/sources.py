@@ -205,7 +205,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(error: ValidationError, where: str) -> str:
     lines = []
+    found_in = {str(item["loc"][0]) for item in error.errors() if len(item["loc"]) > 1}
     for item in error.errors():
+        if item["type"] == "too_short" and str(item["loc"][0]) in found_in:
+            continue  # what it should hold is wrong, which is said
         path = ".".join(map(str, item["loc"])) or "spec"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":

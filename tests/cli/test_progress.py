@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sparkling_cli.cli import progress
+from sparkling_cli.report import progress
 from tests.docs.blocks import ROOT
 
 

@@ -99,7 +99,9 @@ def test_what_the_package_imports_is_declared() -> None:
     """Every import of somebody else's package is a requirement; those of extras are imported late."""
     names = {canonicalize_name(r.name) for r in declared()}
     needed = {_IMPORTED_AS.get(name, name) for name in names}
-    optional = {_IMPORTED_AS.get(canonicalize_name(r.name), r.name) for r in declared("hf", "plot")}
+    optional = {
+        _IMPORTED_AS.get(canonicalize_name(r.name), r.name) for r in declared("hf", "plot", "notebook")
+    }
     for path in (ROOT / "sparkling_cli").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""How a long command is followed: a bar on a terminal, lines in a log, nothing for machines."""
+"""How long work is followed: a bar on a terminal or in a notebook, lines in a log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +19,20 @@ EVERY = 30.0
 
 def silent(_count: int) -> None:
     """Progress that nobody sees."""
+
+
+def shown(
+    title: str, total: int | None, console: Console | None = None
+) -> AbstractContextManager[Callable[[int], None]]:
+    """A stage of so many bytes (None: not known): a bar where there is a screen, else a log on stderr.
+
+    It is what ``progress=True`` stands for, and an example of ``api.Progress``.
+    """
+    from rich.console import Console as Screen
+
+    screen = console or Screen(stderr=True)
+    live = screen.is_terminal or screen.is_jupyter
+    return bar(screen, title, total) if live else log(title, total)
 
 
 @contextmanager
