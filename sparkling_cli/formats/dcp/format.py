@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
+from sparkling_cli.formats.dcp import lingua
 from sparkling_cli.formats.dcp.metadata import METADATA
 from sparkling_cli.formats.dcp.read import (
     Entry,
@@ -24,6 +25,7 @@ from sparkling_cli.formats.dcp.read import (
 )
 from sparkling_cli.formats.dcp.write import part_outputs
 from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
+from sparkling_cli.formats.further import tensors_of
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
 from sparkling_cli.formats.torchfile import read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
@@ -40,6 +42,9 @@ _STEP_KEYS = (
 )
 
 
+LINGUA = "lingua"
+
+
 @dataclass(frozen=True)
 class Variant:
     """Where a trainer puts its DCP directories.
@@ -48,16 +53,19 @@ class Variant:
         kind: its name, for people.
         folders: DCP directories below the root, the model's first; a second one is optional.
         config: the file with the model's sizes.
+        needs: a file without which it is another trainer's.
     """
 
     kind: str
     folders: tuple[str, ...]
     config: str = "config.json"
+    needs: str = ""
 
 
 VARIANTS = (
     Variant("OLMo-core", ("model_and_optim/",)),
     Variant("Trainer with FSDP", ("pytorch_model_fsdp_0/", "optimizer_0/")),
+    Variant(LINGUA, ("",), lingua.CONFIG, needs=lingua.CONFIG),
     Variant("torch.distributed.checkpoint", ("",)),
 )
 
@@ -109,6 +117,12 @@ class DcpFormat:
             written.add(variant.config)
         config = config or _entries_as_config(entries, within) or None
         facts, notes = run_facts(root, present)
+        stale: list[str] = []
+        if variant.kind == LINGUA and config is not None:
+            facts.update(lingua.facts_of(root, config))
+            stale = [name for name in present if name.startswith(lingua.CONSOLIDATED)]
+            if stale:
+                notes.append(f"{lingua.CONSOLIDATED} is left out: lingua makes it anew, at the new size")
         values = read_fields(roles, entries)
         groups = read_groups(roles, values)
         _add_facts(facts, root, entries, variant.kind)
@@ -129,8 +143,11 @@ class DcpFormat:
             param_groups=groups,
             config=config,
             config_file="" if config is None else within.rstrip(".") or variant.config,
-            carried=tuple(name for name in present if name not in written),
-            further=tuple(read_further(roles, entries, scalar_keys.values(), values)),
+            carried=tuple(name for name in present if name not in written and name not in stale),
+            further=(
+                *read_further(roles, entries, scalar_keys.values(), values),
+                *(item._replace(left_out=True) for name in stale for item in tensors_of(root, name)),
+            ),
             facts=facts,
             notes=tuple(notes),
             private=Parsed(
@@ -162,7 +179,11 @@ class DcpFormat:
         files = [file for part in parsed.parts for file in part_outputs(part, declared, numbers)]
         if parsed.config_file:
             text = (checkpoint.root / parsed.config_file).read_text(encoding="utf-8")
-            text = rewritten_json(text, request.config, parsed.config_file)
+            changes = request.config
+            if parsed.config_file == lingua.CONFIG:
+                shapes = {n: declared[k].shape for n, k in checkpoint.weights.items() if k in declared}
+                changes = lingua.with_multiplier(checkpoint.config or {}, changes, shapes)
+            text = rewritten_json(text, changes, parsed.config_file)
             files.insert(0, literal_file(parsed.config_file, text.encode()))
         return tuple(sorted(files, key=lambda file: file.last))
 
@@ -184,7 +205,8 @@ def variant_of(root: Path) -> Variant | None:
     """The variant whose ``.metadata`` lies where it should."""
     if not root.is_dir():
         return None
-    return next((v for v in VARIANTS if (root / v.folders[0] / METADATA).is_file()), None)
+    here = (v for v in VARIANTS if (root / v.folders[0] / METADATA).is_file())
+    return next((v for v in here if not v.needs or (root / v.needs).is_file()), None)
 
 
 def _one_model_only(root: Path) -> None:
