@@ -231,7 +231,7 @@ def expand(
         return bar.enter_context(progress(title, total)) if progress else lambda _count: None
 
     def sidecar(written: Written) -> Mapping[str, bytes]:
-        files, found = sidecar_files(ready, written, memory=memory, begin=begin)
+        files, found = sidecar_files(ready, written, memory=memory, begin=begin, unasked=asked.missing)
         reports.append(found)
         return files
 

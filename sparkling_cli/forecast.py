@@ -139,13 +139,15 @@ def forecast(
         SpecError: an axis or a moment does not fit.
         LayoutError: the number of experts per token is not known.
     """
+    from sparkling_cli.plan.advice import small_share
     from sparkling_cli.plan.resolve import resolve_growth
 
-    layout = subject.layout
+    layout, warnings = subject.layout, []
     steps: list[tuple[int, Mapping[str, Growth]]] = []
     for expansion in expansions:
         growth = resolve_growth(expansion.spec, layout)
         steps.append((expansion.tokens, growth))
+        warnings.append(small_share(layout, growth))
         grown = {name: replace(layout.axes[name], size=g.target) for name, g in growth.items()}
         layout = replace(layout, axes={**layout.axes, **grown})
     shape = shape_of(subject.layout, subject.config, top_k=experts_per_token)
@@ -175,6 +177,7 @@ def forecast(
         saved=compute.saved,
         bytes_assumed=subject.assumed,
         convention=CONVENTION,
+        warnings=tuple(dict.fromkeys(warning for warning in warnings if warning is not None)),
     )
 
 

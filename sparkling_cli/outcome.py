@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,7 @@ def plan_schedule(plan: Plan, manifest: Manifest | None) -> tuple[Rewarmup | Non
 
 
 def sidecar_files(
-    expansion: Expansion, written: Written, *, memory: int, begin: Begin
+    expansion: Expansion, written: Written, *, memory: int, begin: Begin, unasked: Callable[[], str]
 ) -> tuple[Mapping[str, bytes], Report]:
     """All small files of an output, the manifest last, and the report's facts.
 
@@ -81,10 +81,11 @@ def sidecar_files(
         written: digests of what was read and written.
         memory: budget in bytes.
         begin: see :data:`~sparkling_cli.diagnostics.activations.Begin`.
+        unasked: why the model's own class could not be asked for its names and shapes; "" if it was.
     """
     from sparkling_cli.report.page import render
 
-    facts = assemble(expansion, written, *_measure(expansion, written, memory, begin))
+    facts = assemble(expansion, written, *_measure(expansion, written, memory, begin), unasked())
     files = {} if expansion.rewarmup is None else dict(rewarmup_files(expansion.rewarmup))
     files[REPORT_JSON] = facts.to_json()
     files[REPORT_HTML] = render(facts)

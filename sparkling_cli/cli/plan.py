@@ -100,6 +100,8 @@ def plan(
     output.data(found)
     for part in _tables(found):
         output.show(part)
+    for warning in found.warnings:
+        output.warn(warning)
 
 
 def _tables(found: RunPlan) -> list[RenderableType]:
@@ -111,7 +113,7 @@ def _tables(found: RunPlan) -> list[RenderableType]:
 
     table = Table(box=None, pad_edge=False, title=None)
     grown = list(found.phases[-1].sizes)
-    for title in ("tokens", *grown, "parameters", "active", "FLOPs", "checkpoint"):
+    for title in ("tokens", *grown, "parameters", "active", "embeddings", "FLOPs", "checkpoint"):
         table.add_column(title, justify="right", no_wrap=True)
     for phase in found.phases:
         table.add_row(
@@ -119,6 +121,7 @@ def _tables(found: RunPlan) -> list[RenderableType]:
             *(f"{phase.sizes[axis]:,}" for axis in grown),
             count(phase.parameters),
             count(phase.active_parameters),
+            count(phase.embedding_parameters),
             f"{phase.flops:.2e}",
             nbytes(phase.checkpoint_bytes),
         )

@@ -74,7 +74,7 @@ def show_result(output: Output, result: ExpansionResult) -> None:
                 output.show(table)
         for line in verdict_lines(result.report.verdict):
             output.show(line)
-    _remarks(output, planned.notes, ())
+    _remarks(output, planned.notes if result.report is None else result.report.notes, ())
     where = shlex.quote(str(result.destination))
     source = shlex.quote(str(result.expansion.plan.source.root))
     output.show(Text(f"written  {where}"), whole=True)

@@ -163,6 +163,15 @@ class Asking:
             self._process.kill()
             self._process.wait()
 
+    def missing(self) -> str:
+        """Why the config's class could not be asked, waited for; "" if it was, or none is named."""
+        if self._config is None or "model_type" not in self._config:
+            return ""
+        if not self._key:
+            return "transformers is not installed"
+        answer = self.answer()
+        return "its process ended without an answer" if answer is None else answer.reason
+
     def answer(self) -> ClassTensors | None:
         """What the class says, waited for; None if nobody could be asked."""
         if self._answer is not None or not self._key:

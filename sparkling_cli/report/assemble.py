@@ -41,7 +41,11 @@ from sparkling_cli.widening.geometry import Growth
 
 
 def assemble(
-    expansion: Expansion, written: Written, activations: Activations | None, activations_missing: str
+    expansion: Expansion,
+    written: Written,
+    activations: Activations | None,
+    activations_missing: str,
+    unasked: str = "",
 ) -> Report:
     """Everything that a report says about one expansion.
 
@@ -50,7 +54,11 @@ def assemble(
         written: digests of what was read and written.
         activations: of source and output on the same tokens.
         activations_missing: why they were not measured.
+        unasked: why the model's own class could not be asked for its names and shapes.
     """
+    left_out = (
+        (f"names and shapes were not compared with the model's own class: {unasked}",) if unasked else ()
+    )
     plan, previous = expansion.plan, expansion.previous
     learning_rate = None if expansion.rewarmup is None else learning_rate_of(expansion.rewarmup)
     before, after, known = parameter_counts(plan)
@@ -71,7 +79,7 @@ def assemble(
         "learning_rate_missing": "" if learning_rate is not None else missing_schedule(expansion),
         "optimizer": _optimizer(plan),
         "provenance": _provenance(plan, written, previous),
-        "notes": plan.notes,
+        "notes": plan.notes + left_out,
         "warnings": plan.warnings,
     }
     return _judged(facts, plan.growth)

@@ -34,6 +34,7 @@ class Verification(Result):
         str,
         Field(description="class whose names and shapes the weights have; empty if not asked"),
     ] = ""
+    model_missing: Annotated[str, Field(description="why the class that the config names was not asked")] = ""
     extras: Annotated[tuple[str, ...], Field(description="harmless files that were not written with it")] = ()
 
     def summary(self) -> str:
@@ -43,6 +44,8 @@ class Verification(Result):
             return f"{text}; not compared with a source"
         text += f"; {self.derived} follow bit by bit from {self.source}"
         text += f", {self.moments} optimizer tensors reset where new" if self.moments else ""
+        if self.model_missing:
+            return f"{text}; not compared with the model's own class: {self.model_missing}"
         return text + (f"; names and shapes are those of {self.model}" if self.model else "")
 
 
@@ -78,6 +81,7 @@ class RunPlan(Result):
     saved: Annotated[float, Field(description="share of the from-scratch compute")]
     bytes_assumed: str
     convention: str
+    warnings: Annotated[tuple[str, ...], Field(description="of every expansion, as its plan says them")] = ()
 
 
 class RewarmupStage(StageData):

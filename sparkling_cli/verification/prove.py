@@ -105,7 +105,8 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
         derived=0 if origin is None else len(manifest.tensors),
         moments=0 if origin is None else sum(_reset(subject.wanted) for subject in work.subjects),
         source="" if source is None else source.name,
-        model="" if answer is None else answer.name,
+        model="" if answer is None or origin is None else answer.name,
+        model_missing="" if origin is None else asked.missing(),
         extras=tuple(files.extras),
     )
 

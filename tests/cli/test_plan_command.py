@@ -12,6 +12,7 @@ from sparkling_cli.cli.app import app
 from sparkling_cli.errors import SpecError
 from sparkling_cli.forecast import parse_then
 from sparkling_cli.layout.file import to_toml
+from sparkling_cli.layout.model import AxisInfo, ModelLayout, TensorPattern
 from tests.compute.paper import PAPER_LAYOUT, TABLE_2_FLOPS, TABLE_2_PARAMETERS
 
 CONFIG = Path(__file__).resolve().parents[2] / "docs" / "examples" / "paper-config.json"
@@ -66,8 +67,25 @@ def test_people_get_a_table_without_escape_codes(layout_file: Path) -> None:
     )  # fmt: skip
     assert result.exit_code == 0
     assert "\x1b" not in result.output
-    for words in ("2.56B", "4.98B", "450M", "751M", "saved 20.1%"):
+    for words in ("2.56B", "4.98B", "450M", "751M", "saved 20.1%", "embeddings"):
         assert words in result.output
+
+
+def test_an_inner_width_of_few_layers_is_said_as_in_a_dry_run(tmp_path: Path) -> None:
+    """``ffn`` of three dense layers of sixty: the warning of the dry run, for people and in JSON."""
+    path = tmp_path / "deep.toml"
+    axes = {"hidden": 8, "ffn": 18, "expert_ffn": 2, "experts": 256, "layers": 61}
+    widths = {name: AxisInfo(size, widenable=name.endswith("ffn")) for name, size in axes.items()}
+    patterns = (
+        TensorPattern("h.{layers=0-2}.up", "ffn <- hidden"),
+        TensorPattern("h.{layers=3-60}.up", "experts | expert_ffn <- hidden"),
+    )
+    path.write_text(to_toml(ModelLayout("deep", widths, patterns)))
+    options = ["-a", "ffn", "-f", "2", "--tokens", "200B", "--expand-at", "100B", "--layout", str(path),
+               "--experts-per-token", "8"]  # fmt: skip
+    (warning,) = planned(*options)["warnings"]  # type: ignore[misc]
+    assert "--axis expert_ffn is probably meant" in warning
+    assert "warning: ffn is in" in CliRunner().invoke(app, ["plan", str(CONFIG), *options]).output
 
 
 def test_a_moment_may_be_a_share_of_the_run(layout_file: Path) -> None:

@@ -120,3 +120,38 @@ def test_the_answer_is_made_while_others_work(
         assert asked._process.wait(timeout=500) == 0
         answer = asked.answer()
     assert answer is not None and answer.name == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("instead", "why"),
+    [
+        ("_transformers_is_there", "transformers is not installed"),
+        ("_started", "its process ended without an answer"),
+    ],
+)
+def test_a_class_that_cannot_be_asked_is_said(
+    instead: str, why: str, dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the report and by ``verify``, which no longer says whose names and shapes they are."""
+    silent = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    value = False if instead == "_transformers_is_there" else silent
+    monkeypatch.setattr(expected, instead, lambda *_: value)
+    monkeypatch.setattr(expected.cache, "load", lambda *_: None)
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    result = api.expand(dense_checkpoint, tmp_path / "out", report="none", **FFN)
+    assert result.report is not None
+    assert f"names and shapes were not compared with the model's own class: {why}" in result.report.notes
+    monkeypatch.setattr(expected, instead, lambda *_: False)
+    monkeypatch.setattr(expected, "_transformers_is_there", lambda: False)
+    found = api.verify(dense_checkpoint, tmp_path / "out")
+    assert (found.model, found.model_missing) == ("", "transformers is not installed")
+    assert "not compared with the model's own class: transformers is not installed" in found.summary()
+
+
+def test_without_a_source_no_class_is_claimed(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """What only compares digests does not say whose names and shapes the weights have."""
+    from sparkling_cli.verification import verify
+
+    api.expand(dense_checkpoint, tmp_path / "out", report="none", **FFN)
+    assert verify(dense_checkpoint, tmp_path / "out").model == "LlamaForCausalLM"
+    assert verify(None, tmp_path / "out").model == ""
