@@ -203,3 +203,26 @@ def test_other_widenings_are_reported(
     assert (verdict.level == "attention") >= bool(far)
     for entry in far:
         assert f"{entry.role} in " in verdict.findings[0].text
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3_moe"])
+def test_padding_keeps_the_logits_and_every_new_channel_learns(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, arch: str
+) -> None:
+    """The recipe: to a size that is no multiple, random reads, zero writes, old entries as they are."""
+    source = tiny_checkpoint(arch)
+    layout = api.layout_of(source)
+    axis = layout.aliases.get("expert_ffn", "ffn")
+    size = layout.axes[axis].size + 3
+    options = {"init": "random-zero", "scaling": "none", "report": "none"}
+    api.expand(source, tmp_path / "padded", axes=[{"axis": axis, "to": size}], **options)
+    before, after = loaded(source), loaded(tmp_path / "padded")
+    assert difference(logits(before), logits(after)) <= TOLERANCE
+    ids = torch.arange(24)[None] % 50
+    after(input_ids=ids, labels=ids).loss.backward()
+    outputs = {"llama": "down_proj.weight", "gpt2": "mlp.c_proj.weight", "qwen3_moe": "experts.down_proj"}
+    moved = [p.grad for name, p in after.named_parameters() if name.endswith(outputs[arch])]
+    assert moved
+    for gradient in moved:
+        new = gradient[-3:] if arch == "gpt2" else gradient[..., -3:]
+        assert new.abs().max() > 0

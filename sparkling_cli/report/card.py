@@ -8,9 +8,10 @@ all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparkling_cli import __version__
 from sparkling_cli.errors import CheckpointError
@@ -43,17 +44,33 @@ def with_card(expansion: Expansion) -> Expansion:
             existing = (source.root / README).read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot extend {source.root / README}: {error}") from None
-    text = extended(existing, section(expansion), source.root.name).encode(errors="replace")
+    front = front_matter(source.config)
+    text = extended(existing, section(expansion), source.root.name, front).encode(errors="replace")
     carried = tuple(path for path in source.carried if path != README)
     readme = OutputFile(path=README, size=len(text), literals=((0, text),))
     plan = replace(expansion.plan, source=replace(source, carried=carried))
     return replace(expansion, plan=plan, files=(*expansion.files, readme))
 
 
-def extended(existing: str, section: str, name: str) -> str:
+#: what ``organization/model`` on the hub looks like
+_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def front_matter(config: Mapping[str, Any] | None) -> str:
+    """What the hub reads at the head of a new README: library, tags, and what the model came from."""
+    lines = ["---", "tags:", "- sparkling", "- model-expansion"]
+    if config and "model_type" in config:
+        lines[1:1] = ["library_name: transformers", "pipeline_tag: text-generation"]
+    base = (config or {}).get("_name_or_path")
+    if isinstance(base, str) and _ON_HUB.fullmatch(base):
+        lines[1:1] = [f"base_model: {base}"]
+    return "\n".join([*lines, "---", "", ""])
+
+
+def extended(existing: str, section: str, name: str, front: str = "") -> str:
     """A README with the section: in the place of an older one, else at the end."""
     if not existing.strip():
-        return f"# {name}, widened\n\n{section}"
+        return f"{front}# {name}, widened\n\n{section}"
     start, stop = existing.find(BEGIN), existing.find(END)
     if 0 <= start < stop:
         return existing[:start] + section.rstrip("\n") + existing[stop + len(END) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.model import Expansion, Invocation, Plan
-from sparkling_cli.report.card import BEGIN, END, with_card
+from sparkling_cli.report.card import BEGIN, END, extended, front_matter, with_card
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.widening.geometry import Growth, Treatment
 
@@ -52,10 +53,21 @@ def test_a_readme_is_extended_and_its_front_matter_kept(tmp_path: Path) -> None:
     assert with_card(expansion).plan.source.carried == ("config.json",)
 
 
+def test_the_front_matter_is_the_hubs() -> None:
+    """huggingface_hub reads it, with the base model where the config names one of the hub."""
+    hub = pytest.importorskip("huggingface_hub")
+    config = {"model_type": "llama", "_name_or_path": "meta-llama/Llama-3.2-1B"}
+    card = hub.ModelCard(extended("", "section", "name", front_matter(config)))
+    assert card.data.base_model == "meta-llama/Llama-3.2-1B"
+    assert card.data.library_name == "transformers" and "sparkling" in card.data.tags
+    for other in (None, {"d_model": 8}, {"model_type": "llama", "_name_or_path": "/data/run 1"}):
+        assert hub.ModelCard(extended("", "section", "name", front_matter(other))).data.base_model is None
+
+
 def test_without_a_readme_a_new_one_is_made(tmp_path: Path) -> None:
-    """A heading and the section."""
+    """Front matter, a heading and the section."""
     text = readme(expansion_of(tmp_path))
-    assert text.startswith("# ")
+    assert re.match(r"---\n(.+\n)+---\n\n# ", text)
     assert text.count(BEGIN) == text.count(END) == 1
 
 
