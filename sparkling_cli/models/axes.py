@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from sparkling_cli.models.shrink import shapes as shapes_of
-from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, kind_of, set_path, walk
+from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, kind_of, set_path, tower_outputs, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 
 Shapes = dict[str, tuple[int, ...]]
@@ -102,6 +102,7 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Tin
                 idle.add(path)
     _drop_unread(sizing, idle)
     axes, terms = _grouped(_text_first(sizing, weights), idle)
+    _with_towers(axes, terms, config)
     found = TinyAxes(config, axes, terms, base)
     for name in list(axes):
         shapes = _try_shapes(found, {name: 2}, factory)
@@ -178,6 +179,15 @@ def _integers(config: Mapping[str, Any]) -> list[tuple[Path, int]]:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             found.append((path, value))
     return found
+
+
+def _with_towers(axes: dict[str, AxisKey], terms: dict[Path, tuple[str, ...]], config: ConfigDict) -> None:
+    """Count the keys that repeat hidden as the width of a tower's output among hidden's own."""
+    hidden = axes.get("hidden")
+    if hidden is not None:
+        paths = tuple(path for path in tower_outputs(config, hidden.size) if path not in terms)
+        axes["hidden"] = AxisKey("hidden", hidden.kind, hidden.size, (*hidden.keys, *paths))
+        terms.update(dict.fromkeys(paths, ("hidden",)))
 
 
 def _doubled(config: ConfigDict, values: Mapping[Path, int], factory: ModelFactory | None) -> Shapes | str:
@@ -307,12 +317,17 @@ def _coupled(found: TinyAxes, factory: ModelFactory | None) -> TinyAxes:
     return TinyAxes(found.config, found.axes, found.terms, found.shapes, moved, refused, tuple(counts))
 
 
+def _larger(before: Shapes, after: Shapes) -> bool:
+    """Whether some tensors are larger and none is smaller."""
+    if after.keys() != before.keys():
+        return False
+    pairs: Sequence[tuple[int, int]] = [
+        (a, b) for k in after for a, b in zip(before[k], after[k], strict=True)
+    ]
+    return any(b > a for a, b in pairs) and all(b >= a for a, b in pairs)
+
+
 def grows(found: TinyAxes, name: str) -> bool:
     """Whether doubling the axis makes some tensors larger and none smaller."""
     shapes = found.moved.get(name)
-    if shapes is None or shapes.keys() != found.shapes.keys():
-        return False
-    pairs: Sequence[tuple[int, int]] = [
-        (a, b) for k in shapes for a, b in zip(found.shapes[k], shapes[k], strict=True)
-    ]
-    return any(b > a for a, b in pairs) and all(b >= a for a, b in pairs)
+    return shapes is not None and _larger(found.shapes, shapes)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation
+from sparkling_cli.layout.names import skeleton
 from sparkling_cli.models.families import _tied_heads
 from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.models.shrink import run
@@ -40,14 +42,15 @@ def hypotheses_for(
     norm = final_norm(parity)
     embedding = embedding_name(parity.model)
     found: list[Compensations] = []
+    inside: Compensations = ()
     for embed_power in _embedding_powers(parity, axes, layouts, embedding):
         undo = -embed_power if tied else 0.0
+        scaled = {embedding, *_tied_heads(parity.model)} if tied else {embedding}
+        on_embedding = [Compensation(axis, n, power=embed_power) for n in sorted(scaled) if embed_power]
+        inside = _inside(parity, axes, layouts, on_embedding)
         for head_power in _POWERS if norm else (0.0,):
             for offset in (0.0, 1.0) if tied or head_power else (0.0,):
-                comps: list[Compensation] = []
-                if embed_power:
-                    names = {embedding, *_tied_heads(parity.model)} if tied else {embedding}
-                    comps += [Compensation(axis, n, power=embed_power) for n in sorted(names)]
+                comps = [*on_embedding, *inside]
                 if norm and (tied or head_power + undo):
                     comps += _on_norm(norm, axis, tied, head_power + undo, offset)
                 if tuple(comps) not in found:
@@ -55,6 +58,113 @@ def hypotheses_for(
     if () not in found:
         found.append(())
     return found
+
+
+#: Multipliers inside the layers that are looked for, one after the other.
+_MOST_INSIDE = 6
+#: Linear layers before a deviation that are tried as its place, and exponents.
+_NEAR, _INNER_POWERS = 8, (0.5, -0.5, 1.0, -1.0)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What enters a module with a weight: RMS and mean size of its entries, which copying keeps."""
+
+    module: str
+    linear: bool
+    rms: float
+    size: float
+
+    def differs(self, other: _Input | None) -> bool:
+        """Whether the other's entries cannot be copies of this one's."""
+        pairs = ((self.rms, other.rms), (self.size, other.size)) if other else ()
+        return any(abs(a - b) > 1e-4 * a for a, b in pairs)
+
+
+def _inside(
+    parity: LogitParity,
+    axes: Sequence[str],
+    layouts: Mapping[str, TensorLayout],
+    comps: Sequence[Compensation],
+) -> Compensations:
+    """Compensations of multipliers inside the layers, such as ``sqrt(hidden / rank)`` on latent queries.
+
+    What enters every module with a weight is measured when the axes double. The first one that enters another
+    way has the multiplier just before it, or inside a computation without modules before it. A linear layer
+    takes a multiplier back in its weight: the module itself, or one of those that ran last.
+    """
+    axis, factors = axes[0], dict.fromkeys(axes, 2)
+    before = _inputs(parity.model, parity.ids)
+
+    def first_other(found: Sequence[Compensation]) -> tuple[int, _Input | None]:
+        """The place of the first input that differs for no reason that is found, and what enters there."""
+        if math.isinf(parity.error(layouts, factors, (*comps, *found))):
+            return -1, None
+        after = {item.module: item for item in _inputs(parity.wide(factors), parity.ids)}
+        changed = {c.tensor.removesuffix(".weight") for c in found}
+        for place, item in enumerate(before):
+            if item.module not in changed and item.differs(after.get(item.module)):
+                return place, after.get(item.module)
+        return len(before), None
+
+    def on(module: str, power: float) -> list[Compensation]:
+        kind = skeleton(f"{module}.weight")
+        return [Compensation(axis, name, power=power) for name in parity.state if skeleton(name) == kind]
+
+    found: list[Compensation] = []
+    place, other = first_other(found)
+    for _ in range(_MOST_INSIDE):
+        if other is None:
+            break
+        near = [item.module for item in before[max(0, place - _NEAR) : place] if item.linear][::-1]
+        exact = math.log2(other.rms / before[place].rms) if before[place].rms and other.rms else 0.0
+        power = -round(2 * exact) / 2
+        likely = [before[place].module] if before[place].linear else near[:1]
+        trials = [(name, power) for name in likely if power]
+        trials += [(name, power) for name in near for power in _INNER_POWERS]
+        used = {skeleton(c.tensor) for c in found}
+        best = None
+        for module, power in trials:
+            if skeleton(f"{module}.weight") in used:
+                continue
+            then = first_other([*found, *on(module, power)])
+            if then[0] > place:
+                best = (module, power, then)
+                break
+        if best is None:
+            break
+        found += on(*best[:2])
+        place, other = best[2]
+    return tuple(found)
+
+
+def _inputs(model: nn.Module, ids: torch.Tensor) -> list[_Input]:
+    """What enters the modules with a weight, in the order in which they run."""
+    import torch
+
+    found: dict[str, _Input] = {}
+
+    def watch(name: str, linear: bool) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            entering = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+            if entering and entering[0].is_floating_point() and entering[0].numel():
+                entries = entering[0].to(torch.float64)
+                rms, size = entries.square().mean().sqrt(), entries.abs().mean()
+                found.setdefault(name, _Input(name, linear, float(rms), float(size)))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name, isinstance(module, torch.nn.Linear)), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+    ]
+    try:
+        run(model, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found.values())
 
 
 def _embedding_powers(

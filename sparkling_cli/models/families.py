@@ -111,8 +111,12 @@ def _parsed_candidates(
     n: int, moved: Mapping[str, int], found: TinyAxes, kinds: Mapping[str, str | None]
 ) -> list[str]:
     texts = candidates(n, moved, found.sizes, kinds)
-    if found.coupled and set(moved) == {"hidden"}:
+    if found.coupled and "hidden" in moved and set(moved) <= {"hidden", "kv_heads"}:
         texts += grouped_candidates(n, found.sizes)
+    if moved.get("hidden") == n and not texts:
+        rest = {axis: entries for axis, entries in moved.items() if axis != "hidden"}
+        for axis in found.coupled:  # of hidden only because the two grow together
+            texts += candidates(n, {axis: n, **rest}, found.sizes, kinds)
     fits = []
     for text in texts:
         try:
@@ -173,8 +177,10 @@ def directions(
             return ("{0} <- {1}",)
         if isinstance(owner, torch.nn.Embedding) or type(owner).__name__ == "Conv1D":
             return ("{0} -> {1}",)
-    if isinstance(owner, torch.nn.Conv1d) and leaf == "weight":
-        return ("scale {0} {1} {2}",) if shape[1] == 1 else ("{0} <- {1} {2}",)
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    if isinstance(owner, convolutions) and leaf == "weight":
+        taps = " ".join(f"{{{i}}}" for i in range(2, len(shape)))
+        return (f"scale {{0}} {{1}} {taps}",) if shape[1] == 1 else (f"{{0}} <- {{1}} {taps}",)
     return _raw_directions(leaf, shape, stacked)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.expr import TensorLayout
+from sparkling_cli.layout.expr import Role, TensorLayout
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.names import skeleton
+from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.attention import split_heads
 from sparkling_cli.models.axes import FROZEN, TinyAxes, find_axes, grows
 from sparkling_cli.models.compensate import hypotheses_for
@@ -18,12 +20,15 @@ from sparkling_cli.models.families import Family, Hypotheses, Options, _tied_hea
 from sparkling_cli.models.labels import label, texts
 from sparkling_cli.models.parity import LogitParity, widened
 from sparkling_cli.models.search import Outcome, effects, layouts_of, prove
+from sparkling_cli.models.sizes import OTHER_MODALITY
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model
 from sparkling_cli.models.stored import ignored_by
 
 #: Kinds of the axes that people widen; for these the search tries many layouts, for others a few.
 WIDTHS = frozenset({"hidden", "ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "q_per_kv"})
 MANY, FEW = 64, 8
+#: Names of parameters that make the text's entries out of another modality's, or are added to them.
+_MADE = re.compile(rf"{OTHER_MODALITY.pattern}|visual|multi_?modal|mm_|_bias$|_embed$")
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def prove_axes(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Find
     unreached = parity.unreached()
     verdicts: dict[str, AxisVerdict] = {}
     compensations: tuple[Compensation, ...] = ()
-    options = hyp.options
+    options = _settled(hyp, unreached)
     for name in sorted(found.axes, key=lambda n: n != "hidden"):
         verdict, outcome = _proved_alone(parity, hyp, options, name, unreached)
         verdicts[name] = verdict
@@ -113,6 +118,26 @@ def prove_axes(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Find
         frozenset(skeleton(name) for name, _ in parity.model.named_buffers()),
         ignored_by(parity.model),
     )
+
+
+def _settled(hyp: Hypotheses, unreached: frozenset[str]) -> Options:
+    """The options without directions in which parameters that text does not reach would use up what grows.
+
+    A single vector is added or multiplied; what leads from another modality into the text makes its entries,
+    whatever its own input is.
+    """
+    options = dict(hyp.options)
+    for family in hyp.families:
+        vector = sum(n > 1 for n in family.shape) == 1
+        if set(family.names) <= unreached and (vector or all(map(_MADE.search, family.names))):
+            made = [o for o in options[family.direction] if not _uses_up(o, family)]
+            options[family.direction] = tuple(made) or options[family.direction]
+    return options
+
+
+def _uses_up(direction: str, family: Family) -> bool:
+    parsed = parse_layout(direction.format(*(f"d{i}" for i in range(len(family.shape)))))
+    return any(dim.role is Role.IN and moved for dim, moved in zip(parsed.dims, family.moves, strict=True))
 
 
 def _proved_alone(

@@ -32,17 +32,12 @@ from sparkling_cli.models.patterns import Pattern, fill, patterns_of, placeholde
 from sparkling_cli.models.prove import WIDTHS, Findings
 from sparkling_cli.models.real_model import RealModel
 from sparkling_cli.models.shrink import shapes
-from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, walk
+from sparkling_cli.models.sizes import Path, get_path, tower_outputs, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, text_prefix
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 
 #: Kinds of axes that never grow; head_dim does not either, but hidden may need it written.
 _NEVER_WRITTEN = frozenset({"vocab", "positions", "experts", "shared_experts"})
-
-#: Keys of a tower that say how wide its output is.
-_OUTPUT = re.compile(
-    r"^(out|output|proj|projection|projector|text|llm|lm|language)_|_output_dim$|^output_dims?$"
-)
 
 
 def real_layout(
@@ -83,7 +78,7 @@ def real_layout(
         if disk is None
         else tuple(TensorPattern(t, _renamed(lay, renames)) for t, lay in disk.items()),
         config=_config_terms(findings.found, real, prefix, renames, axes),
-        compensations=_compensations(findings),
+        compensations=_compensations(findings, patterns),
         tied=_tied(findings),
         assembly=assembly,
         aliases=_aliases(findings, renames),
@@ -119,10 +114,9 @@ def _without_towers(layout: ModelLayout, config: Mapping[str, Any]) -> ModelLayo
     hidden = layout.axes.get("hidden")
     if hidden is None or not hidden.widenable:
         return layout
-    for path, value in walk(config):
-        tower = OTHER_MODALITY.search(".".join(path[:-1])) and _OUTPUT.search(path[-1])
-        if tower and value == hidden.size and ".".join(path) not in layout.config:
-            reason = f"{'.'.join(path)} = {value} is the width of what enters the text, and would stay"
+    for path in tower_outputs(config, hidden.size):
+        if ".".join(path) not in layout.config:
+            reason = f"{'.'.join(path)} = {hidden.size} is the width of what enters the text, and would stay"
             refused = {n: layout.axes[n] for n in ("hidden", *hidden.joint)}
             changed = {n: replace(info, widenable=False, reason=reason) for n, info in refused.items()}
             return replace(layout, axes={**layout.axes, **changed})
@@ -257,13 +251,22 @@ def _tied(findings: Findings) -> tuple[tuple[str, ...], ...]:
     return tuple(groups)
 
 
-def _compensations(findings: Findings) -> tuple[Compensation, ...]:
-    """Factors under module names, and again under the names on disk where those differ."""
+def _compensations(findings: Findings, patterns: Sequence[Pattern]) -> tuple[Compensation, ...]:
+    """Factors under module names, and again under the names on disk where those differ.
+
+    Those inside layers hold for every layer that has the tensor.
+    """
     on_disk = {t.source: t.name for t in findings.disk or ()}
-    found = list(findings.compensations)
+    found: dict[Compensation, None] = {}
+    for c in findings.compensations:
+        key, indices = split(c.tensor)
+        names = [template(p) for p in patterns if p.key == key] if indices else [c.tensor]
+        found.update(dict.fromkeys(replace(c, tensor=name) for name in names))
     for c in findings.compensations:
         if c.tensor and on_disk.get(c.tensor, c.tensor) != c.tensor:
-            found.append(replace(c, tensor=on_disk[c.tensor]))
+            if split(c.tensor)[1]:
+                raise LayoutError(f"the factor on {c.tensor!r} is on disk under another name, layer by layer")
+            found[replace(c, tensor=on_disk[c.tensor])] = None
     return tuple(found)
 
 

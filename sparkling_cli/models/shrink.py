@@ -32,6 +32,8 @@ _MAX_LAYERS = 12
 _MAX_ENTRIES = 20_000_000
 #: Layer counts that may fail before a variant is given up; some patterns need a third or fourth layer.
 _PATIENCE = 2
+#: Decoders whose input has a row for each codebook.
+_CODEBOOKS = frozenset({"musicgen", "musicgen_decoder", "musicgen_melody", "musicgen_melody_decoder"})
 _INDEXED = re.compile(r"\.(\d+)\.")
 
 
@@ -91,12 +93,14 @@ def layer_kinds(model: nn.Module) -> frozenset[frozenset[str]]:
 
 
 def tokens(config: Mapping[str, Any], *, seed: int = 0) -> torch.Tensor:
-    """Random token ids (1, 11) inside the vocabulary, clear of special ids."""
+    """Random token ids (1, 11) inside the vocabulary, clear of special ids; a row per codebook."""
     import torch
 
     vocab = [v for p, v in walk(config) if kind_of(p[-1]) == "vocab" and isinstance(v, int) and v]
+    books = [v for p, v in walk(config) if p[-1] == "num_codebooks" and isinstance(v, int)]
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(5, min(vocab, default=60), (1, 11), generator=generator)
+    rows = books[0] if books and config.get("model_type") in _CODEBOOKS else 1
+    return torch.randint(5, min(vocab, default=60), (rows, 11), generator=generator)
 
 
 def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

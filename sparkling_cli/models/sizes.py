@@ -54,6 +54,11 @@ _HINTS: tuple[tuple[str, str], ...] = (
 #: Parts of a composite config that hold no language model.
 OTHER_MODALITY = re.compile(r"vision|audio|image|img|speech|codec|depth")
 
+#: Keys of such a part that say how wide its output is.
+_OUTPUT = re.compile(
+    r"^(out|output|proj|projection|projector|text|llm|lm|language)_|_output_dim$|^output_dims?$"
+)
+
 #: Tiny sizes: pairwise unambiguous, also their doubles and the usual products.
 TINY_SIZES: Mapping[str, int] = {
     "layers": 2,
@@ -97,6 +102,15 @@ def walk(config: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, A
             yield from walk(value, (*prefix, key))
         else:
             yield (*prefix, key), value
+
+
+def tower_outputs(config: Mapping[str, Any], hidden: int) -> list[Path]:
+    """Keys of parts for other modalities that give the width of what enters the text, where it is as wide."""
+    return [
+        path
+        for path, value in walk(config)
+        if value == hidden and OTHER_MODALITY.search(".".join(path[:-1])) and _OUTPUT.search(path[-1])
+    ]
 
 
 def get_path(config: Mapping[str, Any], path: Path) -> Any:

@@ -46,6 +46,9 @@ def candidates(n: int, moves: Mapping[str, int], sizes: Sizes, kinds: Mapping[st
 
 def grouped_candidates(n: int, sizes: Sizes) -> list[str]:
     """Terms of a dim of key/value heads where ``head_dim`` is hidden over heads."""
+    if {"kv_heads", "hidden", "head_dim"} <= set(sizes) and "q_per_kv" not in sizes:
+        apart = n == sizes["hidden"] + 2 * sizes["kv_heads"] * sizes["head_dim"]
+        return ["(hidden + (kv_heads head_dim) + (kv_heads head_dim))"] if apart else []
     if not {"kv_heads", "q_per_kv", "head_dim"} <= set(sizes):
         return []
     times, odd = divmod(n, sizes["kv_heads"] * sizes["head_dim"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparkling_cli.models.sizes import TINY_SIZES, Path, get_path, kind_of, set_path, walk
+from sparkling_cli.models.sizes import TINY_SIZES, Path, get_path, kind_of, set_path, tower_outputs, walk
 from sparkling_cli.models.skeleton import ConfigDict
 
 _DENSE_PREFIX = re.compile(r"first_k_dense|num_dense_layers|_layer_start_index$")
@@ -28,6 +28,8 @@ class Variant:
     """keep fewer kv heads than heads where the real config has them"""
     filled: bool = False
     """give sizes that the config leaves empty a value from the start"""
+    compact: bool = False
+    """choose sizes of state-space mixers too, and keep a size that is the product of two others"""
     related: bool = False
     """keep products of the real config: a head size that is c * hidden / heads stays so"""
 
@@ -55,13 +57,20 @@ VARIANTS = (
     Variant(_POWERS, related=True, filled=True),
     Variant(_POWERS, coupled=True),
     Variant(_POWERS, coupled=True, grouped=False),
+    Variant(TINY_SIZES, compact=True),
+    Variant(_POWERS, compact=True),
 )
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
     """The largest number of layers that the config names, 0 for none."""
-    counts = [v for p, v in walk(config) if kind_of(p[-1]) == "layers" and isinstance(v, int)]
-    return max(counts, default=0)
+    leaves = list(walk(config))
+    counts = [v for p, v in leaves if kind_of(p[-1]) == "layers" and isinstance(v, int)]
+    # A class without such a number counts the entries of a list of kinds.
+    lists = [
+        len(v) for p, v in leaves if isinstance(v, list) and re.search(r"^layers?_(block_)?types?$", p[-1])
+    ]
+    return max(counts or lists, default=0)
 
 
 def index_list(path: Path, value: Any, total: int) -> bool:
@@ -141,18 +150,35 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
             set_path(tiny, path, variant.sizes[str(kind_of(key))])
         elif value is None and variant.filled and _FILLABLE.search(key):
             set_path(tiny, path, 8 if key.endswith(("dim", "qkv")) else 1 if "kv" in key else 2)
+        elif value is None and key == "default_language" and real.get("languages"):
+            set_path(tiny, path, real["languages"][0])
+        elif key == "is_decoder" and value is False and variant.filled:
+            set_path(tiny, path, True)
         elif value is None and key == "layer_types" and variant.filled:
             set_path(tiny, path, ["full_attention"] * count)
         elif value is None and kind_of(key) == "top_k" and variant.filled:
             set_path(tiny, path, variant.sizes["top_k"])
     if variant.related:
         _relate(real, tiny)
+    if variant.compact:
+        _compact(real, tiny)
     if variant.filled:
         for inner in (v for v in tiny.values() if isinstance(v, dict) and "model_type" in v):
             inner.setdefault("rope_theta", 10000.0)
+    main = _main_hidden(real)
+    if main is not None:
+        for path in tower_outputs(real, get_path(real, main)):
+            set_path(tiny, path, get_path(tiny, main))
     _renumber(tiny, indices)
     _plain_rope(tiny)
     return tiny
+
+
+def _main_hidden(real: Mapping[str, Any]) -> Path | None:
+    """The key of the text's hidden size: the one beside the vocabulary."""
+    text = {p[:-1] for p, _ in walk(real) if kind_of(p[-1]) == "vocab"}
+    found = [p for p, v in walk(real) if kind_of(p[-1]) == "hidden" and p[:-1] in text and isinstance(v, int)]
+    return found[0] if found else None
 
 
 def _fills(path: Path, variant: Variant) -> bool:
@@ -183,6 +209,37 @@ def _relate(real: Mapping[str, Any], tiny: ConfigDict) -> None:
             set_path(tiny, heads, number)
             if 1 <= times <= 4 and times * small % number == 0:
                 set_path(tiny, path, times * small // number)
+
+
+#: Tiny sizes of state-space mixers, by the key.
+_MIXER = (
+    (re.compile(r"^(mamba_n|mamba_num|n_mamba)_heads$"), 4),
+    (re.compile(r"(^|_)(d_state|state_size)$"), 12),
+)
+
+
+def _compact(real: Mapping[str, Any], tiny: ConfigDict) -> None:
+    """Make state-space mixers small, and keep ``size = heads * head size`` where the real config has it."""
+    numbers = {p: v for p, v in walk(real) if isinstance(v, int) and not isinstance(v, bool) and v > 1}
+    for path, value in numbers.items():
+        small = next((size for key, size in _MIXER if key.search(path[-1])), None)
+        if small is not None:
+            set_path(tiny, path, min(value, small))
+        elif re.search(r"(^|_)n?_?groups$", path[-1]):
+            set_path(tiny, path, min(value, 2))
+    heads = [p for p in numbers if _MIXER[0][0].search(p[-1])]
+    for count in heads:
+        beside = [p for p in numbers if p[:-1] == count[:-1] and kind_of(p[-1]) == "head_dim"]
+        width = max(beside, key=lambda p: _shared_words(p[-1], count[-1]), default=None)
+        if width is None:
+            continue
+        for whole, value in numbers.items():
+            if (
+                whole[:-1] == count[:-1]
+                and value == numbers[count] * numbers[width]
+                and kind_of(whole[-1]) is None
+            ):
+                set_path(tiny, whole, get_path(tiny, count) * get_path(tiny, width))
 
 
 def _shared_words(a: str, b: str) -> int:

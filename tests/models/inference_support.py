@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.widening.geometry import Growth, Treatment, view_of
 from tests.widening.whole import widen_tensor
 
@@ -37,7 +38,8 @@ def widen_state(
     table = layout.disk_table if on_disk else layout.module_table
     result = {}
     for name, tensor in state.items():
-        own = [c for c in layout.compensations if c.tensor == layout.canonical(name) and c.axis in growth]
+        factors_on = [c for c in layout.compensations if c.tensor and c.axis in growth]
+        own = [c for c in factors_on if NameTemplate(c.tensor).matches(layout.canonical(name))]
         pattern = table.find(layout.canonical(name))
         consumed = frozenset(c.axis for c in own if c.fan_in)
         view = view_of(pattern.dims, layout.sizes, growth, Treatment(), consumed=consumed)
