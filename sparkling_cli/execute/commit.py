@@ -128,9 +128,7 @@ class Staging:
             plan = self.partial / "plan"
             if plan.is_file() and not plan.is_symlink() and plan.read_text() == fingerprint:
                 return True
-            self._clear()
-            (self.partial / "data").mkdir()
-            _write_new(plan, fingerprint.encode())
+            self.restart(fingerprint)
         except OSError as error:
             if self._lock is None:
                 with suppress(OSError):  # it was not made, or another process has begun in it

@@ -96,18 +96,9 @@ class NameTemplate:
             LayoutError: an axis has no index.
         """
         try:
-            found = [str(indices[axis]) for axis in self.axes]
+            return _PLACEHOLDER.sub(lambda match: str(indices[match["axis"]]), self.text)
         except KeyError as error:
             raise LayoutError(f"no index for {{{error.args[0]}}} of {self.text!r}") from None
-        return "".join(itertools.chain.from_iterable(zip(self._between, (*found, ""), strict=True)))
-
-    @cached_property
-    def _between(self) -> tuple[str, ...]:
-        """The text around the placeholders."""
-        ends = [(match.start(), match.end()) for match in _PLACEHOLDER.finditer(self.text)]
-        starts = [0, *(stop for _, stop in ends)]
-        stops = [*(start for start, _ in ends), len(self.text)]
-        return tuple(self.text[start:stop] for start, stop in zip(starts, stops, strict=True))
 
     @property
     def placeholders(self) -> tuple[tuple[str, frozenset[int] | None], ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 from sparkling_cli.errors import LayoutError
@@ -68,17 +69,13 @@ class Region:
                 else:
                     kept = [(a, b) for a, b, s in dim if s <= stage]
                 choices.append(_joined(kept))
-            yield from _product(choices)
+            yield from product(*choices)
         if stage == 0 and not dims:
             yield ()
 
     def count(self, stage: int) -> int:
         """Number of entries of a stage."""
         return sum(prod(stop - start for start, stop in box) for box in self.boxes(stage))
-
-    def flat(self) -> tuple[tuple[Interval, ...], ...]:
-        """Per storage dim, the intervals along the dim itself, its factors multiplied out."""
-        return tuple(_flattened(parts) for parts in self.dims)
 
     def take(self, indices: Sequence[Sequence[int] | None]) -> Region:
         """The region of a part of the parameter.
@@ -192,15 +189,3 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((start, stop))
     return joined
-
-
-def _product(choices: list[list[tuple[int, int]]]) -> Iterator[Box]:
-    if not choices:
-        return
-    if len(choices) == 1:
-        for span in choices[0]:
-            yield (span,)
-        return
-    for span in choices[0]:
-        for rest in _product(choices[1:]):
-            yield (span, *rest)

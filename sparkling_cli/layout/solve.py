@@ -64,19 +64,7 @@ class Equation:
 
 def is_open(data: Mapping[str, Any]) -> bool:
     """Whether a parsed file leaves something to the checkpoint: a size, or whether a name occurs."""
-    axes = data.get("axes")
-    tables = (data.get(table) for table in ("tensors", "disk", "config"))
-    names = (str(name) for table in tables if isinstance(table, Mapping) for name in table)
-    missing = isinstance(axes, Mapping) and any(
-        isinstance(axis, Mapping) and "size" not in axis for axis in axes.values()
-    )
-    return (
-        missing
-        or "requires" in data
-        or "classes" in data
-        or "ties" in data
-        or any(name.endswith(("?", "+")) for name in names)
-    )
+    return _with_placeholders(data) != data
 
 
 def solve_layout(

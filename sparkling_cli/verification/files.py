@@ -8,22 +8,13 @@ from pathlib import Path, PurePosixPath
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.assemble import FileDigest, digests_text
-from sparkling_cli.manifest import Manifest
+from sparkling_cli.manifest import FileEntry, Manifest
 from sparkling_cli.storage.crc import Span, crc32
 
 #: a range of a file that one task reads
 _TASK = 1 << 25
 #: kinds of files that people and loggers leave beside a checkpoint, and that nothing loads
 _REMARKS = frozenset({".txt", ".md", ".log", ".out", ".csv", ".png", ".svg", ".pdf", ".html"})
-
-
-@dataclass(frozen=True)
-class FileCheck:
-    """A file as it was written; ``sidecar`` if it lies in the ``sparkling`` folder."""
-
-    size: int
-    crc32: int
-    sidecar: bool
 
 
 @dataclass
@@ -33,7 +24,7 @@ class FileList:
     ``unwritten`` could be taken for a part of the checkpoint, ``extras`` could not.
     """
 
-    checks: dict[str, FileCheck] = field(default_factory=dict)
+    checks: dict[str, FileEntry] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
     extras: list[str] = field(default_factory=list)
@@ -105,7 +96,7 @@ def list_files(output: Path, sidecars: Path, manifest: Manifest, skip: Collectio
             size = here.stat().st_size
             found.faults.append(f"{path or output.name} has {size:,} bytes, {entry.bytes:,} were written")
         else:
-            found.checks[path] = FileCheck(entry.bytes, entry.crc32, path.startswith("sparkling/"))
+            found.checks[path] = entry
     ours = {PurePosixPath(path).parts[0] for path in manifest.files if "/" in path} | {"sparkling"}
     for path in sorted(there):
         if path not in skip:

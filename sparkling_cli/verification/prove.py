@@ -14,18 +14,18 @@ from sparkling_cli.execute.commit import in_the_making
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.manifest import Manifest, TensorEntry, read_manifest
+from sparkling_cli.manifest import FileEntry, Manifest, TensorEntry, read_manifest
 from sparkling_cli.models.expected import Asking, class_faults, weight_shapes
 from sparkling_cli.plan.model import CARRIED
 from sparkling_cli.results.commands import Verification
 from sparkling_cli.storage.crc import Span, crc32, whole
 from sparkling_cli.storage.places import Handles, Placement, span_of
 from sparkling_cli.storage.pool import processors, spread
-from sparkling_cli.storage.sidecar import DIGESTS, MANIFEST, sidecar_root
+from sparkling_cli.storage.sidecar import DIGESTS, FOLDER, MANIFEST, sidecar_root
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
 from sparkling_cli.verification.account import account_faults, narrow_faults
 from sparkling_cli.verification.compare import Found, Neighbours, Subject, bundles, examine
-from sparkling_cli.verification.files import FileCheck, check_small_files, file_size, gaps, list_files
+from sparkling_cli.verification.files import check_small_files, file_size, gaps, list_files
 from sparkling_cli.verification.origin import listed, other_source
 from sparkling_cli.verification.public import unreadable
 from sparkling_cli.verification.rules import Derivation, assembled
@@ -86,7 +86,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
         answer = asked.answer()
         if origin is not None and work.found is not None and not work.source_faults:
             was = origin.checkpoint
-            own = {path for path, check in files.checks.items() if not check.sidecar}
+            own = {path for path in files.checks if not path.startswith(f"{FOLDER}/")}
             carried = own & set(manifest.source.files)
             closed, inside = unreadable(work.found, own - carried, carried, source)
             work.output_faults += closed
@@ -100,7 +100,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
     _stop_at(faults, output)
     return Verification(
         files=len(files.checks) + 2,
-        nbytes=sum(check.size for check in files.checks.values()),
+        nbytes=sum(check.bytes for check in files.checks.values()),
         tensors=len(manifest.tensors),
         derived=0 if origin is None else len(manifest.tensors),
         moments=0 if origin is None else sum(_reset(subject.wanted) for subject in work.subjects),
@@ -211,7 +211,7 @@ class _Work:
         self,
         output: Path,
         manifest: Manifest,
-        files: Mapping[str, FileCheck],
+        files: Mapping[str, FileEntry],
         derivation: Derivation,
         origin: _Origin | None,
     ) -> None:
@@ -224,7 +224,7 @@ class _Work:
         self.subjects: list[Subject] = []
         self.found: Checkpoint | None = None
         self.config: Mapping[str, Any] | None = None
-        self.total = sum(check.size for check in files.values())
+        self.total = sum(check.bytes for check in files.values())
         self._judge_names()
 
     def _judge_names(self) -> None:
@@ -374,11 +374,11 @@ class _Work:
                     used[place.path].append((place.offset, place.offset + place.stop - place.start))
         covered, parts = set(), {}
         for path, check in self.files.items():
-            if check.sidecar:
+            if path.startswith(f"{FOLDER}/"):
                 continue
-            free = gaps(used[path], check.size)
+            free = gaps(used[path], check.bytes)
             if free is None:
-                parts[path] = gaps([], check.size) or []
+                parts[path] = gaps([], check.bytes) or []
             else:
                 covered.add(path)
                 parts[path] = free
@@ -418,10 +418,10 @@ class _Work:
     def _file(self, path: str, spans: list[Span]) -> str | None:
         check = self.files[path]
         try:
-            if check.sidecar:
+            if path.startswith(f"{FOLDER}/"):
                 content = (sidecar_root(self.output) / path).read_bytes()
                 return None if crc32(content) == check.crc32 else f"{path} was changed"
-            found = whole(spans, 0, check.size)
+            found = whole(spans, 0, check.bytes)
         except (OSError, ValueError):
             return f"{path}: not every byte of it could be read"
         return None if found == check.crc32 else f"{path or self.output.name}: a byte of it was changed"
