@@ -83,11 +83,12 @@ def open_source(
         CheckpointError, LayoutError: see there.
     """
     from sparkling_cli.formats.detect import open_checkpoint
+    from sparkling_cli.manifest import manifest_of
     from sparkling_cli.models.locate import find_layout, named_states
     from sparkling_cli.plan.naming import weights_of
 
     checkpoint = open_checkpoint(source)
-    previous = previous_manifest(source)
+    previous = manifest_of(source)
     found = find_layout(checkpoint, layout_path=layout, model=model, previous=previous)
     try:
         return named_states(checkpoint, found, model=model), found, previous
@@ -95,15 +96,6 @@ def open_source(
         # If the weights do not fit either, that is the cause, and the clearer message.
         weights_of(checkpoint, found, "disk")
         raise
-
-
-def previous_manifest(source: Path) -> Manifest | None:
-    """The manifest of an earlier expansion that this checkpoint descends from, if there is one."""
-    from sparkling_cli.manifest import read_manifest
-    from sparkling_cli.storage.sidecar import MANIFEST, sidecar_root
-
-    path = sidecar_root(source) / MANIFEST
-    return read_manifest(path) if path.is_file() else None
 
 
 @collector_paused()  # plans of many tensors are many objects

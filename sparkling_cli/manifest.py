@@ -25,7 +25,7 @@ from sparkling_cli.plan.symmetry import treatment_of, with_fills
 from sparkling_cli.results.account import Account
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
-from sparkling_cli.storage.sidecar import FOLDER, MANIFEST
+from sparkling_cli.storage.sidecar import FOLDER, MANIFEST, sidecar_root
 from sparkling_cli.widening.geometry import Growth, Span
 
 FORMAT = 2
@@ -135,15 +135,13 @@ class Manifest(_Data):
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A manifest file, or the one of an output directory.
+    """A manifest file, or the one of an output.
 
     Raises:
         CheckpointError: there is none, or it is damaged or of another version.
     """
-    if path.is_dir():
-        path = path / MANIFEST
     hint = "only outputs of `sparkling expand` have one"
-    data = read_sidecar(path, "manifest", version=FORMAT, earlier=_EARLIER, hint=hint)
+    data = read_sidecar(path, MANIFEST, "manifest", version=FORMAT, earlier=_EARLIER, hint=hint)
     try:
         if data["format_version"] in _EARLIER:
             data = _without(data, "views")
@@ -158,6 +156,12 @@ def read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"the manifest {path} is damaged: {where}: {first['msg']}") from None
+
+
+def manifest_of(checkpoint: Path) -> Manifest | None:
+    """The manifest of a checkpoint that is an output or descends from one; None if it is neither."""
+    path = sidecar_root(checkpoint) / MANIFEST
+    return read_manifest(path) if path.is_file() else None
 
 
 def _without(data: Mapping[str, Any], *keys: str) -> dict[str, Any]:

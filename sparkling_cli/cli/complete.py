@@ -49,12 +49,12 @@ def axes(ctx: typer.Context, incomplete: str) -> list[str]:
     source: Any = ctx.params.get("source") or next(iter(ctx.args), None)
     if source is not None:
         with suppress(Exception):  # a shell that asks for words is no place for a message
-            from sparkling_cli.api import previous_manifest
             from sparkling_cli.formats.detect import open_checkpoint
+            from sparkling_cli.manifest import manifest_of
             from sparkling_cli.models.locate import packaged_layout
             from sparkling_cli.plan.resolve import offered_axes
 
-            previous = previous_manifest(Path(source))
+            previous = manifest_of(Path(source))
             found = previous.model_layout() if previous else packaged_layout(open_checkpoint(Path(source)))
             names = offered_axes(found) if found is not None else names
     return [name for name in names if name.startswith(incomplete)]

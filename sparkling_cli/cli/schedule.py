@@ -91,7 +91,7 @@ def schedule(
         total_steps=total_steps,
         expansion_step=expansion_step,
     )
-    rewarmup = _written(source, opt.given(fields)) if write else read_rewarmup(_file(source))
+    rewarmup = _written(source, opt.given(fields)) if write else read_rewarmup(source)
     if not write and opt.given(fields):
         raise SpecError("these options describe a schedule that is to be written", hint="add --write")
     first, last = _range(steps, rewarmup)
@@ -124,14 +124,6 @@ def _written(source: Path, changes: dict[str, Any]) -> Rewarmup:
         output.warn(text)
     output.note(f"written  {sidecar_root(source) / REWARMUP}")
     return rewarmup
-
-
-def _file(source: Path) -> Path:
-    from sparkling_cli.storage.sidecar import REWARMUP, sidecar_root
-
-    if source.is_file() and source.suffix != ".json":
-        return sidecar_root(source, True) / REWARMUP
-    return source
 
 
 def _range(text: str | None, rewarmup: Rewarmup) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from sparkling_cli.diagnostics.weights import measure_weights
 from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError, SparklingError
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.manifest import read_manifest
+from sparkling_cli.manifest import manifest_of
 from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.plan.symmetry import treatment_of
 from sparkling_cli.results.measured import Activations, Inspection, Measurement, Symmetry
@@ -119,10 +119,9 @@ def _carried(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, float]:
 
     Between two checkpoints of one size there was no expansion.
     """
-    found = _manifest_of(checkpoint)
-    if not found.is_file() or _shapes(checkpoint) == _shapes(other):
+    manifest = manifest_of(checkpoint.root)
+    if manifest is None or _shapes(checkpoint) == _shapes(other):
         return {}
-    manifest = read_manifest(found)
     treatment = treatment_of(make_spec(manifest.spec))
     return carried_factors(manifest.model_layout(), manifest.growth(), treatment)
 
@@ -151,8 +150,7 @@ def _named(checkpoint: Checkpoint, model: str | None, layout: Path | None) -> Ch
         with suppress(CheckpointError):  # Muon's groups: only the layout tells embeddings and head apart
             own = model_parameters(checkpoint.config, model)
             return name_parameters(checkpoint, own.shapes, own.decayed)
-    made = _manifest_of(checkpoint)
-    previous = read_manifest(made) if made.is_file() else None
+    previous = manifest_of(checkpoint.root)
     found = find_layout(checkpoint, layout_path=layout, model=model, previous=previous)
     return named_states(checkpoint, found, model=model)
 
@@ -166,25 +164,25 @@ def _unrelated(checkpoint: Checkpoint, other: Checkpoint) -> tuple[list[str], st
             "the comparison says nothing about an expansion"
         )
     if _shapes(checkpoint) == _shapes(other):
-        if _manifest_of(other).is_file():
+        if _has_manifest(other):
             return [], ""
         return ["no expansion lies between these two: no symmetry meter"], ""
-    if not _manifest_of(checkpoint).is_file():
+    if not _has_manifest(checkpoint):
         return [], "their sizes differ, and no expansion is known between these two: they may be unrelated"
     return [], ""
 
 
 def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> Symmetry | None:
     """The meter, where ``expanded`` has a manifest and the two are of one size (else: not trained yet)."""
-    if not _manifest_of(expanded).is_file() or _shapes(checkpoint) != _shapes(expanded):
+    if not _has_manifest(expanded) or _shapes(checkpoint) != _shapes(expanded):
         return None
     from sparkling_cli.diagnostics.symmetry import measure_symmetry
 
     return measure_symmetry(path, expanded.root)
 
 
-def _manifest_of(checkpoint: Checkpoint) -> Path:
-    return sidecar_root(checkpoint.root) / MANIFEST
+def _has_manifest(checkpoint: Checkpoint) -> bool:
+    return (sidecar_root(checkpoint.root) / MANIFEST).is_file()
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

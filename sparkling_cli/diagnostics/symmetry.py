@@ -9,7 +9,7 @@ for ``ffn`` the gate and up rows and the down column, for each expert by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,6 @@ from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, read_manifest
 from sparkling_cli.results.measured import ChannelSymmetry, Symmetry
 from sparkling_cli.storage.read import TensorSource
-from sparkling_cli.storage.sidecar import MANIFEST, sidecar_root
 from sparkling_cli.storage.tensors import FLOATING
 from sparkling_cli.widening.geometry import Growth, Treatment, ViewDim, view_of
 
@@ -43,11 +42,11 @@ def measure_symmetry(trained: Path | str, expanded: Path | str, *, stage: int | 
     Raises:
         CheckpointError: there is no manifest, or the trained checkpoint is not of this model.
     """
-    manifest = _manifest(Path(expanded))
+    manifest = read_manifest(Path(expanded))
     layout = manifest.model_layout()
     growth, before = _growth(manifest, layout, stage)
     checkpoint = open_checkpoint(Path(trained))
-    sums: dict[_Key, _Sums] = {}
+    sums: dict[_Key, torch.Tensor] = {}
     with TensorSource(checkpoint) as source:
         for name, key in checkpoint.weights.items():
             pattern = _dims(name, layout)
@@ -68,23 +67,6 @@ class _Key:
     numbers: tuple[int, ...]
     axis: str
     stack: int
-
-
-@dataclass
-class _Sums:
-    """Per channel (flattened with stacked experts): products over all tensors seen so far."""
-
-    dot: torch.Tensor
-    new: torch.Tensor
-    source: torch.Tensor
-    apart: torch.Tensor
-    tensors: list[str] = field(default_factory=list)
-
-
-def _manifest(expanded: Path) -> Manifest:
-    if expanded.is_file() and expanded.suffix != ".json":
-        return read_manifest(sidecar_root(expanded) / MANIFEST)
-    return read_manifest(expanded)
 
 
 def _growth(
@@ -124,7 +106,7 @@ def _check_shape(checkpoint: Checkpoint, name: str, dims: TensorLayout, layout: 
 
 
 def _add(
-    sums: dict[_Key, _Sums],
+    sums: dict[_Key, torch.Tensor],
     name: str,
     tensor: torch.Tensor,
     dims: TensorLayout,
@@ -148,17 +130,12 @@ def _add(
         channels = channels.flatten(2) if channels.dim() > 2 else channels[..., None]
         a, b = channels[:, new], channels[:, old]
         numbers = tuple(int(part) for part in name.split(".") if part.isdigit())
-        parts = [(a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1), ((a - b) ** 2).sum(-1)]
+        parts = torch.stack([pair.sum(-1) for pair in (a * b, a * a, b * b, (a - b) ** 2)])
         key = _Key(numbers, axis, channels.shape[0] if front else 0)
-        if key not in sums or sums[key].dot.shape != parts[0].shape:
-            if key in sums:  # the axis occurs with another multiplicity (q and k heads, say)
-                key = _Key(numbers, f"{axis} of {name}", key.stack)
-            sums[key] = _Sums(parts[0], parts[1], parts[2], parts[3])
-        else:
-            known = sums[key]
-            for total, part in zip((known.dot, known.new, known.source, known.apart), parts, strict=True):
-                total += part
-        sums[key].tensors.append(name)
+        if key in sums and sums[key].shape != parts.shape:
+            # the axis occurs with another multiplicity (q and k heads, say)
+            key = _Key(numbers, f"{axis} of {name}", key.stack)
+        sums[key] = sums[key] + parts if key in sums and sums[key].shape == parts.shape else parts
 
 
 def _pairs(dim: ViewDim) -> tuple[list[int], list[int]]:
@@ -181,19 +158,16 @@ def _axes(dims: TensorLayout, growth: Mapping[str, Growth]) -> list[str]:
     return found
 
 
-def _rows(sums: Mapping[_Key, _Sums]) -> Iterator[ChannelSymmetry]:
+def _rows(sums: Mapping[_Key, torch.Tensor]) -> Iterator[ChannelSymmetry]:
     import torch
 
-    groups: dict[tuple[int | None, str], list[_Sums]] = {}
+    groups: dict[tuple[int | None, str], list[torch.Tensor]] = {}
     for key, value in sums.items():
         layer = key.numbers[0] if key.numbers else None
         axis = key.axis.partition(" of ")[0]
         groups.setdefault((layer, axis), []).append(value)
     for (layer, axis), values in groups.items():
-        dot, new, source, apart = (
-            torch.cat([getattr(v, name).flatten() for v in values])
-            for name in ("dot", "new", "source", "apart")
-        )
+        dot, new, source, apart = torch.cat([value.flatten(1) for value in values], dim=1)
         norms = (new * source).sqrt()
         both_zero = (new == 0) & (source == 0)
         cosine = torch.where(norms > 0, dot / norms.clamp_min(1e-300), both_zero.to(dot.dtype))

@@ -57,18 +57,8 @@ class _Sum:
     def stat(self, role: str, layer: int | None, slot: str) -> TensorStat:
         finite = self.entries - self.nan - self.inf
         rms = sqrt(self.squares / finite) if finite else 0.0
-        return TensorStat(
-            role=role,
-            layer=layer,
-            slot=slot,
-            tensors=self.tensors,
-            entries=self.entries,
-            rms=rms,
-            largest=self.largest,
-            zeros=self.zeros,
-            nan=self.nan,
-            inf=self.inf,
-        )
+        counted = {name: value for name, value in vars(self).items() if name != "squares"}
+        return TensorStat(role=role, layer=layer, slot=slot, rms=rms, **counted)
 
 
 def measure_weights(checkpoint: Checkpoint, *, piece: int = PIECE) -> Weights:

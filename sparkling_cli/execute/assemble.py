@@ -62,14 +62,6 @@ def tensor_spans(jobs: Iterable[tuple[RowJob, tuple[Span, ...]]], handles: Handl
                 found.setdefault(extent.path, []).append(span)
             continue
         places = job.target.places
-        if len(places) == 1:
-            _, _, path, base = places[0]
-            into = found.get(path)
-            if into is None:
-                into = found[path] = []
-            for start, length, crc in spans:
-                into.append(Span(base + start, length, crc))
-            continue
         starts = [place.start for place in places]
         for start, length, crc in spans:
             place = places[bisect_right(starts, start) - 1]

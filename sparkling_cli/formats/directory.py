@@ -12,7 +12,7 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import OutputFile
-from sparkling_cli.storage.sidecar import FOLDER
+from sparkling_cli.storage.sidecar import FOLDER, sidecar_root
 
 
 def list_files(root: Path) -> tuple[str, ...]:
@@ -131,12 +131,13 @@ def read_json(root: Path, relative: str) -> dict[str, Any]:
 
 
 def read_sidecar(
-    path: Path, what: str, *, version: int, hint: str, earlier: tuple[int, ...] = ()
+    path: Path, name: str, what: str, *, version: int, hint: str, earlier: tuple[int, ...] = ()
 ) -> dict[str, Any]:
     """A JSON document of an output's ``sparkling/`` folder, of the version that this program reads.
 
     Args:
-        path: the file.
+        path: an output, or the file itself.
+        name: of the file in an output.
         what: it is, for messages ("manifest").
         version: the ``format_version`` that is expected.
         hint: why there may be none.
@@ -145,6 +146,8 @@ def read_sidecar(
     Raises:
         CheckpointError: there is none, it is damaged, or of another version.
     """
+    if path.suffix != ".json" or path.is_dir():
+        path = sidecar_root(path) / name
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:

@@ -39,18 +39,18 @@ class WeightFiles:
     """All weight files of a directory, parsed.
 
     Attributes:
+        index: relative path of the index, "" without one.
+        index_metadata: its ``metadata``.
         names: name in the files -> key. Keys are these names; tied ones that share bytes share a key.
         tensors: key -> place.
         files: relative path -> metadata of a safetensors file, or the parsed torch file.
-        index: relative path of the index, "" without one.
-        index_metadata: its ``metadata``.
     """
 
-    names: Mapping[str, str]
-    tensors: Mapping[str, StoredTensor]
-    files: Mapping[str, Mapping[str, str] | TorchFile | None]
-    index: str = ""
-    index_metadata: Mapping[str, Any] = field(default_factory=dict)
+    index: str
+    index_metadata: Mapping[str, Any]
+    names: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    files: dict[str, Mapping[str, str] | TorchFile | None] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, str]:
@@ -93,7 +93,7 @@ def read_weights(root: Path, present: Sequence[str]) -> WeightFiles:
     if is_index:
         shards, metadata = _read_index(root, entry)
     _check_left_over(entry, shards, present, kind)
-    found = WeightFiles({}, {}, {}, entry if is_index else "", metadata)
+    found = WeightFiles(entry if is_index else "", metadata)
     for relative in shards:
         path = inside(root, relative, entry)
         names, tensors, parsed = (
@@ -104,15 +104,10 @@ def read_weights(root: Path, present: Sequence[str]) -> WeightFiles:
         for name in names:
             if name in found.names:
                 raise CheckpointError(f"{relative}: {name!r} is in another shard too")
-        _as_dict(found.names).update(names)
-        _as_dict(found.tensors).update(tensors)
-        _as_dict(found.files)[relative] = parsed
+        found.names.update(names)
+        found.tensors.update(tensors)
+        found.files[relative] = parsed
     return found
-
-
-def _as_dict(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    assert isinstance(mapping, dict)
-    return mapping
 
 
 def _read_index(root: Path, entry: str) -> tuple[dict[str, list[str]], Mapping[str, Any]]:

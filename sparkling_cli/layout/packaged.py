@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.file import from_dict, read_toml
@@ -21,35 +21,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+if TYPE_CHECKING:
+    from sparkling_cli.formats.model import Checkpoint
+
 #: a line of a table of tensors that does not end in ``?``
 _NEEDED = re.compile(r'^"([^"]*[^"?])" *=', re.MULTILINE)
-
-
-class _Stored(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-class _State(Protocol):
-    @property
-    def param(self) -> str: ...
-    @property
-    def tensors(self) -> Mapping[str, str]: ...
-
-
-class _Source(Protocol):
-    """What is needed of a checkpoint; ``checkpoint.model.Checkpoint`` has it."""
-
-    @property
-    def format(self) -> str: ...
-    @property
-    def tensors(self) -> Mapping[str, _Stored]: ...
-    @property
-    def weights(self) -> Mapping[str, str]: ...
-    @property
-    def states(self) -> tuple[_State, ...]: ...
-    @property
-    def config(self) -> Mapping[str, Any] | None: ...
 
 
 def packaged_names() -> tuple[str, ...]:
@@ -102,7 +78,7 @@ def base_prefixes(model_type: object) -> tuple[str, ...]:
 
 
 def find_packaged(
-    checkpoint: _Source, alike: Callable[[str, str], bool], sizing: Sequence[str] = ()
+    checkpoint: Checkpoint, alike: Callable[[str, str], bool], sizing: Sequence[str] = ()
 ) -> ModelLayout | None:
     """The layout of a checkpoint, from the one packaged file that fits it; None if none does.
 
@@ -154,7 +130,7 @@ def find_packaged(
     return fitting[0] if fitting else None
 
 
-def _same_weights(checkpoint: _Source, alike: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
+def _same_weights(checkpoint: Checkpoint, alike: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
     """Whether two weights are one: where a format stores tied ones twice their values say so."""
 
     def same(one: str, other: str) -> bool:
@@ -164,7 +140,9 @@ def _same_weights(checkpoint: _Source, alike: Callable[[str, str], bool]) -> Cal
     return same
 
 
-def _refuse_unknown_ties(checkpoint: _Source, layout: ModelLayout, alike: Callable[[str, str], bool]) -> None:
+def _refuse_unknown_ties(
+    checkpoint: Checkpoint, layout: ModelLayout, alike: Callable[[str, str], bool]
+) -> None:
     """Names that models of other files tie must not share their values where the layout unties them.
 
     Raises:
@@ -183,7 +161,7 @@ def _refuse_unknown_ties(checkpoint: _Source, layout: ModelLayout, alike: Callab
             )
 
 
-def _shared_is_tied(checkpoint: _Source, layout: ModelLayout) -> bool:
+def _shared_is_tied(checkpoint: Checkpoint, layout: ModelLayout) -> bool:
     """Whether all names that share their bytes are tied in the layout."""
     owners: dict[str, str] = {}
     return all(
@@ -192,7 +170,7 @@ def _shared_is_tied(checkpoint: _Source, layout: ModelLayout) -> bool:
     )
 
 
-def layout_for(checkpoint: _Source, path: Path, alike: Callable[[str, str], bool]) -> ModelLayout:
+def layout_for(checkpoint: Checkpoint, path: Path, alike: Callable[[str, str], bool]) -> ModelLayout:
     """A user's layout file for a checkpoint, or the packaged one of that name; open sizes are solved.
 
     Args:
@@ -214,7 +192,7 @@ def layout_for(checkpoint: _Source, path: Path, alike: Callable[[str, str], bool
     return solve_layout(data, weights, states, checkpoint.config, str(path), alike=same)
 
 
-def shapes_of(checkpoint: _Source) -> tuple[Shapes, Shapes]:
+def shapes_of(checkpoint: Checkpoint) -> tuple[Shapes, Shapes]:
     """Shapes of the weights, and of the state of every parameter (that of its largest state tensor)."""
     weights = {name: checkpoint.tensors[key].shape for name, key in checkpoint.weights.items()}
     states: dict[str, tuple[int, ...]] = {}

@@ -193,16 +193,14 @@ def _check_version_1(data: Mapping[str, Any], stages: tuple[Stage, ...], where: 
 
 
 def read_rewarmup(path: Path, *, replacing: bool = False) -> Rewarmup:
-    """A ``rewarmup.json``, or the one of an output directory.
+    """A ``rewarmup.json``, or the one of an output.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    if path.is_dir():
-        path = path / REWARMUP
     hint = (
         "`sparkling expand` writes one when the source run's schedule is known; to an output that exists, "
         "`sparkling schedule CKPT --write` adds one"
     )
-    data = read_sidecar(path, "re-warmup schedule", version=FORMAT, earlier=EARLIER, hint=hint)
+    data = read_sidecar(path, REWARMUP, "re-warmup schedule", version=FORMAT, earlier=EARLIER, hint=hint)
     return from_data(data, str(path), replacing=replacing)
