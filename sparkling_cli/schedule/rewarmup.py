@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
@@ -61,15 +61,6 @@ class Rewarmup:
         old = self.baseline(step)
         new = stage.eta_new(step)
         return new / old if old > 0 else 1.0
-
-    def rows(self) -> Iterator[tuple[int, float, list[tuple[float, float]]]]:
-        """``(step, eta_old, [(eta_new, ratio) per stage])`` from the last expansion to the end.
-
-        The row of step t is what the optimizer step after t finished ones uses.
-        """
-        for step in range(self.expansion_step, self.baseline.total_steps + 1):
-            pairs = [(s.eta_new(step), self.ratio(s, step)) for s in self.stages]
-            yield step, self.baseline(step), pairs
 
 
 def add_stage(

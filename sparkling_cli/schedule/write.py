@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.schedule.baseline import baseline_of
 from sparkling_cli.schedule.curves import fresh_factor
-from sparkling_cli.schedule.rewarmup import Rewarmup, Stage, add_stage, to_data
+from sparkling_cli.schedule.rewarmup import Rewarmup, add_stage, to_data
 from sparkling_cli.storage.sidecar import CURVE, REWARMUP
 
 if TYPE_CHECKING:
@@ -46,16 +45,7 @@ def plan_rewarmup(
             "bias_correction 'fresh' is for Adam; this checkpoint's optimizer has no betas and step counter",
             hint="use --bias-correction inherit",
         )
-    return add_stage(
-        previous,
-        curve,
-        step,
-        rho=spec.rewarmup.rho,
-        steps=spec.rewarmup.steps,
-        bias_correction=spec.rewarmup.bias_correction,
-        betas=betas,
-        number=number,
-    )
+    return add_stage(previous, curve, step, **spec.rewarmup.model_dump(), betas=betas, number=number)
 
 
 def adam_betas(checkpoint: Checkpoint) -> tuple[float, float] | None:
@@ -129,14 +119,15 @@ def remarks(rewarmup: Rewarmup) -> tuple[str, ...]:
 def rewarmup_files(rewarmup: Rewarmup) -> dict[str, bytes]:
     """The two files, by their paths in the output."""
     text = json.dumps(to_data(rewarmup, notes(rewarmup)), indent=2, allow_nan=False) + "\n"
-    return {REWARMUP: text.encode(), CURVE: b"".join(csv_chunks(rewarmup))}
+    return {REWARMUP: text.encode(), CURVE: _csv(rewarmup).encode()}
 
 
-def csv_chunks(rewarmup: Rewarmup, lines: int = 4096) -> Iterator[bytes]:
-    """The curve as CSV, step by step; every number reads back to the same float64.
+def _csv(rewarmup: Rewarmup) -> str:
+    """The curve as CSV, from the last expansion to the end; every number reads back to the same float64.
 
     Columns: ``step``, ``eta_old``, and per stage ``eta_new``, ``ratio`` and, for fresh bias correction,
-    ``correction`` (the factor on the new entries' Adam update beside the ratio).
+    ``correction`` (the factor on the new entries' Adam update beside the ratio). The row of step t is what
+    the optimizer step after t finished ones uses.
     """
     head = ["step", "eta_old"]
     for stage in rewarmup.stages:
@@ -144,20 +135,12 @@ def csv_chunks(rewarmup: Rewarmup, lines: int = 4096) -> Iterator[bytes]:
         head += [f"eta_new{mark}", f"ratio{mark}"]
         head += [f"correction{mark}"] if stage.bias_correction == "fresh" else []
     rows = [",".join(head)]
-    for step, old, pairs in rewarmup.rows():
-        cells = [str(step), repr(old)]
-        for stage, (new, ratio) in zip(rewarmup.stages, pairs, strict=True):
-            cells += [repr(new), repr(ratio), *_correction(stage, step)]
+    for step in range(rewarmup.expansion_step, rewarmup.baseline.total_steps + 1):
+        cells = [str(step), repr(rewarmup.baseline(step))]
+        for stage in rewarmup.stages:
+            cells += [repr(stage.eta_new(step)), repr(rewarmup.ratio(stage, step))]
+            if stage.bias_correction == "fresh":
+                assert stage.betas is not None  # plan_rewarmup refuses fresh without them
+                cells.append(repr(fresh_factor(*stage.betas, step - stage.expansion_step + 1)))
         rows.append(",".join(cells))
-        if len(rows) >= lines:
-            yield ("\n".join(rows) + "\n").encode()
-            rows.clear()
-    if rows:
-        yield ("\n".join(rows) + "\n").encode()
-
-
-def _correction(stage: Stage, step: int) -> list[str]:
-    if stage.bias_correction != "fresh":
-        return []
-    assert stage.betas is not None  # plan_rewarmup refuses fresh without them
-    return [repr(fresh_factor(*stage.betas, step - stage.expansion_step + 1))]
+    return "\n".join(rows) + "\n"
