@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sparkling_cli.errors import CheckpointError, SparklingError, SpecError
-from sparkling_cli.formats.pause import collector_paused, collector_running
+from sparkling_cli.formats.gc_pause import collector_paused, collector_running
 from sparkling_cli.spec.model import ExpansionSpec
 
 if TYPE_CHECKING:
+    from sparkling_cli.execute.ranks import Team
     from sparkling_cli.execute.stream import Written
-    from sparkling_cli.execute.team import Team
     from sparkling_cli.formats.model import Checkpoint
     from sparkling_cli.layout.model import ModelLayout
     from sparkling_cli.manifest import Manifest
@@ -127,7 +127,7 @@ def make_plan(
     from sparkling_cli.outcome import plan_schedule
     from sparkling_cli.plan.build import build_plan, lay_out
     from sparkling_cli.plan.model import Expansion, Invocation
-    from sparkling_cli.report.card import with_card
+    from sparkling_cli.report.model_card import with_card
     from sparkling_cli.schedule.write import notes, remarks
 
     source = Path(source)
@@ -193,8 +193,8 @@ def expand(
         SparklingError: one of its kinds; nothing that looks finished is left behind.
     """
     from sparkling_cli.execute.distributed import team_of_processes
+    from sparkling_cli.execute.ranks import Team
     from sparkling_cli.execute.stream import execute
-    from sparkling_cli.execute.team import Team
     from sparkling_cli.models.expected import Asking
     from sparkling_cli.outcome import sidecar_files
     from sparkling_cli.plan.build import with_calibration
@@ -288,7 +288,7 @@ def _check_opens(root: Path, plan: Plan, asked: Asking) -> None:
         OutputError: it does not; it never appears.
     """
     from sparkling_cli.errors import OutputError
-    from sparkling_cli.execute.room import reading_back
+    from sparkling_cli.execute.disk_space import reading_back
     from sparkling_cli.formats.detect import open_checkpoint
     from sparkling_cli.models.expected import class_faults, weight_shapes
 

@@ -14,12 +14,12 @@ from sparkling_cli.errors import (
     SpecError,
     VerificationError,
 )
-from sparkling_cli.execute.room import reading_back
-from sparkling_cli.formats.pause import collector_running
+from sparkling_cli.execute.disk_space import reading_back
+from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.manifest import make_manifest
 from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.plan.model import Expansion
-from sparkling_cli.report.assemble import assemble
+from sparkling_cli.report.facts import assemble
 from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.measured import Activations
 from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
@@ -116,7 +116,7 @@ def write_schedule(output: Path, changes: Mapping[str, Any]) -> tuple[Rewarmup, 
     from sparkling_cli.execute.commit import replace_files
     from sparkling_cli.formats.detect import open_checkpoint
     from sparkling_cli.manifest import read_manifest, with_changes
-    from sparkling_cli.report.assemble import with_rewarmup
+    from sparkling_cli.report.facts import with_rewarmup
     from sparkling_cli.report.page import render
     from sparkling_cli.spec.sources import make_spec, merge
     from sparkling_cli.verification.files import check_small_files, with_digests

@@ -132,18 +132,18 @@ def _draw(report: Inspection, path: Path) -> None:
 
 def _show(report: Inspection) -> None:
     """Facts, weights, activations, then the verdict, so that it is the last thing on the screen."""
-    from sparkling_cli.report import tables
+    from sparkling_cli.report import terminal
 
-    output.show(tables.facts_line(report))
-    output.show(tables.weight_table(report.weights))
-    rows = None if output.verbose else tables.ROWS
+    output.show(terminal.facts_line(report))
+    output.show(terminal.weight_table(report.weights))
+    rows = None if output.verbose else terminal.ROWS
     if report.activations is not None and (report.change is None or output.verbose):
-        output.show(tables.measurement_table(report.activations))
+        output.show(terminal.measurement_table(report.activations))
     if report.change is not None:
-        for table in tables.change_tables(report.change, rows=rows):
+        for table in terminal.change_tables(report.change, rows=rows):
             output.show(table)
     if report.symmetry is not None:
-        output.show(tables.symmetry_table(report.symmetry, rows=rows))
+        output.show(terminal.symmetry_table(report.symmetry, rows=rows))
     if report.tokens:
         style = "yellow" if report.random_tokens else "dim"
         output.note(f"measured on {report.tokens}", style=style)
@@ -155,5 +155,5 @@ def _show(report: Inspection) -> None:
         if stat.nan or stat.inf:
             output.warn(f"{stat.label} {stat.slot or 'weights'}: {stat.nan} NaN, {stat.inf} Inf")
     if report.verdict is not None:
-        for line in tables.verdict_lines(report.verdict):
+        for line in terminal.verdict_lines(report.verdict):
             output.show(line)

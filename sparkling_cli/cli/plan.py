@@ -108,7 +108,7 @@ def _tables(found: RunPlan) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    from sparkling_cli.report.spark import share_bar
+    from sparkling_cli.report.sparkline import share_bar
     from sparkling_cli.results.numbers import count, nbytes
 
     table = Table(box=None, pad_edge=False, title=None)

@@ -26,7 +26,7 @@ def show_plan(output: Output, expansion: Expansion, planned: ExpansionPlan) -> N
     """The whole plan; with ``--verbose`` every kind of tensor, state included."""
     from rich.text import Text
 
-    from sparkling_cli.report.tables import account_table
+    from sparkling_cli.report.terminal import account_table
 
     states = expansion.plan.source.states
     output.show(_summary(planned))
@@ -63,7 +63,7 @@ def show_result(output: Output, result: ExpansionResult) -> None:
     from rich.text import Text
 
     from sparkling_cli.report.plan import plan_result
-    from sparkling_cli.report.tables import change_tables, verdict_lines
+    from sparkling_cli.report.terminal import change_tables, verdict_lines
     from sparkling_cli.storage.sidecar import REPORT_HTML, sidecar_root
 
     planned = plan_result(result.expansion)

@@ -184,7 +184,7 @@ def _ratio(rewarmup: Rewarmup, stage: Stage, step: int) -> str:
 def _table(rewarmup: Rewarmup, chosen: list[int]) -> Table:
     from rich.table import Table
 
-    from sparkling_cli.report.spark import sparkline
+    from sparkling_cli.report.sparkline import sparkline
 
     table = Table(box=None, pad_edge=False)
     table.add_column("step", justify="right")

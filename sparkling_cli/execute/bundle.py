@@ -12,8 +12,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.execute.job import Job, Part, PartResult, RowJob, Seam
+from sparkling_cli.storage.byte_ranges import Handles, read_range, write_range
 from sparkling_cli.storage.crc import Span, crc32
-from sparkling_cli.storage.places import Handles, read_range, write_range
 from sparkling_cli.storage.tensors import ITEM_BYTES
 from sparkling_cli.widening.entries import count_nonfinite
 from sparkling_cli.widening.kernel import Kernel

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from sparkling_cli import errors
 from sparkling_cli.errors import OutputError, SparklingError
-from sparkling_cli.execute.team import Team
+from sparkling_cli.execute.ranks import Team
 
 T = TypeVar("T")
 

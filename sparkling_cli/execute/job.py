@@ -16,8 +16,8 @@ from typing import NamedTuple
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan, Recipe, Row
+from sparkling_cli.storage.byte_ranges import Placement
 from sparkling_cli.storage.crc import Span
-from sparkling_cli.storage.places import Placement
 from sparkling_cli.storage.tensors import Extent
 from sparkling_cli.widening.kernel import PIECE, Kernel, compile_kernel
 

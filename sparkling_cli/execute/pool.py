@@ -9,10 +9,10 @@ from typing import TypeVar
 
 from sparkling_cli.execute.job import Job, PartResult
 from sparkling_cli.execute.journal import Journal
-from sparkling_cli.execute.team import Team
+from sparkling_cli.execute.ranks import Team
 from sparkling_cli.execute.worker import Worker
-from sparkling_cli.storage.places import span_of
-from sparkling_cli.storage.pool import spread
+from sparkling_cli.storage.byte_ranges import span_of
+from sparkling_cli.storage.threads import spread
 from sparkling_cli.widening import moments
 from sparkling_cli.widening.parts import Box, boxes, stream_of
 

@@ -15,20 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from sparkling_cli.errors import CheckpointError, OutputError
-from sparkling_cli.execute import assemble, signals
-from sparkling_cli.execute.assemble import FileDigest, digests_text
+from sparkling_cli.execute import output_files, signals
 from sparkling_cli.execute.commit import Staging, sync
+from sparkling_cli.execute.disk_space import check_room, disk_error
 from sparkling_cli.execute.flush import Flusher
 from sparkling_cli.execute.job import Job, PartResult, make_job
 from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_paths, source_state
+from sparkling_cli.execute.output_files import FileDigest, digests_text
 from sparkling_cli.execute.pool import Pool
-from sparkling_cli.execute.room import check_room, disk_error
-from sparkling_cli.execute.team import Team
+from sparkling_cli.execute.ranks import Team
 from sparkling_cli.plan.model import Expansion, Plan
+from sparkling_cli.storage.byte_ranges import Handles
 from sparkling_cli.storage.crc import Span, crc32, whole
-from sparkling_cli.storage.places import Handles
-from sparkling_cli.storage.pool import processors
 from sparkling_cli.storage.sidecar import DIGESTS, FOLDER
+from sparkling_cli.storage.threads import processors
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _prepare(run: _Run) -> Mapping[int, list[PartResult]]:
     if not run.staging.is_file:
         run.staging.data.mkdir()
     for file in run.job.files:
-        assemble.allocate(_under(run.staging.data, file.path), file.size)
+        output_files.allocate(_under(run.staging.data, file.path), file.size)
     return {}
 
 
@@ -217,15 +217,15 @@ def _finish(run: _Run, results: list[PartResult], sealed: Collection[tuple[str, 
             source_crcs[one.row.key] = whole(source, 0, one.kernel.source_entries * one.item)
     handles = Handles(run.staging.data, writing=True)
     try:
-        spans = assemble.tensor_spans(zip(job.rows, targets, strict=True), handles)
+        spans = output_files.tensor_spans(zip(job.rows, targets, strict=True), handles)
         digests = {
-            file.path: assemble.seal(file, spans.get(file.path, []), handles, sealed)
+            file.path: output_files.seal(file, spans.get(file.path, []), handles, sealed)
             for file in sorted(job.files, key=lambda file: file.last)
         }
     finally:
         handles.close()
     for path in job.plan.source.carried:
-        digests[path] = assemble.copy_carried(job.plan.source.root / path, run.staging.data / path)
+        digests[path] = output_files.copy_carried(job.plan.source.root / path, run.staging.data / path)
         run.progress(digests[path].size)
     return Written(tensor_crcs, source_crcs, dict(sorted(digests.items())), run.staging.data)
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.execute import bundle
 from sparkling_cli.execute.job import Job, Part, PartResult, RowJob
+from sparkling_cli.storage.byte_ranges import Handles, read, write_range
+from sparkling_cli.storage.byte_ranges import write as write_boxes
 from sparkling_cli.storage.crc import Span, crc32, merge, zeros
-from sparkling_cli.storage.places import Handles, read, write_range
-from sparkling_cli.storage.places import write as write_boxes
-from sparkling_cli.storage.pool import Stopped
+from sparkling_cli.storage.threads import Stopped
 from sparkling_cli.widening import fill, moments
 from sparkling_cli.widening.entries import as_doubles, count_nonfinite
 from sparkling_cli.widening.kernel import PIECE, Piece

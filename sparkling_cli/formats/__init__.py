@@ -1,5 +1,6 @@
 """What is on disk: names, shapes, dtypes and where the bytes are. No tensor byte is read here.
 
-``model`` the types that all formats share, ``detect`` which format a path is, ``formats`` one module or
-folder per format, ``optimizer`` which state belongs to which parameter.
+One module or folder per format, all registered in ``detect``. What they share: ``model`` the types,
+``statedict`` state dicts in ``torchfile`` files, ``weightfiles`` the weights of a directory, ``states`` and
+``optimizer`` which state belongs to which parameter, ``further`` what lies in files that no format reads.
 """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.further import with_further
-from sparkling_cli.formats.pause import collector_paused
+from sparkling_cli.formats.gc_pause import collector_paused
 
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint, Format

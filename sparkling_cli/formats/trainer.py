@@ -14,8 +14,8 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside, list_files, literal_file, read_json, rewritten_json
 from sparkling_cli.formats.fsdpfile import check_alone, read_copy, with_copies
 from sparkling_cli.formats.further import further_in, tensors_of
+from sparkling_cli.formats.gc_pause import collector_paused
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
-from sparkling_cli.formats.pause import collector_paused
 from sparkling_cli.formats.statedict import (
     OptimizerTree,
     is_optimizer,

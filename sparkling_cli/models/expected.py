@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import Any
 
 from sparkling_cli.errors import SparklingError
+from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.formats.pause import collector_running
 from sparkling_cli.models import cache
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.formats.pause import collector_running
+from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.layout.expr import axis_names
 from sparkling_cli.layout.file import from_dict, to_dict
 from sparkling_cli.layout.model import ModelLayout

@@ -18,8 +18,8 @@ from markupsafe import Markup, escape
 
 from sparkling_cli.report import charts, figures
 from sparkling_cli.report.command import places_in
-from sparkling_cli.report.drawing import BLOCKS_AT_MOST, tensor_block
 from sparkling_cli.report.resume import snippet
+from sparkling_cli.report.tensor_blocks import BLOCKS_AT_MOST, tensor_block
 from sparkling_cli.results import numbers
 from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def plan_result(expansion: Expansion) -> ExpansionPlan:
     """Axes, parameters, bytes to write against free space, config changes, notes, tensors by kind."""
-    from sparkling_cli.execute.room import free_bytes
+    from sparkling_cli.execute.disk_space import free_bytes
     from sparkling_cli.plan.resolve import whole_heads
 
     plan, destination = expansion.plan, expansion.destination

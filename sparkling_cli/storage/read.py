@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.storage.places import Handles, Placement
-from sparkling_cli.storage.places import read as read_bytes
+from sparkling_cli.storage.byte_ranges import Handles, Placement
+from sparkling_cli.storage.byte_ranges import read as read_bytes
 from sparkling_cli.storage.tensors import ITEM_BYTES, StoredTensor
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sparkling_cli.storage.byte_ranges import Handles, Place, Placement, read, read_range
 from sparkling_cli.storage.crc import Span, crc32
-from sparkling_cli.storage.places import Handles, Place, Placement, read, read_range
 from sparkling_cli.widening import fill, moments
 from sparkling_cli.widening.parts import stream_of
 from sparkling_cli.widening.reference import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.execute.assemble import FileDigest, digests_text
+from sparkling_cli.execute.output_files import FileDigest, digests_text
 from sparkling_cli.manifest import FileEntry, Manifest
 from sparkling_cli.storage.crc import Span, crc32
 

@@ -18,11 +18,11 @@ from sparkling_cli.manifest import FileEntry, Manifest, TensorEntry, read_manife
 from sparkling_cli.models.expected import Asking, class_faults, weight_shapes
 from sparkling_cli.plan.model import CARRIED
 from sparkling_cli.results.commands import Verification
+from sparkling_cli.storage.byte_ranges import Handles, Placement, span_of
 from sparkling_cli.storage.crc import Span, crc32, whole
-from sparkling_cli.storage.places import Handles, Placement, span_of
-from sparkling_cli.storage.pool import processors, spread
 from sparkling_cli.storage.sidecar import DIGESTS, FOLDER, MANIFEST, sidecar_root
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
+from sparkling_cli.storage.threads import processors, spread
 from sparkling_cli.verification.account import account_faults, narrow_faults
 from sparkling_cli.verification.compare import Found, Neighbours, Subject, bundles, examine
 from sparkling_cli.verification.files import check_small_files, file_size, gaps, list_files

@@ -21,8 +21,8 @@ from sparkling_cli.cli import console as cli_console
 from sparkling_cli.cli.app import app
 from sparkling_cli.diagnostics.inspect import inspect_checkpoint
 from sparkling_cli.diagnostics.measurement import compare
-from sparkling_cli.report import tables
-from sparkling_cli.report.spark import sparkline
+from sparkling_cli.report import terminal
+from sparkling_cli.report.sparkline import sparkline
 from sparkling_cli.results.commands import document
 from sparkling_cli.results.measured import LayerStat, Measurement, StreamStat
 from sparkling_cli.results.verdict import offenders
@@ -104,7 +104,7 @@ def test_expanded_checkpoint(dense_checkpoint: Path, tmp_path: Path) -> None:
     locked = inspect_checkpoint(wide, against=wide, activations=False).symmetry
     assert locked is not None
     assert (locked.locked, locked.distance) == (1.0, 0.0)
-    text = printed(tables.symmetry_table(locked), width=80)
+    text = printed(terminal.symmetry_table(locked), width=80)
     assert "100%" in text
 
 
@@ -227,13 +227,13 @@ def test_worst_layers_come_first(width: int) -> None:
     )
     moved = tuple(LayerStat.of(f"model.layers.{i}.mlp", 1.0, 1.0 + i / 100, 1) for i in range(40))
     after = before.model_copy(update={"functions": moved})
-    text = printed(*tables.change_tables(compare(before, after)), width=width)
+    text = printed(*terminal.change_tables(compare(before, after)), width=width)
     rows = [line for line in text.splitlines() if ".mlp" in line]
-    assert len(rows) == tables.ROWS
+    assert len(rows) == terminal.ROWS
     assert rows[0].split()[0] == "layers.39.mlp"
     assert rows[0].split()[-1] == "+39%"
     assert max(len(line) for line in text.splitlines()) <= width
-    everything = printed(*tables.change_tables(compare(before, after), rows=None), width=width)
+    everything = printed(*terminal.change_tables(compare(before, after), rows=None), width=width)
     assert everything.count(".mlp") == 40
 
 
@@ -250,10 +250,10 @@ def test_what_is_unchanged_is_one_line_and_two_lines_share_a_scale() -> None:
     moved = (LayerStat.of("model.layers.0.mlp", 1.0, 1.2, 1), *before.functions[1:])
     stream = (before.stream[0], StreamStat(name="model.layers.0", rms=1.0))
     after = before.model_copy(update={"functions": moved, "stream": stream})
-    text = printed(*tables.change_tables(compare(before, after)), width=80)
+    text = printed(*terminal.change_tables(compare(before, after)), width=80)
     assert text.count(".mlp") == 1 and "8 others" in text and "unchanged" in text
     assert "▁█ 0.1 to 10 before" in text and "▁▄ 0.1 to 1 after" in text
-    calm = printed(*tables.change_tables(compare(before, before)), width=80)
+    calm = printed(*terminal.change_tables(compare(before, before)), width=80)
     assert ".mlp" not in calm and "all 9" in calm
 
 
@@ -261,7 +261,7 @@ def test_colour_only_where_it_is_wanted(dense_checkpoint: Path, monkeypatch: pyt
     """NO_COLOR takes the colours away, on a terminal too."""
     report = inspect_checkpoint(dense_checkpoint, against=dense_checkpoint, sequences=1, length=8)
     assert report.change is not None
-    (table,) = tables.change_tables(report.change)
+    (table,) = terminal.change_tables(report.change)
     assert "\x1b[32m" in printed(table, width=100, force_terminal=True, color_system="standard")
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[32m" not in printed(table, width=100, force_terminal=True, color_system="standard")

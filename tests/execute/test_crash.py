@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from sparkling_cli.errors import Interrupted, OutputError
-from sparkling_cli.execute import assemble, job, stream, worker
+from sparkling_cli.execute import job, output_files, stream, worker
 from sparkling_cli.execute.commit import Staging, partial_of
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan
-from sparkling_cli.storage import places
+from sparkling_cli.storage import byte_ranges
 from sparkling_cli.storage.sidecar import sidecar_root
 from sparkling_cli.widening.geometry import Fill
 from tests.execute.engine_support import (
@@ -109,9 +109,9 @@ def kill_half_way(plan: Plan, files: tuple[OutputFile, ...], target: Path) -> No
     """A run that ends by SIGKILL inside a write, half of the 5.8 MB (zeros are not written) done."""
 
     def child() -> None:
-        total, real = [0], places.write_range
+        total, real = [0], byte_ranges.write_range
 
-        def dying(handles: places.Handles, path: str, offset: int, data: object) -> None:
+        def dying(handles: byte_ranges.Handles, path: str, offset: int, data: object) -> None:
             view = memoryview(data)  # type: ignore[arg-type]
             total[0] += view.nbytes
             if total[0] > 2_900_000:
@@ -134,9 +134,9 @@ def kill_half_way(plan: Plan, files: tuple[OutputFile, ...], target: Path) -> No
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of tensor data that are written."""
     sizes: list[int] = []
-    real = places.write_range
+    real = byte_ranges.write_range
 
-    def counting(handles: places.Handles, path: str, offset: int, data: object) -> None:
+    def counting(handles: byte_ranges.Handles, path: str, offset: int, data: object) -> None:
         sizes.append(memoryview(data).nbytes)  # type: ignore[arg-type]
         real(handles, path, offset, data)
 
@@ -363,5 +363,5 @@ def test_allocation_refuses_links(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "file").symlink_to(tmp_path / "victim")
     with pytest.raises(OSError, match="exists"):
-        assemble.allocate(tmp_path / "file", 10)
+        output_files.allocate(tmp_path / "file", 10)
     assert (tmp_path / "victim").read_text() == "mine"

@@ -13,7 +13,7 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.model import Expansion, Invocation, Plan
-from sparkling_cli.report.card import BEGIN, END, extended, front_matter, with_card
+from sparkling_cli.report.model_card import BEGIN, END, extended, front_matter, with_card
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.widening.geometry import Growth, Treatment
 

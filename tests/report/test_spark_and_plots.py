@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparkling_cli.errors import OutputError
 from sparkling_cli.report.plots import plot_activations, plot_schedule
-from sparkling_cli.report.spark import share_bar, sparkline
+from sparkling_cli.report.sparkline import share_bar, sparkline
 from tests.report.samples import activations, learning_rate
 
 

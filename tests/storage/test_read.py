@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.storage import places
+from sparkling_cli.storage import byte_ranges
 from sparkling_cli.storage.read import TensorSource, read_tensor
 from sparkling_cli.storage.tensors import Extent, StoredTensor
 
@@ -114,7 +114,7 @@ def test_source_over_a_single_file(tmp_path: Path) -> None:
 
 def test_more_files_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor over more files than may be open at once is read all the same."""
-    monkeypatch.setattr(places, "_OPEN_FILES", 2)
+    monkeypatch.setattr(byte_ranges, "_OPEN_FILES", 2)
     tensor = torch.randn(7, 3)
     extents = []
     for row in range(7):

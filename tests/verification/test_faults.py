@@ -21,7 +21,7 @@ from sparkling_cli.errors import CheckpointError, VerificationError
 from sparkling_cli.execute import bundle, worker
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.plan import account, build, naming
-from sparkling_cli.storage import places
+from sparkling_cli.storage import byte_ranges
 from sparkling_cli.verification import verify
 from sparkling_cli.widening import bfloat16, entries, fill, geometry, kernel
 from sparkling_cli.widening.geometry import Fill, Growth, Run, View
@@ -217,7 +217,7 @@ def swapped_parts(patch: Patch) -> None:
 
 def unwritten(patch: Patch) -> None:
     """The last entries of a piece are never written."""
-    real, seen = places.write_range, []
+    real, seen = byte_ranges.write_range, []
 
     def write(handles: Any, path: str, offset: int, data: Any) -> None:
         seen.append(path)

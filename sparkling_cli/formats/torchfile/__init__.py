@@ -1,7 +1,7 @@
 """Torch zip files without ``torch.load``: read as inert trees, written back with other tensor shapes.
 
 ``archive`` the zip container, ``opcodes`` and ``unpickle`` the pickle, ``objects`` what it is read into,
-``file`` reading, ``layout`` with ``repickle`` and ``writer`` the way back, ``fresh`` files from nothing.
+``file`` reading, ``layout`` with ``repickle`` and ``writer`` the way back, ``new_file`` files from nothing.
 """
 
 from sparkling_cli.formats.torchfile.file import (
@@ -11,8 +11,8 @@ from sparkling_cli.formats.torchfile.file import (
     read_torch_file,
     read_values,
 )
-from sparkling_cli.formats.torchfile.fresh import lay_out_state_dict
 from sparkling_cli.formats.torchfile.layout import REMOVED, lay_out
+from sparkling_cli.formats.torchfile.new_file import lay_out_state_dict
 from sparkling_cli.formats.torchfile.objects import ATTRIBUTES, Call, Ordered, TensorNode, plain, step_into
 
 __all__ = [

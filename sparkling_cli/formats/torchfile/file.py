@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.pause import collector_paused
+from sparkling_cli.formats.gc_pause import collector_paused
 from sparkling_cli.formats.torchfile.archive import Archive, Window, open_window, read_archive
 from sparkling_cli.formats.torchfile.objects import Call, Ordered, Storage, TensorNode, plain
 from sparkling_cli.formats.torchfile.opcodes import check_opcodes

@@ -9,8 +9,8 @@ from math import prod
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.gc_pause import collector_paused
 from sparkling_cli.formats.model import OutputFile
-from sparkling_cli.formats.pause import collector_paused
 from sparkling_cli.formats.torchfile.archive import open_window
 from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, walk
 from sparkling_cli.formats.torchfile.objects import FIELDS, Call, Ordered, TensorNode, copied_call, step_into

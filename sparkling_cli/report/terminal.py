@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkling_cli.layout.names import skeleton
-from sparkling_cli.report.spark import sparkline
+from sparkling_cli.report.sparkline import sparkline
 from sparkling_cli.results.account import Account
 from sparkling_cli.results.base import Verdict
 from sparkling_cli.results.measured import (

@@ -21,7 +21,7 @@ from sparkling_cli.errors import CheckpointError, SparklingError
 from tests.formats.make_dcp import save_single
 from tests.formats.make_nanogpt import make_nanogpt
 from tests.formats.test_singlefile import _layout_file
-from tests.fuzz.test_corruption import SECONDS, Hang, damaged, limit
+from tests.hostile.test_random_damage import SECONDS, Hang, damaged, limit
 
 AXES = [{"axis": "hidden", "factor": 2}, {"axis": "heads", "factor": 2}, {"axis": "ffn", "factor": 2}]
 

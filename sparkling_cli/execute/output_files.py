@@ -13,8 +13,8 @@ from pathlib import Path
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.job import RowJob
 from sparkling_cli.formats.model import OutputFile
+from sparkling_cli.storage.byte_ranges import Handles, span_of, write_range
 from sparkling_cli.storage.crc import Span, combine, crc32, zeros
-from sparkling_cli.storage.places import Handles, span_of, write_range
 
 _PIECE = 1 << 19
 
