@@ -1,4 +1,5 @@
 """The command line: thin commands that parse, call the API and render.
 
-``app`` registers the commands, ``console`` is the one output sink, one module per command.
+``app`` registers the commands, ``options`` defines every option, ``console`` is the one output sink, one
+module per command.
 """

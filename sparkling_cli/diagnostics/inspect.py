@@ -142,7 +142,7 @@ def _open(path: Path, model: str | None, layout: Path | None) -> Checkpoint:
 
 def _named(checkpoint: Checkpoint, model: str | None, layout: Path | None) -> Checkpoint:
     """State under its parameters' names; mostly the model's class says them, and no layout is needed."""
-    from sparkling_cli.formats.optimizer import name_parameters
+    from sparkling_cli.formats.numbered_states import name_parameters
     from sparkling_cli.models.locate import find_layout, model_parameters, named_states
 
     known = model is not None or "model_type" in (checkpoint.config or {})

@@ -2,7 +2,7 @@
 
 With full state dicts the Trainer writes a checkpoint of three files: ``model.safetensors`` for
 ``from_pretrained``, this one and ``optimizer.bin`` for resuming. All three are widened. This file's tensors
-follow their parameters as optimizer state does that holds weights (``states.FSDP_COPY``).
+follow their parameters as optimizer state does that holds weights (``optimizer_states.FSDP_COPY``).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside
 from sparkling_cli.formats.model import ParamState
+from sparkling_cli.formats.optimizer_states import FSDP_COPY
 from sparkling_cli.formats.statedict import is_state_dict, weights_in
-from sparkling_cli.formats.states import FSDP_COPY
 from sparkling_cli.formats.torchfile import TorchFile, read_torch_file
 from sparkling_cli.formats.weightfiles import FSDP_FULL, find_weights
 

@@ -1,5 +1,6 @@
 """What the dims of every tensor mean, in one small language (see ``docs/reference/layout-language.md``).
 
-``expr`` the terms, ``parse`` text to terms, ``model`` a whole model's layout, ``geometry`` what widening
-does to one tensor, ``regions`` which entries were born when, ``file`` the TOML form.
+``expr`` the terms, ``parse`` text to terms, ``names`` templates of tensor names, ``model`` a whole model's
+layout, ``file`` the TOML form, ``regions`` which entries were born when. Files with sizes left open:
+``packaged`` which one fits, ``presence`` what of it is about a checkpoint, ``solve`` the sizes from shapes.
 """

@@ -156,7 +156,7 @@ def named_states(checkpoint: Checkpoint, layout: ModelLayout, *, model: str | No
     """
     if not any(state.param.isdigit() for state in checkpoint.states):
         return checkpoint
-    from sparkling_cli.formats.optimizer import name_parameters
+    from sparkling_cli.formats.numbered_states import name_parameters
 
     config = checkpoint.config or {}
     if model is None and layout.ordered:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.formats.states import FSDP_COPY
+from sparkling_cli.formats.optimizer_states import FSDP_COPY
 from sparkling_cli.layout.model import ModelLayout, entries_of
 from sparkling_cli.plan.symmetry import locked_axes, parting_inits, treatment_of
 from sparkling_cli.spec.model import ExpansionSpec

@@ -11,7 +11,7 @@ from sparkling_cli.errors import CheckpointError, LayoutError, SpecError
 from sparkling_cli.formats.detect import format_of
 from sparkling_cli.formats.further import OpenFile, lay_out_further
 from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest
-from sparkling_cli.formats.states import NEVER_WIDENED, StateKind, state_kind
+from sparkling_cli.formats.optimizer_states import NEVER_WIDENED, StateKind, state_kind
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.parse import parse_layout

@@ -10,7 +10,7 @@ from math import prod
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, Further
-from sparkling_cli.formats.states import (
+from sparkling_cli.formats.optimizer_states import (
     FURTHER_MOMENTS,
     MOMENTS,
     STARTING_POINTS,

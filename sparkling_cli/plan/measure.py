@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from sparkling_cli.formats.states import INITIAL, StateKind
+from sparkling_cli.formats.optimizer_states import INITIAL, StateKind
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
 
 #: a tensor with at least this correlation with the weight is a copy or an average of it

@@ -7,7 +7,7 @@ from math import isfinite
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, ParamState
-from sparkling_cli.formats.states import FSDP_COPY
+from sparkling_cli.formats.optimizer_states import FSDP_COPY
 
 #: Adam's moments, of which neither is of use without the other; Lion has the first alone
 _PAIR = ("exp_avg", "exp_avg_sq")

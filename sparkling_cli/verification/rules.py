@@ -15,7 +15,7 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.formats.states import StateKind, state_kind
+from sparkling_cli.formats.optimizer_states import StateKind, state_kind
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.names import NameTemplate

@@ -12,7 +12,7 @@ import torch
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint, ParamState
-from sparkling_cli.formats.optimizer import name_parameters
+from sparkling_cli.formats.numbered_states import name_parameters
 from sparkling_cli.layout.file import read_layout
 from sparkling_cli.models.locate import vocabulary_of
 from sparkling_cli.storage.tensors import Extent, StoredTensor

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.states import FURTHER_MOMENTS, MOMENTS, WEIGHT_LIKE
+from sparkling_cli.formats.optimizer_states import FURTHER_MOMENTS, MOMENTS, WEIGHT_LIKE
 from tests.conftest import TinyCheckpoint
 
 FFN = [{"axis": "ffn", "factor": 2}]

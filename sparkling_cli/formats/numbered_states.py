@@ -14,7 +14,7 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, ParamState
-from sparkling_cli.formats.states import MOMENTS, fits
+from sparkling_cli.formats.optimizer_states import MOMENTS, fits
 
 #: (name, shape) of a parameter.
 Parameter = tuple[str, tuple[int, ...]]
