@@ -67,12 +67,11 @@ class Pool:
 
     def _still_true(self, worker: Worker, results: list[PartResult]) -> bool:
         """The bytes that a task wrote are there."""
-        for result in results:
-            placement = self.job.rows[result.row].target
-            for span in result.target:
-                if span_of(worker.target, placement, span.start, span.length) != span:
-                    return False
-        return True
+        return all(
+            span_of(worker.target, self.job.rows[result.row].target, span.start, span.length) == span
+            for result in results
+            for span in result.target
+        )
 
     def _moments(self) -> dict[str, moments.Moments]:
         """Mean and deviation of every unit with random entries, by its stream.

@@ -1,7 +1,7 @@
 """The axes of a tiny model: which config keys size it, grouped into axes that can grow.
 
 Found by doubling every integer of the config on the meta device and looking at which shapes move.
-Names come from hints (``sizes``); what moves is measured.
+Names come from hints (``sizes``); what moves is measured; what a dim that moves may mean says ``terms``.
 """
 
 from __future__ import annotations

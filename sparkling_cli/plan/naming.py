@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 from sparkling_cli.errors import LayoutError
@@ -179,12 +180,9 @@ def _fused(name: str, parts: dict[tuple[tuple[int, ...], int], StoredTensor], te
         if width and offset != width:
             raise LayoutError(f"the parts of {name!r} at index {extra} have another size than the others")
         width = offset
-    total = 1
-    for count in counts:
-        total *= count
-    if total != len(stacked):
+    if prod(counts) != len(stacked):
         raise LayoutError(
-            f"{name!r} needs {total} stacked parts, found {len(stacked)}: a shard may be missing"
+            f"{name!r} needs {prod(counts)} stacked parts, found {len(stacked)}: a shard may be missing"
         )
     first = next(iter(parts.values()))
     if len({part.dtype for part in parts.values()}) > 1:
