@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from sparkling_cli.cli import options as opt
 from sparkling_cli.cli.complete import checkpoints
 from sparkling_cli.cli.console import output
 from sparkling_cli.cli.options import option
+from sparkling_cli.errors import ExitCode
 
 if TYPE_CHECKING:
     from sparkling_cli.results.measured import Inspection
@@ -82,7 +85,7 @@ def inspect(
     the logits, the loss, the routing of experts and every linear layer's r = RMS(y)/RMS(x) are compared on
     the same tokens. Where the other checkpoint is the output of an expansion that this one was trained on
     from, the symmetry meter says per layer how far new channels have moved from their sources, and how many
-    are still locked to them.
+    are still locked to them. The verdict is then go or no-go; no-go is exit code 8.
 
     \b
     Examples:
@@ -111,6 +114,8 @@ def inspect(
     output.data(report)
     if not output.as_json:
         _show(report)
+    if report.symmetry is not None and report.verdict is not None and report.verdict.level == "attention":
+        raise typer.Exit(int(ExitCode.VERIFY))
 
 
 def _draw(report: Inspection, path: Path) -> None:

@@ -16,8 +16,9 @@ from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.manifest import manifest_of
 from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.plan.symmetry import treatment_of
-from sparkling_cli.results.measured import Activations, Inspection, Measurement, Symmetry
-from sparkling_cli.results.verdict import verdict_of_change
+from sparkling_cli.results.base import Verdict
+from sparkling_cli.results.measured import Activations, Inspection, Measurement, Symmetry, Weights
+from sparkling_cli.results.verdict import verdict_of_change, verdict_of_training
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.sidecar import MANIFEST, sidecar_root
 
@@ -66,12 +67,15 @@ def inspect_checkpoint(
     change: Activations | None = None
     symmetry: Symmetry | None = None
     tokens, random = "", False
+    steps: int | None = None
     if against is not None:
         against = Path(against)
         other = _open(against, model, layout)
         found, doubt = _unrelated(checkpoint, other)
         notes += found
         symmetry = _symmetry(path, checkpoint, other)
+        now, then = (c.facts.get("global_step") for c in (checkpoint, other))
+        steps = now - then if isinstance(now, int) and isinstance(then, int) else None
         if activations:
             try:
                 change, _, own = measure_change(
@@ -104,8 +108,17 @@ def inspect_checkpoint(
         random_tokens=random,
         change=change,
         symmetry=symmetry,
-        verdict=None if change is None else verdict_of_change(change),
+        verdict=_verdict(symmetry, change, weights, steps),
     )
+
+
+def _verdict(
+    symmetry: Symmetry | None, change: Activations | None, weights: Weights, steps: int | None
+) -> Verdict | None:
+    """Go or no-go for what was trained on from an expansion; else what a measured change means."""
+    if symmetry is not None:
+        return verdict_of_training(symmetry, change, weights.nonfinite, steps)
+    return None if change is None else verdict_of_change(change)
 
 
 def _widened(checkpoint: Checkpoint, other: Checkpoint) -> set[str]:

@@ -115,3 +115,6 @@ class Verdict(Result):
     level: Level
     headline: str
     findings: tuple[Finding, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([self.headline, *(f"- {finding.text}" for finding in self.findings)])

@@ -14,7 +14,7 @@ from math import log
 
 from sparkling_cli.results.base import Finding, Level, Verdict
 from sparkling_cli.results.expansion import LearningRate
-from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations, LayerActivation
+from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations, LayerActivation, Symmetry
 from sparkling_cli.results.numbers import moved, percent, signed, significant
 
 #: A loss that moves by more than this where the widening keeps the function is a fault.
@@ -25,6 +25,12 @@ LOSS_SHARE = 0.25
 LOGIT_ROUNDING = 1e-4
 #: Shares of tokens that must go to the same experts: below the first it is noted, below the second warned.
 ROUTING_NOTE, ROUTING_LIMIT = 0.99, 0.90
+
+#: Of new channels, the shares that may be equal to their sources some steps after an expansion: above the
+#: first it is no-go, above the second noted. Measured: none, or all (docs/evidence.md, "In one screen").
+LOCKED_SHARE, FEW_LOCKED = 0.5, 0.05
+#: A cosine above this so many steps after the expansion is noted (docs/evidence.md: 0.97 after 2,000).
+SLOW_COSINE, SLOW_STEPS = 0.995, 2000
 
 LOCKED = "Locked: copies would stay equal to their sources for ever. Do not train on this output."
 NO_REWARMUP = "No re-warmup: new entries would train at the learning rate of the old ones."
@@ -84,6 +90,58 @@ def verdict_of_change(activations: Activations) -> Verdict:
     findings = list(_signal(activations, keeps_function=None))
     moved_away = _needs_attention(findings)
     return _verdict(findings, "The signal is not kept: read what moved." if moved_away else "Signal kept.")
+
+
+def verdict_of_training(
+    symmetry: Symmetry, change: Activations | None, nonfinite: Sequence[str], steps: int | None
+) -> Verdict:
+    """Go or no-go, some steps after an expansion: have copies parted, is the loss where it should be.
+
+    Args:
+        symmetry: of new channels and their sources.
+        change: from the expanded checkpoint to this one, if it was measured.
+        nonfinite: names of weights and state with NaN or Inf.
+        steps: trained since; None where the checkpoints do not say it.
+    """
+    findings = [*_parted(symmetry, steps)]
+    if nonfinite:
+        findings.append(
+            Finding(level="attention", text=f"NaN or Inf in {len(nonfinite)} tensors: {nonfinite[0]}.")
+        )
+    if change is None:
+        findings.append(Finding(level="note", text="The loss was not measured."))
+    else:
+        findings += [*_finiteness(change), *_loss(change, None)]
+    stop = _needs_attention(findings)
+    return _verdict(findings, "No-go: do not train on from here." if stop else "Go: train on.")
+
+
+def _parted(symmetry: Symmetry, steps: int | None) -> Iterator[Finding]:
+    """Whether new channels have left their sources, against what was measured in other runs."""
+    locked, cosine = symmetry.locked, symmetry.cosine
+    if steps == 0:
+        yield Finding(level="note", text="Nothing was trained since the expansion: every copy is its source.")
+        return
+    if locked is None or locked > LOCKED_SHARE:
+        yield Finding(
+            level="attention",
+            text=f"{percent(locked)} of new channels are still equal to their sources (limit "
+            f"{LOCKED_SHARE:.0%}; measured: 0% after the first steps with the optimizer's state, 100% for "
+            "ever without it). Was that state loaded, and was it --optimizer asymmetric?",
+        )
+    else:
+        few = locked <= FEW_LOCKED
+        yield Finding(
+            level="good" if few else "note",
+            text=f"{percent(locked)} of new channels are still equal to their sources"
+            + ("." if few else ": so are those that get no gradient, of experts without tokens for one."),
+        )
+    slow = steps is not None and steps >= SLOW_STEPS and cosine is not None and cosine > SLOW_COSINE
+    yield Finding(
+        level="note" if slow else "good",
+        text=f"The mean cosine of new channels to their sources is {significant(cosine, 4)}"
+        + (f" after {steps:,} steps; elsewhere it was 0.97 after 2,000 (docs/evidence.md)." if slow else "."),
+    )
 
 
 def _verdict(findings: list[Finding], headline: str) -> Verdict:
