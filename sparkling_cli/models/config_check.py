@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.layout.names import skeletons
+from sparkling_cli.layout.names import skeleton, skeletons
 from sparkling_cli.storage.tensors import FLOATING
 
 if TYPE_CHECKING:
@@ -22,6 +22,50 @@ if TYPE_CHECKING:
 _LAYERS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"})
 #: Names of an expert count; the router has that many rows, or each expert has tensors of its own.
 _EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
+
+
+#: How plain weights are had of a scheme that transformers takes back while it loads.
+_LOAD = (
+    "load it by from_pretrained(SOURCE, quantization_config={}), save it by save_pretrained, and widen that"
+)
+#: Schemes whose rounding nothing takes back.
+_ORIGINAL = "widen the checkpoint that it was made from, and quantize the wider one"
+#: What quantization leaves in a checkpoint's names, the scheme, and how weights are had that can be widened.
+_QUANTIZED = (
+    (r"\.weight_scale_inv$", "FP8 with block scales", _LOAD.format("FineGrainedFP8Config(dequantize=True)")),
+    (r"_proj_(blocks|scales)$", "mxfp4", _LOAD.format("Mxfp4Config(dequantize=True)")),
+    (
+        r"\.(absmax|quant_map|SCB)$|\.quant_state\.bitsandbytes__",
+        "bitsandbytes",
+        "load it by from_pretrained(SOURCE), call model.dequantize(), save it, and widen that",
+    ),
+    (r"\.g_idx$", "GPTQ", _ORIGINAL),
+    (r"\.qweight$", "AWQ", _ORIGINAL),
+    (
+        r"\.(weight_packed|weight_scale|input_scale)$",
+        "compressed-tensors",
+        _LOAD.format("CompressedTensorsConfig(run_compressed=False)"),
+    ),
+    (r"[._]weight_qdata$|:_data$|\.weight\.(tensor_impl|int_data)", "torchao", _ORIGINAL),
+)
+
+
+def check_plain(checkpoint: Checkpoint) -> None:
+    """The weights are numbers, not quantized ones: judged by the tensors, as configs outlive a conversion.
+
+    Raises:
+        CheckpointError: names the scheme, a tensor, and how weights are had that can be widened.
+    """
+    kinds = dict.fromkeys(skeletons(checkpoint.weights))
+    for pattern, scheme, remedy in _QUANTIZED:
+        kind = next((kind for kind in kinds if re.search(pattern, kind)), None)
+        if kind is not None:
+            name = next(name for name in checkpoint.weights if skeleton(name) == kind)
+            raise CheckpointError(
+                f"{checkpoint.root.name}: its weights are quantized ({scheme}: {name!r}), and "
+                "new entries cannot be computed from rounded ones",
+                hint=remedy,
+            )
 
 
 def check_counts(checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from sparkling_cli.models import cache
 _IRRELEVANT = frozenset(
     {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "id2label", "label2id"}
 )
+#: Errors that another machine, or another package, would not have.
+_PASSING = re.compile(r"ImportError|ModuleNotFoundError|MemoryError|No module named|library but it was not")
 #: axes that counts of heads are made of
 _HEADS = frozenset({"heads", "kv_heads", "q_per_kv"})
 
@@ -31,7 +34,7 @@ def infer(
 ) -> ModelLayout:
     """Layout of the model of a config, each axis proved or refused with a reason.
 
-    What was proved is kept in the cache.
+    What was proved is kept in the cache, and so is a refusal.
 
     Args:
         config: the content of ``config.json``, or what the user's factory takes.
@@ -49,12 +52,18 @@ def infer(
     kept = {k: v for k, v in config.items() if k not in _IRRELEVANT}
     key = cache.key_of("layout", kept)
     stored = None if own else cache.load("layouts", key)
+    if stored is not None and "refused" in stored:
+        raise LayoutError(stored["refused"], hint=stored["hint"])
     if stored is not None:
-        layout = from_dict(stored, "cached layout")
-    else:
+        return _with(axes, from_dict(stored, "cached layout"))
+    try:
         layout = _inferred(config, model, model_factory)
-        if not own:
-            cache.store("layouts", key, to_dict(layout))
+    except LayoutError as error:
+        if not own and not _PASSING.search(error.message):
+            cache.store("layouts", key, {"refused": error.message, "hint": error.hint})
+        raise
+    if not own:
+        cache.store("layouts", key, to_dict(layout))
     return _with(axes, layout)
 
 

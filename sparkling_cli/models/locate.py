@@ -58,6 +58,9 @@ def find_layout(
     """
     if layout_path is not None and model is not None:
         raise LayoutError("--layout and --model both say what the model is; give one")
+    from sparkling_cli.models.config_check import check_counts, check_plain, check_tensors
+
+    check_plain(checkpoint)
     if layout_path is not None:
         from sparkling_cli.layout.packaged import layout_for
 
@@ -77,7 +80,6 @@ def find_layout(
             "layout file of the package fits its tensors",
             hint=f"of a transformers model, copy its config.json into it; else {own}" if bare else own,
         )
-    from sparkling_cli.models.config_check import check_counts, check_tensors
     from sparkling_cli.models.infer import infer
 
     if model is None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 #: Largest relative error of logits that counts as unchanged. A wrong hypothesis is off by far more: all
 #: parameters are random. Many classes compute norms, routers or softmax in float32 whatever the dtype.
 TOLERANCE = 2e-5
+#: Widened models that are kept.
+_KEPT = 2
 
 
 class LogitParity:
@@ -50,9 +52,11 @@ class LogitParity:
         self.state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
     def wide(self, factors: Mapping[str, int]) -> nn.Module:
-        """The model of the widened config (built once per factors), weights to be overwritten."""
+        """The model of the widened config (the last few are kept), weights to be overwritten."""
         key = tuple(sorted(factors.items()))
         if key not in self._wide:
+            for other in list(self._wide)[: 1 - _KEPT]:  # each is as large as all that is searched with it
+                del self._wide[other]
             model = build_model(self.found.resized(factors), meta=False, factory=self.factory)
             self._wide[key] = model.to(self.dtype)
         return self._wide[key]

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _MAX_LAYERS = 12
 #: A tiny model must stay tiny, or its proof would take minutes.
 _MAX_ENTRIES = 20_000_000
+#: Beyond that a smaller one is looked for first.
+_MANY_ENTRIES = 3_000_000
 #: Layer counts that may fail before a variant is given up; some patterns need a third or fourth layer.
 _PATIENCE = 2
 #: Decoders whose input has a row for each codebook.
@@ -54,8 +56,11 @@ def shrink(config: Mapping[str, Any], *, factory: ModelFactory | None = None) ->
     except Exception as error:  # a class whose own defaults do not build: let tiny sizes try
         kinds = frozenset()
         reasons.append(f"the config itself: {type(error).__name__}: {error}".splitlines()[0])
+    large: ConfigDict | None = None
     for variant in VARIANTS:
         failed = 0
+        if large is not None and not variant.compact:
+            continue
         for tiny in _with_layers(real, variant):
             if failed > _PATIENCE and layer_count(tiny) < _MAX_LAYERS:
                 continue  # the last try has as many layers as a tiny model may have
@@ -69,11 +74,16 @@ def shrink(config: Mapping[str, Any], *, factory: ModelFactory | None = None) ->
                     break
                 run(build_model(tiny, meta=False, factory=factory), tokens(tiny))
                 tiny = _explicit(tiny, variant, factory)
+                if large is None and entries > _MANY_ENTRIES:
+                    large = tiny
+                    break
             except Exception as error:  # any model code may raise anything
                 reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
                 failed += 1
                 continue
             return tiny
+    if large is not None:
+        return large
     why = "; ".join(dict.fromkeys(reasons)) or "not every kind of layer fits into few layers"
     raise LayoutError(
         f"no tiny model of {config.get('model_type', 'this class')!r} could be built and run: {why}",

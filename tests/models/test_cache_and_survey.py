@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sparkling_cli.errors import SpecError
+from sparkling_cli.errors import LayoutError, SpecError
 from sparkling_cli.models import cache, survey
 from sparkling_cli.models import infer as module
 
@@ -72,3 +72,20 @@ def test_a_type_that_the_library_lacks_is_refused() -> None:
     with pytest.raises(SpecError, match="lama3") as caught:
         survey.survey(["lama3"])
     assert "llama" in str(caught.value)
+
+
+def test_a_refusal_is_kept_as_a_proof_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second answer is the first, and nothing is tried again; what a package would mend is tried."""
+    calls: list[str] = []
+
+    def refusing(config: dict[str, Any], *_: object) -> None:
+        calls.append(config["why"])
+        raise LayoutError(f"no tiny model could be run: {config['why']}", hint="give a layout file")
+
+    monkeypatch.setattr(module, "_inferred", refusing)
+    for why in ("sizes do not fit", "ImportError: timm"):
+        for _ in range(2):
+            with pytest.raises(LayoutError, match=why) as caught:
+                module.infer({**CONFIG, "why": why})
+            assert caught.value.hint == "give a layout file"
+    assert calls == ["sizes do not fit", "ImportError: timm", "ImportError: timm"]
