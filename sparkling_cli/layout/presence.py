@@ -81,12 +81,10 @@ def present(
     """
     patterns = {name.removesuffix("?"): text for name, text in table.items()}
     lookup = PatternTable(TensorPattern(*item) for item in patterns.items())
-    used = set()
-    for name in shapes:
-        try:
-            used.add(lookup.find(name).name)
-        except LayoutError as error:
-            raise NamesDifferError(f"{where}: {error.message}", hint=error.hint) from None
+    try:
+        used = {pattern.name for pattern in lookup.find_all(list(shapes))}
+    except LayoutError as error:
+        raise NamesDifferError(f"{where}: {error.message}", hint=error.hint) from None
     missing = [name for name in table if not name.endswith("?") and name not in used]
     if missing and complete:
         raise NamesDifferError(
@@ -167,10 +165,9 @@ Indices = Mapping[str, Mapping[str, AbstractSet[int]]]
 
 def indices_of(table: Mapping[str, str], shapes: Shapes) -> Indices:
     """Where the patterns of a table occur among the names."""
-    find = PatternTable(TensorPattern(*item) for item in table.items()).find
+    patterns = PatternTable(TensorPattern(*item) for item in table.items()).find_all(list(shapes))
     found: dict[str, dict[str, set[int]]] = {}
-    for name in shapes:
-        pattern = find(name)
+    for name, pattern in zip(shapes, patterns, strict=True):
         axes = found.setdefault(pattern.name, {})
         for axis, index in zip(pattern.template.axes, pattern.template.indices(name) or (), strict=True):
             axes.setdefault(axis, set()).add(index)

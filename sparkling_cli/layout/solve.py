@@ -271,10 +271,9 @@ def _config_equations(numbers: Mapping[str, str], config: Mapping[str, Any]) -> 
 
 
 def _tensor_equations(table: Mapping[str, str], shapes: Shapes) -> Iterable[Equation]:
-    find = PatternTable(TensorPattern(*item) for item in table.items()).find
+    patterns = PatternTable(TensorPattern(*item) for item in table.items()).find_all(list(shapes))
     seen = set()
-    for name, shape in shapes.items():
-        pattern = find(name)
+    for (name, shape), pattern in zip(shapes.items(), patterns, strict=True):
         if (pattern.name, shape) in seen:
             continue
         seen.add((pattern.name, shape))

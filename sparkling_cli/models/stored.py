@@ -86,7 +86,7 @@ def fitted_to(shapes: Shapes, layout: ModelLayout) -> ModelLayout:
         name = layout.canonical(name)
         return layout.disk_table.has(name) or layout.module_table.has(name)
 
-    if all(map(known, shapes)):
+    if all(layout.disk_table.look_up([layout.canonical(name) for name in shapes])) or all(map(known, shapes)):
         return layout
     bases = {p.name.partition(".")[0] + "." for p in layout.disk_table.patterns if "." in p.name}
     renamed = prefixed(shapes, known, sorted(bases))
