@@ -22,7 +22,7 @@ from sparkling_cli.execute.commit import Staging
 from sparkling_cli.execute.job import make_job
 from sparkling_cli.execute.worker import Worker
 from sparkling_cli.formats.model import OutputFile
-from sparkling_cli.formats.torchfile.writer import Part, Slot, lay_out_archive
+from sparkling_cli.formats.torchfile.writer import NewRecord, Slot, lay_out_archive
 from sparkling_cli.plan.model import Plan
 from sparkling_cli.storage.tensors import ITEM_BYTES, Extent
 from sparkling_cli.widening.geometry import Fill
@@ -60,11 +60,11 @@ def in_a_row(plan: Plan, head: int = 24) -> tuple[OutputFile, ...]:
 
 def as_archive(plan: Plan) -> tuple[OutputFile, ...]:
     """Every row as a record of a torch archive, with its header before it and its checksum behind it."""
-    parts = [Part("head", (b"text",))]
+    parts = [NewRecord("head", (b"text",))]
     for i, row in enumerate(plan.rows):
         size = prod(row.shape) * ITEM_BYTES[row.dtype]
-        parts.append(Part(f"data/{2 * i}", (Slot(row.key, (0,) * len(row.shape), row.shape, size),)))
-        parts.append(Part(f"data/{2 * i + 1}", (b"step",)))  # a literal record between two tensors
+        parts.append(NewRecord(f"data/{2 * i}", (Slot(row.key, (0,) * len(row.shape), row.shape, size),)))
+        parts.append(NewRecord(f"data/{2 * i + 1}", (b"step",)))  # a literal record between two tensors
     return (lay_out_archive("out.pt", "archive/", parts),)
 
 

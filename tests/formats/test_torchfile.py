@@ -213,7 +213,7 @@ def test_archive_inside_a_bigger_file(tmp_path: Path) -> None:
 
 def test_sizes_beyond_four_gibibytes(tmp_path: Path) -> None:
     """Zip64 headers and descriptors are those of torch's own writer (data left out: the files are sparse)."""
-    from sparkling_cli.formats.torchfile.writer import Part, Slot, lay_out_archive
+    from sparkling_cli.formats.torchfile.writer import NewRecord, Slot, lay_out_archive
 
     sizes = [1 << 32, 5, (1 << 32) + 7, 0xFFFFFFFF, 9, 0xFFFFFFFE, 0]
     writer = torch._C.PyTorchFileWriter(str(tmp_path / "big.pt"))
@@ -222,8 +222,8 @@ def test_sizes_beyond_four_gibibytes(tmp_path: Path) -> None:
     writer.write_end_of_file()
     with zipfile.ZipFile(tmp_path / "big.pt") as archive:
         rest = [(i.filename.removeprefix("big/"), archive.read(i)) for i in archive.infolist()[len(sizes) :]]
-    parts = [Part(f"data/{i}", [Slot("", (0,), (size,), size)]) for i, size in enumerate(sizes)]
-    parts += [Part(name, [data]) for name, data in rest]
+    parts = [NewRecord(f"data/{i}", [Slot("", (0,), (size,), size)]) for i, size in enumerate(sizes)]
+    parts += [NewRecord(name, [data]) for name, data in rest]
     output = lay_out_archive("big.pt", "big/", parts)
     assert output.size == (tmp_path / "big.pt").stat().st_size
     with (tmp_path / "big.pt").open("rb") as stream:

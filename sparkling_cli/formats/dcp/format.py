@@ -17,13 +17,13 @@ from sparkling_cli.formats.dcp.metadata import METADATA
 from sparkling_cli.formats.dcp.read import (
     Entry,
     Parsed,
+    read_directories,
     read_fields,
     read_further,
     read_groups,
-    read_parts,
     read_states,
 )
-from sparkling_cli.formats.dcp.write import part_outputs
+from sparkling_cli.formats.dcp.write import directory_outputs
 from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
 from sparkling_cli.formats.further import tensors_of
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
@@ -106,13 +106,13 @@ class DcpFormat:
             raise CheckpointError(f"{root} has no {METADATA}")
         folders = tuple(f for f in variant.folders if (root / f / METADATA).is_file())
         _one_model_only(root)
-        parts, entries, roles = read_parts(root, folders)
+        directories, entries, roles = read_directories(root, folders)
         tensors = {name: entries[name].stored() for name in dict.fromkeys(roles.weights.values())}
         states, state_tensors, scalar_keys = read_states(roles, entries)
         present = list_files(root)
         config = read_json(root, variant.config) if variant.config in present else None
         within = "" if config is not None else _COMPOSER_CONFIG
-        written = {part.folder + METADATA for part in parts}.union(*(part.files() for part in parts))
+        written = {one.folder + METADATA for one in directories}.union(*(one.files() for one in directories))
         if config is not None:
             written.add(variant.config)
         config = config or _entries_as_config(entries, within) or None
@@ -151,7 +151,7 @@ class DcpFormat:
             facts=facts,
             notes=tuple(notes),
             private=Parsed(
-                parts, entries, scalar_keys, variant.config if config and not within else "", within
+                directories, entries, scalar_keys, variant.config if config and not within else "", within
             ),
         )
 
@@ -176,7 +176,7 @@ class DcpFormat:
                     hint=f"put the model's config.json, with {key}, into the folder",
                 )
             numbers[name] = value
-        files = [file for part in parsed.parts for file in part_outputs(part, declared, numbers)]
+        files = [file for one in parsed.directories for file in directory_outputs(one, declared, numbers)]
         if parsed.config_file:
             text = (checkpoint.root / parsed.config_file).read_text(encoding="utf-8")
             changes = request.config

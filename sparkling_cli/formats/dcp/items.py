@@ -21,7 +21,7 @@ from sparkling_cli.formats.torchfile.archive import open_window, read_archive
 _END_OF_ARCHIVE = 22 + 65535
 
 
-class Place(NamedTuple):
+class Item(NamedTuple):
     """Where an item lies: the file (relative to the checkpoint's root), its first byte, its length."""
 
     root: Path

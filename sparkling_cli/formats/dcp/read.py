@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.dcp.check import check_metadata
-from sparkling_cli.formats.dcp.items import Place, scalar_of, tensor_key
+from sparkling_cli.formats.dcp.items import Item, scalar_of, tensor_key
 from sparkling_cli.formats.dcp.metadata import METADATA, read_metadata
 from sparkling_cli.formats.dcp.names import Roles, find_roles
 from sparkling_cli.formats.further import tensors_in_item
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Part:
+class Directory:
     """One DCP directory of a checkpoint.
 
     Attributes:
@@ -38,7 +38,7 @@ class Part:
     metadata: Metadata
     prefix: str
 
-    def place(self, index: MetadataIndex) -> Place:
+    def item(self, index: MetadataIndex) -> Item:
         """Where an item lies.
 
         Raises:
@@ -54,7 +54,7 @@ class Part:
         name = str(info.relative_path)
         if name.startswith("/") or ".." in name.split("/"):
             raise CheckpointError(f".metadata points out of its own directory: {name!r}")
-        return Place(self.root, self.folder + name, int(info.offset), int(info.length))
+        return Item(self.root, self.folder + name, int(info.offset), int(info.length))
 
     def files(self) -> dict[str, int]:
         """Every data file of the directory, and where the last item in it ends.
@@ -64,8 +64,8 @@ class Part:
         """
         ends: dict[str, int] = {}
         for index in self.metadata.storage_data:
-            place = self.place(index)
-            ends[place.file] = max(ends.get(place.file, 0), place.offset + place.length)
+            item = self.item(index)
+            ends[item.file] = max(ends.get(item.file, 0), item.offset + item.length)
         for name, end in sorted(ends.items()):
             path = self.root / name
             if not path.is_file():
@@ -82,15 +82,15 @@ class Part:
 
 
 class Entry(NamedTuple):
-    """One name of the checkpoint: which part it is in, and its fully qualified name there."""
+    """One name of the checkpoint: which directory it is in, and its fully qualified name there."""
 
-    part: Part
+    directory: Directory
     fqn: str
 
     @property
     def described(self) -> Any:
         """What ``.metadata`` says of it: of a tensor its size, dtype and boxes."""
-        return self.part.metadata.state_dict_metadata[self.fqn]
+        return self.directory.metadata.state_dict_metadata[self.fqn]
 
     @property
     def is_tensor(self) -> bool:
@@ -102,11 +102,11 @@ class Entry(NamedTuple):
         """A tensor's."""
         return str(self.described.properties.dtype).removeprefix("torch.")
 
-    def place(self, offsets: Any = None) -> Place:
+    def item(self, offsets: Any = None) -> Item:
         """Where it lies; of a tensor the box at these offsets."""
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
-        return self.part.place(MetadataIndex(self.fqn, offsets))
+        return self.directory.item(MetadataIndex(self.fqn, offsets))
 
     def stored(self) -> StoredTensor:
         """Shape, dtype and boxes of a tensor; every item's own header is checked against ``.metadata``.
@@ -116,12 +116,12 @@ class Entry(NamedTuple):
         """
         extents = []
         for chunk in self.described.chunks:
-            place, start, sizes = self.place(chunk.offsets), tuple(chunk.offsets), tuple(chunk.sizes)
-            item = place.read()
-            found = item.tensors[tensor_key(item, self.fqn)]
+            item, start, sizes = self.item(chunk.offsets), tuple(chunk.offsets), tuple(chunk.sizes)
+            tree = item.read()
+            found = tree.tensors[tensor_key(tree, self.fqn)]
             if (found.dtype, found.shape) != (self.dtype, sizes):
                 raise CheckpointError(
-                    f"{place.root / place.file}: {self.fqn!r} at {start} is {found.dtype} of shape "
+                    f"{item.root / item.file}: {self.fqn!r} at {start} is {found.dtype} of shape "
                     f"{found.shape}; .metadata says {self.dtype} of shape {sizes}",
                     hint="the files are of different saves: copy the checkpoint again",
                 )
@@ -134,7 +134,7 @@ class Entry(NamedTuple):
         if not self.is_tensor or prod(self.described.size) != 1:
             return None
         chunk = next(chunk for chunk in self.described.chunks if 0 not in chunk.sizes)
-        return scalar_of(self.place(chunk.offsets).read(), self.fqn)
+        return scalar_of(self.item(chunk.offsets).read(), self.fqn)
 
     def value(self) -> Any:
         """A pickled object as plain data, or the value of a tensor of one number.
@@ -142,7 +142,7 @@ class Entry(NamedTuple):
         Raises:
             UnsafePickleError: its pickle names something that is not harmless; it was not executed.
         """
-        return self.number() if self.is_tensor else plain(self.place().read().tree)
+        return self.number() if self.is_tensor else plain(self.item().read().tree)
 
 
 @dataclass(frozen=True)
@@ -150,39 +150,41 @@ class Parsed:
     """What the writer needs again.
 
     Attributes:
-        parts: the directories.
+        directories: the directories.
         entries: of all of them.
         scalar_keys: number of a state and name -> entry of a one-number tensor.
         config_file: with the model's sizes; "" if it has none of its own.
         within: what the names of entries begin with that are keys of the config.
     """
 
-    parts: tuple[Part, ...]
+    directories: tuple[Directory, ...]
     entries: Mapping[str, Entry]
     scalar_keys: Mapping[tuple[int, str], str]
     config_file: str
     within: str = ""
 
 
-def read_parts(root: Path, folders: tuple[str, ...]) -> tuple[tuple[Part, ...], dict[str, Entry], Roles]:
-    """All parts, their entries under names that are unique in the checkpoint, and who is who."""
-    parts = tuple(
-        Part(root, folder, read_metadata(root / folder), folder if number else "")
+def read_directories(
+    root: Path, folders: tuple[str, ...]
+) -> tuple[tuple[Directory, ...], dict[str, Entry], Roles]:
+    """Every directory, their entries under names that are unique in the checkpoint, and who is who."""
+    directories = tuple(
+        Directory(root, folder, read_metadata(root / folder), folder if number else "")
         for number, folder in enumerate(folders)
     )
-    for part in parts:
-        check_metadata(part.metadata, root / part.folder / METADATA)
+    for directory in directories:
+        check_metadata(directory.metadata, root / directory.folder / METADATA)
     entries: dict[str, Entry] = {}
     paths: dict[str, tuple[str, ...]] = {}
-    for part in parts:
-        planned = part.metadata.planner_data if isinstance(part.metadata.planner_data, dict) else {}
-        for fqn in part.metadata.state_dict_metadata:
-            entries[part.prefix + fqn] = Entry(part, fqn)
-            paths[part.prefix + fqn] = tuple(map(str, planned.get(fqn) or (fqn,)))
-    for part in parts:
-        part.files()
+    for directory in directories:
+        planned = directory.metadata.planner_data if isinstance(directory.metadata.planner_data, dict) else {}
+        for fqn in directory.metadata.state_dict_metadata:
+            entries[directory.prefix + fqn] = Entry(directory, fqn)
+            paths[directory.prefix + fqn] = tuple(map(str, planned.get(fqn) or (fqn,)))
+    for directory in directories:
+        directory.files()
     tensors = frozenset(name for name, entry in entries.items() if entry.is_tensor)
-    return parts, entries, find_roles(paths, tensors, str(root))
+    return directories, entries, find_roles(paths, tensors, str(root))
 
 
 def read_states(
@@ -221,7 +223,7 @@ def read_further(
     for name in (*roles.others, *scalars, *fields):
         entry = entries[name]
         if not entry.is_tensor:
-            yield from tensors_in_item(*entry.place(), name)
+            yield from tensors_in_item(*entry.item(), name)
         elif prod(entry.described.size) > 1:
             yield Further(name, "", name, entry.stored())
         else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.formats.dcp.items import box, number, shifted
 from sparkling_cli.formats.dcp.metadata import METADATA, dump_metadata
-from sparkling_cli.formats.dcp.read import Entry, Part
+from sparkling_cli.formats.dcp.read import Directory, Entry
 from sparkling_cli.formats.model import Checksum, Declared, OutputFile
 from sparkling_cli.storage.tensors import Extent, grown_box
 
@@ -55,13 +55,13 @@ class _Growing:
         )
 
 
-def part_outputs(
-    part: Part, declared: Mapping[str, Declared], numbers: Mapping[str, Any]
+def directory_outputs(
+    directory: Directory, declared: Mapping[str, Declared], numbers: Mapping[str, Any]
 ) -> tuple[OutputFile, ...]:
     """All files of one DCP directory; ``.metadata`` is the last.
 
     Args:
-        part: the directory.
+        directory: the directory.
         declared: name in the checkpoint -> output tensor.
         numbers: name in the checkpoint -> new value of a one-number tensor, or of a plain value.
     """
@@ -71,53 +71,53 @@ def part_outputs(
     files: dict[str, _Growing] = {}
     moved: dict[MetadataIndex, tuple[MetadataIndex, object]] = {}
     chunks: dict[str, dict[Shape, ChunkStorageMetadata]] = {}
-    storage = part.metadata.storage_data
+    storage = directory.metadata.storage_data
     boxes = {
         (fqn, tuple(chunk.offsets)): tuple(chunk.sizes)
-        for fqn, meta in part.metadata.state_dict_metadata.items()
+        for fqn, meta in directory.metadata.state_dict_metadata.items()
         for chunk in getattr(meta, "chunks", ())
     }
     for index in sorted(storage, key=lambda i: (str(storage[i].relative_path), storage[i].offset)):
-        place = part.place(index)
-        name = part.prefix + index.fqn
+        item = directory.item(index)
+        name = directory.prefix + index.fqn
         target = declared.get(name)
         new_index = index
         if target is not None:
-            before = Entry(part, index.fqn).described.size
+            before = Entry(directory, index.fqn).described.size
             start: Shape = tuple(index.offset or ())
             sizes = boxes[index.fqn, start]
             new_start, new_sizes = grown_box(start, sizes, before, target.shape)
-            content: OutputFile | bytes = box(place.read(), index.fqn, target.key, new_start, new_sizes)
+            content: OutputFile | bytes = box(item.read(), index.fqn, target.key, new_start, new_sizes)
             new_index = MetadataIndex(index.fqn, new_start, index.index)
             grown = ChunkStorageMetadata(_size(new_start), _size(new_sizes))
             chunks.setdefault(index.fqn, {})[start] = grown
         elif name in numbers:
-            content = number(place.read(), index.fqn, numbers[name])
+            content = number(item.read(), index.fqn, numbers[name])
         else:
-            content = place.carried(index.fqn)
-        file = files.setdefault(place.file, _Growing(place.file))
+            content = item.carried(index.fqn)
+        file = files.setdefault(item.file, _Growing(item.file))
         offset, length = file.add(content)
         info = _StorageInfo(storage[index].relative_path, offset, length)
         moved[index] = (new_index, info)
-    metadata = replace_metadata(part, moved, chunks, declared)
-    last = OutputFile(part.folder + METADATA, len(metadata), ((0, metadata),), last=True)
+    metadata = replace_metadata(directory, moved, chunks, declared)
+    last = OutputFile(directory.folder + METADATA, len(metadata), ((0, metadata),), last=True)
     return (*(file.done() for file in files.values()), last)
 
 
 def replace_metadata(
-    part: Part,
+    directory: Directory,
     moved: Mapping[MetadataIndex, tuple[MetadataIndex, object]],
     chunks: Mapping[str, Mapping[Shape, ChunkStorageMetadata]],
     declared: Mapping[str, Declared],
 ) -> bytes:
     """The new ``.metadata``: as the old one, with new sizes, boxes and places."""
-    metadata = copy.copy(part.metadata)
+    metadata = copy.copy(directory.metadata)
     vars(metadata).pop("all_local_plans", None)  # Megatron's cache of how it saved, by the old sizes
     metadata.state_dict_metadata = dict(metadata.state_dict_metadata)
     for fqn, grown in chunks.items():
-        old = Entry(part, fqn).described
+        old = Entry(directory, fqn).described
         boxes = [grown[tuple(chunk.offsets)] for chunk in old.chunks]
-        size = _size(declared[part.prefix + fqn].shape)
+        size = _size(declared[directory.prefix + fqn].shape)
         metadata.state_dict_metadata[fqn] = replace(old, size=size, chunks=boxes)
     metadata.storage_data = dict(moved[index] for index in metadata.storage_data)
     return dump_metadata(metadata)

@@ -14,8 +14,8 @@ from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.formats.torchfile.archive import open_window
 from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, walk
 from sparkling_cli.formats.torchfile.objects import FIELDS, Call, Ordered, TensorNode, copied_call, step_into
-from sparkling_cli.formats.torchfile.repickle import Placement, write_tree
-from sparkling_cli.formats.torchfile.writer import Part, Slot, lay_out_archive
+from sparkling_cli.formats.torchfile.repickle import StorageView, write_tree
+from sparkling_cli.formats.torchfile.writer import NewRecord, Slot, lay_out_archive
 from sparkling_cli.storage.tensors import ITEM_BYTES, row_major
 
 REMOVED: Any = object()
@@ -64,7 +64,7 @@ def lay_out(
 class _StoragePlan:
     """New places of all tensors and the content of all storages."""
 
-    placements: dict[int, Placement]
+    placements: dict[int, StorageView]
     entries: dict[str, int]
     content: dict[str, list[bytes | Slot]]
 
@@ -99,7 +99,7 @@ def _plan_storages(
                 content.append(_content(where, first, node.dtype, shape, values))
                 offset += prod(shape)
             at = placed[first][0]
-            plan.placements[id(node)] = Placement(at, shape, row_major(shape))
+            plan.placements[id(node)] = StorageView(at, shape, row_major(shape))
         untyped = members[0][1].function.qualname == "_rebuild_tensor_v3"
         plan.entries[storage] = offset * (ITEM_BYTES[members[0][1].dtype] if untyped else 1)
         plan.content[storage] = content
@@ -131,20 +131,20 @@ def _content(
     return value
 
 
-def _parts(file: TorchFile, plan: _StoragePlan, pickled: bytes) -> Iterator[Part]:
+def _parts(file: TorchFile, plan: _StoragePlan, pickled: bytes) -> Iterator[NewRecord]:
     """All records in the source's order; storages that no tensor uses any more are left out."""
     with open_window(file.path, file.relative or file.path.name, file.base, file.archive.length) as window:
         for record in file.archive.records:
             if record.name == "data.pkl":
-                yield Part(record.name, (pickled,))
+                yield NewRecord(record.name, (pickled,))
             elif record.name.startswith("data/"):
                 content = plan.content.get(record.name.removeprefix("data/"))
                 if content is not None:
-                    yield Part(record.name, content)
+                    yield NewRecord(record.name, content)
             elif record.name == ".data/serialization_id" and pickled != file.pickled:
-                yield Part(record.name, (serialization_id(pickled),))
+                yield NewRecord(record.name, (serialization_id(pickled),))
             else:
-                yield Part(record.name, (window.read(record.start, record.size),))
+                yield NewRecord(record.name, (window.read(record.start, record.size),))
 
 
 def serialization_id(pickled: bytes) -> bytes:

@@ -17,7 +17,7 @@ from sparkling_cli.formats.torchfile.objects import (
     make_global,
 )
 from sparkling_cli.formats.torchfile.repickle import write_tree
-from sparkling_cli.formats.torchfile.writer import ALIGNMENT, Part, Slot, lay_out_archive
+from sparkling_cli.formats.torchfile.writer import ALIGNMENT, NewRecord, Slot, lay_out_archive
 from sparkling_cli.storage.tensors import ITEM_BYTES, row_major
 
 
@@ -51,13 +51,16 @@ def lay_out_state_dict(
             rebuild = known("torch._utils", "_rebuild_tensor_v3")
             rest = (Ordered(), known("torch", dtype))
         tree[name] = TensorNode(rebuild, storage, 0, shape, strides, False, rest)
-        parts.append(Part(f"data/{number}", (Slot(key, (0,) * len(shape), shape, size),)))
+        parts.append(NewRecord(f"data/{number}", (Slot(key, (0,) * len(shape), shape, size),)))
     pickled = write_tree(tree, {}, {}, path)
     head = [
-        Part("data.pkl", (pickled,)),
-        Part(".format_version", (b"1",)),
-        Part(".storage_alignment", (b"%d" % ALIGNMENT,)),
-        Part("byteorder", (b"little",)),
+        NewRecord("data.pkl", (pickled,)),
+        NewRecord(".format_version", (b"1",)),
+        NewRecord(".storage_alignment", (b"%d" % ALIGNMENT,)),
+        NewRecord("byteorder", (b"little",)),
     ]
-    tail = [Part("version", (b"3\n",)), Part(".data/serialization_id", (serialization_id(pickled),))]
+    tail = [
+        NewRecord("version", (b"3\n",)),
+        NewRecord(".data/serialization_id", (serialization_id(pickled),)),
+    ]
     return lay_out_archive(path, prefix, [*head, *parts, *tail])

@@ -17,7 +17,7 @@ from sparkling_cli.formats.torchfile.objects import Call, GlobalType, Ordered, S
 _BATCH = 1000
 
 
-class Placement(NamedTuple):
+class StorageView(NamedTuple):
     """How a tensor lies in its (new) storage, in entries."""
 
     offset: int
@@ -48,7 +48,7 @@ def _int(value: int) -> bytes:
 
 
 def write_tree(
-    tree: Any, placements: Mapping[int, Placement], entries: Mapping[str, int], where: str
+    tree: Any, placements: Mapping[int, StorageView], entries: Mapping[str, int], where: str
 ) -> bytes:
     """Pickle ``tree``.
 
@@ -68,7 +68,7 @@ def write_tree(
 
 
 class _Writer:
-    def __init__(self, placements: Mapping[int, Placement], entries: Mapping[str, int]) -> None:
+    def __init__(self, placements: Mapping[int, StorageView], entries: Mapping[str, int]) -> None:
         self.placements = placements
         self.entries = entries
         self.out = bytearray(b"\x80\x02")
@@ -240,7 +240,7 @@ class _Writer:
             self.put(_Unshared)
 
     def save_tensor(self, value: TensorNode) -> None:
-        place = self.placements.get(id(value)) or Placement(value.offset, value.shape, value.stride)
+        place = self.placements.get(id(value)) or StorageView(value.offset, value.shape, value.stride)
         self.save_global(value.function.module, value.function.qualname)
         self.out += b"("
         self.save_storage(value.storage)

@@ -27,7 +27,7 @@ class Slot(NamedTuple):
     size: int
 
 
-class Part(NamedTuple):
+class NewRecord(NamedTuple):
     """A record to write: its name and its content, in order: bytes, or room for tensors."""
 
     name: str
@@ -64,7 +64,7 @@ class _Layout:
             self.run = bytearray()
 
 
-def lay_out_archive(path: str, prefix: str, parts: Sequence[Part]) -> OutputFile:
+def lay_out_archive(path: str, prefix: str, parts: Sequence[NewRecord]) -> OutputFile:
     """The whole file.
 
     Args:
