@@ -25,6 +25,7 @@ _LOOKED_FOR = (
     "a transformers model or Trainer directory (model.safetensors, pytorch_model.bin, or their index)",
     "a torch.distributed.checkpoint directory (.metadata)",
     "a LitGPT directory (lit_model.pth and model_config.yaml)",
+    "an iteration in Megatron's torch format (mp_rank_00/model_optim_rng.pt)",
     "an unsharded step of OLMo (model.pt and config.yaml)",
     "DeepSpeed's Universal Checkpoint (zero/<parameter>/fp32.pt)",
     "a torch file with a model's state dict (nanoGPT, Lightning, plain PyTorch)",
@@ -36,6 +37,7 @@ def formats() -> tuple[Format, ...]:
     from sparkling_cli.formats.dcp import DcpFormat
     from sparkling_cli.formats.deepspeed import UniversalCheckpoint
     from sparkling_cli.formats.litgpt import LitGptDirectory
+    from sparkling_cli.formats.megatron import MegatronLegacy
     from sparkling_cli.formats.olmo import OlmoStep
     from sparkling_cli.formats.singlefile import SingleFile
     from sparkling_cli.formats.trainer import TrainerDirectory
@@ -44,6 +46,7 @@ def formats() -> tuple[Format, ...]:
         SingleFile(),
         DcpFormat(),
         LitGptDirectory(),
+        MegatronLegacy(),
         OlmoStep(),
         UniversalCheckpoint(),
         TrainerDirectory(),

@@ -79,7 +79,7 @@ def find_roles(paths: Mapping[str, Path], tensors: frozenset[str], where: str) -
         if name in tensors and not state and name.startswith(_FLAT):
             raise CheckpointError(
                 f"{where}: {name!r} is a flat part of the optimizer, which holds no parameters by name",
-                hint="save with Megatron's --dist-ckpt-optim-fully-reshardable",
+                hint="resume once with Megatron's --dist-ckpt-optim-fully-reshardable, save, and expand that",
             )
     bare = bare_names(states) if states else {}
     states = {bare[param]: slots for param, slots in states.items()}

@@ -1,0 +1,357 @@
+"""Megatron-LM's ``torch`` format: ``iter_N/mp_rank_TT[_PPP]/model_optim_rng.pt``, sizes in its ``args``.
+
+Every tensor-parallel rank has its slice of a weight and of the weight's state, every pipeline stage its own
+layers, numbered from zero. The optimizer numbers its parameters, decayed ones and others apart, and keeps
+their fp32 masters in lists beside its state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.directory import inside, list_files
+from sparkling_cli.formats.further import further_in
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
+from sparkling_cli.formats.rankfiles import Box, Place, RankFiles
+from sparkling_cli.formats.statedict import OptimizerTree, is_state_dict, keys_by_path, optimizer_in
+from sparkling_cli.formats.torchfile import ATTRIBUTES, Call, TensorNode, TorchFile, plain, read_torch_file
+from sparkling_cli.storage.tensors import StoredTensor
+
+FILE, FLAT = "model_optim_rng.pt", "distrib_optim.pt"
+_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+#: weights that are shared out by rows, and by columns; all others are whole on every rank
+_BY_ROWS = ("word_embeddings.weight", "linear_qkv.weight", "linear_qkv.bias", "output_layer.weight")
+_GATED = ("linear_fc1.weight", "linear_fc1.bias")
+_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
+MASTER = "fp32_param"
+#: as which "state" a weight is known that is whole on every rank, on the ranks but the first
+_REPLICA = "param"
+_OTHER_FORMAT = (
+    "resume once with --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable, save, and expand that"
+)
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What the writer needs again."""
+
+    ranks: RankFiles
+    tensors: Mapping[str, StoredTensor]
+
+
+class MegatronLegacy:
+    """An iteration in Megatron's ``torch`` format. Order of calls: ``claims``, ``open``, ``outputs``."""
+
+    name = "megatron-torch"
+
+    def claims(self, root: Path) -> str | None:
+        """Folders ``mp_rank_*`` with Megatron's file.
+
+        Raises:
+            CheckpointError: a rank is missing, the optimizer's state is flat, or a folder of iterations.
+        """
+        if not root.is_dir():
+            return None
+        if (root / "latest_checkpointed_iteration.txt").is_file():
+            steps = sorted(path.parent.parent.name for path in root.glob(f"iter_*/mp_rank_*/{FILE}"))
+            if steps:
+                raise CheckpointError(
+                    f"{root} is a folder of Megatron's iterations", hint=f"name one: {root / steps[-1]}"
+                )
+        if not any(root.glob(f"mp_rank_*/{FILE}")):
+            return None
+        _ranks(root)
+        return "an iteration in Megatron's torch format"
+
+    def open(self, root: Path) -> Checkpoint:
+        """Names, shapes and places from all ranks; sizes and schedule from the arguments.
+
+        Raises:
+            CheckpointError: missing, damaged or contradictory files, or parallelism that is not read.
+            UnsafePickleError: a file that is not weights-only-safe; it was not executed.
+        """
+        grid = _ranks(root)
+        files = [[read_torch_file(inside(root, p, "the folder"), p) for p in stage] for stage in grid]
+        args = _arguments(files[0][0])
+        found = _Parts(files, gated=bool(args.get("swiglu")))
+        ranks = RankFiles({f.relative: f for stage in files for f in stage}, found.boxes, found.scalars)
+        wanted = {*found.weights.values(), *(k for s in found.states for k in s.tensors.values())}
+        tensors = ranks.tensors(wanted)
+        if not args.get("group_query_attention"):
+            args = {key: value for key, value in args.items() if key != "num_query_groups"}
+        tree: Any = files[0][0].tree
+        facts: dict[str, Any] = {"kind": "Megatron, torch format", **_schedule(tree)}
+        if type(tree.get("iteration")) is int:
+            facts["global_step"] = tree["iteration"]
+        if found.states:
+            facts["optimizer_class"] = "AdamW"
+        notes = [] if found.states else ["there is no optimizer state in these files: weights only"]
+        notes.append("resume with the sizes of the output's args, and with --kv-channels as it was")
+        used = {*wanted, *found.boxes}
+        return Checkpoint(
+            root=root,
+            format=self.name,
+            tensors=tensors,
+            weights=found.weights,
+            states=tuple(found.states),
+            param_groups=tuple(found.groups),
+            config=args,
+            config_file=f"{files[0][0].relative}: args",
+            carried=tuple(name for name in list_files(root) if name not in ranks.files),
+            further=tuple(item for stage in files for f in stage for item in further_in(f, used)),
+            facts=facts,
+            notes=tuple(notes),
+            private=Parsed(ranks, tensors),
+        )
+
+    def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
+        """Every rank's file, with the new sizes among its arguments."""
+        parsed: Parsed = checkpoint.private
+        edits = {
+            name: {("args", *ATTRIBUTES, key): value for key, value in request.config.items()}
+            for name in parsed.ranks.files
+        }
+        return parsed.ranks.outputs(request, parsed.tensors, edits)
+
+
+def _ranks(root: Path) -> list[list[str]]:
+    """Relative paths of the ranks' files, by pipeline stage and tensor-parallel rank.
+
+    Raises:
+        CheckpointError: one is missing, or the optimizer's state lies in flat buckets.
+    """
+    flat = sorted(root.glob(f"mp_rank_*/{FLAT}"))
+    if flat:
+        raise CheckpointError(
+            f"{flat[0]}: flat buckets of the distributed optimizer, in which parameters cannot be told apart",
+            hint=_OTHER_FORMAT,
+        )
+    there: dict[tuple[int, int], str] = {}
+    for path in sorted(root.glob("mp_rank_*")):
+        named = _FOLDER.fullmatch(path.name)
+        if named is not None and path.is_dir():
+            there[int(named[2] or 0), int(named[1])] = f"{path.name}/{FILE}"
+    stages, slices = (max(rank[dim] for rank in there) + 1 for dim in (0, 1))
+    staged = any("_" in name.partition("/")[0].removeprefix("mp_rank_") for name in there.values())
+    for stage in range(stages):
+        for rank in range(slices):
+            name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if staged else "") + f"/{FILE}"
+            if not (root / name).is_file():
+                raise CheckpointError(
+                    f"{root / name} is missing: there are ranks up to {slices - 1}"
+                    + (f" of stages up to {stages - 1}" if staged else ""),
+                    hint="copy it from where the run was, or take an earlier iteration",
+                )
+    return [[there[stage, rank] for rank in range(slices)] for stage in range(stages)]
+
+
+def _arguments(file: TorchFile) -> dict[str, Any]:
+    tree = file.tree if isinstance(file.tree, dict) else {}
+    args = tree.get("args")
+    found = plain(args) if isinstance(args, Call) else None
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{file.relative}: there are no args in it, by which Megatron says the model's sizes",
+            hint="save without --no-save-args, or take an earlier iteration",
+        )
+    split = {
+        "expert_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "num_experts": None,
+    }
+    for name, usual in split.items():
+        if found.get(name, usual) not in (usual, None):
+            raise CheckpointError(
+                f"{file.relative}: {name} is {found[name]}, and in this format only dense models without "
+                "virtual stages can be read",
+                hint=_OTHER_FORMAT,
+            )
+    return found
+
+
+@dataclass
+class _Parts:
+    """Weights and state of all ranks, put together.
+
+    Attributes:
+        files: by pipeline stage and tensor-parallel rank.
+        gated: whether the MLP's first matrix has two halves.
+        weights: name in the whole model -> key.
+        states: of all parameters.
+        groups: of the optimizer, without its parameters.
+        boxes, scalars: see :class:`~sparkling_cli.formats.rankfiles.RankFiles`.
+    """
+
+    files: Sequence[Sequence[TorchFile]]
+    gated: bool
+    weights: dict[str, str] = field(default_factory=dict)
+    states: list[ParamState] = field(default_factory=list)
+    groups: list[Mapping[str, Any]] = field(default_factory=list)
+    boxes: dict[str, tuple[Box, ...]] = field(default_factory=dict)
+    scalars: dict[tuple[str, str], tuple[Place, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        first = 0
+        for stage in self.files:
+            count = 0
+            for rank, file in enumerate(stage):
+                own = list(self._weights(rank, file, first, len(stage)))
+                count = max([count, *(int(n[1]) + 1 - first for name, _ in own if (n := _LAYER.match(name)))])
+                self._state(rank, file, own, len(stage))
+            first += count
+
+    def _weights(self, rank: int, file: TorchFile, first: int, ranks: int) -> Iterator[tuple[str, Shape]]:
+        """The rank's weights under their names in the whole model, with its own shapes, in order.
+
+        Raises:
+            CheckpointError: no model, several of them (virtual stages), or one weight on two stages.
+        """
+        tree = file.tree if isinstance(file.tree, dict) else {}
+        if not is_state_dict(tree.get("model")):
+            several = "; virtual pipeline stages are not read" if "model0" in tree else ""
+            raise CheckpointError(f"{file.relative}: there is no model in it{several}")
+        keys = keys_by_path(file)
+        for local, node in tree["model"].items():
+            if not isinstance(node, TensorNode) or local.endswith("_extra_state"):
+                continue
+            name = _LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + first}.", local)
+            key = keys["model", local]
+            if rank == 0 and name in self.weights:
+                raise CheckpointError(
+                    f"{file.relative}: {name!r} is in two stages",
+                    hint="a head that is tied to the embedding lies in both: save with one pipeline stage",
+                )
+            whole = self._place(name, "weight", key, node.shape, rank, ranks)
+            if rank == 0:
+                self.weights[name] = whole or key
+            elif whole is None:
+                self.states.append(ParamState(name, {_REPLICA: key}))
+            yield name, node.shape
+
+    def _place(self, name: str, slot: str, key: str, shape: Shape, rank: int, ranks: int) -> str | None:
+        """Put a rank's tensor into the whole one, whose key it gives; None if every rank has all of it."""
+        if ranks == 1:
+            return key
+        whole = f"{name}.{slot}"
+        if name.endswith(_GATED) and self.gated:
+            half = (shape[0] // 2, *shape[1:])
+            self.boxes[key] = tuple(
+                Box(whole, (place * ranks * half[0] + rank * half[0], *[0] * (len(half) - 1)), half)
+                for place in (0, 1)
+            )
+        elif name.endswith((*_BY_ROWS, *_GATED)):
+            self.boxes[key] = (Box(whole, (rank * shape[0], *[0] * (len(shape) - 1)), shape),)
+        elif name.endswith(_BY_COLUMNS):
+            self.boxes[key] = (Box(whole, (0, rank * shape[1]), shape),)
+        else:
+            return None
+        return whole
+
+    def _state(self, rank: int, file: TorchFile, own: Sequence[tuple[str, Shape]], ranks: int) -> None:
+        """The rank's optimizer state, by the shapes of its weights.
+
+        Raises:
+            CheckpointError: groups that are not Megatron's.
+        """
+        optimizer = file.tree.get("optimizer")
+        if not isinstance(optimizer, dict):
+            return
+        inner = "optimizer" in optimizer
+        path = ("optimizer", "optimizer") if inner else ("optimizer",)
+        tree = optimizer_in(file, path)
+        named = _named(tree, own, file)
+        keys = keys_by_path(file)
+        masters = optimizer.get("fp32_from_fp16_params") if inner else None
+        extra: dict[str, str] = {}
+        for place, group in enumerate(masters if isinstance(masters, list) else ()):
+            numbers = tree.groups[place]["params"]
+            if len(group) != len(numbers):
+                raise CheckpointError(
+                    f"{file.relative}: group {place} has {len(group)} masters, not one each"
+                )
+            for index, number in enumerate(numbers):
+                extra[str(number)] = keys["optimizer", "fp32_from_fp16_params", place, index]
+        for index, state in enumerate(tree.states):
+            name, shape = named[state.param]
+            slots: dict[str, str] = {}
+            found = {**state.tensors, **({MASTER: extra[state.param]} if state.param in extra else {})}
+            for slot, key in found.items():
+                if file.tensors[key].shape != shape:
+                    raise CheckpointError(
+                        f"{file.relative}: {slot} of {name!r} has shape {file.tensors[key].shape}, the "
+                        f"weight has {shape}"
+                    )
+                slots[slot] = self._place(name, slot, key, shape, rank, ranks) or key
+            if rank == 0 or not any(key in self.boxes for key in found.values()):
+                self.states.append(ParamState(name, slots, state.scalars))
+            for scalar in state.scalars:
+                place_ = Place(file.relative, tree.scalars[index, scalar])
+                self.scalars[name, scalar] = (*self.scalars.get((name, scalar), ()), place_)
+        if not self.groups:
+            self.groups = [{**group, "params": []} for group in tree.groups]
+
+
+def _named(
+    tree: OptimizerTree, own: Sequence[tuple[str, Shape]], file: TorchFile
+) -> dict[str, tuple[str, Shape]]:
+    """Number -> parameter: matrices and vectors are in groups of their own, each in the model's order.
+
+    Raises:
+        CheckpointError: groups of other kinds or sizes.
+    """
+    dims = {
+        state.param: len(file.tensors[key].shape) for state in tree.states for key in state.tensors.values()
+    }
+    named: dict[str, tuple[str, Shape]] = {}
+    groups = [[str(n) for n in group.get("params", ())] for group in tree.groups]
+    for numbers in groups:
+        kinds = {dims[number] > 1 for number in numbers if number in dims}
+        alike = [item for item in own if (len(item[1]) > 1) in kinds]
+        if len(kinds) > 1:
+            alike = list(own)
+        if kinds and len(alike) == len(numbers):
+            named.update(zip(numbers, alike, strict=True))
+    lost = next((state.param for state in tree.states if state.param not in named), None)
+    if lost is not None:
+        raise CheckpointError(
+            f"{file.relative}: its optimizer has groups of {', '.join(str(len(g)) for g in groups)} "
+            f"parameters, its model {sum(len(s) > 1 for _, s in own)} matrices and "
+            f"{sum(len(s) < 2 for _, s in own)} vectors: which is which cannot be told",
+            hint=_OTHER_FORMAT,
+        )
+    return named
+
+
+def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The schedule, which Megatron counts in samples, in steps."""
+    found = plain(tree.get("opt_param_scheduler"))
+    found = found if isinstance(found, dict) else {}
+    step, done = tree.get("iteration"), found.get("num_steps")
+    peak, floor = found.get("max_lr"), found.get("min_lr")
+    if not isinstance(peak, float) or peak <= 0:
+        return {}
+    schedule: dict[str, Any] = {"peak": peak}
+    known = found.get("lr_decay_style") in ("cosine", "linear")
+    if (
+        known
+        and isinstance(floor, (int, float))
+        and type(step) is int
+        and type(done) is int
+        and step > 0
+        and done % step == 0
+    ):
+        each = done // step
+        warmup, total = (found.get(name) for name in ("lr_warmup_steps", "lr_decay_steps"))
+        if type(warmup) is int and type(total) is int and total > warmup:
+            schedule["type"] = "curve"
+            schedule["warmup_steps"] = round(warmup / each)
+            schedule["kwargs"] = {"type": found["lr_decay_style"], "minimum": float(floor)}
+            return {"schedule": schedule, "max_steps": round(total / each)}
+    return {"schedule": schedule}
