@@ -138,22 +138,27 @@ def _resolve(
     for place, (label, grouping) in enumerate(groupings):
         outcome: dict[str, str] | str
         try:
-            outcome = _assign(problem, grouping) if place == 0 else _assign_whole(problem, grouping)
+            if place == 0:
+                outcome = _assign(problem, grouping)
+            else:
+                older = label == _OLDER_TRAINER
+                outcome = _assign_sized(problem, grouping) if older else _assign_whole(problem, grouping)
         except _InDoubtError as error:
             outcome = str(error)
             tried = [f"{label}: {outcome}"]
             break
         if isinstance(outcome, str):
             tried.append(f"{label}: {outcome}")
-        elif place == 0:
+        elif place == 0 or label == _OLDER_TRAINER:
             return outcome
         else:
             found.setdefault(tuple(sorted(outcome.items())), label)
-    if not groupings:
+    if len(problem.groups) > 1 and not found:
         alone = _by_shapes(problem, names)
         if not isinstance(alone, str):
             return alone
-        tried.append(f"groupings are known for one or two groups; by shapes alone: {alone}")
+        known = "" if groupings else "groupings are known for one or two groups; "
+        tried.append(f"{known}by shapes alone: {alone}")
     if len(found) == 1:
         return dict(next(iter(found)))
     tried += [f"{label}: fits, and so does another" for label in found.values()]
@@ -169,6 +174,10 @@ def _resolve(
 
 class _InDoubtError(Exception):
     """A grouping fits in several ways."""
+
+
+#: of Trainers that decayed the scale of every norm but torch's LayerNorm
+_OLDER_TRAINER = "all but biases, then biases (older Trainers')"
 
 
 def _groupings(
@@ -191,6 +200,7 @@ def _groupings(
         matrices = [len(shapes[name]) >= 2 for name in names]
         known = [
             split([name in decay for name in names], "decayed parameters, then the others (the Trainer's)"),
+            split([not name.endswith("bias") for name in names], _OLDER_TRAINER),
             split([name not in decay for name in names], "undecayed parameters, then the others"),
             split(matrices, "matrices, then vectors"),
             split([not m for m in matrices], "vectors, then matrices"),
@@ -260,18 +270,23 @@ def _assign(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
     return named
 
 
-def _assign_whole(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
-    """As ``_assign``, but no parameter may be frozen, and groups must be told apart by shapes alone."""
+def _assign_sized(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
+    """As ``_assign``, but no parameter may be frozen: the groups have the sizes of this grouping."""
     for index, (numbers, names) in enumerate(zip(problem.groups, grouping, strict=True)):
         if len(numbers) != len(names):
             return f"group {index} has {len(numbers)} parameters, {len(names)} expected"
+    return _assign(problem, grouping)
+
+
+def _assign_whole(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
+    """As ``_assign``, but no parameter may be frozen, and groups must be told apart by shapes alone."""
     home: dict[tuple[int, ...], tuple[int, str]] = {}
     for index, names in enumerate(grouping):
         for name in names:
             other, twin = home.setdefault(problem.shapes[name], (index, name))
             if other != index:
                 return f"{name!r} and {twin!r} have one shape and would be in different groups"
-    return _assign(problem, grouping)
+    return _assign_sized(problem, grouping)
 
 
 def _embed(problem: _Problem, numbers: Sequence[str], names: Sequence[str]) -> dict[str, str] | str:

@@ -121,14 +121,33 @@ def shapes_of(*names: str) -> dict[int, tuple[int, ...]]:
         ((6,), ("embed", "norm", "up", "bias", "down", "head")),
         ((2, 4), ("norm", "bias", "embed", "up", "down", "head")),
         ((2, 4), ("up", "down", "embed", "norm", "bias", "head")),
+        ((5, 1), ("embed", "norm", "up", "down", "head", "bias")),
+        ((4, 2), ("norm", "up", "bias", "down", "embed", "head")),
+        ((2, 4), ("embed", "head", "norm", "up", "bias", "down")),
     ],
 )
 def test_groupings_in_use(sizes: tuple[int, ...], order: tuple[str, ...]) -> None:
-    """The Trainer's grouping, one group, vectors first, and Muon's hidden matrices first."""
+    """The Trainers', one group, vectors first, Muon's; embedding and head with a rate of their own."""
     numbers = iter(range(6))
     groups = [[next(numbers) for _ in range(size)] for size in sizes]
     found = names_of(numbered(groups, shapes_of(*order)), vocabulary={"embed", "head"})
     assert found == list(order)
+
+
+def test_an_older_trainers_empty_group() -> None:
+    """Without biases everything was decayed, and the second group is there and empty."""
+    order = [name for name, _ in MODEL if name != "bias"]
+    model = [(name, shape) for name, shape in MODEL if name != "bias"]
+    shapes = {i: shape for i, (_, shape) in enumerate(model)}
+    assert names_of(numbered([[0, 1, 2, 3, 4], []], shapes), model, DECAY) == order
+
+
+def test_an_older_trainers_biases_of_a_norms_shape() -> None:
+    """As in Qwen2: a bias and a norm have one shape; the sizes of the groups say which grouping it is."""
+    model = [("embed", (9, 4)), ("norm", (4,)), ("q", (4, 4)), ("q.bias", (4,)), ("last", (4,))]
+    shapes = {0: (9, 4), 1: (4,), 2: (4, 4), 3: (4,), 4: (4,)}
+    found = names_of(numbered([[0, 1, 2, 3], [4]], shapes), model, {"embed", "q"})
+    assert found == ["embed", "norm", "q", "last", "q.bias"]
 
 
 def test_frozen_parameters_are_skipped() -> None:
