@@ -72,7 +72,11 @@ class ExpansionResult:
 
 
 def open_source(
-    source: Path, *, layout: Path | None = None, model: str | None = None
+    source: Path,
+    *,
+    layout: Path | None = None,
+    model: str | None = None,
+    param_order: Path | None = None,
 ) -> tuple[Checkpoint, ModelLayout, Manifest | None]:
     """Open a checkpoint, find its layout, and name its optimizer state.
 
@@ -91,7 +95,8 @@ def open_source(
     previous = manifest_of(source)
     found = find_layout(checkpoint, layout_path=layout, model=model, previous=previous)
     try:
-        return named_states(checkpoint, found, model=model), found, previous
+        named = named_states(checkpoint, found, model=model, param_order=param_order)
+        return named, found, previous
     except CheckpointError:
         # If the weights do not fit either, that is the cause, and the clearer message.
         weights_of(checkpoint, found, "disk")
@@ -106,6 +111,7 @@ def make_plan(
     *,
     layout: Path | str | None = None,
     model: str | None = None,
+    param_order: Path | str | None = None,
     **options: Any,
 ) -> Expansion:
     """Plan an expansion from shapes alone; :func:`expand` carries it out.
@@ -116,6 +122,7 @@ def make_plan(
         destination: the output. Default: beside the source, named after the growth.
         layout: a layout file instead of inference.
         model: ``package.module:factory`` of a user's own model.
+        param_order: a file with the parameters' names, one per line, in the optimizer's order.
         options: fields of the spec.
 
     Raises:
@@ -132,10 +139,11 @@ def make_plan(
 
     source = Path(source)
     layout = None if layout is None else Path(layout)
+    param_order = None if param_order is None else Path(param_order)
     spec = _spec(spec, options)
     root, _ = recognized(source)  # a folder of anything else is not walked
     state = snapshot(root)
-    checkpoint, found, previous = open_source(source, layout=layout, model=model)
+    checkpoint, found, previous = open_source(source, layout=layout, model=model, param_order=param_order)
     checkpoint, anew = without_outdated(checkpoint)
     plan = build_plan(checkpoint, found, spec, None if previous is None else previous.originals())
     rewarmup, missing = plan_schedule(plan, previous)
@@ -146,7 +154,7 @@ def make_plan(
         plan=plan,
         files=(*lay_out(plan), *anew),
         destination=given or default_destination(source, plan),
-        invocation=Invocation(source, given, layout, model),
+        invocation=Invocation(source, given, layout, model, param_order=param_order),
         previous=previous,
         rewarmup=rewarmup,
         rewarmup_missing=missing,
@@ -163,6 +171,7 @@ def expand(
     *,
     layout: Path | str | None = None,
     model: str | None = None,
+    param_order: Path | str | None = None,
     memory: int | str = 1 << 30,
     threads: int | None = None,
     data: Path | str | None = None,
@@ -179,6 +188,7 @@ def expand(
         spec: what to do; or its fields as keyword ``options``.
         layout: a layout file instead of inference.
         model: ``package.module:factory`` of a user's own model.
+        param_order: a file with the parameters' names, one per line, in the optimizer's order.
         memory: budget in bytes, or a text such as ``2G``.
         threads: worker threads; default by the machine.
         data: text or tokens to measure activations on.
@@ -208,7 +218,7 @@ def expand(
 
         progress = shown
     if expansion is None:
-        expansion = make_plan(source, spec, layout=layout, model=model, **options)
+        expansion = make_plan(source, spec, layout=layout, model=model, param_order=param_order, **options)
     if destination is not None:
         given = replace(expansion.invocation, destination=Path(destination))
         expansion = replace(expansion, destination=Path(destination), invocation=given)

@@ -92,6 +92,15 @@ def expand(
     expansion_step: opt.ExpansionStepOption = None,
     layout: opt.LayoutOption = None,
     model: opt.ModelOption = None,
+    param_order: Annotated[
+        Path | None,
+        option(
+            "--param-order",
+            panel=opt.INPUT,
+            metavar="FILE",
+            words="Names of the parameters, one per line, in the optimizer's order, where it numbers them.",
+        ),
+    ] = None,
     carry: Annotated[
         list[str],
         option(
@@ -200,7 +209,9 @@ def expand(
     budget = parse_bytes(memory, "--memory", least=LEAST_MEMORY)
     api.check_report(report, data)
     with output.progress("planning", None):
-        expansion = api.make_plan(source, chosen, destination, layout=layout, model=model)
+        expansion = api.make_plan(
+            source, chosen, destination, layout=layout, model=model, param_order=param_order
+        )
     if dry_run:
         check_destination(expansion.plan.source.root, expansion.destination)
         planned = plan_result(expansion)

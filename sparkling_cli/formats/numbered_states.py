@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, ParamState
 from sparkling_cli.formats.optimizer_states import MOMENTS, fits
+from sparkling_cli.formats.statedict import bare_names
 
 #: (name, shape) of a parameter.
 Parameter = tuple[str, tuple[int, ...]]
@@ -45,6 +47,53 @@ def name_parameters(
     named = _given_names(checkpoint, problem)
     if named is None:
         named = _resolve(problem, [name for name, _ in parameters], decay, vocabulary)
+    return _renamed(checkpoint, named)
+
+
+#: what prints the names for ``--param-order``
+_PRINT = (
+    "names = {p: n for n, p in model.named_parameters()}; "
+    'print(*(names[p] for g in optimizer.param_groups for p in g["params"]), sep="\\n")'
+)
+
+
+def name_in_order(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], path: Path) -> Checkpoint:
+    """The checkpoint with its optimizer state under the names that a file has, proved by shapes.
+
+    Args:
+        checkpoint: its states are numbered.
+        shapes: of the model's parameters.
+        path: the file: one name per line, group by group, in the optimizer's order.
+
+    Raises:
+        CheckpointError: it cannot be read, has another number of names, or one that does not fit.
+    """
+    try:
+        given = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read the parameters' names in {path}: {error}") from None
+    bare = bare_names(given)
+    names = [bare[name] for name in given]
+    problem = _Problem.of(checkpoint, list(shapes.items()))
+    numbers = [number for group in problem.groups for number in group]
+    unknown = next((name for name in names if name not in shapes), None)
+    if len(names) != len(numbers) or unknown is not None:
+        found = f"{unknown!r} is no parameter" if unknown is not None else f"it has {len(names)} names"
+        raise CheckpointError(
+            f"{path}: expected the names of the optimizer's {len(numbers)} parameters, one per line, in its "
+            f"own order; {found}",
+            hint=f"in the training script, when the optimizer is made: {_PRINT}",
+        )
+    named = dict(zip(numbers, names, strict=True))
+    wrong = next((number for number in problem.states if not problem.fits(number, named[number])), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{path}: {_mismatch(problem, wrong, named[wrong])}", hint=f"print it by {_PRINT}"
+        )
+    return _renamed(checkpoint, named)
+
+
+def _renamed(checkpoint: Checkpoint, named: Mapping[str, str]) -> Checkpoint:
     states = tuple(replace(state, param=named[state.param]) for state in checkpoint.states)
     groups = tuple(
         {**group, "params": [named[str(number)] for number in group.get("params", ())]}
@@ -167,8 +216,8 @@ def _resolve(
         f"{problem.where}: the optimizer's parameters cannot be told apart beyond doubt. Its groups have "
         f"{sizes} parameters, the model has {len(names)}, {len(decay)} of them decayed.\n  "
         + "\n  ".join(tried),
-        hint="was it another model or another grouping? Save the optimizer with names (param_names), or "
-        "expand a copy of the directory without the optimizer's file",
+        hint="was it another model or another grouping? Give the order by --param-order FILE, "
+        f"printed when the optimizer is made: {_PRINT}",
     )
 
 

@@ -147,19 +147,33 @@ def read_config(path: Path) -> dict[str, Any]:
     return data
 
 
-def named_states(checkpoint: Checkpoint, layout: ModelLayout, *, model: str | None = None) -> Checkpoint:
+def named_states(
+    checkpoint: Checkpoint,
+    layout: ModelLayout,
+    *,
+    model: str | None = None,
+    param_order: Path | None = None,
+) -> Checkpoint:
     """The checkpoint with optimizer state under parameter names, proved by shapes.
 
     Formats that name their parameters are returned as they are. Numbers are resolved in the order of
     the model's own parameters where its class is known, else of the weights in the file.
+
+    Args:
+        checkpoint: the source.
+        layout: its layout.
+        model: a user's own model.
+        param_order: a file with the names in the optimizer's order, which is proved by shapes too.
 
     Raises:
         CheckpointError: the numbers cannot be resolved beyond doubt.
     """
     if not any(state.param.isdigit() for state in checkpoint.states):
         return checkpoint
-    from sparkling_cli.formats.numbered_states import name_parameters
+    from sparkling_cli.formats.numbered_states import name_in_order, name_parameters
 
+    if param_order is not None:
+        return name_in_order(checkpoint, layout.parameters(), param_order)
     config = checkpoint.config or {}
     if model is None and layout.ordered:
         parameters = list(layout.parameters().items())

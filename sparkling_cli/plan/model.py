@@ -195,6 +195,7 @@ class Invocation:
         model: a user's own model.
         data: what activations are measured on.
         report: auto, full or none.
+        param_order: a file with the parameters' names in the optimizer's order.
     """
 
     source: Path
@@ -203,6 +204,7 @@ class Invocation:
     model: str | None = None
     data: Path | None = None
     report: str = "auto"
+    param_order: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,10 @@ def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
     for name, kind in spec["state"].items():
         words += ["--state", f"{name}={kind}"]
     words += ["--allow-nonfinite"] if spec.get("allow_nonfinite") else []
-    for option, path in (("--layout", invocation.layout), ("--data", invocation.data)):
+    files = {
+        "--layout": invocation.layout, "--param-order": invocation.param_order, "--data": invocation.data
+    }  # fmt: skip
+    for option, path in files.items():
         words += [option, _place(path)] if path is not None else []
     words += ["--model", invocation.model] if invocation.model is not None else []
     words += ["--report", invocation.report] if invocation.report != "auto" else []

@@ -12,7 +12,7 @@ import torch
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint, ParamState
-from sparkling_cli.formats.numbered_states import name_parameters
+from sparkling_cli.formats.numbered_states import name_in_order, name_parameters
 from sparkling_cli.layout.file import read_layout
 from sparkling_cli.models.locate import vocabulary_of
 from sparkling_cli.storage.tensors import Extent, StoredTensor
@@ -189,6 +189,26 @@ def test_param_names_win_and_are_proved() -> None:
         names_of(numbered([[0]], {0: (5,)}, param_names=["norm"]))
     with pytest.raises(CheckpointError, match="differ in length"):
         names_of(numbered([[0]], {0: (4,)}, param_names=["norm", "up"]))
+
+
+def test_an_order_that_the_user_gives(tmp_path: Path) -> None:
+    """Frozen parameters and a rate per layer: what nobody could tell is read from a file, and proved."""
+    groups = [[0], [1, 2], [3]]
+    checkpoint = numbered(groups, shapes_of("head", "bias", "up", "norm"))
+    with pytest.raises(CheckpointError, match="cannot be told apart") as refused:
+        names_of(checkpoint)
+    assert "--param-order" in str(refused.value.hint)
+    path = tmp_path / "order.txt"
+    path.write_text("module.head\nmodule.bias\nmodule.up\nmodule.norm\n")
+    found = name_in_order(checkpoint, dict(MODEL), path)
+    assert [state.param for state in found.states] == ["head", "bias", "up", "norm"]
+    assert [group["params"] for group in found.param_groups] == [["head"], ["bias", "up"], ["norm"]]
+    for text, fault in (("head\nbias\nup", "it has 3 names"), ("head\nup\nbias\nnorm", "has shape"),
+                        ("head\nbias\nup\nother", "'other' is no parameter")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=fault) as refused:
+            name_in_order(checkpoint, dict(MODEL), path)
+        assert "optimizer.param_groups" in str(refused.value.hint)
 
 
 def test_contradictory_groups() -> None:
