@@ -2,12 +2,15 @@
 
 The method's factors assume features of zero mean, equal variance and independence. Trained rows align with
 their input and random ones do not, copies at fractional factors are not independent of their sources, and a
-zeroed half takes its share of the output away. Here that is measured and made up for, function by function,
-in one pass of the widened model over the tokens: what a block's function adds to the residual stream is
-multiplied so that RMS(f(Norm h)) / RMS(h) (Sec. 3.1, App. B) is what it was in the source on the same
-tokens. Each factor is fitted with all earlier ones in place. It goes into the weight, and bias, that gives
-the output. Where the stream itself is not made of copies, the head gets the factor at which the loss is
-least. Under copy-copy columns get 1/multiplicity first, which keeps the function of inner axes exactly.
+zeroed half takes its share of the output away. Here that is measured and made up for, function by function:
+what a block's function adds to the residual stream is multiplied so that RMS(f(Norm h)) / RMS(h) (Sec. 3.1,
+App. B) is what it was in the source on the same tokens. The factor goes into the weight, and bias, that
+gives the output. Under copy-copy columns get 1/multiplicity first, which keeps the function of inner axes
+exactly. The head gets the factor that brings the best temperature of the predictions back to the source's.
+
+The first batch is run once, each function fitted with all earlier ones in place. Then the widened model with
+its factors is run over all tokens and the factors are corrected by what is left, until nothing is; so what
+comes out was measured on the model that is written.
 
 These rules are ours, not the paper's. Widened weights are made in memory, one tensor at a time.
 """
@@ -15,19 +18,20 @@ These rules are ours, not the paper's. Widened weights are made in memory, one t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.diagnostics.activations import batches_of, tokens_for
-from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
-from sparkling_cli.diagnostics.probe import Probe
+from sparkling_cli.diagnostics.data import LENGTH
+from sparkling_cli.diagnostics.probe import Probe, pieces
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.directory import rewritten_json
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.expr import Role, axis_names
+from sparkling_cli.plan.build import with_calibration
 from sparkling_cli.plan.model import Calibration, Plan, Row
 from sparkling_cli.storage.read import TensorSource
 from sparkling_cli.storage.tensors import StoredTensor
@@ -43,12 +47,18 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
+#: sequences to fit on, at most
+SEQUENCES = 64
+#: a ratio may be off by this share on the tokens that it was fitted on
+TOLERANCE = 0.02
 #: the axis of the residual stream
 _STREAM = "hidden"
 #: factors that are nearer to 1 are rounding: the weights keep their bits
 _NEGLIGIBLE = 1e-4
-#: where the factor on the logits is looked for, in how many thirds
-_HEAD_FACTORS, _STEPS = (0.1, 2.0), 16
+#: corrections, at most, and what is left after the last one that is needed
+_PASSES, _ENOUGH = 4, 1e-3
+#: where the factor on the logits is looked for, and at how many places
+_TEMPERATURES, _PLACES = (0.05, 4.0), 29
 
 
 def calibrate(plan: Plan, *, data: Path | None, model: str | None, memory: int) -> Calibration:
@@ -61,55 +71,80 @@ def calibrate(plan: Plan, *, data: Path | None, model: str | None, memory: int) 
         memory: budget in bytes, beside the largest widened tensor.
 
     Raises:
-        LayoutError, CheckpointError, MissingDependencyError: no model can be built and run.
+        LayoutError: a ratio cannot be brought back; or no model can be built and run.
+        CheckpointError, MissingDependencyError: no model can be built and run.
     """
     with Probe(plan.source, model=model, memory=memory // 4) as small:
-        tokens = tokens_for(small, data, SEQUENCES, LENGTH, 0)
-        each = small.sequence_bytes(tokens.ids.shape[1])
-        ids = batches_of(tokens.ids, 2 * each, memory)[0]
-        small.run(ids)
-        before = {stat.name: stat.r for stat in small.result().functions}
-    wide = _Fit(plan, before, model=model, memory=memory // 4)
-    with wide:
-        logits = wide.run(ids)
-    missing = before.keys() - wide.fitted
-    if missing:
+        ids = tokens_for(small, data, SEQUENCES, LENGTH, 0).ids
+        batches = batches_of(ids, 2 * small.sequence_bytes(ids.shape[1]), memory)
+        small.run(batches[0])
+        first = _Fit(plan, _ratios(small), model=model, memory=memory // 4)
+    with Probe(plan.source, model=model, memory=memory // 4) as small:
+        temperature, targets = _run(small, batches), _ratios(small)
+    with first:
+        first.run(batches[0])
+    tensors, head, factors = first.tensors, _head(plan, first.last), dict(first.factors)
+    for left in reversed(range(_PASSES)):
+        kept = {name: factor for name, factor in factors.items() if abs(factor - 1) > _NEGLIGIBLE}
+        calibration = Calibration(kept)
+        with _widened(with_calibration(plan, calibration), model=model, memory=memory // 4) as wide:
+            cooler = _run(wide, batches) / temperature if head else 1.0
+            ratios = _ratios(wide)
+        moved = {name: ratios.get(name, 0.0) / wanted - 1 for name, wanted in targets.items()}
+        fitted = {name: moved[name] for name in tensors.keys() & moved.keys()}
+        if not left or max(map(abs, (cooler - 1, *fitted.values()))) < _ENOUGH:
+            break
+        for name, by in fitted.items():
+            for tensor in tensors[name]:
+                factors[tensor] /= 1 + by
+        for tensor in head:
+            factors[tensor] = factors.get(tensor, 1.0) * cooler
+    worst = max(moved, key=lambda name: abs(moved[name]), default="")
+    if worst and not abs(moved[worst]) <= TOLERANCE:
+        why = "does not settle" if worst in tensors else "no one weight gives out what it adds to the stream"
         raise LayoutError(
-            f"scaling 'calibrated': {len(missing)} function(s) of blocks cannot be fitted, such as "
-            f"{sorted(missing)[0]}: no one weight gives out what it adds to the residual stream",
+            f"scaling 'calibrated': the ratio RMS(f(Norm h))/RMS(h) of {worst} stays {moved[worst]:+.1%} "
+            f"from the source's: {why}",
             hint="use --scaling rms",
         )
-    factors = {name: factor for name, factor in wide.factors.items() if abs(factor - 1) > _NEGLIGIBLE}
-    stream = plan.growth.get(_STREAM)
-    if stream is not None and not (stream.copied and stream.target % stream.source == 0):
-        factors |= dict.fromkeys(_head(plan, wide.last), _least_loss(logits, ids))
-    return Calibration(factors)
+    return calibration
+
+
+def _ratios(probe: Probe) -> dict[str, float]:
+    """Function -> RMS(f(Norm h)) / RMS(h), where it adds something."""
+    return {stat.name: stat.r for stat in probe.result().functions if stat.r}
+
+
+def _run(probe: Probe, batches: Sequence[torch.Tensor]) -> float:
+    """All tokens through a model: the factor on its logits at which the loss is least, about.
+
+    The loss is convex in the factor; it is taken at fixed places, with a parabola through the lowest three.
+    """
+    import numpy as np
+    from torch.nn.functional import cross_entropy
+
+    places = np.geomspace(*_TEMPERATURES, _PLACES)
+    losses = np.zeros(_PLACES)
+    for ids in batches:
+        for row, wanted in zip(probe.run(ids), ids, strict=True):
+            for part, want in zip(pieces(row[:-1]), pieces(wanted[1:], row.shape[-1]), strict=True):
+                for i, factor in enumerate(places):
+                    losses[i] += float(cross_entropy(part.float() * factor, want, reduction="sum"))
+    least = min(max(int(losses.argmin()), 1), _PLACES - 2)
+    before, here, after = losses[least - 1 : least + 2]
+    bend = before - 2 * here + after
+    shift = (before - after) / (2 * bend) if bend > 0 else 0.0
+    return float(places[least] * (places[1] / places[0]) ** min(max(shift, -1.0), 1.0))
 
 
 def _head(plan: Plan, parameter: str) -> list[str]:
-    """Tensors that a factor on the logits goes into: the head, or where it is tied the final norm's."""
-    tied = {name for group in plan.layout.tied for name in group}
-    if parameter not in tied:
-        return [parameter]
-    return [item.tensor for item in plan.layout.compensations if item.fan_in and item.axis == _STREAM]
-
-
-def _least_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """The factor on logits at which the loss on these tokens is least; the loss is convex in it."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    found, wanted = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
-
-    def loss(factor: float) -> float:
-        parts = zip(torch.split(found, 256), torch.split(wanted, 256), strict=True)
-        return sum(float(cross_entropy(part * factor, want, reduction="sum")) for part, want in parts)
-
-    low, high = _HEAD_FACTORS
-    for _ in range(_STEPS):
-        a, b = low + (high - low) / 3, high - (high - low) / 3
-        low, high = (low, b) if loss(a) <= loss(b) else (a, high)
-    return (low + high) / 2
+    """Tensors that a factor on the logits goes into: the head's, or where it is tied the final norm's."""
+    names = {row.stream for row in plan.rows if not row.slot}
+    if parameter in {name for group in plan.layout.tied for name in group}:
+        found = [item.tensor for item in plan.layout.compensations if item.fan_in and item.axis == _STREAM]
+    else:
+        found = [parameter, parameter.removesuffix("weight") + "bias"]
+    return [name for name in dict.fromkeys(found) if name in names]
 
 
 class WidenedSource(TensorSource):
@@ -122,18 +157,22 @@ class WidenedSource(TensorSource):
         super().__init__(replace(plan.source, tensors=before))
         self.checkpoint = widened_checkpoint(plan)
         self._before = TensorSource(replace(plan.source, tensors=before))
+        self._last: tuple[str, torch.Tensor] | None = None
 
     def close(self) -> None:
         """Close the files."""
+        self._last = None
         super().close()
         self._before.close()
 
     def read(self, key: str, *, rows: slice | None = None) -> torch.Tensor:
         """The widened tensor, or some of its rows."""
-        row = self._rows[key]
-        old = self._before.read(key)
-        recipe = row.recipe
-        made = old if recipe.untouched and recipe.scales == (1.0, 1.0) else self._widened(row, old)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # one at a time
+            row = self._rows[key]
+            old = self._before.read(key)
+            self._last = key, self._widened(row, old) if row.recipe.changes else old
+        made = self._last[1]
         return made if rows is None else made[rows]
 
     def _widened(self, row: Row, old: torch.Tensor) -> torch.Tensor:
@@ -181,26 +220,28 @@ def widened_checkpoint(plan: Plan) -> Checkpoint:
     )
 
 
+def _widened(plan: Plan, **options: Any) -> Probe:
+    """The model that a plan makes."""
+    return Probe(widened_checkpoint(plan), source=WidenedSource(plan), **options)
+
+
 class _Fit(Probe):
     """The widened model, whose outputs are multiplied as they come by what is fitted to them.
 
     Attributes:
-        fitted: functions that have a factor.
+        tensors: function -> tensors in the module that its factor goes into; only those that have any.
         factors: tensor in the module -> factor.
         last: the parameter of the last product: the head's.
     """
 
-    def __init__(self, plan: Plan, before: Mapping[str, float | None], **options: Any) -> None:
-        source = WidenedSource(plan)
-        super().__init__(widened_checkpoint(plan), source=source, **options)
-        self._plan, self._targets = plan, before
-        self.fitted: set[str] = set()
+    def __init__(self, plan: Plan, targets: Mapping[str, float], **options: Any) -> None:
+        super().__init__(widened_checkpoint(plan), source=WidenedSource(plan), **options)
+        self._targets = targets
+        self.tensors: dict[str, list[str]] = {}
         self.factors: dict[str, float] = {}
         self.last = ""
-        self._rows: dict[str, Row] = {}
-        for row in plan.rows:
-            if not row.slot:
-                self._rows.setdefault(row.stream.partition("[")[0], row)
+        rows = {row.stream.partition("[")[0]: row for row in plan.rows if not row.slot}
+        self._giving = [name for name, row in rows.items() if _gives_stream(row)]
         self._watch.adjust = self._adjust
 
     def _observe(self, parameter: str, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -209,26 +250,15 @@ class _Fit(Probe):
 
     def _adjust(self, name: str, stream: torch.Tensor, output: torch.Tensor) -> None:
         """Multiply what a function adds by what makes its ratio that of the source."""
-        target = self._targets.get(name)
+        if name in self._watch.normed:  # whatever its size, a norm takes it out again
+            return
+        tensors = [t for t in self._giving if t == name or t.startswith(f"{name}.")]
         read, added = (float(t.double().square().mean()) ** 0.5 for t in (stream, output))
-        tensors = self._tensors_of(name)
-        if target is None or not tensors or not (read > 0 and added > 0):
-            return
-        factor = target * read / added
-        if not isfinite(factor):
-            return
-        output *= factor
-        self.fitted.add(name)
-        for tensor in tensors:
-            self.factors[tensor] = factor
-
-    def _tensors_of(self, name: str) -> list[str]:
-        """Tensors under a function's name that give out entries of the residual stream."""
-        return [
-            tensor
-            for tensor, row in self._rows.items()
-            if (tensor == name or tensor.startswith(f"{name}.")) and _gives_stream(row)
-        ]
+        factor = self._targets.get(name, 0.0) * read / added if added else 0.0
+        if tensors and factor and isfinite(factor):
+            output *= factor
+            self.tensors[name] = tensors
+            self.factors |= dict.fromkeys(tensors, factor)
 
 
 def _gives_stream(row: Row) -> bool:

@@ -89,14 +89,16 @@ class StreamWatch:
 
     Attributes:
         functions: name of a function -> (sum over the stream that it read, sum over what it added, calls).
+        normed: names of functions whose output goes through a norm before it is added.
         choices: block -> sets of experts of the tokens of the last pass, [tokens, k], sorted.
         adjust: called with a function's name, the stream and the output before this is added; it may change
-            the output in place. Not for several outputs that are added at once.
+            the output in place. Outputs that are added to each other first are shown one by one.
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
         self.functions: dict[str, tuple[Squares, Squares, int]] = {}
         self.choices: dict[str, torch.Tensor] = {}
+        self.normed: set[str] = set()
         self.adjust: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
         self._paths = {
             id(module): path
@@ -105,23 +107,27 @@ class StreamWatch:
         }
         self._experts = {path: _expert_counts(block) for path, block in blocks.items()}
         self._block: str | None = None
+        self._stream: torch.Tensor | None = None
 
     def enter(self, block: str, hidden: torch.Tensor) -> None:
         """A block begins with this stream."""
-        self._block = block
+        self._block, self._stream = block, hidden
         setattr(hidden, _STREAM, block)
 
     def leave(self) -> None:
         """The block has ended."""
-        self._block = None
+        self._block = self._stream = None
 
     def module_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook of all modules: what a submodule gives out is called after it."""
         if self._block is None:
             return
         path = self._paths.get(id(module))
-        if path is None and isinstance(output, torch.Tensor) and any(map(self._is_stream, tensors_in(args))):
-            setattr(output, _NORMED, self._block)  # no matrix in it: a norm
+        if path is None and isinstance(output, torch.Tensor):  # no matrix in it: a norm
+            if any(map(self._is_stream, tensors_in(args))):
+                setattr(output, _NORMED, self._block)
+            elif any(True for _ in module.parameters()):
+                self.normed |= {name for x in tensors_in(args) for name in getattr(x, _OUTPUTS, None) or ()}
         if path is not None and path != self._block:
             for tensor in tensors_in((output,)):
                 if not self._is_stream(tensor) and not self._is_normed(tensor):
@@ -171,6 +177,7 @@ class StreamWatch:
         elif isinstance(found, str):
             if isinstance(result, torch.Tensor):
                 setattr(result, found, self._block)
+                self._stream = result if found == _STREAM else self._stream
         elif found:
             for tensor in tensors_in((result,)):
                 # a product with a parameter is named already
@@ -209,6 +216,8 @@ class StreamWatch:
         for tensor, outputs in zip(tensors, parts, strict=True):
             for name, squares in outputs.items():
                 if squares is None:
+                    if self.adjust is not None and self._stream is not None and len(outputs) == 1:
+                        self.adjust(name, self._stream, tensor)
                     squares = Squares()
                     squares.add(tensor)
                 found[name] = squares

@@ -70,7 +70,7 @@ def ratios(
             x_label="block",
             y_label=ratio,
             notes=tuple(
-                Note(float(e.layer or 0), e.r_after, moved(e.deviation))
+                Note(float(e.layer or 0), e.r_after, moved(e.deviation, e.r_before, e.r_after))
                 for e in marked
                 if e.r_after is not None
             ),

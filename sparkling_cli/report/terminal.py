@@ -105,13 +105,14 @@ def _ratios(
     for entry in shown:
         far, near = entry.moved > DEVIATION_LIMIT, entry.moved > DEVIATION_LIMIT / 2
         style = ("red" if far else "yellow" if near else "green") if judged else "default"
+        change = "from 0" if entry.r_before == 0 and entry.moved else percent(entry.deviation, signed=True)
         table.add_row(
             escape(entry.name.removeprefix(prefix)),
             significant(entry.x_after, 4),
             significant(entry.y_after, 4),
             significant(entry.r_before, 4),
             significant(entry.r_after, 4),
-            Text(percent(entry.deviation, signed=True), style=style),
+            Text(change, style=style),
         )
     if len(changed) < len(entries):
         count = len(entries) - len(changed)

@@ -82,11 +82,11 @@ class Change(Result):
 
     before: Number
     after: Number
-    deviation: Annotated[Number, Field(description="after / before - 1; null: not finite")]
+    deviation: Annotated[Number, Field(description="after / before - 1; null: not finite, or 0 before")]
 
     @property
     def moved(self) -> float:
-        """How far it moved, as a share; infinite where it is not finite any more."""
+        """How far it moved, as a share; infinite where it was zero, or is not finite any more."""
         return inf if self.deviation is None else abs(self.deviation)
 
 

@@ -73,7 +73,7 @@ class LayerActivation(Result):
     y_after: Number
     r_before: Annotated[Number, Field(description="RMS(y)/RMS(x) (Eq. 3)")]
     r_after: Number
-    deviation: Annotated[Number, Field(description="r_after / r_before - 1; null: not finite")]
+    deviation: Annotated[Number, Field(description="r_after / r_before - 1; null: not finite, or 0 before")]
 
     @classmethod
     def of(cls, before: LayerStat, after: LayerStat, factor: float = 1.0, **place: Any) -> LayerActivation:
@@ -101,8 +101,10 @@ class LayerActivation(Result):
 
     @property
     def moved(self) -> float:
-        """How far r moved, as a share; infinite where it is not finite any more."""
-        return float("inf") if self.deviation is None else abs(self.deviation)
+        """How far r moved, as a share; one that was zero, by what it is now; infinite where not finite."""
+        if self.deviation is not None:
+            return abs(self.deviation)
+        return self.r_after if self.r_before == 0 and self.r_after is not None else float("inf")
 
 
 class ResidualPoint(Change):

@@ -63,8 +63,13 @@ def percent(share: float | None, *, signed: bool = False) -> str:
     return f"{sign}{share * 100:.{digits}f}%"
 
 
-def moved(deviation: float | None) -> str:
-    """A deviation with its sign; ``unchanged`` for what rounding explains."""
+def moved(deviation: float | None, before: float | None = None, after: float | None = None) -> str:
+    """A deviation with its sign; ``unchanged`` for what rounding explains.
+
+    Of what was zero, and has no deviation, ``from 0 to 0.12``.
+    """
+    if deviation is None and before == 0 and after is not None:
+        return f"from 0 to {significant(after)}"
     if deviation is not None and abs(deviation) < ROUNDING:
         return "unchanged"
     return percent(deviation, signed=True)

@@ -242,7 +242,7 @@ def _functions(activations: Activations) -> Iterator[Finding]:
         kinds = {e.role: [f for f in far if f.role == e.role] for e in far}
         words = "; ".join(
             f"{kind} in {len(found)} of {sum(e.role == kind for e in entries)}, "
-            f"most in {found[0].name} ({moved(found[0].deviation)})"
+            f"most in {found[0].name} ({_moved(found[0])})"
             for kind, found in kinds.items()
         )
         yield Finding(
@@ -255,7 +255,7 @@ def _functions(activations: Activations) -> Iterator[Finding]:
     farthest = (
         "none moved by more than rounding"
         if worst.moved < 5e-5
-        else f"the farthest, {worst.name}, moved by {moved(worst.deviation)}"
+        else f"the farthest, {worst.name}, moved {_by(worst)}"
     )
     yield Finding(
         level="good",
@@ -266,8 +266,17 @@ def _functions(activations: Activations) -> Iterator[Finding]:
         yield Finding(
             level="good",
             text=f"RMS(y)/RMS(x) of a single matrix may move where its block does not: {matrix[0].name} "
-            f"moved by {moved(matrix[0].deviation)}.",
+            f"moved {_by(matrix[0])}.",
         )
+
+
+def _moved(entry: LayerActivation) -> str:
+    return moved(entry.deviation, entry.r_before, entry.r_after)
+
+
+def _by(entry: LayerActivation) -> str:
+    words = _moved(entry)
+    return words if words.startswith("from") else f"by {words}"
 
 
 def _added(activations: Activations) -> str:
@@ -298,9 +307,10 @@ def _stream(activations: Activations) -> Iterator[Finding]:
 def _logits(activations: Activations) -> Iterator[Finding]:
     logits = activations.logits
     if logits.moved > DEVIATION_LIMIT:
+        change = "" if logits.before == 0 else f" by {moved(logits.deviation)}"
         yield Finding(
             level="attention",
-            text=f"The RMS of the logits moved by {moved(logits.deviation)}, from "
+            text=f"The RMS of the logits moved{change}, from "
             f"{significant(logits.before)} to {significant(logits.after)}.",
         )
     difference = activations.logit_change

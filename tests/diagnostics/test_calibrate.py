@@ -3,59 +3,143 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from benchmarks.calibrated import Case, Texts, measured, moved, unwidened
+from fixtures.tiny import make_model
 from sparkling_cli import api
-from sparkling_cli.diagnostics.activations import measure
-from sparkling_cli.formats.detect import open_checkpoint
-from sparkling_cli.results.measured import Measurement
+from sparkling_cli.errors import VerificationError
+from sparkling_cli.plan.model import Calibration
 
+#: checkpoint, axis, factor, pair; ``python -m benchmarks.calibrated`` goes over all of them
 CASES = [
-    ("ffn", 1.25, "copy-copy"),
-    ("ffn", 1.5, "copy-copy"),
-    ("hidden", 1.25, "copy-copy"),
-    ("hidden", 1.5, "copy-copy"),
-    ("hidden", 2.5, "copy-copy"),
-    ("heads", 2, "random-copy"),
-    ("ffn", 2, "zero-copy"),
-    ("ffn", 2, "random-copy"),
-    ("hidden", 2, "random-copy"),
-    ("hidden", 2, "random-zero"),
+    ("dense-llama", "ffn", 1.5, "copy-copy"),
+    ("dense-llama", "hidden", 1.25, "copy-copy"),
+    ("moe-qwen3", "heads", 1.25, "copy-copy"),
+    ("moe-qwen3", "ffn", 2, "random-copy"),
+    ("dense-llama", "heads", 2, "random-copy"),
+    ("dense-llama", "ffn", 2, "zero-copy"),
+    ("dense-llama", "hidden", 2, "random-zero"),
+    ("moe-qwen3", "hidden", 1.5, "copy-copy"),
+    ("moe-qwen3", "heads", 2, "random-random"),
+    ("moe-qwen3", "hidden", 2, "random-zero"),
 ]
 
 
-def measured(folder: Path, data: Path) -> Measurement:
-    """Of the model in a folder, on a little of a text."""
-    return measure(open_checkpoint(folder), data=data, sequences=8)[0]
-
-
-@pytest.mark.parametrize(("axis", "factor", "init"), CASES)
+@pytest.mark.parametrize(
+    ("checkpoint", "axis", "factor", "init"),
+    [*CASES[:4], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[4:])],
+)
 def test_blocks_add_what_they_added(
-    axis: str, factor: float, init: Any, dense_checkpoint: Path, heldout_text: Path, tmp_path: Path
+    checkpoint: str, axis: str, factor: float, init: str, tmp_path: Path
 ) -> None:
-    """R of every function within 2 %, and the loss at most 0.01 above that of the method's factors."""
-    before = measured(dense_checkpoint, heldout_text)
-    found = {}
-    for scaling in ("rms", "calibrated"):
-        api.expand(
-            dense_checkpoint,
-            tmp_path / scaling,
-            axes=[{"axis": axis, "factor": factor}],
-            init=init,
-            scaling=scaling,
-            data=heldout_text if scaling == "calibrated" else None,
-            report="none",
-        )
-        found[scaling] = measured(tmp_path / scaling, heldout_text)
-    ratios = {stat.name: stat.r for stat in before.functions}
-    for stat in found["calibrated"].functions:
-        assert stat.r == pytest.approx(ratios[stat.name], rel=0.02), stat.name
-    losses = [found[scaling].loss for scaling in ("calibrated", "rms")]
-    assert None not in losses
-    assert losses[0] <= losses[1] + 0.01  # type: ignore[operator]
+    """R of every function within 2 % on held-out text, and the loss no worse than by the method's factors."""
+    case = Case(checkpoint, axis, factor, init)
+    texts = Texts.of(case.source, tmp_path)
+    before = unwidened(case.source, texts.heldout)
+    (rms,) = measured(case, "rms", texts, ["heldout"])
+    fitted, heldout = measured(case, "calibrated", texts, ["fitted", "heldout"])
+    assert moved(unwidened(case.source, texts.fitted), fitted) < 0.01
+    assert moved(before, heldout) < 0.02
+    assert None not in (rms.loss, heldout.loss)
+    assert heldout.loss <= rms.loss + 1e-4  # type: ignore[operator]
+
+
+def expanded(kind: str, folder: Path, **asked: Any) -> dict[str, list[float]]:
+    """A tiny model, calibrated: module -> RMS before and after, by its own hooks."""
+    model = make_model(kind)
+    model.save_pretrained(folder / "small")
+    tokens = np.random.default_rng(0).integers(0, 101, (8, 64))
+    np.save(folder / "tokens.npy", tokens.reshape(-1))
+    api.expand(
+        folder / "small",
+        folder / "wide",
+        scaling="calibrated",
+        data=folder / "tokens.npy",
+        report="none",
+        allow_locked=True,
+        **asked,
+    )
+    api.verify(folder / "small", folder / "wide")
+    found: dict[str, list[float]] = {}
+    for path in (folder / "small", folder / "wide"):
+        wide = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        squares: dict[str, float] = {}
+
+        def watch(name: str, found: Any, squares: dict[str, float] = squares) -> None:
+            squares[name] = float((found[0] if isinstance(found, tuple) else found).square().mean())
+
+        for name, module in wide.named_modules():
+            if name.endswith((".attention", ".mlp", ".self_attn", "_feedforward_layernorm")):
+                module.register_forward_hook(lambda _m, _a, out, name=name, watch=watch: watch(name, out))
+            if re.search(r"layers\.\d+$", name):
+                module.register_forward_pre_hook(lambda _m, a, name=name, watch=watch: watch(name, a))
+        with torch.no_grad():
+            wide(input_ids=torch.from_numpy(tokens))
+        for name, square in squares.items():
+            found.setdefault(name, []).append(square**0.5)
+    return found
+
+
+@pytest.mark.parametrize(("axis", "init"), [("ffn", "zero-copy"), ("heads", "random-zero")])
+def test_functions_that_are_added_at_once_are_fitted_one_by_one(axis: str, init: str, tmp_path: Path) -> None:
+    """GPT-NeoX adds attention and MLP to each other first: each adds what it added."""
+    asked = [{"axis": axis, "factor": 2}] + [{"axis": "hidden", "factor": 2}] * (axis == "heads")
+    found = expanded("gpt_neox", tmp_path, axes=asked, init=init)
+    functions = [name for name in found if name.endswith((".attention", ".mlp"))]
+    assert len(functions) == 4
+    for name in functions:
+        read = found[name.rpartition(".")[0]]
+        ratios = [added / stream for added, stream in zip(found[name], read, strict=True)]
+        assert ratios[1] == pytest.approx(ratios[0], rel=0.01), name
+
+
+def test_what_a_norm_takes_out_again_is_left_alone(tmp_path: Path) -> None:
+    """Gemma 2 norms what a function gives out: its weights get no factor, and what is added is kept."""
+    found = expanded("gemma2", tmp_path, axes=[{"axis": "ffn", "factor": 2}], init="zero-copy")
+    for name, (before, after) in found.items():
+        if name.endswith("post_feedforward_layernorm"):
+            assert after == pytest.approx(before, rel=1e-3)
+    stage = json.loads((tmp_path / "wide" / "sparkling" / "manifest.json").read_text())["stages"][-1]
+    assert stage["calibration"] == {}
+
+
+@pytest.mark.parametrize(
+    ("where", "words"), [("tensors", "down_proj"), ("manifest", "manifest.json was changed")]
+)
+def test_another_factor_is_found(
+    where: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights with another factor than the manifest's, and a manifest with another than the weights'."""
+    make_model("llama").save_pretrained(tmp_path / "small")
+    np.save(tmp_path / "tokens.npy", np.arange(512) * 7 % 101)
+    if where == "tensors":
+        real = Calibration.of
+        monkeypatch.setattr(Calibration, "of", lambda *args: real(*args) * 1.01)
+    api.expand(
+        tmp_path / "small",
+        tmp_path / "wide",
+        axes=[{"axis": "ffn", "factor": 2}],
+        init="zero-copy",
+        scaling="calibrated",
+        data=tmp_path / "tokens.npy",
+        report="none",
+    )
+    if where == "manifest":
+        path = tmp_path / "wide" / "sparkling" / "manifest.json"
+        data = json.loads(path.read_text())
+        name = "model.layers.1.mlp.down_proj.weight"
+        data["stages"][-1]["calibration"][name] *= 1.01
+        path.write_text(json.dumps(data))
+    with pytest.raises(VerificationError, match=words):
+        api.verify(tmp_path / "small", tmp_path / "wide")
 
 
 def test_factors_are_recorded_proved_and_the_same_again(

@@ -53,6 +53,18 @@ def test_kept_signal() -> None:
     assert "(0.0000): the function is kept" in text
 
 
+def test_what_was_exactly_zero_is_not_called_infinite() -> None:
+    """A layer that gave nothing out: still nothing is no change, and something is judged by its size."""
+    assert "not finite" not in words(measured(1.0, 0.0), measured(1.0, 0.0))
+    text = words(measured(1.0, 0.0), measured(1.0, 0.05))
+    assert "Signal kept" in text
+    assert "layers.1.up, moved by from 0" not in text
+    assert "layers.1.up, moved from 0 to 0.05" in text
+    text = words(measured(1.0, 0.0), measured(1.0, 0.5))
+    assert "layers.1.up (from 0 to 0.5)" in text
+    assert "not finite" not in text
+
+
 def test_numbers_that_are_not_finite() -> None:
     """NaN after is named in words, and never gets into JSON."""
     first, second = measured(1.0, 2.0), measured(1.0, nan, loss=nan, stream=inf)
