@@ -68,8 +68,9 @@ def test_adams_arithmetic_is_what_the_page_says() -> None:
     from benchmarks import boundary
 
     assert [f"| {' | '.join(row)} |" for row in table("beta2")] == boundary.adam_rows()
-    largest, mean = boundary.paper_ratios()
+    largest, mean, summed = boundary.paper_ratios()
     assert f"{largest:.2f}, and\n{mean:.2f} on average" in PAGE
+    assert f"ones, is {summed:.2f})" in PAGE
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
