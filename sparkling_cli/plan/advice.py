@@ -39,8 +39,10 @@ def notes_for(
         notes.append(f"query heads grow with their groups: {kv.source * per_kv} -> {kv.target * per_kv}")
     fractional = [a for a, g in growth.items() if g.target % g.source]
     if fractional and spec.init == "copy-copy" and spec.scaling == "rms":
+        near = ", ".join(f"{a} {max(2, round(growth[a].target / growth[a].source))}x" for a in fractional)
         notes.append(
-            f"fractional growth of {', '.join(fractional)} keeps RMS, not the function: the loss may jump"
+            f"fractional growth of {', '.join(fractional)} keeps RMS, not the function: the loss may jump "
+            f"(the nearest whole factor, which keeps it: {near}; or --scaling calibrated)"
         )
     return tuple(notes)
 

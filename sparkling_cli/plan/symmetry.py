@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sparkling_cli.errors import SpecError
+from sparkling_cli.layout.expr import Fixed, Role, axis_names, factors
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.spec.model import ExpansionSpec
-from sparkling_cli.widening.geometry import Fill, Growth, Treatment, fills_on
+from sparkling_cli.widening.geometry import FUSED, Fill, Growth, Treatment, fills_on
 
 _FILLS = {"copy": Fill.COPY, "zero": Fill.ZERO, "random": Fill.RANDOM}
 
@@ -52,9 +53,12 @@ def check_pair(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Tre
     """Every axis can have the initialization pair.
 
     Raises:
-        SpecError: in some block nothing that produces an axis takes the fill asked for.
+        SpecError: in some block nothing that produces an axis takes the fill asked for, or it is not known
+            what must be spared from zero.
     """
     for axis in growth:
+        if treatment.fan_out is Fill.ZERO:
+            _check_parts(axis, layout)
         *produced, _ = _fills(axis, layout, treatment)
         if treatment.fan_out is Fill.COPY or (produced and all(treatment.fan_out in f for f in produced)):
             continue
@@ -66,6 +70,27 @@ def check_pair(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Tre
             "entries would be copies",
             hint=f"use --init random-copy, or copy-copy with the optimizer's state{also}",
         )
+
+
+def _check_parts(axis: str, layout: ModelLayout) -> None:
+    """Gate and up, or q, k and v, are told apart in what produces the axis.
+
+    Zeroing all of them would leave products of zeros, whose gradient is zero for ever.
+    """
+    for pattern in layout.tensors:
+        for dim in pattern.dims.dims:
+            if dim.role in (Role.OUT, Role.BIAS) and axis in axis_names(dim.expr):
+                fused = [
+                    f for f in factors(dim.expr) if isinstance(f, Fixed) and f.size in FUSED and not f.label
+                ]
+                if fused:
+                    raise SpecError(
+                        f"axes.{axis}: init 'zero' for producers is not possible in {layout.name}: "
+                        f"{pattern.name} holds {fused[0].size} parts, and its layout '{pattern.layout}' does "
+                        "not say which is the gate, or q, k and v, which must not be zero",
+                        hint="use --init random-copy; or name the parts in a layout file (--layout): "
+                        "gate_up for (gate, up), (q:1 + k:1 + v:1), in their order",
+                    )
 
 
 def _fills(axis: str, layout: ModelLayout, treatment: Treatment) -> list[set[Fill]]:

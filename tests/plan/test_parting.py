@@ -6,6 +6,7 @@ Twenty real AdamW steps of the widened model, from files alone, for every axis, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +19,9 @@ from sparkling_cli import api
 from sparkling_cli.diagnostics.symmetry import measure_symmetry
 from sparkling_cli.errors import SpecError
 from sparkling_cli.models.skeleton import build_model
+from sparkling_cli.plan.symmetry import check_pair
 from sparkling_cli.spec.model import InitPair
+from sparkling_cli.widening.geometry import Fill, Growth, Treatment
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "llama": CONFIGS["llama"],
@@ -166,3 +169,19 @@ def test_a_fused_part_keeps_its_rule_whichever_factor_grows(tmp_path: Path) -> N
     assert not new[4:, 10:].any()
     name = "model.layers.0.self_attn.q_b_proj.weight"
     assert torch.equal(after[name], before[name].repeat(2, 1))
+
+
+def test_parts_that_are_not_told_apart_are_not_zeroed(tmp_path: Path) -> None:
+    """Where the layout does not say which half is the gate, zero would make both of them dead for ever."""
+    model: Any = build_model({**CONFIGS["qwen3_moe"], "model_type": "qwen3_moe"}, meta=False)
+    model.save_pretrained(tmp_path / "small")
+    layout = api.layout_of(tmp_path / "small")
+    growth = {"ffn": Growth(layout.sizes["ffn"], 2 * layout.sizes["ffn"])}
+    zero = Treatment(Fill.ZERO)
+    check_pair(growth, layout, zero)
+    patterns = [replace(t, layout=t.layout.replace("(gate_up ffn)", "(2 ffn)")) for t in layout.tensors]
+    unnamed = replace(layout, tensors=tuple(patterns))
+    assert unnamed.tensors != layout.tensors
+    with pytest.raises(SpecError, match=r"experts.gate_up_proj holds 2 parts, .* not say which is the gate"):
+        check_pair(growth, unnamed, zero)
+    check_pair(growth, unnamed, Treatment(Fill.RANDOM))
