@@ -74,8 +74,8 @@ class Texts:
     heldout: Path
 
     @staticmethod
-    def of(checkpoint: Path, folder: Path) -> Texts:
-        """The bundled held-out text as tokens: every other sequence is fitted on."""
+    def of(checkpoint: Path, folder: Path, *, halves: bool = False) -> Texts:
+        """The bundled held-out text as tokens: every other sequence is fitted on, or the first half."""
         import numpy as np
         from transformers import AutoTokenizer
 
@@ -83,8 +83,9 @@ class Texts:
         ids = AutoTokenizer.from_pretrained(checkpoint)(text, verbose=False)["input_ids"]
         rows = np.array(ids[: len(ids) // LENGTH * LENGTH]).reshape(-1, LENGTH)
         parts = Texts(*(folder / f"{checkpoint.parent.name}-{part}.npy" for part in ("fitted", "heldout")))
-        np.save(parts.fitted, rows[::2])
-        np.save(parts.heldout, rows[1::2])
+        cut = len(rows) // 2
+        np.save(parts.fitted, rows[:cut] if halves else rows[::2])
+        np.save(parts.heldout, rows[cut:] if halves else rows[1::2])
         return parts
 
 
@@ -129,13 +130,14 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--halves", action="store_true", help="fit on the first half of the text")
     asked = parser.parse_args()
     titles = ("r: rms", "r: fitted", "r: held-out", "loss: source", "loss: rms", "loss: calibrated")
     print("| case | " + " | ".join(titles) + " |", flush=True)
     print("|---" * (len(titles) + 1) + "|")
     with tempfile.TemporaryDirectory() as folder:
         for checkpoint, group in groupby(cases(), key=lambda case: case.source):
-            texts = Texts.of(checkpoint, Path(folder))
+            texts = Texts.of(checkpoint, Path(folder), halves=asked.halves)
             for case in group:
                 if asked.only in case.title:
                     print(f"| {case.title} | {' | '.join(cells(case, texts))} |", flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
-from math import sqrt
+from math import prod, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -111,6 +111,15 @@ class Widening(NamedTuple):
         return picked, fills == 1
 
 
+def in_blocks(
+    asked: Widening, value: torch.Tensor, blocks: Sequence[tuple[Dim, ...]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A tensor of blocks of rows behind each other, each widened by itself."""
+    sizes = [prod(asked.before[i] if isinstance(i, str) else int(i) for i in b[0].items) for b in blocks]  # type: ignore[arg-type]
+    made = [asked.tensor(part, dims) for part, dims in zip(value.split(sizes), blocks, strict=True)]
+    return np.concatenate([entries for entries, _ in made]), np.concatenate([random for _, random in made])
+
+
 HEADS: dict[str, tuple[Dim, ...]] = {
     r"self_attn\.q_proj\.weight": (out("kv_heads", "q_per_kv", 14, label="q"), into("hidden")),
     r"self_attn\.k_proj\.weight": (out("kv_heads", 14, label="k"), into("hidden")),
@@ -133,6 +142,20 @@ AROUND: dict[str, tuple[Dim, ...]] = {
     r"layernorm\.weight|model\.norm\.weight": (keep("hidden"),),
     r"[qk]_norm\.weight": (keep(14),),
 }
+#: channels of Mamba 2: two groups, heads of eight
+CHANNELS: tuple[Item, ...] = (2, "mamba_expand", "mamba_heads", 8)
+#: tensors of blocks: z, x, B, C, dt behind each other; what goes through a nonlinearity is a gate
+BLOCKS: dict[str, tuple[tuple[Dim, ...], ...]] = {
+    r"in_proj\.weight": (
+        (out(*CHANNELS, label="gate"), into("hidden")),
+        (out(*CHANNELS), into("hidden")),
+        (keep(32), into("hidden")),
+        (keep(32), into("hidden")),
+        (out(*CHANNELS[:3], label="gate"), into("hidden")),
+    ),
+    r"conv1d\.weight": tuple((keep(*items), keep(1), keep(4)) for items in (CHANNELS, (32,), (32,))),
+    r"conv1d\.bias": ((out(*CHANNELS),), (keep(32),), (keep(32),)),
+}
 #: kind -> pattern of a name -> its dims
 TENSORS: dict[str, dict[str, tuple[Dim, ...]]] = {
     "llama": {**HEADS, **MLP, **AROUND},
@@ -154,6 +177,26 @@ TENSORS: dict[str, dict[str, tuple[Dim, ...]]] = {
         r"e_score_correction_bias": (keep(4),),
         **AROUND,
     },
+    "gpt_neox": {
+        r"embed_in\.weight": (keep(101), out("hidden")),
+        r"embed_out\.weight": (keep(101), into("hidden")),
+        r"(layernorm|layer_norm)\.(weight|bias)": (keep("hidden"),),
+        r"query_key_value\.weight": (out("heads", (("q", 1), ("k", 1), ("v", 1)), 10), into("hidden")),
+        r"query_key_value\.bias": (out("heads", (("q", 1), ("k", 1), ("v", 1)), 10),),
+        r"attention\.dense\.weight": (out("hidden"), into("heads", 10)),
+        r"dense_h_to_4h\.weight": (out("ffn"), into("hidden")),
+        r"dense_h_to_4h\.bias": (out("ffn"),),
+        r"dense_4h_to_h\.weight": (out("hidden"), into("ffn")),
+        r"(dense|dense_4h_to_h)\.bias": (out("hidden"),),
+    },
+    "mamba2": {
+        r"embeddings\.weight": (keep(101), out("hidden")),
+        r"lm_head\.weight": (keep(101), into("hidden")),
+        r"mixer\.norm\.weight": (keep(*CHANNELS),),
+        r"(norm|norm_f)\.weight": (keep("hidden"),),
+        r"dt_bias|A_log|D": (keep(*CHANNELS[:3]),),
+        r"out_proj\.weight": (out("hidden"), into(*CHANNELS)),
+    },
     "gpt2": {
         r"wte\.weight": (keep(101), out("hidden")),
         r"wpe\.weight": (keep(43), out("hidden")),
@@ -174,8 +217,14 @@ def expanded(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every tensor of a widened model: its entries, and which of them are random."""
     result = {}
-    tied = not any(name == "lm_head.weight" for name in weights)
+    tied = not {"lm_head.weight", "embed_out.weight"} & weights.keys()
     for name, value in weights.items():
+        blocks = next(
+            (b for p, b in BLOCKS.items() if kind == "mamba2" and re.search(rf"\.{p}$", name)), None
+        )
+        if blocks is not None:
+            result[name] = in_blocks(asked, value, blocks)
+            continue
         pattern = next(p for p in TENSORS[kind] if re.search(rf"(^|[._])({p})$", name))
         dims = TENSORS[kind][pattern]
         if dims[0].label == "by name":

@@ -26,6 +26,13 @@ SMALL: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3_moe": {**CONFIGS["qwen3_moe"], "num_experts": 6, "intermediate_size": 24},
     "deepseek_v3": {**KINDS["deepseek_v3"], "hidden_size": 40},
+    "gpt_neox": {
+        **CONFIGS["gpt_neox"],
+        "hidden_size": 40,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    },
+    "mamba2": {**KINDS["mamba2"], "hidden_size": 64, "num_heads": 16},
     "gpt2": {**CONFIGS["gpt2"], "n_embd": 40, "n_inner": 48},
 }
 #: kind -> axes to ask for together, as ``{asked: {axis: size before}}``
@@ -48,6 +55,8 @@ AXES: dict[str, dict[str, dict[str, int]]] = {
         "expert_ffn": {"expert_ffn": 24},
         "ffn": {"ffn": 40},
     },
+    "gpt_neox": {"ffn": {"ffn": 48}, "heads hidden": {"heads": 4, "hidden": 40}},
+    "mamba2": {"mamba_expand": {"mamba_expand": 2}, "hidden mamba_heads": {"hidden": 64, "mamba_heads": 4}},
     "gpt2": {"ffn": {"ffn": 48}, "heads hidden": {"heads": 4, "hidden": 40}},
 }
 SIZES: dict[str, dict[str, int]] = {
