@@ -18,6 +18,7 @@ from sparkling_cli.spec.choices import (
     ReportKind,
     Scaling,
     StateTreatment,
+    VocabFill,
 )
 
 
@@ -71,6 +72,26 @@ def expand(
         int | None,
         option("--seed", panel=opt.METHOD, metavar="NUMBER", default=0, words="Seed of random entries."),
     ] = None,
+    vocab_fill: Annotated[
+        str | None,
+        option(
+            "--vocab-fill",
+            panel=opt.METHOD,
+            choices=VocabFill,
+            default="mean",
+            words="New rows of the vocabulary: the mean of all old ones, or otherwise.",
+        ),
+    ] = None,
+    vocab_from: Annotated[
+        list[str],
+        option(
+            "--vocab-from",
+            panel=opt.METHOD,
+            metavar="FILE|NEW=OLD,...",
+            words="New token ids and the old ones whose mean they get: a file, or one of them; may be "
+            "repeated.",
+        ),
+    ] = [],
     allow_locked: Annotated[
         bool,
         option(
@@ -166,6 +187,7 @@ def expand(
         sparkling expand ckpt/ --axis ffn --factor 2
         sparkling expand ckpt/ wide/ --axis hidden=1.5 --axis ffn=2 --dry-run
         sparkling expand ckpt/ --axis hidden --axis heads --factor 2
+        sparkling expand ckpt/ --axis vocab --multiple-of 128
         sparkling expand ckpt/ --spec expansion.yaml --json
     """
     from sparkling_cli import api
@@ -173,7 +195,7 @@ def expand(
     from sparkling_cli.execute.commit import check_destination
     from sparkling_cli.report.plan import plan_result
     from sparkling_cli.spec.quantities import LEAST_MEMORY, parse_bytes
-    from sparkling_cli.spec.sources import state_from_options
+    from sparkling_cli.spec.sources import means_from_options, state_from_options
 
     chosen = _spec(
         spec,
@@ -187,6 +209,8 @@ def expand(
             "optimizer": optimizer,
             "seed": seed,
             "names": names,
+            "vocab_fill": vocab_fill,
+            "vocab_from": means_from_options(vocab_from),
             "allow_locked": allow_locked or None,
             "allow_nonfinite": allow_nonfinite or None,
             "carry": carry or None,
@@ -239,7 +263,7 @@ def _spec(path: Path | None, axis: list[str], factor: list[str], to: list[str], 
 
     base = read_spec_file(path) if path else {}
     over = opt.given(given)
-    axes = axes_from_options(axis, factor, to)
+    axes = axes_from_options(axis, factor, to, given["multiple_of"])
     if axes:
         over["axes"] = axes
     return make_spec(merge(base, over), str(path) if path and not over else "options")

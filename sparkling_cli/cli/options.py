@@ -144,7 +144,7 @@ MultipleOption = Annotated[
         "--multiple-of",
         panel=GROW,
         metavar="SIZE",
-        words="Round sizes given by a factor up to a multiple of it.",
+        words="Round sizes that are not given by --to up to a multiple of it.",
     ),
 ]
 DataOption = Annotated[

@@ -82,7 +82,7 @@ def plan(
     from sparkling_cli.spec.sources import axes_from_options
 
     total = parse_count(tokens, "--tokens")
-    axes = axes_from_options(axis, factor, to)
+    axes = axes_from_options(axis, factor, to, multiple_of)
     expansions = []
     if axes:
         if expand_at is None:

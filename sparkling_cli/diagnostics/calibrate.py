@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,8 @@ from sparkling_cli.storage.read import TensorSource
 from sparkling_cli.storage.tensors import StoredTensor
 from sparkling_cli.widening import fill, moments
 from sparkling_cli.widening.entries import as_doubles
-from sparkling_cli.widening.kernel import compile_kernel
+from sparkling_cli.widening.kernel import Given, compile_kernel
+from sparkling_cli.widening.means import Means
 from sparkling_cli.widening.parts import Unit, boxes, stream_of
 
 if TYPE_CHECKING:
@@ -197,12 +198,15 @@ class WidenedSource(TensorSource):
         def draw(unit: Unit, start: int, stop: int) -> tuple[Array, moments.Moments]:
             return fill.normal(self._plan.spec.seed, stream_of(row.stream, unit), start, stop), known[unit]
 
+        entries_of = as_doubles(source, recipe.dtype) if kernel.given else source
+        rows, width = recipe.before[0], prod(recipe.before[1:])
+        mean = Means(self._plan.means, rows, width, lambda low, high: entries_of[low * width : high * width])
         with np.errstate(all="ignore"):
             for index in range(kernel.pieces):
                 piece = kernel.piece(index)
                 part = source[piece.start * item : piece.stop * item]
                 for image in piece.images:
-                    kernel.fill(image, part, target[image.start * item : image.stop * item], draw)
+                    kernel.fill(image, part, target[image.start * item : image.stop * item], Given(draw, mean))
         return made
 
 

@@ -21,7 +21,7 @@ from sparkling_cli.widening.kernel import Kernel
 if TYPE_CHECKING:
     import numpy as np
 
-    from sparkling_cli.widening.kernel import Draw
+    from sparkling_cli.widening.kernel import Given
 
     Array = np.ndarray[Any, Any]
 
@@ -153,7 +153,7 @@ def run(
     bundle: Bundle,
     handles: tuple[Handles, Handles],
     buffers: tuple[Array, Array],
-    draw: Callable[[int], Draw],
+    given: Callable[[int], Given],
 ) -> list[PartResult]:
     """Read a bundle, make its output and write it.
 
@@ -161,7 +161,7 @@ def run(
         bundle: what to do.
         handles: of the source and the output.
         buffers: ``ROOM`` bytes for the source and for the output.
-        draw: random numbers of a row.
+        given: random numbers and means of a row.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -172,7 +172,7 @@ def run(
     old, new = buffers
     read_range(handles[0], bundle.path, bundle.start, old[bundle.window])
     for members in _alike(bundle.members):
-        _fill(members, old, new, draw)
+        _fill(members, old, new, given)
     dtype = bundle.members[0].job.row.dtype
     whole = old[bundle.window]
     # one look at all of them: what lies between neighbours only makes a second look necessary
@@ -238,13 +238,13 @@ def _distance(one: Member, other: Member) -> tuple[int, int]:
     return other.source.start - one.source.start, other.target.start - one.target.start
 
 
-def _fill(members: Sequence[Member], old: Array, new: Array, draw: Callable[[int], Draw]) -> None:
+def _fill(members: Sequence[Member], old: Array, new: Array, given: Callable[[int], Given]) -> None:
     """Make the output of members that are alike."""
     kernel = members[0].kernel
-    if kernel.random:  # every row has its own numbers
+    if kernel.given:  # every row has its own numbers
         image = kernel.piece(0).images[0]
         for member in members:
-            kernel.fill(image, old[member.source], new[member.target], draw(member.row))
+            kernel.fill(image, old[member.source], new[member.target], given(member.row))
         return
     steps = _distance(members[0], members[1]) if len(members) > 1 else (0, 0)
     kernel.fill_alike(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,12 @@ from sparkling_cli.storage.crc import Span, crc32, merge, zeros
 from sparkling_cli.storage.threads import Stopped
 from sparkling_cli.widening import fill, moments
 from sparkling_cli.widening.entries import as_doubles, count_nonfinite
-from sparkling_cli.widening.kernel import PIECE, Piece
+from sparkling_cli.widening.kernel import PIECE, Given, Piece
+from sparkling_cli.widening.means import Means
 from sparkling_cli.widening.parts import Box, Unit, stream_of
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from sparkling_cli.widening.kernel import Draw
 
     Array = np.ndarray[Any, Any]
 
@@ -53,6 +53,7 @@ class Worker:
         room = max(PIECE, bundle.ROOM)
         self._old = np.empty(room, dtype=np.uint8)
         self._new = np.empty(room, dtype=np.uint8)
+        self._means: dict[int, Means] = {}
 
     def close(self) -> None:
         """Close the files."""
@@ -80,7 +81,7 @@ class Worker:
         if self.stopped():
             raise Stopped
         handles, buffers = (self.source, self.target), (self._old, self._new)
-        results = bundle.run(together, handles, buffers, self._draw_of)
+        results = bundle.run(together, handles, buffers, self._given_of)
         self.sealed.update((joint.path, joint.offset) for joint in together.joints)
         self.wrote(sum(member.job.nbytes for member in together.members))
         return results
@@ -125,8 +126,8 @@ class Worker:
             else:
                 out = self._new[: stop - start]
                 content = (id(image.program), image.first, image.last)
-                if image.program.random or content != made:
-                    kernel.fill(image, data, out, self._draw_of(row) if image.program.random else None)
+                if image.program.given or content != made:
+                    kernel.fill(image, data, out, self._given_of(row) if image.program.given else None)
                     made, made_crc = content, None
                 made_crc = self._put(job, start, out, made_crc, spans)
         self.wrote(written)
@@ -145,14 +146,30 @@ class Worker:
             write_range(self.target, place.path, place.offset, part)
         return spans[-1].crc if whole else None
 
-    def _draw_of(self, row: int) -> Draw:
+    def _given_of(self, row: int) -> Given:
         job, known = self.job, self.known
 
         def draw(unit: Unit, start: int, stop: int) -> tuple[Array, moments.Moments]:
             stream = stream_of(job.rows[row].row.stream, unit)
             return fill.normal(job.plan.spec.seed, stream, start, stop), known[stream]
 
-        return draw
+        if row not in self._means:
+            self._means[row] = self._means_of(job.rows[row])
+        return Given(draw, self._means[row])
+
+    def _means_of(self, job: RowJob) -> Means:
+        import numpy as np
+
+        rows, *inner = job.row.recipe.before or (1,)
+        width = prod(inner)
+
+        def numbers(first: int, last: int) -> Array:
+            data = np.empty((last - first) * width * job.item, dtype=np.uint8)
+            start = first * width * job.item
+            read(self.source, job.source, start, start + len(data), data)
+            return as_doubles(data, job.row.dtype)
+
+        return Means(self.job.plan.means, rows, width, numbers)
 
     def moments(self, row: int, box: Box, first: int, last: int) -> list[moments.Moments]:
         """Mean and spread of a unit's blocks ``first <= i < last`` (``moments.BLOCK`` entries each).

@@ -22,6 +22,10 @@ PACKINGS: Mapping[str, tuple[str, ...]] = {
     "kv": ("k", "v"),
 }
 
+#: Axes whose entries are looked up one by one and never summed over: no factor follows from their growth,
+#: and their new entries are filled by a rule of their own.
+COUNTED = frozenset({"vocab"})
+
 #: Parts through which the consumer's input is *not* linear. Zero fill leaves them copied: a product of
 #: two zero factors has a zero gradient in both, for ever (method, the trap of the gated MLP).
 NONLINEAR_LABELS = frozenset({"gate", "q", "k"})

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from sparkling_cli.errors import SpecError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.formats.optimizer_states import FSDP_COPY
+from sparkling_cli.layout.expr import COUNTED
 from sparkling_cli.layout.model import ModelLayout, entries_of
 from sparkling_cli.plan.symmetry import locked_axes, parting_inits, treatment_of
 from sparkling_cli.spec.model import ExpansionSpec
@@ -37,7 +38,7 @@ def notes_for(
         kv = growth["kv_heads"]
         per_kv = layout.axes["q_per_kv"].size
         notes.append(f"query heads grow with their groups: {kv.source * per_kv} -> {kv.target * per_kv}")
-    fractional = [a for a, g in growth.items() if g.target % g.source]
+    fractional = [a for a, g in growth.items() if g.target % g.source and a not in COUNTED]
     if fractional and spec.init == "copy-copy" and spec.scaling == "rms":
         near = ", ".join(f"{a} {max(2, round(growth[a].target / growth[a].source))}x" for a in fractional)
         notes.append(

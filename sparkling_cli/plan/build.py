@@ -26,7 +26,7 @@ from sparkling_cli.plan.symmetry import check_pair, treatment_of, with_fills
 from sparkling_cli.results.account import Kind
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
-from sparkling_cli.widening.geometry import Fill, Growth, Span, Treatment, View, target_shape, view_of
+from sparkling_cli.widening.geometry import Fill, Growth, Run, Span, Treatment, View, target_shape, view_of
 
 
 def build_plan(
@@ -58,7 +58,7 @@ def build_plan(
     check_pair(growth, layout, treatment)
     growth = with_fills(growth, layout, treatment)
     recipes = _Recipes(layout, growth, treatment, spec, calibration or Calibration())
-    streams = "random" in spec.init or spec.scaling == "calibrated"
+    streams = "random" in (*spec.init.split("-"), spec.vocab_fill) or spec.scaling == "calibrated"
     weights, renamed = weights_of(checkpoint, layout, spec.names, random=streams)
     rows = _weight_rows(weights, recipes)
     known = Known({weight.module: weight.stored for weight in weights}, checkpoint, layout, spec)
@@ -262,7 +262,11 @@ class _Recipes:
 def state_view(view: View, optimizer: str) -> View:
     """The view of a moment: old entries kept, new ones zero (Eq. 24), or the other treatments."""
     scaled = optimizer == "asymmetric-scaled"
-    fill = Fill.COPY if optimizer == "copy" else Fill.ZERO
+
+    def fill(run: Run) -> Fill:  # what is no copy of its source has nothing to copy from the source's state
+        copied = not run.new or (optimizer == "copy" and run.fill is Fill.COPY)
+        return Fill.COPY if copied else Fill.ZERO
+
     return tuple(
         replace(
             dim,
@@ -270,7 +274,7 @@ def state_view(view: View, optimizer: str) -> View:
                 replace(
                     run,
                     scale=run.scale if scaled else 1.0,
-                    fill=fill if run.new else Fill.COPY,
+                    fill=fill(run),
                 )
                 for run in dim.runs
             ),

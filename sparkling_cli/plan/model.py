@@ -179,6 +179,12 @@ class Plan:
         return found[0], found[1]
 
     @property
+    def means(self) -> tuple[tuple[int, ...], ...]:
+        """See :class:`~sparkling_cli.widening.geometry.Growth`, of the vocabulary."""
+        grown = self.growth.get("vocab")
+        return () if grown is None else grown.means
+
+    @property
     def has_moments(self) -> bool:
         """Whether there is parameter-shaped state other than copies of the weights."""
         return any(recipe.kind is Kind.MOMENT for recipe in self.recipes)

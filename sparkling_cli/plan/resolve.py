@@ -8,10 +8,11 @@ adds whole groups, both together set both counts. Where every group has one quer
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from math import ceil, isclose
 
 from sparkling_cli.errors import SpecError
-from sparkling_cli.layout.expr import Expr, axis_names, size_of
+from sparkling_cli.layout.expr import Axis, Expr, axis_names, size_of
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_expr
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
@@ -38,9 +39,38 @@ def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth
         growth = {name: _growth(name, axis, spec, layout) for name, axis in wanted.items()}
     for name in growth:
         _check_widenable(name, layout)
+    if "vocab" in growth:
+        growth["vocab"] = _with_means(growth["vocab"], spec, layout)
+    elif spec.vocab_from:
+        raise SpecError("vocab_from: the vocabulary does not grow", hint="add --axis vocab --to SIZE")
     _check_joint(growth, layout)
     _check_divisible(growth, layout)
     return growth
+
+
+def _with_means(vocab: Growth, spec: ExpansionSpec, layout: ModelLayout) -> Growth:
+    """The growth of the vocabulary, with the old tokens that each new one is the mean of.
+
+    Raises:
+        SpecError: a token id is no new one, or no old one; rows are not on the leading dim of some tensor.
+    """
+    for new, old in spec.vocab_from.items():
+        if not vocab.source <= new < vocab.target:
+            raise SpecError(
+                f"vocab_from: {new} is no new token: they are {vocab.source} to {vocab.target - 1}",
+                hint=f"ids of new tokens begin at {vocab.source}, the size of the vocabulary now",
+            )
+        if max(old) >= vocab.source:
+            raise SpecError(f"vocab_from.{new}: {max(old)} is no old token: they end at {vocab.source - 1}")
+    for pattern in (*layout.tensors, *(layout.disk or ())):
+        dims = pattern.dims.dims
+        if "vocab" in pattern.dims.axes() and replace(dims[0].expr, label=None) != Axis("vocab"):
+            raise SpecError(
+                f"axes.vocab: {pattern.name!r} does not have a row for each token: {pattern.layout}",
+                hint="resize it with the trainer's own tools",
+            )
+    given = range(vocab.source, vocab.target) if spec.vocab_from else ()
+    return replace(vocab, means=tuple(spec.vocab_from.get(new, ()) for new in given))
 
 
 def _grouped(layout: ModelLayout) -> bool:
@@ -93,7 +123,7 @@ def _target(name: str, axis: AxisSpec, size: int, spec: ExpansionSpec, multiple:
                 hint=f"give a size above {size}, e.g. --to {2 * size}",
             )
     else:
-        exact = size * (axis.factor or 0.0)
+        exact = size * (axis.factor or 1.0)
         step = spec.multiple_of if spec.multiple_of and name not in _HEAD_AXES else None
         target = ceil(exact / step - 1e-9) * step if step else round(exact)
         if step and target > 2 * exact:
@@ -101,6 +131,11 @@ def _target(name: str, axis: AxisSpec, size: int, spec: ExpansionSpec, multiple:
                 f"axes.{name}: {size} x {axis.factor:g} = {exact:g} would become {target}, more than twice "
                 f"what was asked for, to be a multiple of {step}",
                 hint=f"give this axis its size instead of a factor: --axis {name} --to {ceil(exact)}",
+            )
+        if target == size:
+            raise SpecError(
+                f"axes.{name}: its {size} entries are a multiple of {step} already",
+                hint=f"give it a size, e.g. --axis {name} --to {size + (step or 1)}",
             )
         if not step and not isclose(exact, target, rel_tol=1e-9):
             raise SpecError(

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sparkling_cli.errors import SpecError
-from sparkling_cli.layout.expr import Fixed, Role, axis_names, factors
+from sparkling_cli.layout.expr import COUNTED, Fixed, Role, axis_names, factors
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import FUSED, Fill, Growth, Treatment, fills_on
 
-_FILLS = {"copy": Fill.COPY, "zero": Fill.ZERO, "random": Fill.RANDOM}
+_FILLS = {"copy": Fill.COPY, "mean": Fill.MEAN, "zero": Fill.ZERO, "random": Fill.RANDOM}
 
 #: treatments under which new entries start from other optimizer state than their sources
 PARTING = frozenset({"asymmetric", "asymmetric-scaled"})
@@ -26,7 +26,7 @@ PARTING = frozenset({"asymmetric", "asymmetric-scaled"})
 def treatment_of(spec: ExpansionSpec) -> Treatment:
     """The spec's initialization pair and scaling as geometry rules."""
     fan_out, fan_in = spec.init.split("-")
-    return Treatment(_FILLS[fan_out], _FILLS[fan_in], spec.scaling)
+    return Treatment(_FILLS[fan_out], _FILLS[fan_in], spec.scaling, _FILLS[spec.vocab_fill])
 
 
 def parting_inits(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Treatment) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def check_pair(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Tre
         SpecError: in some block nothing that produces an axis takes the fill asked for, or it is not known
             what must be spared from zero.
     """
-    for axis in growth:
+    for axis in (axis for axis in growth if axis not in COUNTED):
         if treatment.fan_out is Fill.ZERO:
             _check_parts(axis, layout)
         *produced, _ = _fills(axis, layout, treatment)

@@ -23,17 +23,19 @@ def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
     spec = chosen.as_data()
     words = ["sparkling", "expand", *_places(invocation.source, invocation.destination)]
     axes = spec["axes"]
-    mixed = len({axis["to"] is None for axis in axes}) > 1
+    mixed = len({(axis["to"] is None, axis["factor"] is None) for axis in axes}) > 1
     for axis in axes:
-        own = f"={as_word(axis['factor'])}" if mixed and axis["to"] is None else ""
+        own = f"={as_word(axis['factor'])}" if mixed and axis["factor"] else ""
         words += ["--axis", axis["axis"] + own]
     for axis in axes:
         if axis["to"] is not None:
             words += ["--to", str(axis["to"])]
-        elif not mixed:
+        elif axis["factor"] and not mixed:
             words += ["--factor", as_word(axis["factor"])]
     words += [*as_options(chosen), *as_options(chosen.rewarmup), *as_options(chosen.baseline)]
     words += ["--allow-locked"] if spec["allow_locked"] else []
+    for new, old in spec.get("vocab_from", {}).items():
+        words += ["--vocab-from", f"{new}={','.join(map(str, old))}"]
     for pattern in spec["carry"]:
         words += ["--carry", pattern]
     for name, kind in spec["state"].items():

@@ -7,6 +7,7 @@ from typing import Literal
 InitPair = Literal["copy-copy", "zero-copy", "random-copy", "random-zero", "random-random"]
 Scaling = Literal["rms", "function", "none", "calibrated"]
 OptimizerTreatment = Literal["asymmetric", "asymmetric-scaled", "copy", "drop"]
+VocabFill = Literal["mean", "random", "zero"]
 StateTreatment = Literal["weight", "moment", "carry"]
 BiasCorrection = Literal["inherit", "fresh"]
 BaselineType = Literal["cosine", "linear", "constant", "wsd"]

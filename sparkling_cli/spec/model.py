@@ -15,6 +15,7 @@ from sparkling_cli.spec.choices import (
     OptimizerTreatment,
     Scaling,
     StateTreatment,
+    VocabFill,
 )
 
 
@@ -23,7 +24,7 @@ class _Strict(BaseModel):
 
 
 class AxisSpec(_Strict):
-    """One axis to widen, by a factor or to a size."""
+    """One axis to widen, by a factor or to a size; by neither, up to a multiple of the spec's ``multiple_of``."""
 
     axis: Annotated[str, Field(min_length=1, description="logical axis, e.g. ffn, hidden, heads")]
     factor: Annotated[float | None, Field(gt=1, description="new size / old size, above 1")] = None
@@ -31,9 +32,8 @@ class AxisSpec(_Strict):
 
     @model_validator(mode="after")
     def _one_of(self) -> AxisSpec:
-        if (self.factor is None) == (self.to is None):
-            given = "neither" if self.factor is None else "both"
-            raise ValueError(f"axis {self.axis!r} needs either a factor or a size (to), {given} given")
+        if self.factor is not None and self.to is not None:
+            raise ValueError(f"axis {self.axis!r} needs either a factor or a size (to), both given")
         return self
 
 
@@ -67,7 +67,8 @@ class ExpansionSpec(_Strict):
 
     axes: Annotated[tuple[AxisSpec, ...], Field(min_length=1, description="axes to widen, jointly")]
     multiple_of: Annotated[
-        int | None, Field(ge=1, description="round each axis given by a factor up to a multiple of this")
+        int | None,
+        Field(ge=1, description="round each axis that is not given by its size up to a multiple of this"),
     ] = None
     init: Annotated[InitPair, Field(description="fan-out - fan-in initialization of new entries")] = (
         "copy-copy"
@@ -100,6 +101,13 @@ class ExpansionSpec(_Strict):
         dict[str, StateTreatment],
         Field(description="state name -> weight (widened like it), moment or carry (stays as it is)"),
     ] = {}
+    vocab_fill: Annotated[
+        VocabFill, Field(description="new rows of embedding and head: the mean of all old ones, random, zero")
+    ] = "mean"
+    vocab_from: Annotated[
+        dict[Annotated[int, Field(ge=0)], Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]],
+        Field(description="new token id -> old ids, whose mean its rows are; others by vocab_fill, mean only"),
+    ] = {}
     allow_nonfinite: Annotated[bool, Field(description="go on where weights or state hold NaN or Inf")] = (
         False
     )
@@ -110,6 +118,13 @@ class ExpansionSpec(_Strict):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"axis {repeated[0]!r} is given more than once")
+        bare = [axis.axis for axis in self.axes if axis.factor is None and axis.to is None]
+        if bare and self.multiple_of is None:
+            raise ValueError(f"axis {bare[0]!r} needs either a factor or a size (to), neither given")
+        if bare and any(axis.to is not None for axis in self.axes):
+            raise ValueError(f"axis {bare[0]!r} needs a size (to) of its own, as another axis has one")
+        if self.vocab_from and self.vocab_fill != "mean":
+            raise ValueError(f"vocab_from gives means: it does not go with vocab_fill {self.vocab_fill!r}")
         if self.scaling == "function" and self.init != "copy-copy":
             raise ValueError(
                 f"scaling 'function' needs init 'copy-copy', found {self.init!r}: copies alone keep it"

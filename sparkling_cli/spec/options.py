@@ -23,6 +23,7 @@ OPTIONS: Mapping[type[BaseModel], Mapping[str, str]] = {
         "optimizer": "--optimizer",
         "seed": "--seed",
         "names": "--names",
+        "vocab_fill": "--vocab-fill",
     },
     RewarmupSpec: {"rho": "--rho", "steps": "--rewarmup-steps", "bias_correction": "--bias-correction"},
     BaselineSpec: {

@@ -21,8 +21,8 @@ else:
     import tomli as tomllib
 
 
-def read_spec_file(path: Path) -> dict[str, Any]:
-    """The content of a YAML, TOML or JSON spec file, not validated yet.
+def read_spec_file(path: Path, what: str = "spec") -> dict[str, Any]:
+    """The content of a YAML, TOML or JSON file of a spec, or of part of one, not validated yet.
 
     Raises:
         SpecError: unreadable, of another kind, malformed, or no mapping.
@@ -30,15 +30,15 @@ def read_spec_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SpecError(f"there is no spec file {path}") from None
+        raise SpecError(f"there is no {what} file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"cannot read the spec file {path}: {error}") from None
+        raise SpecError(f"cannot read the {what} file {path}: {error}") from None
     try:
         data = _parse(path.suffix.lower(), text, path)
     except (ValueError, RecursionError) as error:
-        raise SpecError(f"the spec file {path} is not valid {path.suffix[1:].upper()}: {error}") from None
+        raise SpecError(f"the {what} file {path} is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(data, dict):
-        raise SpecError(f"the spec file {path} must hold a mapping, found {type(data).__name__}")
+        raise SpecError(f"the {what} file {path} must hold a mapping, found {type(data).__name__}")
     return data
 
 
@@ -62,7 +62,10 @@ _NO_FACTOR = 64
 
 
 def axes_from_options(
-    axes: Sequence[str], factors: Sequence[str | float], sizes: Sequence[str | int]
+    axes: Sequence[str],
+    factors: Sequence[str | float],
+    sizes: Sequence[str | int],
+    multiple_of: int | None = None,
 ) -> list[dict[str, Any]]:
     """Pair ``--axis`` with ``--factor`` or ``--to``; one value serves all axes that have none of their own.
 
@@ -70,6 +73,7 @@ def axes_from_options(
         axes: names, or ``NAME=FACTOR``.
         factors: values of ``--factor``.
         sizes: values of ``--to``.
+        multiple_of: value of ``--multiple-of``: axes with neither are rounded up to it.
 
     Raises:
         UsageError: a value is no number.
@@ -97,6 +101,8 @@ def axes_from_options(
         return found
     names = ", ".join(str(item["axis"]) for item in bare)
     if not ratios and not targets:
+        if multiple_of is not None:
+            return found
         raise SpecError(
             f"each --axis needs --factor or --to, found neither for {names}",
             hint=f"add --factor 2, or write --axis {bare[0]['axis']}=2",
@@ -179,6 +185,22 @@ def state_from_options(items: Sequence[str]) -> dict[str, str]:
                 hint="for example --state slow_buffer=weight",
             )
         found[name] = kind
+    return found
+
+
+def means_from_options(items: Sequence[str]) -> dict[str, Any]:
+    """``--vocab-from NEW=OLD,OLD`` or a file of such a mapping, repeated, as the spec's ``vocab_from``.
+
+    Raises:
+        SpecError: one is not of that form.
+    """
+    found: dict[str, Any] = {}
+    for item in items:
+        new, equals, old = item.partition("=")
+        if equals and new.strip().isdigit():
+            found[new.strip()] = [part.strip() for part in old.split(",")]
+        else:
+            found |= {str(key): value for key, value in read_spec_file(Path(item), "mapping").items()}
     return found
 
 

@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sparkling_cli.storage.byte_ranges import Handles, Place, Placement, read, read_range
 from sparkling_cli.storage.crc import Span, crc32
 from sparkling_cli.widening import fill, moments
+from sparkling_cli.widening.means import Means
 from sparkling_cli.widening.parts import stream_of
 from sparkling_cli.widening.reference import (
     COPY,
     FILL_NAMES,
+    MEAN,
     RANDOM,
     ZERO,
     Along,
     Wanted,
     as_numbers,
+    averaged,
     bits_dtype,
     computed,
     drawn,
@@ -352,6 +355,10 @@ def _made(subject: Subject, box: _Box, old: Array, known: Neighbours, source: Ha
     if box.how == RANDOM:
         stream, numbers = _numbers(subject, box)
         return drawn(numbers, known.moments(stream, source), box.factor, wanted.offset, wanted.dtype)
+    if box.how == MEAN:
+        places = wanted.mean_places(box.rows, box.columns)
+        values = known.means(subject, int(places.min()), int(places.max()) + 1, source)
+        return averaged(values[places - places.min()], box.factor, wanted.offset, wanted.dtype)
     made = computed(old, box.factor, wanted.offset, wanted.dtype)
     untouched = box.factor == 1
     return np.where(untouched, old, made) if wanted.offset == 0.0 and untouched.any() else made
@@ -385,6 +392,7 @@ class Neighbours:
     def __init__(self, subjects: Sequence[Subject]) -> None:
         self._places: dict[str, tuple[Subject, int, int]] = {}
         self._known: dict[str, moments.Moments] = {}
+        self._whole: dict[str, Array | None] = {}
         self._lock = Lock()
         for subject in subjects:
             if not subject.wanted.random or subject.source is None:
@@ -405,6 +413,32 @@ class Neighbours:
                 blocks = map(moments.block_moments, _in_blocks(_old_entries(*self._places[stream], source)))
                 self._known[stream] = moments.merged(blocks)
             return self._known[stream]
+
+
+    def means(self, subject: Subject, start: int, stop: int, source: Handles) -> Array:
+        """Entries ``start <= i < stop`` of a tensor's rows of means behind each other, float64.
+
+        Raises:
+            CheckpointError: the source cannot be read.
+        """
+        import numpy as np
+
+        placement, before = subject.source, subject.wanted.before
+        assert placement is not None
+        width = prod(before[1:])
+
+        def numbers(first: int, last: int) -> Array:
+            data = np.empty((last - first) * width * placement.item, dtype=np.uint8)
+            at = first * width * placement.item
+            read(source, placement, at, at + len(data), data)
+            return as_numbers(data, subject.wanted.dtype)
+
+        with self._lock:
+            known = self._whole.get(subject.key)
+            made = Means(subject.wanted.means, before[0], width, numbers, known)
+            found = made(start, stop)
+            self._whole[subject.key] = made.whole
+            return found
 
 
 def _old_entries(subject: Subject, high: int, wide: int, source: Handles) -> Iterator[Array]:

@@ -51,7 +51,17 @@ class Derivation:
         }
         self.layout: ModelLayout = replace(after, axes=axes)
         fan_out, fan_in = self.spec.init.split("-")
-        rules = Rules(self.layout.sizes, growth, fan_out, fan_in, self.spec.scaling)
+        old = growth.get("vocab", (0, 0))
+        given = range(*old) if self.spec.vocab_from else ()
+        rules = Rules(
+            self.layout.sizes,
+            growth,
+            fan_out,
+            fan_in,
+            self.spec.scaling,
+            vocab=self.spec.vocab_fill,
+            means=tuple(self.spec.vocab_from.get(new, ()) for new in given),
+        )
         self.rules = self._with_history(rules)
         self._made: dict[tuple[object, ...], Wanted] = {}
 
@@ -61,8 +71,10 @@ class Derivation:
         originals: dict[str, Any] = {}
         for stage in self._manifest.stages[:-1]:
             sizes = {**self.layout.sizes, **{axis: before for axis, (before, _) in stage.growth.items()}}
-            fan_out, fan_in = make_spec(stage.spec).init.split("-")
-            rules = Rules(sizes, stage.growth, fan_out, fan_in, originals=dict(originals))
+            spec = make_spec(stage.spec)
+            fan_out, fan_in = spec.init.split("-")
+            done = dict(originals)
+            rules = Rules(sizes, stage.growth, fan_out, fan_in, originals=done, vocab=spec.vocab_fill)
             rules = replace(rules, copied=copied_axes(rules, layouts))
             originals |= {axis: rules.originals_after(axis) for axis in stage.growth}
         rules = replace(last, originals=originals)
@@ -97,7 +109,7 @@ class Derivation:
                 old *= before.get(part, 0)
                 new *= growth[part][1] if part in growth else before.get(part, 0)
             step = self.spec.multiple_of if name not in ("heads", "kv_heads", "q_per_kv") else None
-            exact = old * (axis.factor or 0.0)
+            exact = old * (axis.factor or 1.0)
             wanted = axis.to or (ceil(exact / step - 1e-9) * step if step else round(exact))
             if new != wanted:
                 found.append(f"axis {axis.axis!r} has {new} entries, the spec gives {wanted}")

@@ -64,6 +64,20 @@ def draw_into(noise: Array, moments: Moments, factor: float, offset: float, into
     shift = wide(wide(moments.mean) * wide(factor) + wide(offset))
     values = np.multiply(noise, spread, dtype=wide)
     np.add(values, shift, out=values)
+    _round(values, into, dtype)
+
+
+def round_into(values: Array, factor: float, offset: float, into: Array, dtype: str) -> None:
+    """``factor * values + offset`` of float64 numbers in working precision, rounded once."""
+    import numpy as np
+
+    wide = np.float64 if dtype == "float64" else np.float32
+    made = np.multiply(values.astype(wide), wide(factor))
+    _round(np.add(made, wide(offset)) if offset else made, into, dtype)
+
+
+def _round(values: Array, into: Array, dtype: str) -> None:
+    """Numbers in working precision as entries."""
     if dtype in ("float32", "float64"):
         into[...] = values
     elif dtype == "bfloat16":

@@ -16,6 +16,7 @@ from itertools import pairwise, product
 from math import sqrt
 
 from sparkling_cli.layout.expr import (
+    COUNTED,
     NONLINEAR_LABELS,
     PACKINGS,
     Axis,
@@ -39,8 +40,9 @@ class Fill(IntEnum):
     """How a new entry gets its value; where dims disagree, the larger wins."""
 
     COPY = 0
-    RANDOM = 1
-    ZERO = 2
+    MEAN = 1
+    RANDOM = 2
+    ZERO = 3
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,14 @@ class Growth:
         copied: all that meets on the axis is copied: every producer's new rows and every consumer's new
             columns. A fact about the fills used (see ``plan.symmetry``), not about the pair asked for.
         originals: spans of originals, one for each entry before; () where every entry is its own.
+        means: of each new entry whose fill is the mean, the old entries that it is the mean of; () for all.
     """
 
     source: int
     target: int
     copied: bool = True
     originals: tuple[Span, ...] = ()
+    means: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def new_sources(self) -> tuple[Span, ...]:
@@ -190,11 +194,15 @@ def _least_copied(originals: Sequence[int], count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Treatment:
-    """Rules for a tensor's new entries and for its fan-in columns."""
+    """Rules for a tensor's new entries and for its fan-in columns.
+
+    ``vocab`` is the fill of new entries of the vocabulary, in whatever tensor.
+    """
 
     fan_out: Fill = Fill.COPY
     fan_in: Fill = Fill.COPY
     scaling: str = "rms"
+    vocab: Fill = Fill.MEAN
 
     def alpha(self, growth: Growth) -> float:
         """The factor on every fan-in column, 1 when scaling is off (``none``)."""
@@ -338,9 +346,12 @@ def _grown_runs(
     shield: bool,
 ) -> tuple[Run, ...]:
     """Runs of one growing axis: the old entries, then the new ones by their sources."""
-    fan_in = dim.role is Role.IN or (dim.role is Role.SCALE and name in consumed)
+    counted = name in COUNTED
+    fan_in = not counted and (dim.role is Role.IN or (dim.role is Role.SCALE and name in consumed))
     fill = Fill.COPY
-    if dim.role is Role.IN:
+    if counted:
+        fill = treatment.vocab
+    elif dim.role is Role.IN:
         fill = treatment.fan_in
     elif dim.role in (Role.OUT, Role.BIAS):
         fill = Fill.COPY if shield else treatment.fan_out

@@ -22,7 +22,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, row_major
-from sparkling_cli.widening.entries import draw_into, numpy_dtype, scale_into
+from sparkling_cli.widening.entries import draw_into, numpy_dtype, round_into, scale_into
 from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
 from sparkling_cli.widening.parts import Box, Unit, along, boxes
 
@@ -34,9 +34,18 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
     #: of entries ``start <= i < stop`` of a unit: standard normal float32 numbers, mean and deviation
     Draw = Callable[[Unit, int, int], tuple[Array, Moments]]
+    #: entries ``start <= i < stop`` of the rows of means that stand behind the source's own, float64
+    Mean = Callable[[int, int], Array]
 
 #: bytes of an image: what stays in a core's second-level cache together with its source.
 PIECE = 1 << 19
+
+
+class Given(NamedTuple):
+    """What entries of one tensor are made from beside its pieces: random numbers, and rows of means."""
+
+    draw: Draw
+    mean: Mean
 
 
 class Step(NamedTuple):
@@ -59,15 +68,25 @@ class Program:
     plain: bool  # the image is its piece's bytes
     zero: bool  # all entries are zero
     random: bool  # some entries are random, so where the image lies matters
+    means: bool  # some entries are means of whole rows: the same
+
+    @property
+    def given(self) -> bool:
+        """Whether more is needed than the piece."""
+        return self.random or self.means
 
 
 class Image(NamedTuple):
-    """Target entries ``start <= i < stop``, from rows ``first <= r < last`` of the piece."""
+    """Target entries ``start <= i < stop``, from rows ``first <= r < last`` of the piece.
+
+    ``source`` is the place of their first entry in the source.
+    """
 
     start: int
     stop: int
     first: int
     last: int
+    source: int
     program: Program
 
 
@@ -125,6 +144,11 @@ class Kernel:
         return any(run.fill is Fill.RANDOM for dim in self.dims for run in dim.runs)
 
     @cached_property
+    def given(self) -> bool:
+        """More is needed than the pieces: random numbers, or means, whose entries are on the leading dim."""
+        return self.random or any(run.fill is Fill.MEAN for run in self.dims[0].runs)
+
+    @cached_property
     def _chunks(self) -> int:
         return -(-self.dims[self.split].source // self.rows) if self.split >= 0 else 1
 
@@ -143,6 +167,7 @@ class Kernel:
         dim = self.dims[self.split]
         first, last = chunk * self.rows, min((chunk + 1) * self.rows, dim.source)
         source_inner, target_inner = prod(self.inner_source), prod(self.inner_target)
+        base = outer * dim.source
         images = []
         for target, chosen in self._outer_images(outer):
             for number, run in enumerate(dim.runs):
@@ -152,14 +177,14 @@ class Kernel:
                 start = (target * dim.target + run.target + low - run.source) * target_inner
                 stop = start + (high - low) * target_inner
                 program = self._program((*chosen, number))
-                images.append(Image(start, stop, low - first, high - first, program))
-        base = outer * dim.source
+                begin = (base + low) * source_inner
+                images.append(Image(start, stop, low - first, high - first, begin, program))
         return Piece((base + first) * source_inner, (base + last) * source_inner, tuple(images))
 
     @cached_property
     def _only(self) -> Piece:
         """The one piece of a small tensor."""
-        image = Image(0, self.target_entries, 0, 1, self._program(()))
+        image = Image(0, self.target_entries, 0, 1, 0, self._program(()))
         return Piece(0, self.source_entries, (image,))
 
     @cached_property
@@ -210,6 +235,9 @@ class Kernel:
                 raise TypeError(f"{self.dtype} entries can be copied, not computed")
             target = (slice(None), *(slice(r.target, r.target + r.length) for r in runs))
             source = (slice(None), *(slice(r.source, r.source + r.length) for r in runs))
+            if fill is Fill.MEAN and not outer:  # the image begins with the old rows
+                first = runs[0].target - self.dims[0].source
+                source = (slice(None), slice(first, first + runs[0].length), *source[2:])
             within = (slice(None), *map(_within, inner, runs))
             unit = tuple(number for run in (*outer, *runs) for number in run.part)
             steps.append(Step(target, source, fill, factor, moved, unit, within))
@@ -218,6 +246,7 @@ class Kernel:
             plain=len(steps) == 1 and steps[0].moved and self.inner_source == self.inner_target,
             zero=all(step.fill is Fill.ZERO for step in steps),
             random=any(step.fill is Fill.RANDOM for step in steps),
+            means=any(step.fill is Fill.MEAN for step in steps),
         )
 
     def bytes_of(self, image: Image) -> slice:
@@ -229,30 +258,42 @@ class Kernel:
     def _boxes(self) -> dict[Unit, Box]:
         return {box.unit: box for box in boxes(self.dims, source=False)}
 
-    def fill(self, image: Image, source: Array, target: Array, draw: Draw | None) -> None:
+    def fill(self, image: Image, source: Array, target: Array, given: Given | None) -> None:
         """Make one image.
 
         Args:
             image: of the piece that ``source`` holds.
             source: the piece's bytes, uint8, aligned to the dtype.
             target: room for the image's bytes, uint8, aligned to the dtype.
-            draw: random numbers of the tensor; needed if the program is random.
+            given: of the tensor; needed if the program says so.
         """
         rows = image.last - image.first
         piece = source[self.bytes_of(image)]
         old = piece.view(numpy_dtype(self.dtype)).reshape(rows, *self.inner_source)
         new = target.view(numpy_dtype(self.dtype)).reshape(rows, *self.inner_target)
-        if not image.program.random:
-            self._run(image.program, old, new, {})
+        if not image.program.given:
+            self._run(image.program, old, new, {}, old)
             return
-        if draw is None:
-            raise ValueError("a random program needs random numbers")
+        if given is None:
+            raise ValueError("a program with random entries or means needs them")
+        means = self._means(image, rows, given.mean) if image.program.means else old
         drawn = {}
         for unit in {step.unit for step in image.program.steps if step.fill is Fill.RANDOM}:
             box = self._boxes[unit]
-            numbers, moments = draw(unit, box.before(image.start), box.before(image.stop))
+            numbers, moments = given.draw(unit, box.before(image.start), box.before(image.stop))
             drawn[unit] = numbers.reshape(rows, *box.shape[self.split + 1 :]), moments
-        self._run(image.program, old, new, drawn)
+        self._run(image.program, old, new, drawn, means)
+
+    def _means(self, image: Image, rows: int, mean: Mean) -> Array:
+        """The rows of means that an image is made from: its own, or all of them where it is the tensor."""
+        lead = self.dims[0]
+        inner = prod(dim.source for dim in self.dims[1:])
+        if self.split < 0:
+            return mean(0, (lead.target - lead.source) * inner).reshape(1, -1, *self.inner_source[1:])
+        row = image.start // prod(dim.target for dim in self.dims[1:]) - lead.source
+        start = row * inner + image.source % inner
+        found = mean(start, start + rows * prod(self.inner_source))
+        return found.reshape(rows, *self.inner_source)
 
     def fill_alike(self, count: int, source: Array, apart: int, target: Array, target_apart: int) -> None:
         """Make whole small tensors at even distances; nothing of them is random.
@@ -266,10 +307,15 @@ class Kernel:
         """
         old = _at_distances(source, count, apart, self.inner_source, self.dtype)
         new = _at_distances(target, count, target_apart, self.inner_target, self.dtype)
-        self._run(self._only.images[0].program, old, new, {})
+        self._run(self._only.images[0].program, old, new, {}, old)
 
     def _run(
-        self, program: Program, old: Array, new: Array, drawn: Mapping[Unit, tuple[Array, Moments]]
+        self,
+        program: Program,
+        old: Array,
+        new: Array,
+        drawn: Mapping[Unit, tuple[Array, Moments]],
+        means: Array,
     ) -> None:
         """All steps of a program, from arrays (rows, *inner_source) to arrays (rows, *inner_target)."""
         for step in program.steps:
@@ -278,6 +324,8 @@ class Kernel:
                 into[...] = 0
             elif step.moved:
                 into[...] = old[step.source]
+            elif step.fill is Fill.MEAN:
+                round_into(means[step.source], step.factor, self.offset, into, self.dtype)
             elif step.fill is Fill.RANDOM:
                 numbers, moments = drawn[step.unit]
                 draw_into(numbers[step.within], moments, step.factor, self.offset, into, self.dtype)

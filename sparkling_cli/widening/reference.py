@@ -19,6 +19,7 @@ from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.layout.expr import (
+    COUNTED,
     NONLINEAR_LABELS,
     PACKINGS,
     Axis,
@@ -43,9 +44,9 @@ if TYPE_CHECKING:
     _Units = tuple[Array, tuple[tuple[int, ...], ...]]
 
 #: How a new entry is filled; where the dims of a tensor differ, the larger one holds.
-COPY, RANDOM, ZERO = range(3)
-_FILLS = {"copy": COPY, "random": RANDOM, "zero": ZERO}
-FILL_NAMES = ("copied", "random", "zero")
+COPY, MEAN, RANDOM, ZERO = range(4)
+_FILLS = {"copy": COPY, "mean": MEAN, "random": RANDOM, "zero": ZERO}
+FILL_NAMES = ("copied", "a mean", "random", "zero")
 #: sizes of anonymous factors that stand for gate and up, or q, k and v
 _FUSED = (2, 3)
 
@@ -62,6 +63,8 @@ class Rules:
         scaling: rms, function, calibrated or none.
         copied: axes on which everything that meets is copied; see :func:`copied_axes`.
         originals: axis -> the original that every entry is a copy of, for axes that have grown before.
+        vocab: fill of new rows of the vocabulary: mean, random, zero, or copy (in proofs of layouts).
+        means: of each new row the old ones that it is the mean of, () for all; () where it is all for each.
     """
 
     sizes: Mapping[str, int]
@@ -71,6 +74,8 @@ class Rules:
     scaling: str = "rms"
     copied: frozenset[str] = field(default=frozenset())
     originals: Mapping[str, Array] = field(default_factory=dict)
+    vocab: str = "copy"
+    means: tuple[tuple[int, ...], ...] = ()
 
     def origin(self, axis: str) -> Array:
         """Target index -> source index.
@@ -114,14 +119,14 @@ class Rules:
         ``sqrt(sum_j m_j^2 / sum_j M_j^2)`` where all that meets on the axis is copied, original j occurring
         m_j times before and M_j times after (Eq. 16-17 in general), else ``sqrt(d/d')`` (Eq. 14, App. B).
         For scaling ``function``, and ``calibrated`` under copy-copy, Net2Net's ``1/n`` where the source
-        occurs n times; 1 for ``none``.
+        occurs n times; 1 for ``none``, and for the vocabulary, of which one entry at a time is looked up.
         """
         import numpy as np
 
         before, after = self.growth[axis]
         origin = self.origin(axis)
         times = np.bincount(origin, minlength=before)
-        if self.scaling == "none":
+        if self.scaling == "none" or axis in COUNTED:
             return np.ones(after)
         copied = self.fan_out == self.fan_in == "copy"
         if self.scaling == "function" or (self.scaling == "calibrated" and copied):
@@ -145,7 +150,8 @@ def copied_axes(rules: Rules, layouts: Iterable[TensorLayout]) -> frozenset[str]
     found = set(rules.growth)
     for dim in (dim for layout in layouts for dim in layout.dims):
         for axis in found & set(axis_names(dim.expr)):
-            alone = Rules(rules.sizes, {axis: rules.growth[axis]}, rules.fan_out, rules.fan_in, "none")
+            only = {axis: rules.growth[axis]}
+            alone = Rules(rules.sizes, only, rules.fan_out, rules.fan_in, "none", vocab=rules.vocab)
             along = _along(dim, alone, frozenset(), "float64")
             if along.fill.any():
                 found.discard(axis)
@@ -191,6 +197,8 @@ class _Term(NamedTuple):
     size: int
     source: Array
     new: Array
+    wide: Array  # new on an axis that is summed over
+    own: Array  # fill of entries that are new on another, which has a rule of its own
     nonlinear: Array
     factor: Array
     unit: Array
@@ -226,6 +234,8 @@ def _term(expr: Expr, rules: Rules, scaled: frozenset[str], label: str | None) -
             int(starts[-1]),
             np.concatenate([part.source + start for part, start in zip(parts, starts, strict=False)]),
             np.concatenate([part.new for part in parts]),
+            np.concatenate([part.wide for part in parts]),
+            np.concatenate([part.own for part in parts]),
             np.concatenate([part.nonlinear for part in parts]),
             np.concatenate([part.factor for part in parts]),
             np.concatenate([part.unit + code for part, code in zip(parts, codes, strict=False)]),
@@ -239,9 +249,11 @@ def _term(expr: Expr, rules: Rules, scaled: frozenset[str], label: str | None) -
                 whole.size * inner.size,
                 np.add.outer(whole.source * inner.size, inner.source).reshape(-1),
                 np.logical_or.outer(whole.new, inner.new).reshape(-1),
+                np.logical_or.outer(whole.wide, inner.wide).reshape(-1),
+                np.maximum.outer(whole.own, inner.own).reshape(-1),
                 np.logical_or.outer(whole.nonlinear, inner.nonlinear).reshape(-1),
                 np.multiply.outer(whole.factor, inner.factor).reshape(-1),
-                *_pairs(whole[5:], inner[5:]),
+                *_pairs(whole[7:], inner[7:]),
             )
         return whole
     size = size_of(expr, rules.sizes)
@@ -251,17 +263,22 @@ def _term(expr: Expr, rules: Rules, scaled: frozenset[str], label: str | None) -
             [(label or part) in NONLINEAR_LABELS or part in NONLINEAR_LABELS for part in named]
         )
         still, units = np.zeros(size, bool), tuple((i,) for i in range(size))
-        return _Term(size, np.arange(size), still, nonlinear, np.ones(size), np.arange(size), units)
+        own, ones = np.zeros(size, np.int8), np.ones(size)
+        return _Term(size, np.arange(size), still, still, own, nonlinear, ones, np.arange(size), units)
     if isinstance(expr, Axis) and expr.name in rules.growth:
         source = rules.origin(expr.name)
         factor = rules.factors(expr.name) if expr.name in scaled else np.ones(len(source))
         new = np.arange(len(source)) >= size
     else:
         source, factor, new = np.arange(size), np.ones(size), np.zeros(size, bool)
+    counted = isinstance(expr, Axis) and expr.name in COUNTED
+    own = np.where(new & counted, _FILLS[rules.vocab], COPY).astype(np.int8)
+    wide = new & (not counted)
     nonlinear = np.full(len(source), label in NONLINEAR_LABELS)
     if isinstance(expr, Fixed) and size in _FUSED:
-        return _Term(size, source, new, nonlinear, factor, source, tuple((i,) for i in range(size)))
-    return _Term(size, source, new, nonlinear, factor, np.zeros(len(source), np.int64))
+        units = tuple((i,) for i in range(size))
+        return _Term(size, source, new, wide, own, nonlinear, factor, source, units)
+    return _Term(size, source, new, wide, own, nonlinear, factor, np.zeros(len(source), np.int64))
 
 
 def _along(dim: Dim, rules: Rules, consumed: frozenset[str], wide: str, moment: str = "") -> Along:
@@ -282,15 +299,18 @@ def _along(dim: Dim, rules: Rules, consumed: frozenset[str], wide: str, moment: 
     terms = [_term(expr, rules, scaled, label) for expr, label in _flattened(dim.expr, None)]
     size, count = prod(t.size for t in terms), prod(len(t.source) for t in terms)
     source = np.zeros(1, np.int64)
-    new, nonlinear = np.zeros(1, bool), np.zeros(1, bool)
+    new, nonlinear, widened = np.zeros(1, bool), np.zeros(1, bool), np.zeros(1, bool)
+    own = np.zeros(1, np.int8)
     cut: _Units = (np.zeros(1, np.int64), ((),))
     factors = []
     outer = 1
     for term in terms:
         n = len(term.source)
-        cut = _pairs(cut, term[5:])
+        cut = _pairs(cut, term[7:])
         source = np.add.outer(source * term.size, term.source).reshape(-1)
         new = np.logical_or.outer(new, term.new).reshape(-1)
+        widened = np.logical_or.outer(widened, term.wide).reshape(-1)
+        own = np.maximum.outer(own, term.own).reshape(-1)
         nonlinear = np.logical_or.outer(nonlinear, term.nonlinear).reshape(-1)
         outer *= n
         if not (term.factor == 1).all() and moment in ("", "asymmetric-scaled"):
@@ -302,7 +322,10 @@ def _along(dim: Dim, rules: Rules, consumed: frozenset[str], wide: str, moment: 
         how = _FILLS[asked.get(dim.role, "copy")]
     # a product of two zeros has no gradient in either, for ever: q, k and gate are copied
     shielded = nonlinear if how == ZERO and not moment and dim.role is not Role.IN else False
-    filled = np.where(new & ~np.asarray(shielded), how, COPY).astype(np.int8)
+    if moment:
+        filled = np.where((new & (how == ZERO)) | (own != COPY), ZERO, COPY).astype(np.int8)
+    else:
+        filled = np.maximum(np.where(widened & ~np.asarray(shielded), how, COPY), own).astype(np.int8)
     if dim.role is Role.STACK:
         cut = np.arange(len(source)), tuple((i,) for i in range(len(source)))
     elif dim.role is Role.IN or (dim.role is not Role.SCALE and not isinstance(dim.expr, (Product, Sum))):
@@ -337,6 +360,7 @@ class Wanted:
         zero: the whole tensor is zero (dropped state).
         same: every entry is the source's.
         random: some entries are drawn.
+        means: see :class:`Rules`.
     """
 
     def __init__(
@@ -361,6 +385,18 @@ class Wanted:
         still = self.before == self.shape and not any(side.factors for side in sides)
         self.same = still and scale == 1.0 and offset == 0.0 and not self.zero
         self.random = any((side.fill == RANDOM).any() for side in sides)
+        self.means = rules.means
+
+    def mean_places(self, rows: slice, columns: slice) -> Array:
+        """Of a box of means, the place of every entry among the rows of means behind each other."""
+        import numpy as np
+
+        row, column = np.arange(rows.start, rows.stop), np.arange(columns.start, columns.stop)
+        target = np.add.outer(row * len(self.column.source), column)
+        source = np.add.outer(self.row.source[row] * self.column.size, self.column.source[column])
+        old, new = prod(self.before[1:]), prod(self.shape[1:])
+        places: Array = (target // new - self.before[0]) * old + source % old
+        return places
 
     @cached_property
     def ranks(self) -> tuple[Array, Array]:
@@ -433,6 +469,22 @@ def drawn(numbers: Array, moments: Moments, factor: Array, offset: float, dtype:
     shift = wide.type(moments.mean) * factor + wide.type(offset)
     bits = rounded(numbers.astype(wide) * (wide.type(moments.std) * factor) + shift, dtype)
     return bits.view(bits_dtype(bits.dtype.itemsize))
+
+
+def averaged(values: Array, factor: Array, offset: float, dtype: str) -> Array:
+    """Means as bit patterns: ``factor * values + offset``, rounded once.
+
+    Args:
+        values: float64.
+        factor: in the precision of the arithmetic.
+        offset: added after scaling.
+        dtype: of the entries.
+    """
+    import numpy as np
+
+    made = values.astype(wide_dtype(dtype)) * factor
+    bits = rounded(made + made.dtype.type(offset) if offset else made, dtype)
+    return bits.view(bits_dtype(np.dtype(bits.dtype).itemsize))
 
 
 def _numbers(bits: Array, dtype: str) -> Array:
