@@ -206,7 +206,8 @@ class WidenedSource(TensorSource):
                 piece = kernel.piece(index)
                 part = source[piece.start * item : piece.stop * item]
                 for image in piece.images:
-                    kernel.fill(image, part, target[image.start * item : image.stop * item], Given(draw, mean))
+                    out = target[image.start * item : image.stop * item]
+                    kernel.fill(image, part, out, Given(draw, mean))
         return made
 
 

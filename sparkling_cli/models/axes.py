@@ -22,7 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 _IGNORED = frozenset({"token", "layers", "shared_layers", "multiple", "top_k", "window", "groups"})
 #: Kinds of axes that are never widened, with the reason.
 FROZEN: Mapping[str, str] = {
-    "vocab": "the vocabulary is not a width",
+    "vocab": "a table of tokens beside the vocabulary",
     "positions": "the number of positions is not a width",
     "experts": "the number of experts is not a width",
     "shared_experts": "the number of shared experts is not a width",

@@ -67,18 +67,31 @@ class LogitParity:
         factors: Mapping[str, int],
         compensations: Sequence[Compensation] = (),
     ) -> float:
-        """Largest change of a logit after widening, relative to the largest logit; inf if impossible."""
+        """Largest change of a logit after widening, relative to the largest logit; inf if impossible.
+
+        Where the vocabulary grows, each new token is a copy of an old one: in its place it must give the
+        same logits, and everywhere get the same logit.
+        """
         import torch
 
+        times = factors.get("vocab", 1)
         try:
             model = self.wide(factors)
             self._load(model, layouts, factors, compensations)
-            logits = run(model, self.ids).to(torch.float64)
+            logits = run(model, self._tokens(times)).to(torch.float64)
         except Exception:  # any model code may raise anything on sizes it does not accept
             return math.inf
-        if logits.shape != self.logits.shape or not bool(torch.isfinite(logits).all()):
+        wanted = self.logits.repeat(times, 1, times)
+        if logits.shape != wanted.shape or not bool(torch.isfinite(logits).all()):
             return math.inf
-        return float((logits - self.logits).abs().max() / self.logits.abs().max())
+        return float((logits - wanted).abs().max() / wanted.abs().max())
+
+    def _tokens(self, times: int = 1) -> torch.Tensor:
+        """The tokens, and once more for each further copy of the vocabulary, the copies in their place."""
+        import torch
+
+        size = self.found.sizes.get("vocab", 0)
+        return torch.cat([self.ids + copy * size for copy in range(times)])
 
     def _load(
         self,
@@ -129,7 +142,9 @@ class LogitParity:
 
     def unreached(self) -> frozenset[str]:
         """Names of parameters that the logits do not depend on: nothing can be proved about them."""
-        return frozenset(name for name, used in self._used(self.model).items() if not bool(used.any()))
+        return frozenset(
+            name for name, used in self._used(self.model, self.ids).items() if not bool(used.any())
+        )
 
     def unreached_growth(
         self,
@@ -146,7 +161,7 @@ class LogitParity:
         factors = dict.fromkeys(axes, 2)
         wide = self.wide(factors)
         self._load(wide, layouts, factors, compensations)
-        used = self._used(wide)
+        used = self._used(wide, self._tokens(factors.get("vocab", 1)))
         growth = {a: (self.found.sizes[a], 2 * self.found.sizes[a]) for a in axes}
         zero = Rules(self.found.sizes, growth, "zero", "zero", "none")
         for name, there in used.items():
@@ -156,14 +171,14 @@ class LogitParity:
                 return name
         return None
 
-    def _used(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def _used(self, model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """For every parameter, the entries that the logits depend on."""
         import torch
 
         for parameter in model.parameters():
             parameter.grad = None
             parameter.requires_grad_(parameter.is_floating_point())
-        found = model(input_ids=self.ids, use_cache=False) if hasattr(model, "config") else model(self.ids)
+        found = model(input_ids=ids, use_cache=False) if hasattr(model, "config") else model(ids)
         logits = getattr(found, "logits", found)
         logits = logits[0] if isinstance(logits, tuple) else logits
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.expr import Role, TensorLayout
+from sparkling_cli.layout.expr import COUNTED, Role, TensorLayout
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.names import skeleton
 from sparkling_cli.layout.parse import parse_layout
@@ -145,7 +145,7 @@ def _proved_alone(
 ) -> tuple[AxisVerdict, Outcome | None]:
     found = parity.found
     axis = found.axes[name]
-    if axis.kind in FROZEN:
+    if axis.kind in FROZEN and name not in COUNTED:
         return AxisVerdict(False, FROZEN[str(axis.kind)]), None
     if name in found.coupled:
         return AxisVerdict(False, "grows with hidden only"), None

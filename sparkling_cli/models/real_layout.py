@@ -32,12 +32,12 @@ from sparkling_cli.models.patterns import Pattern, fill, patterns_of, placeholde
 from sparkling_cli.models.prove import WIDTHS, Findings
 from sparkling_cli.models.real_model import RealModel
 from sparkling_cli.models.shrink import shapes
-from sparkling_cli.models.sizes import Path, get_path, tower_outputs, walk
+from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, kind_of, tower_outputs, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, text_prefix
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 
 #: Kinds of axes that never grow; head_dim does not either, but hidden may need it written.
-_NEVER_WRITTEN = frozenset({"vocab", "positions", "experts", "shared_experts"})
+_NEVER_WRITTEN = frozenset({"positions", "experts", "shared_experts"})
 
 
 def real_layout(
@@ -77,7 +77,7 @@ def real_layout(
         disk=None
         if disk is None
         else tuple(TensorPattern(t, _renamed(lay, renames)) for t, lay in disk.items()),
-        config=_config_terms(findings.found, real, prefix, renames, axes),
+        config=_config_terms(findings.found, real, prefix, renames, axes) | _repeated_vocab(config, axes),
         compensations=_compensations(findings, patterns),
         tied=_tied(findings),
         assembly=assembly,
@@ -222,6 +222,16 @@ def _config_terms(
         for place in _real_places(path, real, found):
             terms[".".join((*prefix, *place))] = named[0] if len(named) == 1 else f"({' '.join(named)})"
     return terms
+
+
+def _repeated_vocab(config: Mapping[str, Any], axes: Mapping[str, AxisInfo]) -> dict[str, str]:
+    """Config keys that say the vocabulary's size once more (beside a text config, for one)."""
+    size = axes["vocab"].size if "vocab" in axes else None
+    return {
+        ".".join(path): "vocab"
+        for path, value in walk(config)
+        if kind_of(path[-1]) == "vocab" and value == size and not OTHER_MODALITY.search(".".join(path[:-1]))
+    }
 
 
 def _real_places(path: Path, real: ConfigDict, found: TinyAxes) -> list[Path]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from math import log1p
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.formats.model import Checkpoint
@@ -45,7 +47,45 @@ def notes_for(
             f"fractional growth of {', '.join(fractional)} keeps RMS, not the function: the loss may jump "
             f"(the nearest whole factor, which keeps it: {near}; or --scaling calibrated)"
         )
+    if "vocab" in growth:
+        notes += _vocab_notes(checkpoint, spec, growth["vocab"])
     return tuple(notes)
+
+
+#: Config keys of a cap on logits, which are no linear function of the head's rows then.
+_CAPPED = re.compile(r"(final|output).*soft_?cap|logits?_soft_?cap")
+
+
+def _vocab_notes(checkpoint: Checkpoint, spec: ExpansionSpec, vocab: Growth) -> list[str]:
+    """What a larger vocabulary leaves to the user, and how much the loss on old tokens can rise.
+
+    Of a new token t whose row is the mean of the rows of old tokens S, the logit is the mean of theirs, and
+    exp(mean) <= mean(exp) (Jensen). So all new tokens together add to the softmax's denominator Z at most
+    sum_s w_s exp(z_s) <= max(w) Z, where w_s is the sum of 1/|S| over the means that s is in.
+    """
+    new = vocab.target - vocab.source
+    notes = [
+        f"the vocabulary has {new} new entries, {vocab.source} to {vocab.target - 1}; the tokenizer's files "
+        "stay as they are: its new tokens are yours to add"
+    ]
+    if spec.vocab_fill != "mean":
+        notes.append(
+            f"new rows are {spec.vocab_fill}: nothing bounds what they add to the loss on old tokens"
+        )
+    elif any(value and _CAPPED.search(key) for key, value in (checkpoint.config or {}).items()):
+        notes.append("logits are capped: no bound holds for what new rows add to the loss on old tokens")
+    else:
+        named: dict[int, float] = {0: 0.0}
+        for means in vocab.means or ((),) * new:
+            for token in means:
+                named[token] = named.get(token, 0.0) + 1 / len(means)
+        everywhere = sum(not means for means in vocab.means or ((),) * new) / vocab.source
+        most = everywhere + max(named.values())
+        notes.append(
+            f"new rows of the head are means of old ones: the loss on old tokens rises by at most "
+            f"log(1 + {most:.4g}) = {log1p(most):.4g}"
+        )
+    return notes
 
 
 #: Inner widths of MLPs, by the names that axes have.

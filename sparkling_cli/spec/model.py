@@ -18,13 +18,15 @@ from sparkling_cli.spec.choices import (
     VocabFill,
 )
 
+_TokenId = Annotated[int, Field(ge=0)]
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AxisSpec(_Strict):
-    """One axis to widen, by a factor or to a size; by neither, up to a multiple of the spec's ``multiple_of``."""
+    """One axis to widen, by a factor or to a size; by neither, to a multiple of ``multiple_of``."""
 
     axis: Annotated[str, Field(min_length=1, description="logical axis, e.g. ffn, hidden, heads")]
     factor: Annotated[float | None, Field(gt=1, description="new size / old size, above 1")] = None
@@ -105,8 +107,8 @@ class ExpansionSpec(_Strict):
         VocabFill, Field(description="new rows of embedding and head: the mean of all old ones, random, zero")
     ] = "mean"
     vocab_from: Annotated[
-        dict[Annotated[int, Field(ge=0)], Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]],
-        Field(description="new token id -> old ids, whose mean its rows are; others by vocab_fill, mean only"),
+        dict[_TokenId, Annotated[tuple[_TokenId, ...], Field(min_length=1)]],
+        Field(description="new token id -> old ids whose mean its rows are; all others get the mean of all"),
     ] = {}
     allow_nonfinite: Annotated[bool, Field(description="go on where weights or state hold NaN or Inf")] = (
         False

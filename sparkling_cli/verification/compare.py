@@ -414,7 +414,6 @@ class Neighbours:
                 self._known[stream] = moments.merged(blocks)
             return self._known[stream]
 
-
     def means(self, subject: Subject, start: int, stop: int, source: Handles) -> Array:
         """Entries ``start <= i < stop`` of a tensor's rows of means behind each other, float64.
 

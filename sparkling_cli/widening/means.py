@@ -53,7 +53,7 @@ class Means:
 
     def _mean(self, of: Sequence[int]) -> Array:
         if of:
-            return self._sum((self._read(i, i + 1) for i in of)) / len(of)
+            return self._sum(self._read(i, i + 1) for i in of) / len(of)
         if self.whole is None:
             step = max(_ENTRIES // self._width, 1)
             blocks = (self._read(i, min(i + step, self._rows)) for i in range(0, self._rows, step))
