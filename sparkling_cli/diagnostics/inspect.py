@@ -189,6 +189,8 @@ def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> Symme
     """The meter, where ``expanded`` has a manifest and the two are of one size (else: not trained yet)."""
     if not _has_manifest(expanded) or _shapes(checkpoint) != _shapes(expanded):
         return None
+    if read_manifest(_manifest_of(expanded)).growth().keys() == {"vocab"}:
+        return None  # its new rows are no copies
     from sparkling_cli.diagnostics.symmetry import measure_symmetry
 
     return measure_symmetry(path, expanded.root)

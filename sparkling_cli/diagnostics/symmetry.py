@@ -77,7 +77,9 @@ def _growth(
     wanted = last if stage is None else stage
     if not any(s.stage == wanted for s in manifest.stages):
         raise CheckpointError(f"there is no expansion {stage}; the manifest has {len(manifest.stages)}")
-    grown = manifest.growth(wanted)
+    grown = {axis: growth for axis, growth in manifest.growth(wanted).items() if axis != "vocab"}
+    if not grown:
+        raise CheckpointError("only the vocabulary has grown: its new rows are no copies that could part")
     for axis, growth in grown.items():
         if layout.sizes[axis] != growth.target:
             raise CheckpointError(

@@ -34,7 +34,7 @@ def runs(draw: st.DrawFn, source: int, floating: bool) -> tuple[Run, ...]:
         return (Run(0, 0, source),)
     found, at = [], 0
     scales = st.sampled_from(SCALES if floating else (1.0,))
-    fills = st.sampled_from(list(Fill) if floating else [Fill.COPY, Fill.ZERO])
+    fills = st.sampled_from([Fill.COPY, Fill.RANDOM, Fill.ZERO] if floating else [Fill.COPY, Fill.ZERO])
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, source - 1))
         length = draw(st.integers(1, source - start))

@@ -184,7 +184,7 @@ def test_all_axes_at_once_keep_the_logits_and_the_state(case: str, tmp_path: Pat
     wide = reloaded(small, tmp_path / "wide").to(next(small.model.parameters()).dtype)
     with torch.no_grad():
         before = small.model(input_ids=small.ids, use_cache=False).logits.double()
-        after = wide(input_ids=small.ids, use_cache=False).logits.double()
+        after = wide(input_ids=small.ids, use_cache=False).logits.double()[..., : before.shape[-1]]
     assert float((after - before).abs().max() / before.abs().max()) < 1e-4
     parameters = dict(wide.named_parameters())
     assert any(p.shape != small.values[n].shape for n, p in parameters.items())

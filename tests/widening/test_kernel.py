@@ -16,7 +16,8 @@ from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES
 from sparkling_cli.widening import fill
 from sparkling_cli.widening.entries import count_nonfinite
 from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
-from sparkling_cli.widening.kernel import compile_kernel
+from sparkling_cli.widening.kernel import Given, compile_kernel
+from sparkling_cli.widening.means import Means
 from sparkling_cli.widening.moments import BLOCK, Moments, block_moments, merged
 from sparkling_cli.widening.parts import Unit, boxes, stream_of
 from tests.execute.engine_support import (
@@ -40,6 +41,10 @@ def by_pieces(tensor: torch.Tensor, view: View, piece: int, scale: float = 1.0, 
     touched = np.zeros(kernel.target_entries, dtype=np.int64)
     known = moments_of(tensor, view) if kernel.random else {}
     read = 0
+
+    def draw(unit: Unit, start: int, stop: int) -> tuple[np.ndarray, Moments]:
+        return fill.normal(3, stream_of("s", unit), start, stop), known[unit]
+
     for index in range(kernel.pieces):
         part = kernel.piece(index)
         assert part.start == read, "pieces are in order and leave no gap"
@@ -49,9 +54,7 @@ def by_pieces(tensor: torch.Tensor, view: View, piece: int, scale: float = 1.0, 
             assert (image.stop - image.start) * item <= max(piece, item)
             touched[image.start : image.stop] += 1
             made = np.full((image.stop - image.start) * item, 255, dtype=np.uint8)
-            kernel.fill(
-                image, data, made, lambda u, a, b: (fill.normal(3, stream_of("s", u), a, b), known[u])
-            )
+            kernel.fill(image, data, made, Given(draw, means_of(tensor)))
             if image.program.plain:
                 assert made.tobytes() == data[kernel.bytes_of(image)].tobytes()
             if image.program.zero:
@@ -60,6 +63,14 @@ def by_pieces(tensor: torch.Tensor, view: View, piece: int, scale: float = 1.0, 
     assert read == kernel.source_entries
     assert (touched == 1).all()
     return target.tobytes()
+
+
+def means_of(tensor: torch.Tensor) -> Means:
+    """Rows of means, in turn of the first two rows, of the last one and of all."""
+    rows = tensor.double().numpy().reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+    last = len(rows) - 1
+    of = ((0, min(1, last)), (last,), ()) * 100
+    return Means(of, len(rows), rows.shape[1], lambda first, stop: rows[first:stop].reshape(-1))
 
 
 def moments_of(tensor: torch.Tensor, view: View) -> dict[Unit, Moments]:
@@ -229,3 +240,25 @@ def test_nonfinite_entries_are_counted() -> None:
         with np.errstate(over="ignore"):
             assert count_nonfinite(as_array(to_bytes(huge)), dtype) == 0
         assert count_nonfinite(as_array(to_bytes(values[7:8])), dtype) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("inner", [(), (7,), (3, 5)])
+def test_rows_of_means(dtype: str, inner: tuple[int, ...]) -> None:
+    """New rows in pieces of any size are the means, with the columns' own factors, rounded once."""
+    tensor = random_tensor(dtype, (11, *inner), 4)
+    new = Run(11, 0, 5, new=True, fill=Fill.MEAN)
+    wider = [ViewDim(n, n + 2, (Run(0, 0, n, scale=0.5), Run(n, 1, 2, new=True, scale=0.5)), i + 1)
+             for i, n in enumerate(inner)]  # fmt: skip
+    view = (ViewDim(11, 16, (Run(0, 0, 11), new), 0), *wider)
+    rows = tensor.double()
+    means = torch.stack([rows[:2].mean(0), rows[10], rows.mean(0), rows[:2].mean(0), rows[10]])
+    wanted = torch.cat([rows, means])
+    for dim, size in enumerate(inner, 1):
+        wanted = torch.cat([wanted, wanted.narrow(dim, 1, 2)], dim) * 0.5
+        assert wanted.shape[dim] == size + 2
+    for piece in (8, 64, 200, 1 << 19):
+        made = torch.frombuffer(bytearray(by_pieces(tensor, view, piece)), dtype=tensor.dtype)
+        made = made.reshape(wanted.shape)
+        assert torch.equal(made[:11], wanted[:11].to(tensor.dtype)), piece
+        assert torch.allclose(made[11:].double(), wanted[11:], rtol=torch.finfo(tensor.dtype).eps, atol=1e-15)
