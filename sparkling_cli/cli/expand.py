@@ -87,9 +87,9 @@ def expand(
         option(
             "--vocab-from",
             panel=opt.METHOD,
-            metavar="FILE|NEW=OLD,...",
-            words="New token ids and the old ones whose mean they get: a file, or one of them; may be "
-            "repeated.",
+            metavar="FILE",
+            words="New token ids and the old ones whose mean they get; or one of them, as 512=17,203; may "
+            "be repeated.",
         ),
     ] = [],
     allow_locked: Annotated[
@@ -187,7 +187,6 @@ def expand(
         sparkling expand ckpt/ --axis ffn --factor 2
         sparkling expand ckpt/ wide/ --axis hidden=1.5 --axis ffn=2 --dry-run
         sparkling expand ckpt/ --axis hidden --axis heads --factor 2
-        sparkling expand ckpt/ --axis vocab --multiple-of 128
         sparkling expand ckpt/ --spec expansion.yaml --json
     """
     from sparkling_cli import api
