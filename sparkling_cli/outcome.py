@@ -178,7 +178,7 @@ def _measure(
     assert written.root is not None  # the output is complete, but not in place yet
     sequences, length = SEQUENCES, LENGTH
     if report == "auto" and data is None:
-        parameters = sum(prod(row.shape) + prod(row.recipe.before) for row in weights)
+        parameters = sum(prod(row.shape) + row.entries_before for row in weights)
         sequences, length = affordable(parameters)
     with reading_back(written.root):
         output = open_checkpoint(written.root)
@@ -194,7 +194,8 @@ def _measure(
                 length=length,
                 begin=begin,
                 carried=carried_factors(plan.layout, plan.growth, plan.treatment),
-                widened={row.name for row in weights if row.shape != row.recipe.before},
+                widened={row.name for row in weights if row.grows},
+                experts=plan.growth["experts"].source if "experts" in plan.growth else None,
             )
     except (LayoutError, MissingDependencyError) as error:
         if report == "full":

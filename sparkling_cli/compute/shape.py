@@ -77,7 +77,10 @@ class ModelShape:
 
     def grown(self, growth: Mapping[str, Growth]) -> ModelShape:
         """The same model with wider axes."""
-        return replace(self, sizes={**self.sizes, **{axis: g.target for axis, g in growth.items()}})
+        sizes = {**self.sizes, **{axis: g.target for axis, g in growth.items()}}
+        more = growth.get("experts_per_token")
+        used = self.used if more is None else dict.fromkeys(self.used, more.target)
+        return replace(self, sizes=sizes, used=used)
 
     def count(self) -> ParameterCount:
         """Total and active parameters.

@@ -58,6 +58,7 @@ def measure_change(
     seed: int = 0,
     carried: Mapping[str, float] | None = None,
     widened: Collection[str] = (),
+    experts: int | None = None,
     begin: Begin | None = None,
 ) -> tuple[Activations, Measurement, Measurement]:
     """Measure two checkpoints on the same tokens, in step, batch by batch.
@@ -74,6 +75,7 @@ def measure_change(
         seed: of random tokens.
         carried: see :func:`~sparkling_cli.diagnostics.measurement.compare`.
         widened: see there.
+        experts: of each router of the source, where those of the widened one are copies of them, in turn.
         begin: is told of the models that are built, and of the bytes of weights that the tokens went through.
     """
     begin = begin or (lambda _title, _total: lambda _count: None)
@@ -84,7 +86,7 @@ def measure_change(
         if tokens is None:
             tokens = tokens_for(first, data, sequences, length, seed)
         logits: _LogitsMeter | None = _LogitsMeter()
-        routers = _RoutingMeter()
+        routers = _RoutingMeter(experts)
         each = max(probe.sequence_bytes(tokens.ids.shape[1]) for probe in (first, second))
         batches = batches_of(tokens.ids, each, memory)
         advance = begin("measuring", len(batches) * (first.block_bytes + second.block_bytes))
@@ -92,10 +94,10 @@ def measure_change(
         for batch in batches:
             old, new = first.run(batch), second.run(batch)
             routers.add(first.choices, second.choices)
-            if old.shape != new.shape:
+            if old.shape[:-1] != new.shape[:-1] or old.shape[-1] > new.shape[-1]:
                 logits = None
             if logits is not None:
-                logits.add(old, new)
+                logits.add(old, new[..., : old.shape[-1]])  # of the tokens that both have
         one, two = first.result(), second.result()
     report = compare(
         one,
@@ -142,17 +144,25 @@ class _LogitsMeter:
 
 
 class _RoutingMeter:
-    """Counts the tokens that every router sends to the same set of experts in both models."""
+    """Counts the tokens that every router sends, in the second model, to none but their experts in the first.
 
-    def __init__(self) -> None:
+    Where as many are chosen in both, these are the same sets. A copy of an expert counts as the expert.
+    """
+
+    def __init__(self, experts: int | None = None) -> None:
+        self.experts = experts
         self.counts: dict[str, tuple[int, int]] = {}
 
     def add(self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> None:
         for name, before in old.items():
             after = new.get(name)
-            if after is not None and after.shape == before.shape:
+            if after is None or len(after) != len(before):
+                continue
+            if self.experts or after.shape == before.shape:
                 same, total = self.counts.get(name, (0, 0))
-                same += int((before == after).all(-1).sum())
+                chosen = after % self.experts if self.experts else after
+                known = (chosen[:, :, None] == before[:, None, :]).any(-1).all(-1)
+                same += int(known.sum())
                 self.counts[name] = (same, total + len(before))
 
     def result(self) -> tuple[Routing, ...]:

@@ -84,6 +84,7 @@ def inspect_checkpoint(
                     **sizes,
                     carried=_carried(checkpoint, other),
                     widened=_widened(checkpoint, other),
+                    experts=_experts(checkpoint, other),
                 )
                 tokens, random = change.data, change.random_tokens
             except (LayoutError, MissingDependencyError) as error:
@@ -137,6 +138,15 @@ def _carried(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, float]:
         return {}
     treatment = treatment_of(make_spec(manifest.spec))
     return carried_factors(manifest.model_layout(), manifest.growth(), treatment)
+
+
+def _experts(checkpoint: Checkpoint, other: Checkpoint) -> int | None:
+    """How many experts had copies made of them, if the checkpoint came straight from that expansion."""
+    found = _manifest_of(checkpoint)
+    if not found.is_file() or _shapes(checkpoint) == _shapes(other):
+        return None
+    grown = read_manifest(found).growth().get("experts")
+    return None if grown is None else grown.source
 
 
 def _open(path: Path, model: str | None, layout: Path | None) -> Checkpoint:

@@ -22,9 +22,9 @@ PACKINGS: Mapping[str, tuple[str, ...]] = {
     "kv": ("k", "v"),
 }
 
-#: Axes whose entries are looked up one by one and never summed over: no factor follows from their growth,
-#: and their new entries are filled by a rule of their own.
-COUNTED = frozenset({"vocab"})
+#: Axes whose entries are looked up or chosen one by one and never summed over: no factor follows from their
+#: growth, and new entries have a rule of their own. ``experts_per_token`` is in no tensor.
+COUNTED = frozenset({"vocab", "experts", "experts_per_token"})
 
 #: Parts through which the consumer's input is *not* linear. Zero fill leaves them copied: a product of
 #: two zero factors has a zero gradient in both, for ever (method, the trap of the gated MLP).

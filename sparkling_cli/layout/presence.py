@@ -150,13 +150,14 @@ def lookup(config: Mapping[str, Any], key: str) -> Any:
 
 
 def axes_in(tables: Iterable[Mapping[str, str]]) -> set[str]:
-    """Every axis in the names and the layouts of tables of patterns."""
-    return {
+    """Every axis in the names and the layouts of tables of patterns; with experts, how many are chosen."""
+    found = {
         axis
         for table in tables
         for name, text in table.items()
         for axis in (*TensorPattern(name, text).dims.axes(), *TensorPattern(name, text).template.axes)
     }
+    return found | {"experts_per_token"} if "experts" in found else found
 
 
 #: pattern -> axis in its name -> indices that it occurs at

@@ -7,6 +7,7 @@ Names come from hints (``sizes``); what moves is measured; what a dim that moves
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -20,11 +21,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 #: Kinds whose keys size nothing that could be an axis.
 _IGNORED = frozenset({"token", "layers", "shared_layers", "multiple", "top_k", "window", "groups"})
+#: The axis that says how many experts work on one token: no tensor has it.
+PER_TOKEN = "experts_per_token"
+#: Of keys that say how many of something are chosen, those that choose experts.
+_CHOOSES_EXPERTS = re.compile(r"expert|^moe|^top_?k$")
 #: Kinds of axes that are never widened, with the reason.
 FROZEN: Mapping[str, str] = {
     "vocab": "a table of tokens beside the vocabulary",
     "positions": "the number of positions is not a width",
-    "experts": "the number of experts is not a width",
+    "experts": "a count of experts beside another one",
     "shared_experts": "the number of shared experts is not a width",
     "qk_rope": "rotary frequencies would move",
     "head_dim": "attention is scaled by it, and rotary frequencies, where there are any, would move",
@@ -111,7 +116,28 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Tin
         else:
             found.moved[name] = shapes
             _rebase(found, name)
+    _add_per_token(found)
     return _coupled(found, factory)
+
+
+def chooses_experts(key: str) -> bool:
+    """Whether a config key says how many experts work on a token."""
+    return kind_of(key) == "top_k" and _CHOOSES_EXPERTS.search(key) is not None
+
+
+def _add_per_token(found: TinyAxes) -> None:
+    """The number of experts that work on a token, where a key beside the number of experts says it."""
+    if "experts" not in found.axes:
+        return
+    beside = found.axes["experts"].keys[0][:-1]
+    counts: dict[Path, int] = {}
+    for path, value in walk(found.config):
+        value = value[0] if isinstance(value, list) and value and len(set(map(repr, value))) == 1 else value
+        if path[:-1] == beside and chooses_experts(path[-1]) and type(value) is int and value > 0:
+            counts[path] = value
+    if len(set(counts.values())) == 1:
+        found.axes[PER_TOKEN] = AxisKey(PER_TOKEN, "top_k", next(iter(counts.values())), tuple(counts))
+        found.terms.update(dict.fromkeys(counts, (PER_TOKEN,)))
 
 
 def _drop_unread(sizing: dict[Path, int], idle: set[Path]) -> None:

@@ -13,14 +13,14 @@ from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.names import skeleton
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.attention import split_heads
-from sparkling_cli.models.axes import FROZEN, TinyAxes, find_axes, grows
+from sparkling_cli.models.axes import FROZEN, PER_TOKEN, TinyAxes, find_axes, grows
 from sparkling_cli.models.compensate import hypotheses_for
 from sparkling_cli.models.disk import DiskTensor, disk_tensors, to_disk
 from sparkling_cli.models.families import Family, Hypotheses, Options, _tied_heads, hypotheses
 from sparkling_cli.models.labels import label, texts
 from sparkling_cli.models.parity import LogitParity, widened
 from sparkling_cli.models.search import Outcome, effects, layouts_of, prove
-from sparkling_cli.models.sizes import OTHER_MODALITY
+from sparkling_cli.models.sizes import OTHER_MODALITY, kind_of, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model
 from sparkling_cli.models.stored import ignored_by
 
@@ -87,7 +87,8 @@ def prove_axes(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Find
     verdicts: dict[str, AxisVerdict] = {}
     compensations: tuple[Compensation, ...] = ()
     options = _settled(hyp, unreached)
-    for name in sorted(found.axes, key=lambda n: n != "hidden"):
+    order = list(found.axes)
+    for name in sorted(found.axes.keys() - {PER_TOKEN}, key=lambda n: (n != "hidden", order.index(n))):
         verdict, outcome = _proved_alone(parity, hyp, options, name, unreached)
         verdicts[name] = verdict
         if outcome is not None:
@@ -97,6 +98,9 @@ def prove_axes(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Find
         hidden = verdicts["hidden"]
         reason = hidden.reason if hidden.proved else f"couples to hidden, which is refused: {hidden.reason}"
         verdicts[name] = AxisVerdict(hidden.proved, reason, ("hidden",))
+    if PER_TOKEN in found.axes:
+        experts = verdicts["experts"]
+        verdicts[PER_TOKEN] = AxisVerdict(experts.proved, experts.reason, ("experts",))
     choice = {v: o[0] for v, o in options.items()}
     proved = [n for n, v in verdicts.items() if v.proved]
     layouts = split_heads(parity, hyp.families, texts(hyp.families, choice))
@@ -153,18 +157,22 @@ def _proved_alone(
         raised = found.refused.get(name)
         reason = f"the class refuses twice as many: {raised}" if raised else "doubling it widens no tensor"
         return AxisVerdict(False, reason.splitlines()[0][:300]), None
-    axes = [name, *found.coupled] if name == "hidden" else [name]
+    groups = [v for p, v in walk(found.config) if kind_of(p[-1]) == "groups" and type(v) is int and v > 1]
+    if name == "experts" and groups:
+        why = f"its router first chooses among {groups[0]} groups of experts: copies would be in other groups"
+        return AxisVerdict(False, why), None
+    axes = _along(found, name)
     for family in (f for f in hyp.families if any(f.involves(a) for a in axes)):
-        why = _unprovable(family, hyp, options, axes, unreached, found.sizes)
-        if why is not None:
-            return AxisVerdict(False, why), None
+        unknown = _unprovable(family, hyp, options, axes, unreached, found.sizes)
+        if unknown is not None:
+            return AxisVerdict(False, unknown), None
     comps: list[tuple[Compensation, ...]] = [()]
     if name == "hidden":
         likeliest = layouts_of(hyp.families, {v: o[0] for v, o in options.items()})
         comps = hypotheses_for(parity, axes, likeliest)
     limit = MANY if axis.kind in WIDTHS else FEW
     outcome = prove(parity, hyp, options, axes, comps, limit=limit)
-    joint = tuple(axes[1:])
+    joint = tuple(axes[1:]) if name == "hidden" else ()
     if outcome.proved:
         chosen = layouts_of(hyp.families, {v: o[0] for v, o in outcome.options.items()})
         tensor = parity.unreached_growth(chosen, axes, outcome.compensations)
@@ -177,6 +185,13 @@ def _proved_alone(
     best = "no hypothesis ran" if math.isinf(outcome.error) else f"best relative error {outcome.error:.1e}"
     reason = f"none of {outcome.tried} hypotheses keeps the logits of a tiny random model ({best})"
     return AxisVerdict(False, reason, joint), None
+
+
+def _along(found: TinyAxes, name: str) -> list[str]:
+    """An axis, and those that grow along in its proof: copies of experts are chosen with their sources."""
+    if name == "experts":
+        return [name, *({PER_TOKEN} & found.axes.keys())]
+    return [name, *found.coupled] if name == "hidden" else [name]
 
 
 def _unprovable(
@@ -217,14 +232,16 @@ def _together(
         return verdicts
     result = dict(verdicts)
     for name in proved:
-        kept, error = parity.proves(layouts, [name, *verdicts[name].joint], compensations)
+        axes = [*_along(parity.found, name), *verdicts[name].joint]
+        kept, error = parity.proves(layouts, axes, compensations)
         if not kept:
             reason = f"its proof needs a layout that contradicts another axis (error {error:.1e})"
             result[name] = AxisVerdict(False, reason, verdicts[name].joint)
     together = ["hidden", *parity.found.coupled] if "hidden" in proved else []
     for name in proved:
         if together and name not in together and result[name].proved:
-            error = parity.error(layouts, dict.fromkeys([*together, name], 2), compensations)
+            axes = [*together, *_along(parity.found, name), *verdicts[name].joint]
+            error = parity.error(layouts, dict.fromkeys(axes, 2), compensations)
             if error > parity.tolerance:
                 result[name] = AxisVerdict(False, f"not together with hidden (error {error:.1e})")
     return result
@@ -278,7 +295,9 @@ def _disk(
         renamed = [_on_disk(c, tensors) for c in compensations]
         there = widened(own, {t.name: t.layout for t in tensors}, parity.found.sizes, factors, renamed)
         for name, tensor in truth.items():
-            if not torch.equal(there[name], tensor):
+            if not torch.equal(
+                there[_source_name(name, parity.found) if name not in there else name], tensor
+            ):
                 raise LayoutError(f"{name!r} widened on disk is not what the module would write")
     except (LayoutError, RuntimeError, KeyError) as error:
         what = str(error).splitlines()[0]
@@ -287,6 +306,12 @@ def _disk(
         notes.append(f"names on disk could not be explained: {what}")
         return None
     return tuple(tensors)
+
+
+def _source_name(name: str, found: TinyAxes) -> str:
+    """The tensor on disk whose copy has a name of its own: of an expert that has a number in the name."""
+    count = found.sizes.get("experts", 1 << 30)
+    return re.sub(r"(?<![^.])\d+(?![^.])", lambda number: str(int(number[0]) % count), name)
 
 
 def _on_disk(c: Compensation, tensors: list[DiskTensor]) -> Compensation:

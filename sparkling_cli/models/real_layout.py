@@ -10,6 +10,7 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import (
+    COUNTED,
     Axis,
     Dim,
     Expr,
@@ -25,7 +26,7 @@ from sparkling_cli.layout.expr import (
 from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.solve import Equation, solve_sizes
-from sparkling_cli.models.axes import FROZEN, TinyAxes
+from sparkling_cli.models.axes import FROZEN, PER_TOKEN, TinyAxes, chooses_experts
 from sparkling_cli.models.disk import DiskTensor
 from sparkling_cli.models.labels import render
 from sparkling_cli.models.patterns import Pattern, fill, patterns_of, placeholder, split, template
@@ -37,7 +38,7 @@ from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, text_prefix
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 
 #: Kinds of axes that never grow; head_dim does not either, but hidden may need it written.
-_NEVER_WRITTEN = frozenset({"positions", "experts", "shared_experts"})
+_NEVER_WRITTEN = frozenset({"positions", "shared_experts"})
 
 
 def real_layout(
@@ -77,7 +78,7 @@ def real_layout(
         disk=None
         if disk is None
         else tuple(TensorPattern(t, _renamed(lay, renames)) for t, lay in disk.items()),
-        config=_config_terms(findings.found, real, prefix, renames, axes) | _repeated_vocab(config, axes),
+        config=_config_terms(findings.found, real, prefix, renames, axes) | _repeated_counts(config, axes),
         compensations=_compensations(findings, patterns),
         tied=_tied(findings),
         assembly=assembly,
@@ -224,14 +225,15 @@ def _config_terms(
     return terms
 
 
-def _repeated_vocab(config: Mapping[str, Any], axes: Mapping[str, AxisInfo]) -> dict[str, str]:
-    """Config keys that say the vocabulary's size once more (beside a text config, for one)."""
-    size = axes["vocab"].size if "vocab" in axes else None
-    return {
-        ".".join(path): "vocab"
-        for path, value in walk(config)
-        if kind_of(path[-1]) == "vocab" and value == size and not OTHER_MODALITY.search(".".join(path[:-1]))
-    }
+def _repeated_counts(config: Mapping[str, Any], axes: Mapping[str, AxisInfo]) -> dict[str, str]:
+    """Config keys that give a count once more: under another name of the class, or beside a text config."""
+    found = {}
+    for path, value in walk(config):
+        axis = PER_TOKEN if chooses_experts(path[-1]) else kind_of(path[-1])
+        text = not OTHER_MODALITY.search(".".join(path[:-1]))
+        if axis in COUNTED and axis in axes and value == axes[axis].size and text:
+            found[".".join(path)] = axis
+    return found
 
 
 def _real_places(path: Path, real: ConfigDict, found: TinyAxes) -> list[Path]:

@@ -237,10 +237,12 @@ def account_of(rows: Iterable[Row], found: Sorted) -> Account:
         line[1] += before
         line[2] += after
 
-    for recipe, count in Counter(row.recipe for row in rows if row.recipe.slot != CARRIED).items():
+    alike = Counter((row.recipe, row.new) for row in rows if row.recipe.slot != CARRIED)
+    for (recipe, new), count in alike.items():
         size = ITEM_BYTES[recipe.dtype] * count
-        fate = Fate.WIDENED if recipe.changes else Fate.CARRIED
-        add(recipe.kind, fate, count, prod(recipe.before) * size, prod(recipe.shape) * size)
+        fate = Fate.WIDENED if new or recipe.changes else Fate.CARRIED
+        before = 0 if new else prod(recipe.before) * size
+        add(recipe.kind, fate, 0 if new else count, before, prod(recipe.shape) * size)
     entries = [_entry(item, Kind.COPY, Fate.WIDENED) for item, _ in found.widened]
     for items, fate in ((found.carried, Fate.CARRIED), (found.left_out, Fate.LEFT_OUT)):
         for item in items:

@@ -47,9 +47,23 @@ def notes_for(
             f"fractional growth of {', '.join(fractional)} keeps RMS, not the function: the loss may jump "
             f"(the nearest whole factor, which keeps it: {near}; or --scaling calibrated)"
         )
+    if "experts" in growth:
+        notes.append(_experts_note(growth, layout))
     if "vocab" in growth:
         notes += _vocab_notes(checkpoint, spec, growth["vocab"])
     return tuple(notes)
+
+
+def _experts_note(growth: Mapping[str, Growth], layout: ModelLayout) -> str:
+    """What copies of experts do to routing."""
+    times = growth["experts"].target // growth["experts"].source
+    if "experts_per_token" in growth:
+        return f"every token goes to all {times} copies of each expert that it went to: the function is kept"
+    return (
+        f"experts_per_token stays: a token goes to {times} copies of the best of its experts and no others, "
+        "so the function is not kept; --axis experts_per_token by the same factor keeps it, at "
+        "the cost of more experts for each token"
+    )
 
 
 #: Config keys of a cap on logits, which are no linear function of the head's rows then.

@@ -291,7 +291,24 @@ def _weight_rows(weights: Iterable[Weight], recipes: _Recipes) -> list[Row]:
         if stored.shape != recipe.before:
             recipes.layout.check_one(name, pattern, stored.shape)
         rows.append(Row(key, name, stored, recipe, stream))
+        for copy in _copies(name, pattern, recipes.growth):
+            if key != name:
+                raise CheckpointError(
+                    f"{name!r} is of one expert, and a file of this format has no place for copies of it",
+                    hint="expand a directory with safetensors files",
+                )
+            rows.append(Row(copy, copy, stored, recipe, stream, new=True))
     return rows
+
+
+def _copies(name: str, pattern: TensorPattern, growth: Mapping[str, Growth]) -> Iterator[str]:
+    """Names of the copies of a tensor whose name counts an axis that grows (an expert's own tensors)."""
+    axes = pattern.template.axes
+    for axis in (axis for axis in axes if axis in growth):
+        own = dict(zip(axes, pattern.template.indices(name) or (), strict=True))
+        grown = growth[axis]
+        for index in range(grown.source + own[axis], grown.target, grown.source):
+            yield pattern.template.fill({**own, axis: index})
 
 
 def _state_rows(checkpoint: Checkpoint, recipes: _Recipes, kinds: Mapping[str, StateKind]) -> Iterator[Row]:
@@ -311,6 +328,11 @@ def _state_rows(checkpoint: Checkpoint, recipes: _Recipes, kinds: Mapping[str, S
         if not layout.module_table.has(name):
             raise CheckpointError(f"optimizer state of {state.param!r}, which is no parameter of the model")
         pattern = layout.module_table.find(name)
+        if set(pattern.template.axes) & recipes.growth.keys():
+            raise CheckpointError(
+                f"the optimizer has state of {name!r}, of one expert: its copies would be new parameters",
+                hint="expand a checkpoint without the optimizer's state, and restart the optimizer",
+            )
         for slot, key in state.tensors.items():
             stored = checkpoint.tensors[key]
             recipe = _state_recipe(state.param, slot, stored, pattern, recipes, kinds)

@@ -95,6 +95,7 @@ class Row(NamedTuple):
         source: where the source's bytes are.
         recipe: what becomes of them.
         stream: name of the random stream (the parameter's name): the same on disk and in state.
+        new: the tensor is a copy, under a name of its own, of one that has a row too.
     """
 
     key: str
@@ -102,6 +103,7 @@ class Row(NamedTuple):
     source: StoredTensor
     recipe: Recipe
     stream: str
+    new: bool = False
 
     @property
     def slot(self) -> str:
@@ -112,6 +114,16 @@ class Row(NamedTuple):
     def dtype(self) -> str:
         """See :class:`Recipe`."""
         return self.recipe.dtype
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has new entries."""
+        return self.new or self.recipe.shape != self.recipe.before
+
+    @property
+    def entries_before(self) -> int:
+        """Entries of the source that no other row has."""
+        return 0 if self.new else prod(self.recipe.before)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -174,7 +186,7 @@ class Plan:
         """Bytes of weights and of optimizer state, of the source or of the output."""
         found = [0, 0]
         for row in self.rows:
-            size = prod(row.shape if after else row.recipe.before) * ITEM_BYTES[row.dtype]
+            size = (prod(row.shape) if after else row.entries_before) * ITEM_BYTES[row.dtype]
             found[bool(row.slot)] += size
         return found[0], found[1]
 

@@ -19,6 +19,8 @@ from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
 
 _HEAD_AXES = frozenset({"heads", "kv_heads", "q_per_kv"})
+#: axes that ``multiple_of`` does not round
+_COUNTS = _HEAD_AXES | {"experts", "experts_per_token"}
 
 
 def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth]:
@@ -39,6 +41,12 @@ def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth
         growth = {name: _growth(name, axis, spec, layout) for name, axis in wanted.items()}
     for name in growth:
         _check_widenable(name, layout)
+    if "experts" in growth and growth["experts"].target % growth["experts"].source:
+        size, target = growth["experts"].source, growth["experts"].target
+        raise SpecError(
+            f"axes.experts: {target} experts are no whole number of copies of {size}",
+            hint=f"the nearest that works is --axis experts --to {ceil(target / size) * size}",
+        )
     if "vocab" in growth:
         growth["vocab"] = _with_means(growth["vocab"], spec, layout)
     elif spec.vocab_from:
@@ -124,7 +132,7 @@ def _target(name: str, axis: AxisSpec, size: int, spec: ExpansionSpec, multiple:
             )
     else:
         exact = size * (axis.factor or 1.0)
-        step = spec.multiple_of if spec.multiple_of and name not in _HEAD_AXES else None
+        step = spec.multiple_of if spec.multiple_of and name not in _COUNTS else None
         target = ceil(exact / step - 1e-9) * step if step else round(exact)
         if step and target > 2 * exact:
             raise SpecError(

@@ -121,4 +121,4 @@ def locked_axes(growth: Mapping[str, Growth], optimizer: str | None) -> tuple[st
     """
     if optimizer in PARTING:
         return ()
-    return tuple(axis for axis, grown in growth.items() if grown.copied)
+    return tuple(axis for axis, grown in growth.items() if grown.copied and axis != "experts_per_token")

@@ -159,7 +159,8 @@ def keeps_function(growth: Mapping[str, Growth], scaling: str) -> bool:
     """Whether a widening leaves the model's function as it is: copies, scaled, by whole factors."""
     whole = all(grown.target % grown.source == 0 for grown in growth.values())
     copied = all(grown.copied for grown in growth.values())
-    return copied and scaling != "none" and whole
+    chosen = "experts" not in growth or "experts_per_token" in growth  # copies with their sources
+    return copied and chosen and scaling != "none" and whole
 
 
 def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:
@@ -178,9 +179,10 @@ def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:
 def _tensors(plan: Plan) -> Sequence[TensorChange]:
     """One entry per pattern of which any axis grew."""
     counts = Counter(row.recipe for row in plan.rows)
+    grown = {row.recipe for row in plan.rows if row.grows}
     found: dict[str, TensorChange] = {}
     for recipe in plan.recipes:
-        if recipe.pattern is not None and recipe.shape != recipe.before:
+        if recipe.pattern is not None and recipe in grown:
             change = _tensor(recipe, recipe.pattern, counts[recipe])
             known = found.setdefault(change.name, change)
             if known is not change:  # of another dtype, or with a compensation
@@ -199,7 +201,7 @@ def _tensor(recipe: Recipe, pattern: TensorPattern, count: int) -> TensorChange:
         before=recipe.before,
         after=recipe.shape,
         new_dims=tuple(grown),
-        role="both" if len(roles) > 1 else side.get(next(iter(roles)), "elementwise"),  # type: ignore[arg-type]
+        role="both" if len(roles) > 1 else side.get(next(iter(roles), None), "elementwise"),  # type: ignore[arg-type]
         scale=recipe.scales,
         fill=fills(recipe),
         count=count,
@@ -235,7 +237,7 @@ def _optimizer(plan: Plan) -> OptimizerSummary | None:
 
 def _slot(name: str, rows: list[Row]) -> StateSlot:
     entries = sum(prod(row.shape) for row in rows)
-    kept = sum(0 if row.recipe.zero else prod(row.recipe.before) for row in rows)
+    kept = sum(0 if row.recipe.zero else row.entries_before for row in rows)
     size = sum(prod(row.shape) * ITEM_BYTES[row.dtype] for row in rows)
     return StateSlot(slot=name, tensors=len(rows), entries=entries, kept=kept, bytes=size)
 

@@ -41,7 +41,7 @@ def plan_result(expansion: Expansion) -> ExpansionPlan:
             free=free_bytes(destination.absolute().parent),
         ),
         tensors=len(plan.rows),
-        widened=sum(row.shape != row.recipe.before for row in plan.rows),
+        widened=sum(row.grows for row in plan.rows),
         config=dict(plan.config),
         kinds=tuple(tensor_kinds(plan)),
         account=plan.account,

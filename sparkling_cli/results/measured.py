@@ -120,7 +120,9 @@ class Routing(Result):
     name: Annotated[str, Field(description="the block")]
     layer: int | None
     tokens: int
-    kept: Annotated[float, Field(description="share of tokens whose set of experts is the same as before")]
+    kept: Annotated[
+        float, Field(description="share of tokens that go to their experts of before, or to copies of them")
+    ]
 
 
 class Activations(Rows):

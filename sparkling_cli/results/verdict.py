@@ -366,7 +366,7 @@ def _routing(activations: Activations) -> Iterator[Finding]:
         return
     level: Level = "good" if kept >= ROUTING_NOTE else "note" if kept >= ROUTING_LIMIT else "attention"
     worst = min(activations.routing, key=lambda router: router.kept)
-    text = f"{kept:.1%} of tokens are routed to the same set of experts as before"
+    text = f"{kept:.1%} of tokens are routed to the experts that they were routed to before"
     if level != "good":
         text += f" (in {worst.name} {worst.kept:.1%}): experts see tokens that they were not trained on"
     yield Finding(level=level, text=f"{text}.")

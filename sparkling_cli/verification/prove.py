@@ -78,7 +78,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
     except SparklingError as error:
         raise VerificationError(f"the manifest of {output} is unsound: {error.message}") from error
     _stop_at(derivation.faults(), output)
-    origin = None if source is None else _Origin(source, output, manifest, derivation.layout)
+    origin = None if source is None else _Origin(source, output, manifest, derivation)
     work = _Work(output, manifest, files.checks, derivation, origin)
     shown = progress("verifying", work.total) if progress else nullcontext(lambda _n: None)
     with shown as advance, Asking(work.config) as asked:
@@ -141,7 +141,7 @@ class _Origin:
         VerificationError: it is not the checkpoint that the manifest names, or lacks a tensor.
     """
 
-    def __init__(self, root: Path, output: Path, manifest: Manifest, layout: ModelLayout) -> None:
+    def __init__(self, root: Path, output: Path, manifest: Manifest, derivation: Derivation) -> None:
         from sparkling_cli.formats.detect import open_checkpoint
 
         self.root = root
@@ -152,8 +152,12 @@ class _Origin:
         self.tensors = found.by_key
         used: set[str] = set()
         if any(key not in self.tensors for key in manifest.tensors):
-            made, used = assembled(found, layout)
+            made, used = assembled(found, derivation.layout)
             self.tensors |= made
+        for key in manifest.tensors.keys() - self.tensors.keys():
+            named = found.weights.get(derivation.source_name(manifest.tensors[key].name))
+            if named is not None:
+                self.tensors[key] = found.tensors[named]
         missing = [key for key in manifest.tensors if key not in self.tensors]
         if missing:
             fault = f"it lacks {len(missing)} tensor(s) of the output, the first: {missing[0]!r}"

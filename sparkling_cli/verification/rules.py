@@ -108,7 +108,8 @@ class Derivation:
             for part in parts:
                 old *= before.get(part, 0)
                 new *= growth[part][1] if part in growth else before.get(part, 0)
-            step = self.spec.multiple_of if name not in ("heads", "kv_heads", "q_per_kv") else None
+            counts = ("heads", "kv_heads", "q_per_kv", "experts", "experts_per_token")
+            step = None if name in counts else self.spec.multiple_of
             exact = old * (axis.factor or 1.0)
             wanted = axis.to or (ceil(exact / step - 1e-9) * step if step else round(exact))
             if new != wanted:
@@ -125,6 +126,16 @@ class Derivation:
         """
         scale, offset, consumed = self._compensated(name)
         return self._wanted(dims, dtype, consumed=consumed, scale=scale, offset=offset)
+
+    def source_name(self, name: str) -> str:
+        """The weight that one was made from: another one where it is a copy with a name of its own."""
+        for pattern in (*self.layout.tensors, *(self.layout.disk or ())):
+            grown = [axis for axis in pattern.template.axes if axis in self.rules.growth]
+            indices = pattern.template.indices(name) if grown else None
+            if indices is not None:
+                at = dict(zip(pattern.template.axes, indices, strict=True))
+                return pattern.template.fill({**at, **{a: int(self.rules.origin(a)[at[a]]) for a in grown}})
+        return name
 
     def stream(self, name: str) -> str:
         """The name of a weight's random numbers: that of the module, with the place of its part in it."""

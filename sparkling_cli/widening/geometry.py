@@ -350,7 +350,7 @@ def _grown_runs(
     fan_in = not counted and (dim.role is Role.IN or (dim.role is Role.SCALE and name in consumed))
     fill = Fill.COPY
     if counted:
-        fill = treatment.vocab
+        fill = treatment.vocab if name == "vocab" else Fill.COPY
     elif dim.role is Role.IN:
         fill = treatment.fan_in
     elif dim.role in (Role.OUT, Role.BIAS):

@@ -272,7 +272,8 @@ def _term(expr: Expr, rules: Rules, scaled: frozenset[str], label: str | None) -
     else:
         source, factor, new = np.arange(size), np.ones(size), np.zeros(size, bool)
     counted = isinstance(expr, Axis) and expr.name in COUNTED
-    own = np.where(new & counted, _FILLS[rules.vocab], COPY).astype(np.int8)
+    vocab = isinstance(expr, Axis) and expr.name == "vocab"
+    own = np.where(new & vocab, _FILLS[rules.vocab], COPY).astype(np.int8)
     wide = new & (not counted)
     nonlinear = np.full(len(source), label in NONLINEAR_LABELS)
     if isinstance(expr, Fixed) and size in _FUSED:
