@@ -92,6 +92,16 @@ def expand(
             "be repeated.",
         ),
     ] = [],
+    router_noise: Annotated[
+        float | None,
+        option(
+            "--router-noise",
+            panel=opt.METHOD,
+            metavar="SHARE",
+            default=0,
+            words="Noise on the router rows of new experts, by the deviation of the old ones: 0.01.",
+        ),
+    ] = None,
     allow_locked: Annotated[
         bool,
         option(
@@ -209,6 +219,7 @@ def expand(
             "seed": seed,
             "names": names,
             "vocab_fill": vocab_fill,
+            "router_noise": router_noise,
             "vocab_from": means_from_options(vocab_from),
             "allow_locked": allow_locked or None,
             "allow_nonfinite": allow_nonfinite or None,

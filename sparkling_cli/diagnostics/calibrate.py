@@ -207,7 +207,7 @@ class WidenedSource(TensorSource):
                 part = source[piece.start * item : piece.stop * item]
                 for image in piece.images:
                     out = target[image.start * item : image.stop * item]
-                    kernel.fill(image, part, out, Given(draw, mean))
+                    kernel.fill(image, part, out, Given(draw, mean, self._plan.spec.router_noise))
         return made
 
 

@@ -155,7 +155,7 @@ class Worker:
 
         if row not in self._means:
             self._means[row] = self._means_of(job.rows[row])
-        return Given(draw, self._means[row])
+        return Given(draw, self._means[row], job.plan.spec.router_noise)
 
     def _means_of(self, job: RowJob) -> Means:
         import numpy as np

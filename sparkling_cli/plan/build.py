@@ -58,7 +58,8 @@ def build_plan(
     check_pair(growth, layout, treatment)
     growth = with_fills(growth, layout, treatment)
     recipes = _Recipes(layout, growth, treatment, spec, calibration or Calibration())
-    streams = "random" in (*spec.init.split("-"), spec.vocab_fill) or spec.scaling == "calibrated"
+    drawn = "random" in (*spec.init.split("-"), spec.vocab_fill) or spec.router_noise > 0
+    streams = drawn or spec.scaling == "calibrated"
     weights, renamed = weights_of(checkpoint, layout, spec.names, random=streams)
     rows = _weight_rows(weights, recipes)
     known = Known({weight.module: weight.stored for weight in weights}, checkpoint, layout, spec)

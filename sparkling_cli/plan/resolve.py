@@ -41,6 +41,12 @@ def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth
         growth = {name: _growth(name, axis, spec, layout) for name, axis in wanted.items()}
     for name in growth:
         _check_widenable(name, layout)
+    if spec.router_noise and ("experts" not in growth or "experts_per_token" in growth):
+        raise SpecError(
+            "router_noise: only where experts grow and experts_per_token does not; else every copy is chosen "
+            "with its source, and noise would change what they do together",
+            hint="leave out --router-noise",
+        )
     if "experts" in growth and growth["experts"].target % growth["experts"].source:
         size, target = growth["experts"].source, growth["experts"].target
         raise SpecError(

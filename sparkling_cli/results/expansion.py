@@ -15,7 +15,7 @@ from sparkling_cli.results.account import Account
 from sparkling_cli.results.base import Count, Result, Verdict
 from sparkling_cli.results.measured import Activations
 
-Fill = Literal["copy", "mean", "random", "zero"]
+Fill = Literal["copy", "noisy", "mean", "random", "zero"]
 
 
 class Bytes(Result):

@@ -110,6 +110,12 @@ class ExpansionSpec(_Strict):
         dict[_TokenId, Annotated[tuple[_TokenId, ...], Field(min_length=1)]],
         Field(description="new token id -> old ids whose mean its rows are; all others get the mean of all"),
     ] = {}
+    router_noise: Annotated[
+        float,
+        Field(
+            ge=0, lt=1, description="noise on new experts' router rows / standard deviation of the old rows"
+        ),
+    ] = 0.0
     allow_nonfinite: Annotated[bool, Field(description="go on where weights or state hold NaN or Inf")] = (
         False
     )

@@ -24,6 +24,7 @@ OPTIONS: Mapping[type[BaseModel], Mapping[str, str]] = {
         "seed": "--seed",
         "names": "--names",
         "vocab_fill": "--vocab-fill",
+        "router_noise": "--router-noise",
     },
     RewarmupSpec: {"rho": "--rho", "steps": "--rewarmup-steps", "bias_correction": "--bias-correction"},
     BaselineSpec: {

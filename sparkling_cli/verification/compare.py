@@ -23,6 +23,7 @@ from sparkling_cli.widening.reference import (
     COPY,
     FILL_NAMES,
     MEAN,
+    NOISY,
     RANDOM,
     ZERO,
     Along,
@@ -32,6 +33,7 @@ from sparkling_cli.widening.reference import (
     bits_dtype,
     computed,
     drawn,
+    noisy,
 )
 
 if TYPE_CHECKING:
@@ -267,7 +269,7 @@ def _stretches(side: Along, longest: int) -> Iterator[slice]:
     """Ranges of one kind in which each source index is the one before plus one."""
     import numpy as np
 
-    kind = 4 * (4 * side.unit + side.fill) + side.new
+    kind = 8 * (8 * side.unit + side.fill) + side.new
     breaks = np.flatnonzero((np.diff(side.source) != 1) | (np.diff(kind) != 0)) + 1
     edges = [0, *breaks.tolist(), len(side.source)]
     for start, stop in pairwise(edges):
@@ -355,6 +357,10 @@ def _made(subject: Subject, box: _Box, old: Array, known: Neighbours, source: Ha
     if box.how == RANDOM:
         stream, numbers = _numbers(subject, box)
         return drawn(numbers, known.moments(stream, source), box.factor, wanted.offset, wanted.dtype)
+    if box.how == NOISY:
+        stream, numbers = _numbers(subject, box)
+        found = known.moments(stream, source)
+        return noisy(old, numbers, found, wanted.noise, box.factor, wanted.offset, wanted.dtype)
     if box.how == MEAN:
         places = wanted.mean_places(box.rows, box.columns)
         values = known.means(subject, int(places.min()), int(places.max()) + 1, source)

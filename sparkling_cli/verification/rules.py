@@ -60,6 +60,7 @@ class Derivation:
             fan_in,
             self.spec.scaling,
             vocab=self.spec.vocab_fill,
+            noise=self.spec.router_noise,
             means=tuple(self.spec.vocab_from.get(new, ()) for new in given),
         )
         self.rules = self._with_history(rules)
@@ -74,7 +75,8 @@ class Derivation:
             spec = make_spec(stage.spec)
             fan_out, fan_in = spec.init.split("-")
             done = dict(originals)
-            rules = Rules(sizes, stage.growth, fan_out, fan_in, originals=done, vocab=spec.vocab_fill)
+            own = {"vocab": spec.vocab_fill, "noise": spec.router_noise}
+            rules = Rules(sizes, stage.growth, fan_out, fan_in, originals=done, **own)  # type: ignore[arg-type]
             rules = replace(rules, copied=copied_axes(rules, layouts))
             originals |= {axis: rules.originals_after(axis) for axis in stage.growth}
         rules = replace(last, originals=originals)

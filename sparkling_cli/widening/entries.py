@@ -67,8 +67,21 @@ def draw_into(noise: Array, moments: Moments, factor: float, offset: float, into
     _round(values, into, dtype)
 
 
+def noise_into(
+    old: Array, noise: Array, spread: float, factor: float, offset: float, into: Array, dtype: str
+) -> None:
+    """``factor * (old + spread * noise) + offset`` in working precision, rounded once."""
+    import numpy as np
+
+    wide = np.float64 if dtype == "float64" else np.float32
+    values = np.multiply(noise, wide(spread), dtype=wide)
+    data = np.ascontiguousarray(old)
+    np.add(values, as_doubles(data.reshape(-1), dtype).astype(wide).reshape(old.shape), out=values)
+    round_into(values, factor, offset, into, dtype)
+
+
 def round_into(values: Array, factor: float, offset: float, into: Array, dtype: str) -> None:
-    """``factor * values + offset`` of float64 numbers in working precision, rounded once."""
+    """``factor * values + offset`` in working precision, rounded once."""
     import numpy as np
 
     wide = np.float64 if dtype == "float64" else np.float32

@@ -40,9 +40,10 @@ class Fill(IntEnum):
     """How a new entry gets its value; where dims disagree, the larger wins."""
 
     COPY = 0
-    MEAN = 1
-    RANDOM = 2
-    ZERO = 3
+    NOISY = 1
+    MEAN = 2
+    RANDOM = 3
+    ZERO = 4
 
 
 @dataclass(frozen=True)
@@ -196,13 +197,15 @@ def _least_copied(originals: Sequence[int], count: int) -> list[int]:
 class Treatment:
     """Rules for a tensor's new entries and for its fan-in columns.
 
-    ``vocab`` is the fill of new entries of the vocabulary, in whatever tensor.
+    ``vocab`` is the fill of new entries of the vocabulary, in whatever tensor; ``noisy`` gives noise to the
+    router's new rows.
     """
 
     fan_out: Fill = Fill.COPY
     fan_in: Fill = Fill.COPY
     scaling: str = "rms"
     vocab: Fill = Fill.MEAN
+    noisy: bool = False
 
     def alpha(self, growth: Growth) -> float:
         """The factor on every fan-in column, 1 when scaling is off (``none``)."""
@@ -350,7 +353,9 @@ def _grown_runs(
     fan_in = not counted and (dim.role is Role.IN or (dim.role is Role.SCALE and name in consumed))
     fill = Fill.COPY
     if counted:
-        fill = treatment.vocab if name == "vocab" else Fill.COPY
+        routes = dim.role is Role.OUT and isinstance(dim.expr, Axis)  # a row of scores for each expert
+        copies = Fill.NOISY if treatment.noisy and routes else Fill.COPY
+        fill = treatment.vocab if name == "vocab" else copies
     elif dim.role is Role.IN:
         fill = treatment.fan_in
     elif dim.role in (Role.OUT, Role.BIAS):

@@ -22,7 +22,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, row_major
-from sparkling_cli.widening.entries import draw_into, numpy_dtype, round_into, scale_into
+from sparkling_cli.widening.entries import draw_into, noise_into, numpy_dtype, round_into, scale_into
 from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
 from sparkling_cli.widening.parts import Box, Unit, along, boxes
 
@@ -39,13 +39,22 @@ if TYPE_CHECKING:
 
 #: bytes of an image: what stays in a core's second-level cache together with its source.
 PIECE = 1 << 19
+#: fills that take random numbers
+_DRAWN = (Fill.NOISY, Fill.RANDOM)
 
 
 class Given(NamedTuple):
-    """What entries of one tensor are made from beside its pieces: random numbers, and rows of means."""
+    """What entries of one tensor are made from beside its pieces.
+
+    Attributes:
+        draw: random numbers, and the distribution of the old entries.
+        mean: rows of means.
+        noise: on noisy copies, as a share of the old entries' standard deviation.
+    """
 
     draw: Draw
     mean: Mean
+    noise: float = 0.0
 
 
 class Step(NamedTuple):
@@ -141,7 +150,7 @@ class Kernel:
     @cached_property
     def random(self) -> bool:
         """Some entries are random: the moments of the source's units are needed."""
-        return any(run.fill is Fill.RANDOM for dim in self.dims for run in dim.runs)
+        return any(run.fill in _DRAWN for dim in self.dims for run in dim.runs)
 
     @cached_property
     def given(self) -> bool:
@@ -245,7 +254,7 @@ class Kernel:
             steps=tuple(steps),
             plain=len(steps) == 1 and steps[0].moved and self.inner_source == self.inner_target,
             zero=all(step.fill is Fill.ZERO for step in steps),
-            random=any(step.fill is Fill.RANDOM for step in steps),
+            random=any(step.fill in _DRAWN for step in steps),
             means=any(step.fill is Fill.MEAN for step in steps),
         )
 
@@ -278,11 +287,11 @@ class Kernel:
             raise ValueError("a program with random entries or means needs them")
         means = self._means(image, rows, given.mean) if image.program.means else old
         drawn = {}
-        for unit in {step.unit for step in image.program.steps if step.fill is Fill.RANDOM}:
+        for unit in {step.unit for step in image.program.steps if step.fill in _DRAWN}:
             box = self._boxes[unit]
             numbers, moments = given.draw(unit, box.before(image.start), box.before(image.stop))
             drawn[unit] = numbers.reshape(rows, *box.shape[self.split + 1 :]), moments
-        self._run(image.program, old, new, drawn, means)
+        self._run(image.program, old, new, drawn, means, given.noise)
 
     def _means(self, image: Image, rows: int, mean: Mean) -> Array:
         """The rows of means that an image is made from: its own, or all of them where it is the tensor."""
@@ -316,6 +325,7 @@ class Kernel:
         new: Array,
         drawn: Mapping[Unit, tuple[Array, Moments]],
         means: Array,
+        noise: float = 0.0,
     ) -> None:
         """All steps of a program, from arrays (rows, *inner_source) to arrays (rows, *inner_target)."""
         for step in program.steps:
@@ -326,6 +336,10 @@ class Kernel:
                 into[...] = old[step.source]
             elif step.fill is Fill.MEAN:
                 round_into(means[step.source], step.factor, self.offset, into, self.dtype)
+            elif step.fill is Fill.NOISY:
+                numbers, moments = drawn[step.unit]
+                there, spread = numbers[step.within], moments.std * noise
+                noise_into(old[step.source], there, spread, step.factor, self.offset, into, self.dtype)
             elif step.fill is Fill.RANDOM:
                 numbers, moments = drawn[step.unit]
                 draw_into(numbers[step.within], moments, step.factor, self.offset, into, self.dtype)

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     _Units = tuple[Array, tuple[tuple[int, ...], ...]]
 
 #: How a new entry is filled; where the dims of a tensor differ, the larger one holds.
-COPY, MEAN, RANDOM, ZERO = range(4)
+COPY, NOISY, MEAN, RANDOM, ZERO = range(5)
 _FILLS = {"copy": COPY, "mean": MEAN, "random": RANDOM, "zero": ZERO}
-FILL_NAMES = ("copied", "a mean", "random", "zero")
+FILL_NAMES = ("copied", "a copy with noise", "a mean", "random", "zero")
 #: sizes of anonymous factors that stand for gate and up, or q, k and v
 _FUSED = (2, 3)
 
@@ -64,6 +64,7 @@ class Rules:
         copied: axes on which everything that meets is copied; see :func:`copied_axes`.
         originals: axis -> the original that every entry is a copy of, for axes that have grown before.
         vocab: fill of new rows of the vocabulary: mean, random, zero, or copy (in proofs of layouts).
+        noise: on new rows of routers, as a share of the old rows' standard deviation.
         means: of each new row the old ones that it is the mean of, () for all; () where it is all for each.
     """
 
@@ -75,6 +76,7 @@ class Rules:
     copied: frozenset[str] = field(default=frozenset())
     originals: Mapping[str, Array] = field(default_factory=dict)
     vocab: str = "copy"
+    noise: float = 0.0
     means: tuple[tuple[int, ...], ...] = ()
 
     def origin(self, axis: str) -> Array:
@@ -151,7 +153,9 @@ def copied_axes(rules: Rules, layouts: Iterable[TensorLayout]) -> frozenset[str]
     for dim in (dim for layout in layouts for dim in layout.dims):
         for axis in found & set(axis_names(dim.expr)):
             only = {axis: rules.growth[axis]}
-            alone = Rules(rules.sizes, only, rules.fan_out, rules.fan_in, "none", vocab=rules.vocab)
+            alone = Rules(
+                rules.sizes, only, rules.fan_out, rules.fan_in, "none", vocab=rules.vocab, noise=rules.noise
+            )
             along = _along(dim, alone, frozenset(), "float64")
             if along.fill.any():
                 found.discard(axis)
@@ -326,6 +330,8 @@ def _along(dim: Dim, rules: Rules, consumed: frozenset[str], wide: str, moment: 
     if moment:
         filled = np.where((new & (how == ZERO)) | (own != COPY), ZERO, COPY).astype(np.int8)
     else:
+        if rules.noise and dim.role is Role.OUT and dim.expr == Axis("experts"):
+            own = np.where(new, NOISY, own)
         filled = np.maximum(np.where(widened & ~np.asarray(shielded), how, COPY), own).astype(np.int8)
     if dim.role is Role.STACK:
         cut = np.arange(len(source)), tuple((i,) for i in range(len(source)))
@@ -362,6 +368,7 @@ class Wanted:
         same: every entry is the source's.
         random: some entries are drawn.
         means: see :class:`Rules`.
+        noise: see there.
     """
 
     def __init__(
@@ -385,8 +392,8 @@ class Wanted:
         sides = (self.row, self.column)
         still = self.before == self.shape and not any(side.factors for side in sides)
         self.same = still and scale == 1.0 and offset == 0.0 and not self.zero
-        self.random = any((side.fill == RANDOM).any() for side in sides)
-        self.means = rules.means
+        self.random = any(((side.fill == RANDOM) | (side.fill == NOISY)).any() for side in sides)
+        self.means, self.noise = rules.means, rules.noise
 
     def mean_places(self, rows: slice, columns: slice) -> Array:
         """Of a box of means, the place of every entry among the rows of means behind each other."""
@@ -470,6 +477,27 @@ def drawn(numbers: Array, moments: Moments, factor: Array, offset: float, dtype:
     shift = wide.type(moments.mean) * factor + wide.type(offset)
     bits = rounded(numbers.astype(wide) * (wide.type(moments.std) * factor) + shift, dtype)
     return bits.view(bits_dtype(bits.dtype.itemsize))
+
+
+def noisy(
+    old: Array, numbers: Array, moments: Moments, noise: float, factor: Array, offset: float, dtype: str
+) -> Array:
+    """Noisy copies as bit patterns: ``factor * (old + std * noise * numbers) + offset``, rounded once.
+
+    Args:
+        old: bit patterns.
+        numbers: of the unit's stream, float32.
+        moments: of the unit's old entries.
+        noise: as a share of their standard deviation.
+        factor: in the precision of the arithmetic.
+        offset: added after scaling.
+        dtype: of the entries.
+    """
+    import numpy as np
+
+    wide = np.dtype(wide_dtype(dtype))
+    values = numbers.astype(wide) * wide.type(moments.std * noise) + _numbers(old, dtype)
+    return averaged(values, factor, offset, dtype)
 
 
 def averaged(values: Array, factor: Array, offset: float, dtype: str) -> Array:
