@@ -1,4 +1,4 @@
-"""Growing the number of experts, held to the class's own forward pass, to its state and to the real Trainer."""
+"""Growing the number of experts, held to the class's own forward pass and to the real Trainer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from inference_support import shake
 from safetensors.torch import load_file
+from training_support import Trained, reloaded, state_of, trained
 from transformers import AutoModelForCausalLM
 
 from fixtures import training
@@ -18,8 +20,6 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.models.infer import infer
 from sparkling_cli.models.shrink import shrink
 from sparkling_cli.models.skeleton import build_model, causal_lm_names, default_config
-from tests.models.inference_support import shake
-from tests.models.training_support import Trained, reloaded, state_of, trained
 
 BOTH = [{"axis": "experts", "factor": 2}, {"axis": "experts_per_token", "factor": 2}]
 HELD = BOTH[:1]
@@ -32,14 +32,16 @@ SMALL: dict[str, Any] = {
     "num_experts_per_tok": 2,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"model_type": "qwen3_moe", **SMALL, "num_experts": 6, "moe_intermediate_size": 10, "head_dim": 8},
+    "qwen3_moe": {"model_type": "qwen3_moe", **SMALL, "num_experts": 6, "moe_intermediate_size": 10,
+                  "head_dim": 8},
     "mixtral": {"model_type": "mixtral", **SMALL, "num_local_experts": 6, "intermediate_size": 10},
     "biases and sinks": {"model_type": "gpt_oss", **SMALL, "num_local_experts": 6, "intermediate_size": 10,
                          "head_dim": 8},
     "shared experts": {"model_type": "qwen2_moe", **SMALL, "num_experts": 6, "moe_intermediate_size": 10,
                        "shared_expert_intermediate_size": 14},
-    "a correction bias": {"model_type": "glm4_moe", **SMALL, "n_routed_experts": 6, "moe_intermediate_size": 10,
-                          "intermediate_size": 20, "first_k_dense_replace": 1, "head_dim": 8},
+    "a correction bias": {"model_type": "glm4_moe", **SMALL, "n_routed_experts": 6,
+                          "moe_intermediate_size": 10, "intermediate_size": 20, "first_k_dense_replace": 1,
+                          "head_dim": 8},
 }  # fmt: skip
 
 
@@ -52,7 +54,7 @@ def change(small: Trained, folder: Path) -> float:
 
 
 def check_copies(small: Trained, folder: Path) -> int:
-    """Every parameter and its state, entry by entry: copies stand behind the old ones; how many have grown."""
+    """Every parameter and its state, entry by entry: copies stand behind the old ones; how many grew."""
     wide = {name: p.detach().double() for name, p in reloaded(small, folder).named_parameters()}
     old_state, new_state = state_of(small.folder), state_of(folder)
     grown = 0
@@ -75,8 +77,13 @@ def check_copies(small: Trained, folder: Path) -> int:
 def test_doubled_together_everything_stays(case: str, tmp_path: Path) -> None:
     """Logits after reloading, weights and optimizer state, names and numbers in the config."""
     small = trained(CONFIGS[case], tmp_path / "small")
-    api.expand(small.folder, tmp_path / "wide", axes=BOTH, report="none", threads=1)
+    found = api.expand(small.folder, tmp_path / "wide", axes=BOTH, report="none", threads=1)
     api.verify(small.folder, tmp_path / "wide")
+    sizes = {name: p.numel() for name, p in reloaded(small, tmp_path / "wide").named_parameters()}
+    idle = sum(size * 2 // 3 for name, size in sizes.items() if ".experts." in name)  # 4 of 12 work
+    assert found.report is not None
+    assert found.report.after.parameters == sum(sizes.values())
+    assert found.report.after.active == sum(sizes.values()) - idle
     assert change(small, tmp_path / "wide") < 1e-5
     assert check_copies(small, tmp_path / "wide") >= 3
     old, new = (json.loads((f / "config.json").read_text()) for f in (small.folder, tmp_path / "wide"))
@@ -111,7 +118,7 @@ def test_experts_with_names_of_their_own(case: str, tmp_path: Path) -> None:
 
 
 def test_held_the_router_may_have_noise(tmp_path: Path) -> None:
-    """Experts alone: what is active stays, noise is on new router rows alone, of the size that is asked for."""
+    """Experts alone: what is active stays; noise is on new router rows alone, of the size asked for."""
     config = {**CONFIGS["qwen3_moe"], "hidden_size": 128, "num_experts": 32}
     small = trained(config, tmp_path / "small")
     plain = api.expand(small.folder, tmp_path / "plain", axes=HELD, threads=1)
@@ -178,7 +185,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"axes": [{"axis": "experts", "factor": 2}, {"axis": "experts_per_token", "factor": 3}]},
         "couples experts_per_token to experts",
     ),
-    "a part of them": (CONFIGS["mixtral"], {"axes": [{"axis": "experts", "to": 9}]}, "no whole number of copies"),
+    "a part of them": (CONFIGS["mixtral"], {"axes": [{"axis": "experts", "to": 9}]}, "no whole number"),
     "noise": (CONFIGS["mixtral"], {"axes": BOTH, "router_noise": 0.1}, "router_noise"),
     "a router for two": (
         {"model_type": "phimoe", **SMALL, "num_local_experts": 6, "intermediate_size": 10},
