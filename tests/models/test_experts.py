@@ -87,7 +87,7 @@ def test_doubled_together_everything_stays(case: str, tmp_path: Path) -> None:
     assert change(small, tmp_path / "wide") < 1e-5
     assert check_copies(small, tmp_path / "wide") >= 3
     old, new = (json.loads((f / "config.json").read_text()) for f in (small.folder, tmp_path / "wide"))
-    changed = {key for key in old if new[key] != old[key]}
+    changed = {key for key in old if old[key] is not None and new[key] != old[key]}
     assert len(changed) == 2 and all("experts" in key and new[key] == 2 * old[key] for key in changed)
 
 
@@ -108,7 +108,7 @@ def test_experts_with_names_of_their_own(case: str, tmp_path: Path) -> None:
     ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         before, after = (
-            AutoModelForCausalLM.from_pretrained(tmp_path / f, dtype=torch.float32)(ids).logits
+            AutoModelForCausalLM.from_pretrained(tmp_path / f, experts_implementation="eager")(ids).logits
             for f in ("small", "wide")
         )
     assert torch.allclose(after, before, atol=1e-5 * float(before.abs().max()))
@@ -127,7 +127,9 @@ def test_held_the_router_may_have_noise(tmp_path: Path) -> None:
     api.verify(small.folder, tmp_path / "noisy")
     check_copies(small, tmp_path / "plain")
     assert plain.report is not None and plain.report.activations is not None
-    assert plain.report.activations.routed_as_before == 1.0  # all chosen are copies of those chosen before
+    first, second = plain.report.activations.routing
+    assert first.kept == 1.0  # all chosen are copies of those chosen before; behind it the stream has moved
+    assert second.kept > 0.97
     router = 2 * 32 * 128
     assert plain.report.after.active == plain.report.before.active + router  # type: ignore[operator]
     assert change(small, tmp_path / "plain") > 1e-3
