@@ -142,10 +142,10 @@ def _carried(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, float]:
 
 def _experts(checkpoint: Checkpoint, other: Checkpoint) -> int | None:
     """How many experts had copies made of them, if the checkpoint came straight from that expansion."""
-    found = _manifest_of(checkpoint)
-    if not found.is_file() or _shapes(checkpoint) == _shapes(other):
+    manifest = manifest_of(checkpoint.root)
+    if manifest is None or _shapes(checkpoint) == _shapes(other):
         return None
-    grown = read_manifest(found).growth().get("experts")
+    grown = manifest.growth().get("experts")
     return None if grown is None else grown.source
 
 
@@ -197,9 +197,10 @@ def _unrelated(checkpoint: Checkpoint, other: Checkpoint) -> tuple[list[str], st
 
 def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> Symmetry | None:
     """The meter, where ``expanded`` has a manifest and the two are of one size (else: not trained yet)."""
-    if not _has_manifest(expanded) or _shapes(checkpoint) != _shapes(expanded):
+    manifest = manifest_of(expanded.root)
+    if manifest is None or _shapes(checkpoint) != _shapes(expanded):
         return None
-    if read_manifest(_manifest_of(expanded)).growth().keys() == {"vocab"}:
+    if manifest.growth().keys() == {"vocab"}:
         return None  # its new rows are no copies
     from sparkling_cli.diagnostics.symmetry import measure_symmetry
 
