@@ -93,6 +93,13 @@ def usage_error(error: Any) -> UsageError:
         known = [flag for param in context.command.params for flag in param.opts if flag.startswith("--")]
         near = difflib.get_close_matches(error.option_name, known, n=1, cutoff=0.6)
         answer = _ANSWER_OF.get(error.option_name) or (f"did you mean {near[0]}?" if near else answer)
+        others = [
+            name
+            for name, command in getattr(context.command, "commands", {}).items()
+            if any(error.option_name in param.opts for param in command.params)
+        ]
+        if others:
+            answer = f"the command comes first: sparkling {others[0]} ... {error.option_name}"
         message = f"there is no option {error.option_name}"
     else:
         message = error.format_message().rstrip(".")

@@ -10,6 +10,7 @@ import typer
 from sparkling_cli.cli import options as opt
 from sparkling_cli.cli.complete import checkpoints
 from sparkling_cli.cli.console import output
+from sparkling_cli.errors import CheckpointError
 
 
 def verify(
@@ -41,11 +42,20 @@ def verify(
     Example:
         sparkling verify ckpt/ ckpt-ffn2x/
     """
+    import shlex
+
     from rich.text import Text
 
     from sparkling_cli import api
+    from sparkling_cli.manifest import manifest_of
 
-    report = api.verify(source, destination, progress=output.progress)
+    try:
+        report = api.verify(source, destination, progress=output.progress)
+    except CheckpointError as error:
+        if manifest_of(source) is not None and destination.exists() and manifest_of(destination) is None:
+            again = shlex.join(["sparkling", "verify", str(destination), str(source)])
+            error.hint = f"the source comes first: {again}"
+        raise
     output.data(report)
     for path in report.extras:
         output.note(f"note: {path} was not written with the output; nothing loads it as a part of it")

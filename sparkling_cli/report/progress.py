@@ -97,6 +97,7 @@ def _state(title: str, done: int, total: int | None, seconds: float) -> str:
         return f"{title}, {seconds:.0f} s gone" if seconds else title
     if not seconds:
         return f"{title} {nbytes(total)}"
-    left = f", {seconds * (total - done) / done:.0f} s left" if 0 < done < total else ""
-    share = f" ({done / total:.0%})" if total else ""
-    return f"{title} {nbytes(done)} of {nbytes(total)}{share}, {seconds:.0f} s gone{left}"
+    if done >= total:
+        return f"{title} {nbytes(total)} done, {seconds:.0f} s gone, finishing"
+    left = f", {seconds * (total - done) / done:.0f} s left" if done else ""
+    return f"{title} {nbytes(done)} of {nbytes(total)} ({done / total:.0%}), {seconds:.0f} s gone{left}"

@@ -248,7 +248,8 @@ def _hint(error: ValidationError, where: str) -> str | None:
     """What was probably meant, where that can be said."""
     for item in error.errors():
         if item["loc"] == ("axes",) and item["type"] in ("missing", "too_short"):
-            return "name what to widen: --axis ffn --factor 2" if where == "options" else None
+            ask = "--axis ffn --factor 2" if where == "options" else "axes: [{axis: ffn, factor: 2}]"
+            return f"name what to widen: {ask}"
         if item["type"] == "literal_error":
             field = ExpansionSpec.model_fields.get(str(item["loc"][-1])) if len(item["loc"]) == 1 else None
             allowed = [str(choice) for choice in get_args(field.annotation)] if field is not None else []

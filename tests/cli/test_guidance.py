@@ -288,3 +288,22 @@ def test_a_missing_config_is_asked_for(sparkling: Command, dense_checkpoint: Pat
     done = sparkling("expand", source, tmp_path / "w", *FFN)
     assert done.code == 5
     assert "copy its config.json into it; else pass --layout FILE" in " ".join(done.err.split())
+
+
+def test_source_and_output_in_the_wrong_order(sparkling: Command, dense_checkpoint: Path, wide: Path) -> None:
+    """The command with both in their places; not where neither is an output."""
+    done = sparkling("verify", wide, dense_checkpoint)
+    assert done.code == 4
+    assert f"the source comes first: sparkling verify {dense_checkpoint} {wide}" in " ".join(done.err.split())
+    assert "comes first" not in sparkling("verify", dense_checkpoint, dense_checkpoint).err
+
+
+def test_a_spec_file_without_axes_is_shown_one(
+    sparkling: Command, dense_checkpoint: Path, tmp_path: Path
+) -> None:
+    """In the form of a file."""
+    (tmp_path / "flat.yaml").write_text("axis: ffn\nfactor: 2\n")
+    done = sparkling("expand", dense_checkpoint, tmp_path / "w", "--spec", tmp_path / "flat.yaml")
+    assert done.code == 3 and "axes: [{axis: ffn, factor: 2}]" in done.err
+    (tmp_path / "right.yaml").write_text("axes: [{axis: ffn, factor: 2}]\n")
+    assert sparkling("expand", dense_checkpoint, "--spec", tmp_path / "right.yaml", "--dry-run").code == 0

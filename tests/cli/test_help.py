@@ -121,6 +121,7 @@ def test_examples_work_on_the_bundled_checkpoint(
         (["expand", "x", "--learning-rate", "1"], "did you mean --peak-lr?"),
         (["expand", "x", "-o", "y"], "the output is the second argument: sparkling expand CKPT DST"),
         (["expand", "x", "--zzz"], "see `sparkling expand --help`"),
+        (["--axis", "ffn", "x"], "the command comes first: sparkling expand ... --axis"),
         (["expand"], "see `sparkling expand --help`"),
         (["verify", "x"], "see `sparkling verify --help`"),
         (["expand", "x", "--threads", "many"], "see `sparkling expand --help`"),

@@ -28,6 +28,7 @@ def test_a_log_has_a_line_at_each_stage_and_goes_on(
     lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in capsys.readouterr().err.splitlines()]
     assert lines[0] == "writing 8.0 MiB"
     assert re.fullmatch(r"writing 2.0 MiB of 8.0 MiB \(25%\), \d+ s gone, \d+ s left", lines[1])
+    assert progress._state("writing", 9 << 20, 8 << 20, 40.0) == "writing 8.0 MiB done, 40 s gone, finishing"
     planning = lines[next(i for i, line in enumerate(lines) if line == "planning") :]
     assert re.fullmatch(r"planning, \d+ s gone", planning[1])
 
