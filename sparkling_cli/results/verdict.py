@@ -352,6 +352,8 @@ def _loss(activations: Activations, keeps_function: bool | None) -> Iterator[Fin
         )
     elif keeps_function or abs(after - before) <= LOSS_TOLERANCE:
         yield Finding(level="good", text=f"{text}{where}: the function is kept.")
+    elif after < before:
+        yield Finding(level="good", text=f"{text}{where}.")
     else:
         yield Finding(
             level="good",
