@@ -19,7 +19,7 @@ import typer
 from sparkling_cli.cli.app import app
 from sparkling_cli.spec.choices import InitPair
 from sparkling_cli.spec.model import ExpansionSpec
-from sparkling_cli.spec.options import OPTIONS
+from sparkling_cli.spec.options import OPTIONS, as_word
 from tests.cli.test_expand_command import Command
 from tests.docs.blocks import ROOT
 
@@ -70,7 +70,7 @@ def test_defaults_shown_are_the_specs() -> None:
         for field, flag in options.items():
             default = model.model_fields[field].default
             if default is not None:
-                assert str(shown[flag]) == str(default), flag
+                assert str(shown[flag]) == as_word(default), flag
     assert ExpansionSpec.model_fields["init"].default == shown["--init"]
 
 
