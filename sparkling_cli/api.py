@@ -153,7 +153,7 @@ def make_plan(
     expansion = Expansion(
         plan=plan,
         files=(*lay_out(plan), *anew),
-        destination=given or default_destination(source, plan),
+        destination=given or default_destination(root, plan),
         invocation=Invocation(source, given, layout, model, param_order=param_order),
         previous=previous,
         rewarmup=rewarmup,

@@ -25,6 +25,7 @@ _LOOKED_FOR = (
     "a transformers model or Trainer directory (model.safetensors, pytorch_model.bin, or their index)",
     "a torch.distributed.checkpoint directory (.metadata)",
     "a LitGPT directory (lit_model.pth and model_config.yaml)",
+    "a step of nanochat (model_NNNNNN.pt, meta_NNNNNN.json)",
     "an iteration in Megatron's torch format (mp_rank_00/model_optim_rng.pt)",
     "an unsharded step of OLMo (model.pt and config.yaml)",
     "DeepSpeed's Universal Checkpoint (zero/<parameter>/fp32.pt)",
@@ -38,6 +39,7 @@ def formats() -> tuple[Format, ...]:
     from sparkling_cli.formats.deepspeed import UniversalCheckpoint
     from sparkling_cli.formats.litgpt import LitGptDirectory
     from sparkling_cli.formats.megatron import MegatronLegacy
+    from sparkling_cli.formats.nanochat import NanochatStep
     from sparkling_cli.formats.olmo import OlmoStep
     from sparkling_cli.formats.singlefile import SingleFile
     from sparkling_cli.formats.trainer import TrainerDirectory
@@ -47,6 +49,7 @@ def formats() -> tuple[Format, ...]:
         DcpFormat(),
         LitGptDirectory(),
         MegatronLegacy(),
+        NanochatStep(),
         OlmoStep(),
         UniversalCheckpoint(),
         TrainerDirectory(),
@@ -68,15 +71,22 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 def recognized(path: Path | str) -> tuple[Path, Format]:
     """The checkpoint's root and its format, from the names of a few files.
 
+    Where a folder has several steps of a run, the path of one step's weights stands for that step.
+
     Raises:
         CheckpointError: nothing there, no known format, or almost one.
     """
+    from sparkling_cli.formats.nanochat import NanochatStep, step_of_file
+
     root = Path(path)
     if root.name in ("", ".."):
         root = root.resolve()  # messages and outputs are named after it
     if not root.exists():
         raise CheckpointError(f"{root}: there is nothing of that name", hint=_meant(str(path), root))
     with _told(root):
+        step = step_of_file(root)
+        if step is not None:
+            return root.parent, NanochatStep(step)
         for form in formats():
             if form.claims(root) is not None:
                 return root, form

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Declared, OutputFile, OutputRequest
 from sparkling_cli.formats.statedict import at, packed, remaining_values
-from sparkling_cli.formats.torchfile import TorchFile, TreePath, lay_out
+from sparkling_cli.formats.torchfile import REMOVED, TorchFile, TreePath, lay_out
 from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor, grown_box
 
 Shape = tuple[int, ...]
@@ -147,7 +147,8 @@ class RankFiles:
                 for key, start, shape, padding in boxes
             ]
             new[key] = (stored.dtype, joined_shape(stored.shape, grown[key]))
-        laid = lay_out(file, new, edits=edits, values=remaining_values(file, new, values))
+        gone = [key for key, path in file.paths.items() if edits.get(path) is REMOVED]
+        laid = lay_out(file, new, edits=edits, values=remaining_values(file, [*new, *gone], values))
         found: list[tuple[str, Extent]] = []
         for key, extent in laid.tensors:
             offset = extent.offset

@@ -59,6 +59,8 @@ def narrow_faults(
     for key, entry in manifest.tensors.items():
         if entry.slot != CARRIED and key in stored:
             known[stored[key].shape] += max(names[key], 1)
+            if len(stored[key].extents) > 1:  # ranks have slices of it, which may look like something else
+                known.update(extent.shape for extent in stored[key].extents)
     for item in manifest.account.entries:
         if item.fate is Fate.CARRIED and any(fnmatchcase(item.name, one) for one in derivation.spec.carry):
             known[item.shape] += 1

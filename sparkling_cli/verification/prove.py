@@ -88,7 +88,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
             was = origin.checkpoint
             own = {path for path in files.checks if not path.startswith(f"{FOLDER}/")}
             carried = own & set(manifest.source.files)
-            closed, inside = unreadable(work.found, own - carried, carried, source)
+            closed, inside = unreadable(work.found, own - carried, carried, origin.root)
             work.output_faults += closed
             work.output_faults += account_faults(manifest, was, work.found)
             work.output_faults += narrow_faults(derivation, manifest, work.found, inside)
@@ -144,8 +144,8 @@ class _Origin:
     def __init__(self, root: Path, output: Path, manifest: Manifest, derivation: Derivation) -> None:
         from sparkling_cli.formats.detect import open_checkpoint
 
-        self.root = root
         self.checkpoint = found = open_checkpoint(root)
+        self.root = found.root  # where the path names one step of several, their folder
         if found.format != manifest.source.format:
             fault = f"it is of format {found.format}, the output was made from {manifest.source.format}"
             raise other_source(root, output, manifest, [fault])

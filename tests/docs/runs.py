@@ -53,6 +53,25 @@ dist.destroy_process_group()
 """
 
 
+_PRETRAINING = """
+import torch
+from pathlib import Path
+from tests.formats import make_nanochat, test_composer, test_lingua, test_megatron_legacy, test_olmo
+for step in (3, make_nanochat.STEP):
+    torch.manual_seed(3)
+    model = make_nanochat.GPT(make_nanochat.GPTConfig())
+    optimizer = make_nanochat.MuonAdamW(model.groups())
+    make_nanochat.train(model, optimizer, 0, step)
+    make_nanochat.save(Path("base_checkpoints/d4"), model, optimizer, step=step)
+test_megatron_legacy.make_megatron(Path("checkpoints/iter_0000005"), 2, 1)
+Path("wide").mkdir()
+torch.save(test_composer.made()[1], "ep0-ba5-rank0.pt")
+test_olmo.make_olmo(Path("step5-unsharded"))
+Path("runs").mkdir()
+test_lingua.make_lingua(Path("runs/0000000005"))
+"""
+
+
 def _python(code: str, folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -74,6 +93,11 @@ def torchtitan(folder: Path) -> None:
     _python(_TORCHTITAN, folder)
 
 
+def pretraining(folder: Path) -> None:
+    """A small run of every trainer on the page."""
+    _python(_PRETRAINING, folder)
+
+
 def plain_loop(folder: Path) -> None:
     """The loop went on with the state of step 600: its counters say 603, and copies have parted."""
     import torch
@@ -91,5 +115,6 @@ AFTER: Mapping[str, Callable[[Path], None]] = {"how-to/plain-loop.md": plain_loo
 
 RUNS: Mapping[str, Callable[[Path], None]] = {
     "how-to/nanogpt.md": nanogpt,
+    "how-to/pretraining.md": pretraining,
     "how-to/torchtitan.md": torchtitan,
 }
