@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparkling_cli.errors import CheckpointError
+from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.directory import inside, list_files, literal_file, read_yaml, rewritten_yaml
 from sparkling_cli.formats.further import further_in
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
@@ -124,12 +124,16 @@ class OlmoStep:
 
 
 def _steps(root: Path, present: tuple[str, ...]) -> dict[str, int]:
-    """The step, from the trainer's state."""
+    """The step, from the trainer's state.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
     if TRAIN not in present:
         return {}
     try:
         tree = read_torch_file(root / TRAIN, TRAIN).tree
-    except CheckpointError:
+    except UnsafePickleError:
         return {}  # carried over as it is, whatever it holds
     step = tree.get("global_step") if isinstance(tree, dict) else None
     return {"global_step": step} if type(step) is int else {}
