@@ -334,7 +334,8 @@ def _coupled(found: TinyAxes, factory: ModelFactory | None) -> TinyAxes:
     shapes = _try_shapes(found, {"hidden": 2, **dict.fromkeys(counts, 2)}, factory)
     if isinstance(shapes, str):
         return found
-    heads = prod(found.axes[n].size for n in ("heads", "kv_heads", "q_per_kv") if n in found.axes)
+    own = ("heads",) if "heads" in found.axes else ("kv_heads", "q_per_kv")
+    heads = prod(found.axes[n].size for n in own if n in found.axes)
     if "head_dim" not in found.axes and found.axes["hidden"].size % heads == 0:
         width = found.axes["hidden"].size // heads
         found.axes["head_dim"] = AxisKey("head_dim", "head_dim", width, ())

@@ -306,6 +306,10 @@ def real_sizes(
             known[rest[0]] = value // prod(
                 int(n) if n.isdigit() else known[n] for n in names if n not in rest
             )
+    own = ("heads",) if "heads" in known else ("kv_heads", "q_per_kv")
+    width = found.axes.get("head_dim")
+    if width is not None and not width.keys and known.keys() >= {"hidden", *own}:
+        known["head_dim"] = known["hidden"] // prod(known[n] for n in own)  # as the class works it out
     _check_config(found, values, known)
     equations = []
     by_key: dict[str, list[TensorLayout]] = {}
