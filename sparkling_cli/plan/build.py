@@ -221,7 +221,7 @@ class _Recipes:
         """Skeleton of a name -> compensations whose tensors have it, for axes that grow."""
         found: dict[str, list[Compensation]] = {}
         for item in self.layout.compensations:
-            if item.tensor and item.axis in self.growth and self.spec.scaling != "none":
+            if item.tensor and (item.axis in self.growth or item.offset) and self.spec.scaling != "none":
                 found.setdefault(skeleton(NameTemplate(item.tensor).key), []).append(item)
         return found
 
@@ -245,12 +245,18 @@ class _Recipes:
         """``(scale, offset)`` of a tensor's factors: ``c (w + o) - o = c w + (c - 1) o``."""
         scale, offset = fitted, 0.0
         for item in compensations:
-            grown = self.growth[item.axis]
-            power = (grown.target / grown.source) ** item.power
+            grown = self.growth.get(item.axis)
+            power = 1.0 if grown is None else (grown.target / grown.source) ** item.power
             scale *= power
             if item.offset:
-                whole = fitted * power * (self.treatment.alpha(grown) if item.fan_in else 1.0)
-                if item.fan_in and self.treatment.per_column and grown.target % grown.source:
+                alpha = self.treatment.alpha(grown) if grown is not None and item.fan_in else 1.0
+                whole = fitted * power * alpha
+                if (
+                    grown is not None
+                    and item.fan_in
+                    and self.treatment.per_column
+                    and grown.target % grown.source
+                ):
                     raise SpecError(
                         f"scaling {self.spec.scaling!r} at a fractional factor is not possible here: the "
                         "final norm computes (1 + w), so its factor is not one number",

@@ -199,7 +199,9 @@ class Derivation:
         """Compensations that apply, with the names that they are for."""
         if self.spec.scaling == "none":
             return []
-        grown = [c for c in self.layout.compensations if c.axis in self.rules.growth and c.tensor]
+        grown = [
+            c for c in self.layout.compensations if c.tensor and (c.axis in self.rules.growth or c.offset)
+        ]
         return [(NameTemplate(item.tensor), item) for item in grown]
 
     def _compensated(self, name: str) -> tuple[float, float, frozenset[str]]:
@@ -212,13 +214,14 @@ class Derivation:
         scale, offset, consumed = fitted, 0.0, set()
         for template, item in self._items:
             if template.matches(name):
-                before, after = self.rules.growth[item.axis]
+                before, after = self.rules.growth.get(item.axis, (1, 1))
                 power = (after / before) ** item.power
                 scale *= power
-                if item.fan_in:
+                fan_in = item.fan_in and item.axis in self.rules.growth
+                if fan_in:
                     consumed.add(item.axis)
                 if item.offset:
-                    whole = fitted * power * (float(self.rules.factors(item.axis)[0]) if item.fan_in else 1.0)
+                    whole = fitted * power * (float(self.rules.factors(item.axis)[0]) if fan_in else 1.0)
                     offset += (whole - 1.0) * item.offset
         return scale, offset, frozenset(consumed)
 

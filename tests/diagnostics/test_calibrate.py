@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.calibrated import Case, Texts, measured, moved, unwidened
 from fixtures.tiny import make_model
 from sparkling_cli import api
+from sparkling_cli.diagnostics import calibrate as calibration
 from sparkling_cli.errors import VerificationError
 from sparkling_cli.plan.model import Calibration
 
@@ -109,6 +111,17 @@ def test_what_a_norm_takes_out_again_is_left_alone(tmp_path: Path) -> None:
             assert after == pytest.approx(before, rel=1e-3)
     stage = json.loads((tmp_path / "wide" / "sparkling" / "manifest.json").read_text())["stages"][-1]
     assert stage["calibration"] == {}
+
+
+def test_a_factor_on_a_norm_of_one_plus_w_is_on_the_whole_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tied head's factor goes into the final norm, here one that computes 1 + w; hidden stays."""
+    name = "model.norm.weight"
+    monkeypatch.setattr(calibration, "calibrate", lambda *_, **__: Calibration({name: 0.9}))
+    expanded("gemma2", tmp_path, axes=[{"axis": "heads", "factor": 2}], init="random-copy")
+    old, new = (load_file(tmp_path / f / "model.safetensors")[name].double() for f in ("small", "wide"))
+    assert torch.allclose(1 + new, 0.9 * (1 + old), atol=1e-6)
 
 
 @pytest.mark.parametrize(
