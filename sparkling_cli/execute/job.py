@@ -32,7 +32,7 @@ class RowJob:
 
     Attributes:
         row: the row.
-        kernel: None if the whole tensor becomes zero.
+        kernel: None if the whole tensor becomes zero, or is made as a whole.
         source: where its source's bytes are.
         target: where its bytes shall be.
         item: bytes per entry.
@@ -58,7 +58,7 @@ class RowJob:
 
 
 class Part(NamedTuple):
-    """Pieces ``first <= i < last`` of a row (0, 0 for a row that becomes zero)."""
+    """Pieces ``first <= i < last`` of a row (0, 0 for a row without a kernel)."""
 
     row: int
     first: int
@@ -172,7 +172,7 @@ def _kernels(recipes: Iterable[Recipe]) -> dict[Recipe, Kernel | None]:
     made: dict[tuple[object, ...], Kernel] = {}
     found: dict[Recipe, Kernel | None] = {}
     for recipe in recipes:
-        if recipe.zero:
+        if recipe.zero or recipe.derived:
             found[recipe] = None
             continue
         settings = (recipe.view, recipe.dtype, recipe.scale, recipe.offset)

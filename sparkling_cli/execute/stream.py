@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path, PurePosixPath
 
 from sparkling_cli.errors import CheckpointError, OutputError
@@ -213,8 +214,8 @@ def _finish(run: _Run, results: list[PartResult], sealed: Collection[tuple[str, 
     tensor_crcs, source_crcs = {}, {}
     for one, source, target in zip(job.rows, sources, targets, strict=True):
         tensor_crcs[one.row.key] = whole(target, 0, one.nbytes)
-        if one.kernel is not None:
-            source_crcs[one.row.key] = whole(source, 0, one.kernel.source_entries * one.item)
+        if not one.row.recipe.zero:
+            source_crcs[one.row.key] = whole(source, 0, prod(one.row.recipe.before) * one.item)
     handles = Handles(run.staging.data, writing=True)
     try:
         spans = output_files.tensor_spans(zip(job.rows, targets, strict=True), handles)

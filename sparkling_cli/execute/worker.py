@@ -14,7 +14,8 @@ from sparkling_cli.storage.byte_ranges import write as write_boxes
 from sparkling_cli.storage.crc import Span, crc32, merge, zeros
 from sparkling_cli.storage.threads import Stopped
 from sparkling_cli.widening import fill, moments
-from sparkling_cli.widening.entries import as_doubles, count_nonfinite
+from sparkling_cli.widening.derived import derived
+from sparkling_cli.widening.entries import as_doubles, count_nonfinite, numpy_dtype
 from sparkling_cli.widening.kernel import PIECE, Given, Piece
 from sparkling_cli.widening.means import Means
 from sparkling_cli.widening.parts import Box, Unit, stream_of
@@ -89,6 +90,8 @@ class Worker:
     def _run_part(self, part: Part) -> PartResult:
         job = self.job.rows[part.row]
         target: list[Span] = []
+        if job.row.recipe.derived:
+            return self._derive(part.row, job, target)
         if job.kernel is None:
             _zero(job, 0, job.nbytes, target)
             self.wrote(job.nbytes)
@@ -107,6 +110,20 @@ class Worker:
             self._write_images(part.row, piece, data, source[-1].crc, target)
         joined = merge(target) if len(job.target.places) == 1 else target
         return PartResult(part.row, tuple(merge(source)), tuple(joined), nonfinite)
+
+    def _derive(self, row: int, job: RowJob, target: list[Span]) -> PartResult:
+        """Make a tensor whose new entries follow from all of the old ones."""
+        import numpy as np
+
+        recipe = job.row.recipe
+        data = np.empty(prod(recipe.before) * job.item, dtype=np.uint8)
+        read(self.source, job.source, 0, len(data), data)
+        old = data.view(numpy_dtype(recipe.dtype)).reshape(recipe.before)
+        made = np.ascontiguousarray(derived(recipe.view, old, recipe.dtype))
+        self._put(job, 0, made.reshape(-1).view(np.uint8), None, target)
+        self.wrote(job.nbytes)
+        whole = (Span(0, len(data), crc32(data)),)
+        return PartResult(row, whole, tuple(target), count_nonfinite(data, recipe.dtype))
 
     def _write_images(self, row: int, piece: Piece, data: Array, crc: int, spans: list[Span]) -> None:
         """Write all images of a piece; images of equal content are made and summed once."""

@@ -1,26 +1,40 @@
 """What a piece of optimizer state is, by its name and shape: the one table.
 
-A name that is not in it is decided by measuring (``plan.measure``), or by the user (``--state NAME=KIND``).
+A state has a *kind*, which says what its new entries start from, and a *form*, which says which dims of its
+parameter it has. A name that is not in the table is decided by measuring (``plan.measure``), or by the user
+(``--state NAME=KIND``).
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from enum import Enum
+from math import prod
 
+from sparkling_cli.layout.expr import Dim, Fixed, Role, TensorLayout
 from sparkling_cli.storage.tensors import FLOATING
+
+Shape = tuple[int, ...]
 
 
 class StateKind(Enum):
     """How a state tensor follows its parameter."""
 
     MOMENT = "moment"
-    """parameter-shaped; old entries kept, new ones zero (Eq. 24)"""
+    """old entries kept, new ones zero (Eq. 24)"""
     WEIGHT = "weight"
     """a copy or an average of the weight, or what rounding took from it; widened like it"""
+    FACTOR = "factor"
+    """means of a second moment over one dim of the parameter: new entries are the mean of the old ones"""
+    PRECONDITIONER = "preconditioner"
+    """a matrix on one dim of the parameter: the old block kept, the new diagonal the old one's mean"""
+    BASIS = "basis"
+    """an orthogonal matrix on one dim: the old block kept, one on the new diagonal"""
     SCALAR = "scalar"
     """one number per tensor"""
     OTHER = "other"
-    """factored or quantized: it cannot follow a parameter that grows"""
+    """it cannot follow a parameter that grows"""
     UNKNOWN = "unknown"
     """parameter-shaped, under a name that is not in the table"""
 
@@ -28,16 +42,17 @@ class StateKind(Enum):
 #: A second copy of the weights, which FSDP resumes from (``pytorch_model_fsdp.bin``).
 FSDP_COPY = "fsdp"
 
-#: parameter-shaped state that holds weights, not moments
+#: state that holds weights, not moments
 WEIGHT_LIKE = frozenset(
     {
         FSDP_COPY,
-        "z",  # schedule-free
-        "master_param", "master_params", "fp32_param", "fp32", "param",  # fp32 masters
+        "z", "schedule_free_z", "msam_z",  # schedule-free
+        "master_param", "master_params", "master_weight", "fp32_param", "fp32", "param",  # fp32 masters
         "ax",  # ASGD
         "slow_buffer", "slow_params", "slow_param", "slow_weights", "lookahead_params",  # Ranger, Lookahead
+        "cached_params",  # Lookahead of torch-optimizer and timm
         "p0",  # Prodigy
-        "mov_avg_param", "pbar", "prev_param",  # SRMM, FOCUS, AdaSmooth
+        "mov_avg_param", "pbar", "prev_param", "ema",  # SRMM, FOCUS, AdaSmooth, SPlus
         "kahan_comp",  # what rounding took from a bfloat16 weight: it lies on the weight's own scale
     }
 )  # fmt: skip
@@ -45,41 +60,167 @@ WEIGHT_LIKE = frozenset(
 #: weights of the first step, which say nothing of today's
 INITIAL = frozenset({"p0"})
 
-#: where dual averaging starts (MADGRAD, DAdaptSGD): at every step it makes the weights anew, of
-#: that and of sums of gradients, so a wider model's would not last
-STARTING_POINTS = frozenset({"x0"})
-
 #: state that always has its parameter's shape, whose new entries start from zero
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "variance"})
 
-#: further moments of torch, pytorch_optimizer, bitsandbytes, lion-pytorch, prodigyopt, dadaptation, CAME;
+#: further moments of torch, pytorch_optimizer, bitsandbytes, lion-pytorch, prodigyopt, CAME, heavyball, SM3;
 #: in these packages each of the names may also be one number
 FURTHER_MOMENTS = frozenset(
     {
-        "acc_delta", "alpha_k", "alphak", "approx_hessian", "avg_grad", "beta1_prod", "bg", "bhg",
+        "acc_delta", "approx_hessian", "avg_grad", "beta1_prod", "bg", "bhg", "accumulator",
         "exp_avg2", "exp_avg_diff", "exp_avg_grad", "exp_avg_lr", "exp_avg_slow", "exp_avg_var",
         "exp_grad", "exp_inf", "fim", "grad_avg", "grad_exp_avg", "grok_ema", "grok_exp_avg", "hessian",
         "hessian_moment", "last_grad", "max_exp_avg_sqs", "max_exp_avg_var", "moments", "momentum",
         "mov_avg_grad", "mug", "neg_exp_avg", "neg_momentum", "pos_momentum", "pre_grad", "prev",
-        "prev_grad", "previous_diff", "previous_grad", "previous_update", "second_momentum_buffer", "sk",
+        "prev_grad", "previous_diff", "previous_grad", "previous_update", "s",
         "square_avg", "state1", "state2", "step_size", "sum", "u", "update", "v", "variance_buffer",
         "vsgd_m", "grad_buffer", "ema_grad", "exp_avg_fast", "m1", "m2", "v_max", "sum_of_squares",
     }
 )  # fmt: skip
 
-#: factored or quantized state, by name: transformers' and torch's Adafactor, bitsandbytes
-NEVER_WIDENED = frozenset({"exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "absmax1", "absmax2"})
+#: means of a second moment over all but the last two dims' other one: Adafactor, CAME, EmoFact
+ROWS = frozenset({"exp_avg_sq_row", "row_var", "exp_avg_res_row", "exp_avg_r"})
+COLUMNS = frozenset({"exp_avg_sq_col", "col_var", "exp_avg_res_col", "exp_avg_c"})
+#: the same, of whichever dim is left: NorMuon
+FACTORS = frozenset({"second_momentum_buffer"})
+
+#: matrices on one dim: Shampoo, SOAP, SPlus, Kron
+PRECONDITIONERS = frozenset({"GG", "pre_cond", "inv_pre_cond", "sides"})
+BASES = frozenset({"Q", "q_sides"})
+
+_DUAL = "this optimizer makes the weights anew at every step, of such sums (dual averaging)"
+_SUBSPACE = "it lies in a subspace that was chosen for the parameter at its old size"
+#: state that is refused by name, and why
+REFUSED = {
+    **dict.fromkeys(("grad_sum_sq", "x0", "sk", "alpha_k", "x_k"), _DUAL),
+    **dict.fromkeys(("U", "basis_l", "basis_r", "m_l", "m_r", "v_l", "v_r"), _SUBSPACE),
+    **dict.fromkeys(("m_avg_r", "m_avg_c", "m_avg_u", "v_avg"), "factors of a first moment have no zero"),
+    "mask": "it says which entries of the parameter have state",
+}
 
 #: tables of bitsandbytes' quantized state, whose size does not follow the parameter's shape alone
 QUANTIZATION_TABLES = frozenset(
     {"absmax1", "absmax2", "qmap1", "qmap2", "max1", "max2", "new_max1", "new_max2", "gnorm_vec"}
 )
 
+_KINDS = {
+    StateKind.WEIGHT: WEIGHT_LIKE,
+    StateKind.MOMENT: MOMENTS | FURTHER_MOMENTS,
+    StateKind.FACTOR: ROWS | COLUMNS | FACTORS,
+    StateKind.PRECONDITIONER: PRECONDITIONERS,
+    StateKind.BASIS: BASES,
+    StateKind.OTHER: QUANTIZATION_TABLES | REFUSED.keys(),
+}
+_TABLE = {name: kind for kind, names in _KINDS.items() for name in names}
+
 #: state that may be parameter-shaped or not, but never one number
 _WHOLE = WEIGHT_LIKE | MOMENTS
+#: state whose shape says which parameter it belongs to
+_TELLING = MOMENTS | ROWS | COLUMNS | {FSDP_COPY}
+#: how heavyball begins a state's name: by the step that it belongs to
+_STEPS = ("update_by_", "scale_by_", "nesterov_", "exp_avg_exp_avg", "heavyball_", "mars_")
 
 
-def state_kind(slot: str, dtype: str, shape: tuple[int, ...], parameter_shape: tuple[int, ...]) -> StateKind:
+def base_name(slot: str) -> str:
+    """The name in the table of a nested or numbered state: ``GG.0``, ``0.update_by_adam_exp_avg_3``."""
+    parts = [part for part in slot.split(".") if not part.isdigit()]
+    name = re.sub(r"_\d+$", "", parts[-1]) if parts else slot
+    if name not in _TABLE and name.startswith(_STEPS):
+        known = [own for own in _TABLE if name.endswith(f"_{own}")]
+        return max(known, key=len, default=name)
+    return name
+
+
+def is_named(slot: str) -> bool:
+    """Whether the table has the state."""
+    return base_name(slot) in _TABLE
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which dims of its parameter a state has.
+
+    Attributes:
+        dims: for every dim of the state the parameter's; None for a dim of the state's own.
+        flat: all of them are stored as one dim.
+    """
+
+    dims: tuple[int | None, ...]
+    flat: bool = False
+
+    def layout(self, parameter: TensorLayout, shape: Shape) -> TensorLayout:
+        """What the state's dims mean.
+
+        Args:
+            parameter: what the parameter's mean.
+            shape: of the state.
+        """
+        if self.flat or self.dims == tuple(range(len(parameter.dims))):
+            return parameter
+        dims = tuple(
+            Dim(Fixed(size), Role.SCALE) if dim is None else parameter.dims[dim]
+            for dim, size in zip(self.dims, shape, strict=True)
+        )
+        return TensorLayout(dims, f"{parameter.text} | dims {self.dims} of {shape}")
+
+    def stored(self, shape: Shape) -> Shape:
+        """The shape on disk of a state whose dims have these sizes."""
+        return (prod(shape),) if self.flat else shape
+
+
+def form_of(slot: str, shape: Shape, parameter: Shape) -> Form | None:
+    """Which dims of a parameter a state of that name and shape has; None if it cannot be told.
+
+    Args:
+        slot: the state's name.
+        shape: its shape.
+        parameter: the parameter's shape.
+    """
+    name, count = base_name(slot), len(parameter)
+    whole = tuple(range(count))
+    if name in PRECONDITIONERS | BASES:
+        return _on_one_dim(slot, shape, parameter)
+    if name in ROWS | COLUMNS and count > 1:
+        dim = count - 2 if name in ROWS else count - 1
+        left = (*whole[: count - 2], dim)
+        kept = tuple(d if d in left else None for d in whole)
+        if shape == tuple(parameter[d] for d in left):
+            return Form(left)
+        return Form(kept) if shape == _sizes(kept, parameter) else None
+    if shape == parameter:
+        return Form(whole)
+    if count > 1 and shape == (prod(parameter),):
+        return Form(whole, flat=True)
+    own = len(shape) - count
+    stacked = own > 0 and shape[own:] == parameter and count > 0
+    if stacked and (prod(shape[:own]) == 1 or name == "state1"):  # bitsandbytes' AdEMAMix has two of them
+        return Form((*(None for _ in shape[:own]), *whole))
+    if len(shape) == count > 1 and prod(shape) > 1 and name in FACTORS | FURTHER_MOMENTS:
+        kept = tuple(None if size == 1 else dim for dim, size in enumerate(shape))
+        return Form(kept) if shape == _sizes(kept, parameter) else None
+    return None
+
+
+def _sizes(dims: tuple[int | None, ...], parameter: Shape) -> Shape:
+    return tuple(1 if dim is None else parameter[dim] for dim in dims)
+
+
+def _on_one_dim(slot: str, shape: Shape, parameter: Shape) -> Form | None:
+    """A matrix (or, of a diagonal one, a vector) on the dim that the state's number names."""
+    bare = shape
+    while len(bare) > 1 and bare[0] == 1 != bare[-1]:
+        bare = bare[1:]
+    number = re.search(r"(\d+)$", slot)
+    alike = [dim for dim, size in enumerate(parameter) if size == bare[-1]] if bare else []
+    if number is not None and int(number[1]) in alike:
+        alike = [int(number[1])]
+    square = len(bare) == 2 and bare[0] == bare[1]
+    if len(alike) != 1 or not (square or len(bare) == 1):
+        return None
+    return Form((*(None for _ in shape[: len(shape) - len(bare)]), *alike * len(bare)))
+
+
+def state_kind(slot: str, dtype: str, shape: Shape, parameter_shape: Shape) -> StateKind:
     """The kind of one state tensor.
 
     Args:
@@ -88,20 +229,18 @@ def state_kind(slot: str, dtype: str, shape: tuple[int, ...], parameter_shape: t
         shape: its shape.
         parameter_shape: its parameter's shape.
     """
-    if slot in NEVER_WIDENED:
+    name = base_name(slot)
+    if name == "step" or (shape in ((), (1,)) and shape != parameter_shape):
+        return StateKind.SCALAR if prod(shape) == 1 else StateKind.OTHER
+    form = form_of(slot, shape, parameter_shape)
+    if form is None or dtype not in FLOATING:
         return StateKind.OTHER
-    if shape == parameter_shape and slot != "step":
-        if dtype not in FLOATING:
-            return StateKind.OTHER
-        if slot in WEIGHT_LIKE:
-            return StateKind.WEIGHT
-        return StateKind.MOMENT if slot in MOMENTS | FURTHER_MOMENTS else StateKind.UNKNOWN
-    if shape in ((), (1,)):
-        return StateKind.SCALAR
-    return StateKind.OTHER
+    if shape == parameter_shape and name not in _TABLE:
+        return StateKind.UNKNOWN
+    return _TABLE.get(name, StateKind.OTHER)
 
 
-def fits(slot: str, shape: tuple[int, ...], parameter_shape: tuple[int, ...]) -> bool:
+def fits(slot: str, shape: Shape, parameter_shape: Shape) -> bool:
     """Whether a parameter of that shape can have state of that name and shape.
 
     Args:
@@ -109,12 +248,9 @@ def fits(slot: str, shape: tuple[int, ...], parameter_shape: tuple[int, ...]) ->
         shape: its shape.
         parameter_shape: the parameter's shape.
     """
-    if slot in ("exp_avg_sq_row", "row_var"):
-        kept = (1,) if slot == "row_var" else ()
-        return shape == parameter_shape[:-1] + kept
-    if slot in ("exp_avg_sq_col", "col_var"):
-        kept = (1,) if slot == "col_var" else ()
-        return shape == parameter_shape[:-2] + kept + parameter_shape[-1:]
-    if slot in QUANTIZATION_TABLES:
+    name = base_name(slot)
+    if form_of(slot, shape, parameter_shape) is not None:
         return True
-    return shape == parameter_shape or (slot not in _WHOLE and shape in ((), (1,)))
+    if shape in ((), (1,)):
+        return name not in _WHOLE
+    return (name in _TABLE or name != slot) and name not in _TELLING

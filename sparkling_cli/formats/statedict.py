@@ -6,7 +6,7 @@ Shared by every format that keeps ``{"model": ..., "optimizer": ...}`` in one fi
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest, ParamState
 from sparkling_cli.formats.torchfile import (
+    Call,
     TensorNode,
     TorchFile,
     TreePath,
@@ -123,8 +124,10 @@ def weights_in(file: TorchFile, path: TreePath) -> dict[str, str]:
 def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
     """The optimizer at a path.
 
+    State in dictionaries and lists has their keys and indices in its name: ``GG.0``.
+
     Raises:
-        CheckpointError: state that is nested, or of no known kind.
+        CheckpointError: state that is no dictionary.
     """
     keys = keys_by_path(file)
     optimizer = at(file.tree, path)
@@ -133,31 +136,25 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
     names = bare_names(holders) if named else {i: str(i) for i in holders}
     states = []
     places: dict[tuple[int, str], str | TreePath] = {}
-    for index, (ident, state) in enumerate(holders.items()):
-        home = (*path, "state", ident)
+    found: list[tuple[str, TreePath, Any, dict[str, str]]]
+    found = [(names[ident], (*path, "state", ident), state, {}) for ident, state in holders.items()]
+    for index, (param, home, state, own) in enumerate([*found, *_in_groups(optimizer, path, keys)]):
         if not isinstance(state, dict):
             raise CheckpointError(
-                f"{file.path.name}: the optimizer's state of {ident!r} is {type(state).__name__}"
+                f"{file.path.name}: the optimizer's state of {param!r} is {type(state).__name__}"
             )
-        tensors, scalars = {}, {}
+        tensors, scalars = dict(own), {}
         for name, value in state.items():
-            if isinstance(value, TensorNode):
-                if prod(value.shape) == 1 and value.dtype in PACKED and name == "step":
-                    places[index, name] = keys[(*home, name)]
-                else:
-                    tensors[name] = keys[(*home, name)]
+            if isinstance(value, TensorNode) and _is_counter(name, value):
+                places[index, name] = keys[(*home, name)]
             elif isinstance(value, (int, float)):
-                scalars[name] = _number(value, f"{file.path.name}: {name!r} of parameter {ident!r}")
+                scalars[name] = _number(value, f"{file.path.name}: {name!r} of parameter {param!r}")
                 places[index, name] = (*home, name)
-            elif isinstance(value, (dict, list, tuple)) and any(
-                p[: len(home) + 1] == (*home, name) for p in keys
-            ):
-                raise CheckpointError(
-                    f"{file.path.name}: state {name!r} of parameter {ident!r} is a "
-                    f"{type(value).__name__} of tensors, which cannot be widened entry by entry",
-                    hint="save the weights alone and restart the optimizer",
+            else:
+                tensors.update(
+                    {slot: keys[place] for slot, place in _tensors(value, str(name), (*home, name))}
                 )
-        states.append(ParamState(names[ident], tensors, scalars))
+        states.append(ParamState(param, tensors, scalars))
     values = numbers_of(file, (key for key in places.values() if isinstance(key, str)))
     for (index, name), key in places.items():
         if isinstance(key, str):
@@ -170,6 +167,37 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
             f"found {groups!r:.80}"
         )
     return OptimizerTree(tuple(states), tuple(groups), places)
+
+
+def _in_groups(
+    optimizer: Any, path: TreePath, keys: Mapping[TreePath, str]
+) -> Iterator[tuple[str, TreePath, Any, dict[str, str]]]:
+    """State that a group keeps itself, under its parameters (GrokAdamW): these are copies of the weights.
+
+    Yields the parameter's number, where its state is, the state, and the key of the copy.
+    """
+    groups = optimizer["param_groups"]
+    for number, group in enumerate(groups if isinstance(groups, (list, tuple)) else ()):
+        held, params = (group.get(name) if isinstance(group, dict) else None for name in ("state", "params"))
+        if not isinstance(held, dict) or not isinstance(params, (list, tuple)) or len(held) != len(params):
+            continue
+        home = (*path, "param_groups", number, "state")
+        for place, (param, (own, state)) in enumerate(zip(params, held.items(), strict=True)):
+            if isinstance(own, (TensorNode, Call)):
+                yield str(param), (*home, own), state, {"param": keys[(*home, f"<key {place}>")]}
+
+
+def _is_counter(name: Any, value: TensorNode) -> bool:
+    return prod(value.shape) == 1 and value.dtype in PACKED and name == "step"
+
+
+def _tensors(value: Any, slot: str, path: TreePath) -> Iterator[tuple[str, TreePath]]:
+    """Every tensor of a state, with its name and its path."""
+    if isinstance(value, TensorNode):
+        yield slot, path
+    elif isinstance(value, (dict, list, tuple)):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(item, f"{slot}.{name}", (*path, name))
 
 
 def joined(trees: Sequence[OptimizerTree], where: str) -> OptimizerTree:

@@ -184,7 +184,11 @@ def _optimizer(root: Path, present: tuple[str, ...]) -> tuple[TorchFile | None, 
     relative = found[0]
     file = read_torch_file(inside(root, relative, "the directory"), relative)
     if not is_optimizer(file.tree):
-        raise CheckpointError(f"{relative}: expected an optimizer's state dict: state and param_groups")
+        raise CheckpointError(
+            f"{relative}: expected an optimizer's state dict: state and param_groups",
+            hint=f"expand a copy of the directory without {relative}, with --init random-copy (what parts "
+            "copies is the state), and restart the optimizer",
+        )
     return file, optimizer_in(file, ())
 
 

@@ -11,13 +11,14 @@ from sparkling_cli.errors import CheckpointError, LayoutError, SpecError
 from sparkling_cli.formats.detect import format_of
 from sparkling_cli.formats.further import OpenFile, lay_out_further
 from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest
-from sparkling_cli.formats.optimizer_states import NEVER_WIDENED, StateKind, state_kind
+from sparkling_cli.formats.optimizer_states import REFUSED, Form, StateKind, base_name, form_of, state_kind
+from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.plan.account import Growing, Sorted, account_of, further_notes, sort_further
 from sparkling_cli.plan.advice import check_locked, notes_for, small_share
-from sparkling_cli.plan.known import Known
+from sparkling_cli.plan.known import Known, ways
 from sparkling_cli.plan.model import CARRIED, Calibration, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
@@ -150,7 +151,14 @@ class _Recipes:
         return tuple(self._made.values())
 
     def weight(
-        self, pattern: TensorPattern, name: str, dtype: str, *, stream: str = "", slot: str = ""
+        self,
+        pattern: TensorPattern,
+        name: str,
+        dtype: str,
+        *,
+        stream: str = "",
+        slot: str = "",
+        form: Form | None = None,
     ) -> Recipe:
         """What becomes of a weight, or of state that is a copy of it.
 
@@ -160,21 +168,23 @@ class _Recipes:
             dtype: as stored.
             slot: "" for weights, else the state's name.
             stream: name of its random numbers, where that is not ``name``.
+            form: of state, where it is not stored as the weight is.
 
         Raises:
             CheckpointError: new weights of this dtype cannot be computed.
         """
         found, fitted = self.compensations(name, pattern), self.calibration.of(stream or name)
-        mark = (slot, pattern.name, dtype, fitted, *found)
+        mark = (slot, pattern.name, dtype, fitted, form, *found)
         if mark not in self._made:
-            view = self._view(pattern, found)
+            stored = form.stored if form is not None else tuple
+            view = self._view(pattern.dims, found)
             scale, offset = self._factor(found, fitted)
             recipe = Recipe(
                 kind=Kind.COPY if slot else Kind.WEIGHT,
                 slot=slot,
                 dtype=dtype,
-                before=self.layout.shape_of(pattern),
-                shape=target_shape(view),
+                before=stored(self.layout.shape_of(pattern)),
+                shape=stored(target_shape(view)),
                 view=view,
                 scale=scale,
                 offset=offset,
@@ -188,22 +198,26 @@ class _Recipes:
             self._made[mark] = recipe
         return self._made[mark]
 
-    def moment(self, pattern: TensorPattern, name: str, dtype: str, slot: str) -> Recipe:
-        """What becomes of a moment of a parameter: see :func:`state_view`."""
+    def moment(
+        self, pattern: TensorPattern, name: str, stored: StoredTensor, slot: str, kind: StateKind, form: Form
+    ) -> Recipe:
+        """What becomes of state of a parameter that is no copy of its weight: see :func:`state_view`."""
         found, fitted = self.compensations(name, pattern), self.calibration.of(name)
-        mark = (slot, pattern.name, dtype, fitted, *found)
+        mark = (slot, pattern.name, stored.dtype, stored.shape, kind, form, fitted, *found)
         if mark not in self._made:
             optimizer = self.spec.optimizer
-            view = state_view(self._view(pattern, found, copied=True), optimizer)
+            dims = form.layout(pattern.dims, stored.shape)
+            view = state_view(self._view(dims, found, copied=True), optimizer, kind, form)
+            scaled = optimizer == "asymmetric-scaled" and kind is StateKind.MOMENT
             self._made[mark] = Recipe(
-                kind=Kind.MOMENT,
+                kind=Kind.MOMENT if kind is StateKind.MOMENT else Kind.FACTOR,
                 slot=slot,
-                dtype=dtype,
-                before=self.layout.shape_of(pattern),
-                shape=target_shape(view),
+                dtype=stored.dtype,
+                before=stored.shape,
+                shape=form.stored(target_shape(view)),
                 view=view,
-                scale=self._factor(found, fitted)[0] if optimizer == "asymmetric-scaled" else 1.0,
-                zero=optimizer == "drop",
+                scale=self._factor(found, fitted)[0] if scaled else 1.0,
+                zero=optimizer == "drop" and kind is not StateKind.BASIS,
             )
         return self._made[mark]
 
@@ -234,12 +248,12 @@ class _Recipes:
         )
 
     def _view(
-        self, pattern: TensorPattern, compensations: Iterable[Compensation], *, copied: bool = False
+        self, dims: TensorLayout, compensations: Iterable[Compensation], *, copied: bool = False
     ) -> View:
         """The view of a weight; ``copied`` for state, whose fills are not the weight's."""
         consumed = frozenset(item.axis for item in compensations if item.fan_in)
         treatment = Treatment(scaling=self.treatment.scaling) if copied else self.treatment
-        return view_of(pattern.dims, self.layout.sizes, self.growth, treatment, consumed=consumed)
+        return view_of(dims, self.layout.sizes, self.growth, treatment, consumed=consumed)
 
     def _factor(self, compensations: Iterable[Compensation], fitted: float) -> tuple[float, float]:
         """``(scale, offset)`` of a tensor's factors: ``c (w + o) - o = c w + (c - 1) o``."""
@@ -266,13 +280,35 @@ class _Recipes:
         return scale, offset
 
 
-def state_view(view: View, optimizer: str) -> View:
-    """The view of a moment: old entries kept, new ones zero (Eq. 24), or the other treatments."""
-    scaled = optimizer == "asymmetric-scaled"
+#: what new entries of state start from, where the treatment does not say otherwise
+_FRESH = {
+    StateKind.FACTOR: Fill.AVERAGE,
+    StateKind.PRECONDITIONER: Fill.DIAGONAL,
+    StateKind.BASIS: Fill.UNIT,
+}
 
-    def fill(run: Run) -> Fill:  # what is no copy of its source has nothing to copy from the source's state
-        copied = not run.new or (optimizer == "copy" and run.fill is Fill.COPY)
-        return Fill.COPY if copied else Fill.ZERO
+
+def state_view(
+    view: View, optimizer: str, kind: StateKind = StateKind.MOMENT, form: Form | None = None
+) -> View:
+    """The view of state: old entries kept, new ones zero (Eq. 24), or what its kind or the treatment says.
+
+    Of a factor that is stacked (one for each expert) the last dim of the parameter is the factor's own.
+    """
+    scaled = optimizer == "asymmetric-scaled" and kind is StateKind.MOMENT
+    fresh = _FRESH.get(kind, Fill.ZERO)
+    own = set(range(1 + max((dim.dim for dim in view), default=0)))
+    if form is not None and kind is StateKind.FACTOR:
+        own = {max((index for index in own if form.dims[index] is not None), default=0)}
+    if form is not None and kind is StateKind.PRECONDITIONER and len(set(form.dims)) == len(form.dims):
+        fresh = Fill.AVERAGE  # a diagonal one is stored as a vector
+
+    def fill(run: Run, dim: int) -> Fill:
+        if not run.new or dim not in own:
+            return Fill.COPY
+        # what is no copy of its source has nothing to copy from the source's state
+        copied = optimizer == "copy" and kind in (StateKind.MOMENT, StateKind.FACTOR)
+        return Fill.COPY if copied and run.fill is Fill.COPY else fresh
 
     return tuple(
         replace(
@@ -281,7 +317,7 @@ def state_view(view: View, optimizer: str) -> View:
                 replace(
                     run,
                     scale=run.scale if scaled else 1.0,
-                    fill=fill(run),
+                    fill=fill(run, dim.dim),
                 )
                 for run in dim.runs
             ),
@@ -361,26 +397,25 @@ def _state_recipe(
     """
     weight_shape = recipes.layout.shape_of(pattern)
     kind = state_kind(slot, stored.dtype, stored.shape, weight_shape)
-    whole = stored.shape == weight_shape and stored.dtype in FLOATING and slot != "step"
-    if slot in kinds and (whole or kind is not StateKind.SCALAR):
+    form = form_of(slot, stored.shape, weight_shape) if stored.dtype in FLOATING else None
+    if slot in kinds and kind is not StateKind.SCALAR:
         kind = kinds[slot]
     match kind:
-        case StateKind.WEIGHT if whole:
-            return recipes.weight(pattern, param, stored.dtype, slot=slot)
-        case StateKind.MOMENT if whole:
-            return recipes.moment(pattern, param, stored.dtype, slot)
-        case StateKind.OTHER | StateKind.WEIGHT | StateKind.MOMENT if pattern.dims.axes() & set(
-            recipes.growth
-        ):
-            raise CheckpointError(
-                f"optimizer state {slot!r} of {param!r} is {stored.dtype} of shape {stored.shape}, the "
-                f"parameter has {weight_shape}: factored, projected or quantized state cannot be widened",
-                hint="expand a checkpoint without the optimizer's state, and restart the optimizer; or, if "
-                f"it shall stay as it is: --state {slot}=carry",
-            )
-        case _:
-            rest = Kind.FACTOR if slot in NEVER_WIDENED else Kind.OTHER
-            return recipes.unchanged(Kind.SCALAR if prod(stored.shape) == 1 else rest, slot, stored)
+        case StateKind.WEIGHT if form is not None:
+            return recipes.weight(pattern, param, stored.dtype, slot=slot, form=form)
+        case StateKind.MOMENT | StateKind.FACTOR | StateKind.PRECONDITIONER | StateKind.BASIS if form:
+            return recipes.moment(pattern, param, stored, slot, kind, form)
+    grows = pattern.dims.axes() & set(recipes.growth)
+    if kind in (StateKind.SCALAR, StateKind.UNKNOWN) or not grows:
+        return recipes.unchanged(Kind.SCALAR if prod(stored.shape) == 1 else Kind.OTHER, slot, stored)
+    why = REFUSED.get(base_name(slot), "factored, projected or quantized state of a form that is not known")
+    raise CheckpointError(
+        f"optimizer state {slot!r} of {param!r} is {stored.dtype} of shape {stored.shape}, the "
+        f"parameter has {weight_shape}. It cannot be widened: {why}",
+        hint="expand a copy of the checkpoint without the optimizer's state, with --init random-copy (what "
+        "parts copies is the state), and restart the optimizer; or say what it is: "
+        + (ways(slot) if form is not None else f"--state {slot}=carry"),
+    )
 
 
 #: a tensor of up to so many bytes that stays as it is becomes part of its file's own text

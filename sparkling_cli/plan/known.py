@@ -11,11 +11,10 @@ from math import prod
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, Further
 from sparkling_cli.formats.optimizer_states import (
-    FURTHER_MOMENTS,
-    MOMENTS,
-    STARTING_POINTS,
     WEIGHT_LIKE,
     StateKind,
+    base_name,
+    is_named,
     state_kind,
 )
 from sparkling_cli.layout.model import ModelLayout
@@ -24,6 +23,8 @@ from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
 
 _GIVEN = {"weight": StateKind.WEIGHT, "moment": StateKind.MOMENT, "carry": StateKind.SCALAR}
+#: kinds that the weights tell apart
+_MEASURED = (StateKind.WEIGHT, StateKind.MOMENT, StateKind.UNKNOWN)
 #: tensors in which a name of the table is held against the weights
 _CONFIRMED = 3
 
@@ -54,20 +55,13 @@ class Known:
         decay = decay_slope(self.checkpoint.param_groups)
         notes = []
         for slot, (pairs, chance) in self._by_slot(given).items():
-            if slot in STARTING_POINTS:
-                raise CheckpointError(
-                    f"optimizer state {slot!r}: this optimizer makes the weights anew at every step, of "
-                    f"{slot!r} and of sums of gradients, which a wider model does not have",
-                    hint="expand a checkpoint without the optimizer's state, and restart the optimizer; or, "
-                    f"if it is something else: {_ways(slot)}",
-                )
-            if slot in _NAMED:
-                kind = StateKind.WEIGHT if slot in WEIGHT_LIKE else StateKind.MOMENT
-                found = doubt(self.checkpoint.root, pairs[:_CONFIRMED], slot, kind, decay)
+            if is_named(slot):
+                kind = StateKind.WEIGHT if base_name(slot) in WEIGHT_LIKE else StateKind.MOMENT
+                found = doubt(self.checkpoint.root, pairs[:_CONFIRMED], base_name(slot), kind, decay)
                 if found:
                     raise CheckpointError(
                         f"optimizer state {slot!r} is known as a {kind.value}, but its values {found}",
-                        hint=f"say what it is: {_ways(slot)}; or expand a checkpoint without the optimizer's "
+                        hint=f"say what it is: {ways(slot)}; or expand a checkpoint without the optimizer's "
                         "state, and restart the optimizer",
                     )
                 continue
@@ -81,7 +75,7 @@ class Known:
                 raise CheckpointError(
                     f"optimizer state {slot!r} is of no known kind, and its values do not say whether it "
                     f"follows the weights: {text}",
-                    hint=f"say what it is: {_ways(slot)}",
+                    hint=f"say what it is: {ways(slot)}",
                 )
             given[slot] = kind
             notes.append(f"optimizer state {slot!r} is taken for a {kind.value}: {text}")
@@ -104,12 +98,12 @@ class Known:
                 if slot in given or slot == "step":
                     continue
                 pairs, chance = found.get(slot, ([], False))
-                for weight, tensors in largest if slot in _NAMED else states:
+                for weight, tensors in largest if is_named(slot) else states:
                     stored = self.checkpoint.tensors[tensors[slot]]
                     kind = state_kind(slot, stored.dtype, stored.shape, weight.shape)
                     if kind is StateKind.OTHER:
                         chance = True
-                    elif kind is not StateKind.SCALAR:
+                    elif kind in _MEASURED and stored.shape == weight.shape:
                         pairs.append((stored, weight))
                 if pairs:
                     found[slot] = sorted(pairs, key=lambda pair: -prod(pair[0].shape)), chance
@@ -154,11 +148,8 @@ class Known:
         return bool(read_tensor(self.checkpoint.root, stored).any())
 
 
-#: names that are in the table
-_NAMED = WEIGHT_LIKE | MOMENTS | FURTHER_MOMENTS
-
-
-def _ways(slot: str) -> str:
+def ways(slot: str) -> str:
+    """The options that say what a state is."""
     return (
         f"--state {slot}=weight (a copy or average of the weights), --state {slot}=moment (new entries start "
         f"from zero) or --state {slot}=carry"

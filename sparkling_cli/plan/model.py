@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ from sparkling_cli.layout.model import ModelLayout, TensorPattern
 from sparkling_cli.results.account import Account, Kind
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import ITEM_BYTES, StoredTensor
+from sparkling_cli.widening.derived import is_derived
 from sparkling_cli.widening.geometry import Fill, Growth, Treatment, View, scale_range
 
 if TYPE_CHECKING:
@@ -66,6 +68,11 @@ class Recipe:
     def untouched(self) -> bool:
         """Every entry stays where it is; ``scale`` and ``offset`` may still change its value."""
         return all(dim.identity for dim in self.view)
+
+    @cached_property
+    def derived(self) -> bool:
+        """New entries follow from all old ones: the tensor is made as a whole (``widening.derived``)."""
+        return is_derived(self.view) and not self.zero
 
     @property
     def changes(self) -> bool:

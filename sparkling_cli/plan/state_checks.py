@@ -11,6 +11,8 @@ from sparkling_cli.formats.optimizer_states import FSDP_COPY
 
 #: Adam's moments, of which neither is of use without the other; Lion has the first alone
 _PAIR = ("exp_avg", "exp_avg_sq")
+#: the second one in factors: Adafactor, CAME
+_FACTORED = {"exp_avg_sq_row", "exp_avg_sq_col"}
 _EARLIER = "take an earlier checkpoint"
 
 
@@ -48,6 +50,7 @@ def check_pairs(checkpoint: Checkpoint) -> None:
     for group in checkpoint.param_groups:
         options = frozenset(group) - {"params", "param_names"}
         states = (by_param[name] for name in _params(group.get("params")) if name in by_param)
+        states = (state for state in states if not _FACTORED & state.tensors.keys())
         groups.setdefault(options, []).extend(states)
     for members in groups.values():
         pairs = [[slot for slot in _PAIR if slot in state.tensors] for state in members]

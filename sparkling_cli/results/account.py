@@ -16,7 +16,7 @@ class Kind(str, Enum):
     MOMENT = "moment"
     """parameter-shaped optimizer state: new entries start from zero (Eq. 24)"""
     FACTOR = "factor"
-    """one factor of factored optimizer state: a row or column of its parameter"""
+    """a factor of optimizer state: means of rows or of columns, or a preconditioner of one dim"""
     SCALAR = "scalar"
     """one number"""
     OTHER = "other"

@@ -15,7 +15,7 @@ from sparkling_cli.results.account import Account
 from sparkling_cli.results.base import Count, Result, Verdict
 from sparkling_cli.results.measured import Activations
 
-Fill = Literal["copy", "noisy", "mean", "random", "zero"]
+Fill = Literal["copy", "noisy", "mean", "random", "zero", "average", "diagonal", "unit"]
 
 
 class Bytes(Result):

@@ -47,6 +47,8 @@ _ENTRIES = 1 << 17
 _WINDOW = 1 << 20
 #: a small tensor with more boxes than this is read as large ones are
 _BOXES = 64
+#: one place of the last digit, relative
+_LAST = {"float64": 2.0**-51, "float32": 2.0**-22, "float16": 2.0**-9, "bfloat16": 2.0**-6}
 #: bytes between neighbours that are read along
 _GAP = 4096
 
@@ -130,7 +132,7 @@ def _follows(place: Place, last: Place) -> bool:
 def _places(subject: Subject) -> tuple[Place, Place] | None:
     """Where a small subject and its source are; None if it is no matter of one place each, or not small."""
     target, source = subject.target.places, None if subject.source is None else subject.source.places
-    if source is None or subject.wanted.zero or len(target) != 1 or len(source) != 1:
+    if source is None or subject.wanted.zero or subject.wanted.whole or len(target) != 1 or len(source) != 1:
         return None
     small = max(target[0].stop, source[0].stop) <= _WINDOW - _GAP and _grid(subject.wanted) is not None
     return (target[0], source[0]) if small else None
@@ -185,6 +187,8 @@ def _examine_one(subject: Subject, output: Handles, source: Handles | None, know
         return _alone(subject, output)
     if wanted.same:
         return _copied(subject, output, source)
+    if wanted.whole:
+        return _whole(subject, output, source)
     width = len(wanted.column.source)
     found = Found([], [], None)
     for rows, columns in _chunks(wanted):
@@ -235,6 +239,27 @@ def _copied(subject: Subject, output: Handles, source: Handles) -> Found:
         if not np.array_equal(seen, there) and found.fault is None:
             place = (at + int(np.argmax(seen != there))) // subject.target.item
             found = found._replace(fault=_words(subject, place, COPY))
+    return found
+
+
+def _whole(subject: Subject, output: Handles, source: Handles) -> Found:
+    """State whose new entries follow from all old ones: old ones bit by bit, means to their last place."""
+    import numpy as np
+
+    assert subject.source is not None
+    wanted, item, found = subject.wanted, subject.target.item, Found([], [], None)
+    bits = bits_dtype(item)
+    seen = _read(output, subject.target, 0, subject.nbytes, found.target).view(bits).reshape(wanted.shape)
+    size = prod(wanted.before) * item
+    there = _read(source, subject.source, 0, size, found.source).view(bits)
+    numbers = as_numbers(there, wanted.dtype).reshape(wanted.before)
+    made, new = wanted.made(numbers)
+    now = as_numbers(np.ascontiguousarray(seen).reshape(-1), wanted.dtype).reshape(wanted.shape)
+    near = np.abs(now - made) <= _LAST[wanted.dtype] * np.abs(made)
+    wrong = np.where(new, ~near, now != made)
+    wrong &= ~(np.isnan(now) & np.isnan(made))
+    if wrong.any():
+        found = found._replace(fault=_words(subject, int(np.argmax(wrong)), COPY))
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError, VerificationError
 from sparkling_cli.execute.commit import in_the_making
 from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.formats.optimizer_states import form_of
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import FileEntry, Manifest, TensorEntry, read_manifest
@@ -301,9 +302,13 @@ class _Work:
     def _shrunk(self, stored: StoredTensor, entry: TensorEntry, dims: TensorLayout | None) -> StoredTensor:
         """What a tensor was made from, as far as its own shape tells; for an output without its source."""
         layout = self.derivation.layout
+        sizes = {**layout.sizes, **{axis: after for axis, (_, after) in self.derivation.rules.growth.items()}}
         if entry.slot and entry.slot != CARRIED:
             dims = layout.module_table.find(layout.canonical(entry.name)).dims
-        sizes = {**layout.sizes, **{axis: after for axis, (_, after) in self.derivation.rules.growth.items()}}
+            form = form_of(entry.slot, stored.shape, dims.shape(sizes))
+            if form is not None:
+                before = form.layout(dims, stored.shape).shape(layout.sizes)
+                return stored._replace(shape=form.stored(before))
         if dims is None or dims.shape(sizes) != stored.shape:
             return stored
         return stored._replace(shape=dims.shape(layout.sizes))

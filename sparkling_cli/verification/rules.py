@@ -8,14 +8,15 @@ made of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
-from math import ceil, isclose
+from math import ceil, isclose, prod
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.formats.optimizer_states import StateKind, state_kind
+from sparkling_cli.formats.optimizer_states import StateKind, form_of, state_kind
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.names import NameTemplate
@@ -25,9 +26,16 @@ from sparkling_cli.results.account import Kind
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.tensors import StoredTensor
 from sparkling_cli.widening.parts import stream_of
-from sparkling_cli.widening.reference import Rules, Wanted, copied_axes
+from sparkling_cli.widening.reference import DIAGONAL, MEANS, UNIT, Rules, Wanted, copied_axes
 
 #: what a state of an unknown name was measured to be -> its kind
+#: kinds of state that follow a parameter's dims -> what the reference calls their new entries
+_FRESH = {
+    StateKind.MOMENT: "",
+    StateKind.FACTOR: MEANS,
+    StateKind.PRECONDITIONER: DIAGONAL,
+    StateKind.BASIS: UNIT,
+}
 _MEASURED = {Kind.COPY.value: StateKind.WEIGHT, Kind.MOMENT.value: StateKind.MOMENT}
 
 
@@ -171,14 +179,27 @@ class Derivation:
             kind = StateKind.SCALAR if given == "carry" else StateKind(given)
         elif kind is StateKind.UNKNOWN:
             kind = _MEASURED.get(taken_for, StateKind.OTHER)
-        if kind is StateKind.WEIGHT:
-            return self.weight(name, pattern.dims, stored.dtype)
-        if kind is StateKind.MOMENT:
+        form = form_of(slot, stored.shape, self.layout.shape_of(pattern))
+        if kind is StateKind.WEIGHT and form is not None:
+            return _flattened(self.weight(name, pattern.dims, stored.dtype), flat=form.flat)
+        if kind in _FRESH and form is not None:
             treatment = self.spec.optimizer
-            scale, _, consumed = (
-                self._compensated(name) if treatment == "asymmetric-scaled" else (1.0, 0, frozenset())
+            scale, consumed = 1.0, frozenset[str]()
+            if treatment == "asymmetric-scaled" and kind is StateKind.MOMENT:
+                scale, _, consumed = self._compensated(name)
+            elif treatment == "asymmetric-scaled":
+                treatment = "asymmetric"
+            known = [place for place, dim in enumerate(form.dims) if dim is not None]
+            wanted = self._wanted(
+                form.layout(pattern.dims, stored.shape),
+                stored.dtype,
+                consumed=consumed,
+                scale=scale,
+                moment=treatment,
+                state=_FRESH[kind],
+                own=known[-1] if known else -1,
             )
-            return self._wanted(pattern.dims, stored.dtype, consumed=consumed, scale=scale, moment=treatment)
+            return _flattened(wanted, flat=form.flat)
         if kind is StateKind.OTHER and pattern.dims.axes() & set(self.rules.growth):
             raise LayoutError(f"state {slot!r} of {param!r} has another shape than its parameter, which grew")
         return self.carried(stored)
@@ -254,6 +275,15 @@ class Derivation:
             ):
                 found.append(f"the config says {key} = {seen!r}, {old_value} times {factor:g} is expected")
         return found
+
+
+def _flattened(wanted: Wanted, *, flat: bool) -> Wanted:
+    """The same of a tensor that is stored as one dim."""
+    if not flat:
+        return wanted
+    found = copy(wanted)
+    found.before, found.shape = (prod(wanted.before),), (prod(wanted.shape),)
+    return found
 
 
 def _value(config: Mapping[str, Any], dotted: str) -> Any:

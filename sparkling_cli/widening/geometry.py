@@ -44,6 +44,12 @@ class Fill(IntEnum):
     MEAN = 2
     RANDOM = 3
     ZERO = 4
+    AVERAGE = 5
+    """of state: the mean of the old entries along the dim (see ``widening.derived``)"""
+    DIAGONAL = 6
+    """of state: zero, but on the diagonal of a square the mean of its old entries"""
+    UNIT = 7
+    """of state: zero, but on the diagonal of a square one"""
 
 
 @dataclass(frozen=True)

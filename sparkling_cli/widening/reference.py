@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 COPY, NOISY, MEAN, RANDOM, ZERO = range(5)
 _FILLS = {"copy": COPY, "mean": MEAN, "random": RANDOM, "zero": ZERO}
 FILL_NAMES = ("copied", "a copy with noise", "a mean", "random", "zero")
+#: kinds of state whose new entries follow from all old ones
+MEANS, DIAGONAL, UNIT = "factor", "preconditioner", "basis"
 #: sizes of anonymous factors that stand for gate and up, or q, k and v
 _FUSED = (2, 3)
 
@@ -358,6 +360,8 @@ class Wanted:
         scale: factor on all entries.
         offset: added after scaling.
         moment: the treatment, if it is optimizer state that is no copy of a weight.
+        state: ``factor``, ``preconditioner`` or ``basis`` of such state; "" if new entries start from zero.
+        own: the factor's dim of its own, along which new entries are means.
 
     Attributes:
         before: shape of the source.
@@ -365,6 +369,7 @@ class Wanted:
         row: rows.
         column: columns.
         zero: the whole tensor is zero (dropped state).
+        whole: new entries follow from all old ones: see :meth:`made`.
         same: every entry is the source's.
         random: some entries are drawn.
         means: see :class:`Rules`.
@@ -381,12 +386,18 @@ class Wanted:
         scale: float = 1.0,
         offset: float = 0.0,
         moment: str = "",
+        state: str = "",
+        own: int = -1,
     ) -> None:
         self.dtype, self.scale, self.offset, self.moment = dtype, scale, offset, moment
+        self.state, self.own = state, own
         dims = [_along(dim, rules, consumed, wide_dtype(dtype), moment) for dim in layout.dims]
+        self._dims = dims
         self.before = tuple(dim.size for dim in dims)
         self.shape = tuple(len(dim.source) for dim in dims)
-        self.zero = moment == "drop"
+        self.zero = moment == "drop" and state != UNIT
+        grows = self.before != self.shape
+        self.whole = bool(state) and grows and not self.zero and not (moment == "copy" and state == MEANS)
         self.row = _joined(dims[:-1])
         self.column = dims[-1] if dims else _joined([])
         sides = (self.row, self.column)
@@ -410,6 +421,31 @@ class Wanted:
     def ranks(self) -> tuple[Array, Array]:
         """Of rows and columns, how many of the same unit stand before each."""
         return self.row.ranks(), self.column.ranks()
+
+    def made(self, old: Array) -> tuple[Array, Array]:
+        """State whose new entries follow from all old ones, and which of the entries are new.
+
+        Args:
+            old: the source's entries as float64 numbers, in its shape.
+        """
+        import numpy as np
+
+        made = old[np.ix_(*(dim.source for dim in self._dims))]
+        new = np.zeros(self.shape, bool)
+        if self.state == MEANS or len(self.before) < 2 or self.before[-1] != self.before[-2]:
+            dim = self._dims[self.own]
+            at: list[Any] = [slice(None)] * len(self.shape)
+            at[self.own] = dim.new
+            made[tuple(at)] = np.take(made, np.flatnonzero(~dim.new), self.own).mean(self.own, keepdims=True)
+            new[tuple(at)] = True
+            return made, new
+        n = self.shape[-1]
+        fresh = self._dims[-1].new
+        new[...] = fresh[:, None] | fresh[None, :]
+        identity = np.eye(n)
+        if self.state == DIAGONAL:
+            identity = identity * np.trace(old, axis1=-2, axis2=-1)[..., None, None] / self.before[-1]
+        return np.where(new, identity, made), new
 
     def factor(self, rows: slice, columns: slice) -> Array:
         """Products of all factors, in the order of the dims; one number if it is one."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.optimizer_states import FURTHER_MOMENTS, MOMENTS, WEIGHT_LIKE
+from sparkling_cli.formats import optimizer_states as states
 from tests.conftest import TinyCheckpoint
 
 FFN = [{"axis": "ffn", "factor": 2}]
@@ -187,5 +187,5 @@ def test_weight_decay_makes_no_copy_of_a_moment(
 
 def test_the_table_has_every_name_once() -> None:
     """A name that stands for two kinds would be decided by the order of the code."""
-    tables = (WEIGHT_LIKE, MOMENTS, FURTHER_MOMENTS)
+    tables = (*states._KINDS.values(),)
     assert sum(map(len, tables)) == len(frozenset().union(*tables))
