@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from math import log1p
+from math import log1p, sqrt
+from typing import Any
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.formats.model import Checkpoint
@@ -51,7 +52,37 @@ def notes_for(
         notes.append(_experts_note(growth, layout))
     if "vocab" in growth:
         notes += _vocab_notes(checkpoint, spec, growth["vocab"])
-    return tuple(notes)
+    return (*notes, *_muon_notes(checkpoint, layout, growth))
+
+
+def _muon_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str, Growth]) -> list[str]:
+    """That Muon's old entries step less far in wider matrices.
+
+    An orthogonalized update of a x b has entries of RMS ``1/sqrt(max(a, b))``; times ``sqrt(max(1, a/b))``
+    (torch's default, Keller Jordan's) that is ``1/sqrt(b)``. Factors of ``sqrt(max(a, b))`` (Moonlight's)
+    make it the same for all shapes.
+    """
+    after = {**layout.sizes, **{axis: grown.target for axis, grown in growth.items()}}
+    held = {str(p) for group in checkpoint.param_groups if _by_shape(group) for p in group.get("params", ())}
+    found: dict[float, list[str]] = {}
+    for state in checkpoint.states:
+        name = layout.canonical(state.param)
+        if state.param in held and "momentum_buffer" in state.tensors and layout.module_table.has(name):
+            dims = layout.module_table.find(name).dims
+            old, new = dims.shape(layout.sizes), dims.shape(after)
+            if len(old) == 2 and old[1] != new[1]:
+                found.setdefault(round(sqrt(old[1] / new[1]), 3), []).append(state.param)
+    return [
+        f"Muon's step of an entry goes as 1/sqrt(columns): in {len(names)} matrices with more columns (the "
+        f"first: {names[0]}) old entries step {ratio:.2f} times as far, once new columns carry momentum"
+        for ratio, names in found.items()
+    ]
+
+
+def _by_shape(group: Mapping[str, Any]) -> bool:
+    """Whether a group's options are those of a Muon whose step depends on the shape of the matrix."""
+    muon = bool({"ns_steps", "ns_coefficients"} & group.keys()) or group.get("use_muon") is True
+    return muon and group.get("adjust_lr_fn") != "match_rms_adamw" and not group.get("use_adjusted_lr")
 
 
 def _experts_note(growth: Mapping[str, Growth], layout: ModelLayout) -> str:

@@ -72,7 +72,7 @@ def build_plan(
     check_pairs(checkpoint)
     if not spec.allow_nonfinite:
         check_numbers(checkpoint)
-    moments = any(recipe.kind is Kind.MOMENT for recipe in recipes.all)
+    moments = any(recipe.kind in (Kind.MOMENT, Kind.FACTOR) for recipe in recipes.all)
     warnings = (
         check_locked(checkpoint, layout, spec, growth, moments=moments),
         stateless_warning(checkpoint),

@@ -205,8 +205,8 @@ class Plan:
 
     @property
     def has_moments(self) -> bool:
-        """Whether there is parameter-shaped state other than copies of the weights."""
-        return any(recipe.kind is Kind.MOMENT for recipe in self.recipes)
+        """Whether there is state that follows parameters and is no copy of the weights."""
+        return any(recipe.kind in (Kind.MOMENT, Kind.FACTOR) for recipe in self.recipes)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparkling_cli.errors import SparklingError, SpecError
+from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import Rewarmup
 from sparkling_cli.training.history import History, read_history
+from sparkling_cli.training.locked import share_locked
 from sparkling_cli.training.slices import NewEntries, local_tensor, new_entries
 from sparkling_cli.training.update import (
     AdamStep,
@@ -81,7 +83,8 @@ def rewarm(
     attached = [_attach(_unwrapped(o), found, known, history.rewarmup, start) for o in optimizers]
     if announce and _is_first_rank():
         print(_line(found.values(), history.rewarmup, start), file=sys.stderr, flush=True)
-    return Rewarming(tuple(attached), history)
+    grown = tuple((p, history.dims(name)) for name, p in pairs if id(p) in found)
+    return Rewarming(tuple(attached), history, grown)
 
 
 def _optimizers(given: Any) -> list[Optimizer]:
@@ -128,6 +131,7 @@ class Rewarming:
 
     _attached: tuple[_Attached, ...]
     history: History
+    _grown: tuple[tuple[Tensor, TensorLayout], ...] = ()
 
     @property
     def step(self) -> int:
@@ -139,10 +143,23 @@ class Rewarming:
 
         ``learning_rate_new`` is eta_new on the scale of the first parameter group that holds some, and
         ``learning_rate_ratio`` is eta_new / eta_old. Before the first step both are those of the next one.
+        ``share_locked`` is the share of these entries that still equal the entries that they were copied
+        from, in tensors that lie in this process as a whole; it takes a copy of one tensor at a time.
         """
+        rate, ratio = self._rate_and_ratio()
+        found = {"learning_rate_new": ratio * rate, "learning_rate_ratio": ratio}
+        share = share_locked(self._grown, self.history.layout.sizes, self.history.births)
+        return found if share is None else {**found, "share_locked": share}
+
+    @property
+    def learning_rate_new(self) -> float:
+        """See :meth:`metrics`; without the cost of looking at weights."""
+        rate, ratio = self._rate_and_ratio()
+        return ratio * rate
+
+    def _rate_and_ratio(self) -> tuple[float, float]:
         attached = next((a for a in self._attached if a.params), self._attached[0])
-        rate, ratio = attached.applied or attached.rate_and_ratio()
-        return {"learning_rate_new": ratio * rate, "learning_rate_ratio": ratio}
+        return attached.applied or attached.rate_and_ratio()
 
     def state_dict(self) -> dict[str, Any]:
         """The step counters: all that a later process needs beside the expanded checkpoint."""

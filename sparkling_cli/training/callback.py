@@ -91,7 +91,7 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Log the new entries' rate too: in the history, and for callbacks after this one."""
         if self.rewarming is None or logs is None or "learning_rate" not in logs:
             return
-        rate = self.rewarming.metrics()["learning_rate_new"]
+        rate = self.rewarming.learning_rate_new
         logs["learning_rate_new"] = rate
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1]["learning_rate_new"] = rate

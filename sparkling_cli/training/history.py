@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError
+from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.regions import Births, Region, region_of
 from sparkling_cli.manifest import read_manifest
@@ -37,26 +38,31 @@ class History:
         Raises:
             LayoutError: no pattern stands for it, or it has not the shape after the expansion.
         """
-        pattern = None
-        for candidate in _candidates(name):
-            try:
-                pattern = self.layout.module_table.find(candidate)
-                break
-            except LayoutError:
-                continue
-        if pattern is None:
-            raise LayoutError(
-                f"parameter {name!r} matches no pattern of the layout of {self.layout.name}",
-                hint="pass named parameters under the names that the expanded checkpoint uses",
-            )
-        expected = pattern.dims.shape(self.layout.sizes)
+        dims = self.dims(name)
+        expected = dims.shape(self.layout.sizes)
         if tuple(shape) != expected:
             raise LayoutError(
                 f"parameter {name!r} has shape {tuple(shape)}, after the expansion it has {expected}",
                 hint="build the model from the expanded checkpoint's config; under FSDP use fully_shard "
                 "(FSDP2), which keeps parameters' shapes",
             )
-        return region_of(pattern.dims, self.layout.sizes, self.births)
+        return region_of(dims, self.layout.sizes, self.births)
+
+    def dims(self, name: str) -> TensorLayout:
+        """What the dims of the parameter of that name mean.
+
+        Raises:
+            LayoutError: no pattern stands for it.
+        """
+        for candidate in _candidates(name):
+            try:
+                return self.layout.module_table.find(candidate).dims
+            except LayoutError:
+                continue
+        raise LayoutError(
+            f"parameter {name!r} matches no pattern of the layout of {self.layout.name}",
+            hint="pass named parameters under the names that the expanded checkpoint uses",
+        )
 
 
 def _candidates(name: str) -> list[str]:

@@ -29,7 +29,7 @@ def is_derived(view: View) -> bool:
 def derived(view: View, old: Array, dtype: str) -> Array:
     """The target's entries, of numpy's dtype for ``dtype``, in the target's shape.
 
-    New entries along a dim with fill ``AVERAGE`` are the mean of the old ones along it. In the square of a dim
+    New entries along a dim with fill ``AVERAGE`` are the mean of the old ones along it. In the square of one
     with fill ``DIAGONAL`` or ``UNIT`` everything new is zero, but for the diagonal, which is the mean of the
     old diagonal, or one.
 
@@ -40,7 +40,7 @@ def derived(view: View, old: Array, dtype: str) -> Array:
     """
     import numpy as np
 
-    dims = [_along([dim for dim in view if dim.dim == number]) for number in range(1 + view[-1].dim)]
+    dims = indices(view)
     new: Array = old[np.ix_(*(source for source, _ in dims))]
     for axis, (_, fills) in enumerate(dims):
         fresh = np.flatnonzero(fills)
@@ -60,8 +60,12 @@ def derived(view: View, old: Array, dtype: str) -> Array:
     return new
 
 
+def indices(view: View) -> list[tuple[Array, Array]]:
+    """Per storage dim, the source index and the fill of every target index; old ones have ``COPY``."""
+    return [_along([dim for dim in view if dim.dim == number]) for number in range(1 + view[-1].dim)]
+
+
 def _along(parts: list[ViewDim]) -> tuple[Array, Array]:
-    """Of one storage dim: source index and fill of every target index; old ones have ``COPY``."""
     import numpy as np
 
     source, fills = np.zeros(1, np.int64), np.zeros(1, np.int64)

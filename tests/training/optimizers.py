@@ -145,7 +145,7 @@ def save(net: LlamaForCausalLM, made: Any, case: Case, root: Path) -> Path:
 
 def resumed(root: Path, case: Case) -> tuple[LlamaForCausalLM, Any]:
     """Model and optimizer, loaded by their own code."""
-    net = LlamaForCausalLM.from_pretrained(root)
+    net = LlamaForCausalLM.from_pretrained(root, attn_implementation="eager")
     made = optimizer(net, case)
     state = torch.load(root / "optimizer.pt", weights_only=False)
     for group in state.get("param_groups", ()):
@@ -171,6 +171,7 @@ def updates(
 
 W0 = {"weight_decay": 0.0}
 PO = "pytorch_optimizer"
+BNB = "bitsandbytes"
 MOMENTS = "moments: zero where new"
 
 CASES = [
@@ -199,10 +200,12 @@ CASES = [
          "z is a copy of the weight; moments zero where new", old=None),
     Case("schedule-free SGD", "schedulefree", of("schedulefree", "SGDScheduleFree", lr=1e-2, **W0),
          "z is a copy of the weight", old=None, new=False),
-    Case("Prodigy", "prodigyopt", of("prodigyopt", "Prodigy", lr=1.0), "p0 is a copy of the weight", old=None),
+    Case("Prodigy", "prodigyopt", of("prodigyopt", "Prodigy", lr=1.0), "p0 is a copy of the weight",
+         old=None),
     Case("Prodigy, sliced", "prodigyopt", of("prodigyopt", "Prodigy", lr=1.0, slice_p=11), "", refused="'s'"),
     Case("GrokAdamW", "grokadamw", of("grokadamw", "GrokAdamW", lr=1e-3),
-         "moments: zero where new; its package does not find its state again after loading", new=False),
+         "moments: zero where new; its package does not find its state again after loading",
+         old=None, new=False),
     Case("Muon (Keller Jordan's)", "muon",
          grouped("muon", "SingleDeviceMuonWithAuxAdam",
                  {"use_muon": True, "lr": 0.02, "momentum": 0.95, "weight_decay": 0.0},
@@ -217,6 +220,14 @@ CASES = [
                  {"rank": 8, "update_proj_gap": 20, "scale": 1.0, "scale_type": "channel", "proj": "random",
                   "proj_type": "std"}, {}, lr=1e-3),
          "", refused="GradientProjector"),
+    Case("AdamW, 32 bit", BNB, of("bitsandbytes.optim", "AdamW32bit", lr=1e-3, **W0), MOMENTS),
+    Case("AdamW, paged, 32 bit", BNB, of("bitsandbytes.optim", "PagedAdamW32bit", lr=1e-3, **W0), MOMENTS),
+    Case("Lion, 32 bit", BNB, of("bitsandbytes.optim", "Lion32bit", lr=1e-4, **W0), MOMENTS),
+    Case("AdEMAMix (bitsandbytes)", BNB, of("bitsandbytes.optim", "AdEMAMix", lr=1e-3, **W0),
+         "two first moments in one tensor: zero where new", old=1e-5),
+    Case("AdamW, 8 bit", BNB, of("bitsandbytes.optim", "AdamW8bit", lr=1e-3, **W0), "", refused="uint8"),
+    Case("AdamW, 8 bit (torchao)", "torchao", of("torchao.optim", "AdamW8bit", lr=1e-3, **W0), "",
+         refused="not on the list of harmless"),
     Case("AdEMAMix", PO, of(PO, "AdEMAMix", lr=1e-3), MOMENTS),
     Case("Adan", PO, of(PO, "Adan", lr=1e-3), MOMENTS),
     Case("SophiaH", PO, of(PO, "SophiaH", lr=1e-3), MOMENTS, old=None, graph=True),

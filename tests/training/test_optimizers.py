@@ -26,6 +26,10 @@ def needs(case: Case) -> None:
         pytest.skip(f"{case.package} is not installed")
     if case.package == "heavyball":
         found.utils.compile_mode = None
+    if case.package == "torchao":
+        import torch._dynamo
+
+        torch._dynamo.config.disable = True
 
 
 def narrow(case: Case, root: Path) -> Path:
@@ -37,7 +41,7 @@ def narrow(case: Case, root: Path) -> Path:
 
 
 def gradient(step: int, name: str, shape: torch.Size) -> Tensor:
-    """Of a parameter of the narrow model, or the same of a wide one: its copies have their sources' gradients."""
+    """Of a parameter of the narrow model; in a wide one copies have their sources' gradients."""
     generator = torch.Generator().manual_seed(1000 * step + sum(map(ord, name)) % 997)
     size = tuple(opt.FFN if n == 2 * opt.FFN else n for n in shape)
     drawn = torch.randn(size, generator=generator) * 0.01
@@ -46,7 +50,7 @@ def gradient(step: int, name: str, shape: torch.Size) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_widened_and_trained_on(case: Case, tmp_path: Path) -> None:
-    """Old entries go on as they would have; copies part from their sources; what cannot is refused by name."""
+    """Old entries go on as they would have; copies part from their sources; others are refused by name."""
     needs(case)
     source = narrow(case, tmp_path / "narrow")
     if case.refused:
@@ -72,3 +76,40 @@ def test_widened_and_trained_on(case: Case, tmp_path: Path) -> None:
     up = net.model.layers[0].mlp.up_proj.weight.detach()
     apart = (up[opt.FFN :] - up[: opt.FFN]).abs().max()
     assert bool(apart > 1e-5) == case.new
+
+
+def test_muon_says_that_old_entries_step_less_far(tmp_path: Path) -> None:
+    """And by how much: measured on a wider matrix whose new columns carry momentum as old ones do."""
+    case = next(case for case in CASES if case.name == "Muon (torch)")
+    found = api.make_plan(narrow(case, tmp_path / "narrow"), axes=FFN)
+    notes = [note for note in found.plan.notes if "1/sqrt(columns)" in note]
+    assert len(notes) == 1 and "down_proj" in notes[0] and "0.71 times" in notes[0]
+
+    def step(*shape: int) -> float:
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        made = torch.optim.Muon([weight], lr=1.0, weight_decay=0.0)
+        weight.grad = torch.randn(shape)
+        made.step()
+        return float(weight.detach()[:, : opt.FFN].square().mean().sqrt())
+
+    ratio = step(opt.HIDDEN, 2 * opt.FFN) / step(opt.HIDDEN, opt.FFN)
+    assert abs(ratio - 0.5**0.5) < 0.05
+
+
+def table() -> str:
+    """The table of the docs."""
+    lines = ["| optimizer | package | widened | old entries' updates | state |", "|---|---|---|---|---|"]
+    for case in CASES:
+        old = "" if case.refused else "by the whole tensor" if case.old is None else "as before"
+        widened = "refused by name" if case.refused else "yes"
+        lines.append(f"| {case.name} | `{case.package}` | {widened} | {old} | {case.what} |")
+    return "\n".join(lines)
+
+
+def test_the_docs_have_the_table() -> None:
+    """``docs/how-to/optimizers.md`` says what the cases above say."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "optimizers.md"
+    text = page.read_text(encoding="utf-8")
+    found = text.partition("<!-- table -->\n")[2].partition("\n<!-- end of table -->")[0]
+    assert found == table(), "put this between the marks:\n" + table()

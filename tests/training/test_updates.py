@@ -336,13 +336,36 @@ def test_one_line_and_metrics(capsys: pytest.CaptureFixture[str]) -> None:
     counts = [region.count(1) for region in regions.values() if region.count(1)]
     expected = f"re-warming {sum(counts):,} entries in {len(counts)} tensors until step {ref.TE + 20}: 1.3 x"
     assert capsys.readouterr().err == f"{expected}, then as the rest\n"
-    assert rewarming.metrics() == {"learning_rate_new": ref.BASE(ref.TE), "learning_rate_ratio": 1.0}
+    first = rewarming.metrics()
+    assert (first["learning_rate_new"], first["learning_rate_ratio"]) == (ref.BASE(ref.TE), 1.0)
     for step in ref.steps(net, optimizer, sched, ref.TE, ref.TE + 40):
         found = rewarming.metrics()
         assert found["learning_rate_new"] == pytest.approx(ref.eta_new(step), rel=1e-12)
         assert found["learning_rate_ratio"] == pytest.approx(ref.eta_new(step) / ref.BASE(step), rel=1e-12)
     rewarm(optimizer, net, history, step=ref.TE + 40)
     assert f"past step {ref.TE + 20}: 1.3 x" in capsys.readouterr().err
+
+
+def test_metrics_have_the_share_of_locked_copies() -> None:
+    """All of them at first; fewer by what is changed: one new row of ``up.weight``, of all new entries."""
+    net = ref.model()
+    hidden, ffn = torch.arange(ref.H) % ref.H0, torch.arange(ref.F) % ref.F0
+    inner = (2 * ffn[:, None] + torch.arange(2)).flatten()
+    blocks = torch.cat([ffn, ref.F + ffn])
+    with torch.no_grad():
+        net.embed.weight.copy_(net.embed.weight[:, hidden])
+        net.up.weight.copy_(net.up.weight[ffn][:, hidden])
+        net.up.bias.copy_(net.up.bias[ffn])
+        net.mixed.weight.copy_(net.mixed.weight[inner][:, hidden])
+        net.down.weight.copy_(net.down.weight[hidden][:, ffn])
+        net.experts.copy_(net.experts[:, blocks][:, :, hidden])
+        net.norm.copy_(net.norm[hidden])
+    rewarming = rewarm(adamw(net.parameters()), net, ref.history())
+    assert rewarming.metrics()["share_locked"] == 1.0
+    with torch.no_grad():
+        net.up.weight[ref.F0 + 1] += 1.0
+    new = sum(int(mask.sum()) for mask in ref.new_masks().values())
+    assert rewarming.metrics()["share_locked"] == pytest.approx(1 - ref.H / new, rel=1e-12)
 
 
 def test_what_is_no_torch_optimizer_is_refused() -> None:

@@ -72,15 +72,16 @@ HARMLESS: frozenset[str] = frozenset(
 _OPTIONS = ("omegaconf.",)
 
 _MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-_PROJECTED = (
-    "its state lies in a subspace that was chosen for the weights at their old size: expand a copy of the "
-    "checkpoint without the optimizer's file, with --init random-copy, and restart the optimizer"
+_RESTART = (
+    ": expand a copy of the checkpoint without the optimizer's file, with --init random-copy, and restart "
+    "the optimizer"
 )
+_PROJECTED = f"its state lies in a subspace that was chosen for the weights at their old size{_RESTART}"
 _KNOWN_FAULTS = {
     "torch.distributed.tensor": "it holds sharded tensors (DTensor): save a full state dict instead",
     "torch._utils._rebuild_wrapper_subclass": "it holds a tensor subclass, whose storage format is private",
     "torch._tensor._rebuild_from_type_v2": "it holds a tensor subclass or a tensor with Python attributes",
-    "torchao": "it holds quantized tensor subclasses, which cannot be widened entry by entry",
+    "torchao": f"it holds quantized tensor subclasses, which cannot be widened entry by entry{_RESTART}",
     "galore_torch": _PROJECTED,
     "apollo_torch": _PROJECTED,
     "bitsandbytes": "it holds quantized objects, which cannot be widened entry by entry",
