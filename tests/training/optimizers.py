@@ -226,8 +226,6 @@ CASES = [
     Case("AdEMAMix (bitsandbytes)", BNB, of("bitsandbytes.optim", "AdEMAMix", lr=1e-3, **W0),
          "two first moments in one tensor: zero where new", old=1e-5),
     Case("AdamW, 8 bit", BNB, of("bitsandbytes.optim", "AdamW8bit", lr=1e-3, **W0), "", refused="uint8"),
-    Case("AdamW, 8 bit (torchao)", "torchao", of("torchao.optim", "AdamW8bit", lr=1e-3, **W0), "",
-         refused="not on the list of harmless"),
     Case("AdEMAMix", PO, of(PO, "AdEMAMix", lr=1e-3), MOMENTS),
     Case("Adan", PO, of(PO, "Adan", lr=1e-3), MOMENTS),
     Case("SophiaH", PO, of(PO, "SophiaH", lr=1e-3), MOMENTS, old=None, graph=True),

@@ -26,10 +26,6 @@ def needs(case: Case) -> None:
         pytest.skip(f"{case.package} is not installed")
     if case.package == "heavyball":
         found.utils.compile_mode = None
-    if case.package == "torchao":
-        import torch._dynamo
-
-        torch._dynamo.config.disable = True
 
 
 def narrow(case: Case, root: Path) -> Path:
