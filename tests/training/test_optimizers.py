@@ -21,11 +21,9 @@ FFN = [{"axis": "ffn", "factor": 2}]
 def needs(case: Case) -> None:
     """The case's package."""
     try:
-        found = importlib.import_module(case.package)
+        importlib.import_module(case.package)
     except ImportError:
         pytest.skip(f"{case.package} is not installed")
-    if case.package == "heavyball":
-        found.utils.compile_mode = None
 
 
 def narrow(case: Case, root: Path) -> Path:
