@@ -35,6 +35,7 @@ from sparkling_cli.widening.reference import (
     drawn,
     noisy,
 )
+from sparkling_cli.widening.reference_state import made as state_made
 
 if TYPE_CHECKING:
     import numpy as np
@@ -253,7 +254,7 @@ def _whole(subject: Subject, output: Handles, source: Handles) -> Found:
     size = prod(wanted.before) * item
     there = _read(source, subject.source, 0, size, found.source).view(bits)
     numbers = as_numbers(there, wanted.dtype).reshape(wanted.before)
-    made, new = wanted.made(numbers)
+    made, new = state_made(wanted, numbers)
     now = as_numbers(np.ascontiguousarray(seen).reshape(-1), wanted.dtype).reshape(wanted.shape)
     near = np.abs(now - made) <= _LAST[wanted.dtype] * np.abs(made)
     wrong = np.where(new, ~near, now != made)

@@ -369,7 +369,7 @@ class Wanted:
         row: rows.
         column: columns.
         zero: the whole tensor is zero (dropped state).
-        whole: new entries follow from all old ones: see :meth:`made`.
+        whole: new entries follow from all old ones: see ``widening.reference_state``.
         same: every entry is the source's.
         random: some entries are drawn.
         means: see :class:`Rules`.
@@ -392,7 +392,7 @@ class Wanted:
         self.dtype, self.scale, self.offset, self.moment = dtype, scale, offset, moment
         self.state, self.own = state, own
         dims = [_along(dim, rules, consumed, wide_dtype(dtype), moment) for dim in layout.dims]
-        self._dims = dims
+        self.dims = dims
         self.before = tuple(dim.size for dim in dims)
         self.shape = tuple(len(dim.source) for dim in dims)
         self.zero = moment == "drop" and state != UNIT
@@ -421,31 +421,6 @@ class Wanted:
     def ranks(self) -> tuple[Array, Array]:
         """Of rows and columns, how many of the same unit stand before each."""
         return self.row.ranks(), self.column.ranks()
-
-    def made(self, old: Array) -> tuple[Array, Array]:
-        """State whose new entries follow from all old ones, and which of the entries are new.
-
-        Args:
-            old: the source's entries as float64 numbers, in its shape.
-        """
-        import numpy as np
-
-        made = old[np.ix_(*(dim.source for dim in self._dims))]
-        new = np.zeros(self.shape, bool)
-        if self.state == MEANS or len(self.before) < 2 or self.before[-1] != self.before[-2]:
-            dim = self._dims[self.own]
-            at: list[Any] = [slice(None)] * len(self.shape)
-            at[self.own] = dim.new
-            made[tuple(at)] = np.take(made, np.flatnonzero(~dim.new), self.own).mean(self.own, keepdims=True)
-            new[tuple(at)] = True
-            return made, new
-        n = self.shape[-1]
-        fresh = self._dims[-1].new
-        new[...] = fresh[:, None] | fresh[None, :]
-        identity = np.eye(n)
-        if self.state == DIAGONAL:
-            identity = identity * np.trace(old, axis1=-2, axis2=-1)[..., None, None] / self.before[-1]
-        return np.where(new, identity, made), new
 
     def factor(self, rows: slice, columns: slice) -> Array:
         """Products of all factors, in the order of the dims; one number if it is one."""

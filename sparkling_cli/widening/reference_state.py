@@ -1,0 +1,39 @@
+"""What state whose new entries follow from all old ones must be, written out: see ``widening.reference``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sparkling_cli.widening.reference import DIAGONAL, MEANS, Wanted
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+def made(wanted: Wanted, old: Array) -> tuple[Array, Array]:
+    """State whose new entries follow from all old ones, and which of the entries are new.
+
+    Args:
+        wanted: of the tensor.
+        old: the source's entries as float64 numbers, in its shape.
+    """
+    import numpy as np
+
+    made = old[np.ix_(*(dim.source for dim in wanted.dims))]
+    new = np.zeros(wanted.shape, bool)
+    if wanted.state == MEANS or len(wanted.before) < 2 or wanted.before[-1] != wanted.before[-2]:
+        dim = wanted.dims[wanted.own]
+        at: list[Any] = [slice(None)] * len(wanted.shape)
+        at[wanted.own] = dim.new
+        made[tuple(at)] = np.take(made, np.flatnonzero(~dim.new), wanted.own).mean(wanted.own, keepdims=True)
+        new[tuple(at)] = True
+        return made, new
+    n = wanted.shape[-1]
+    fresh = wanted.dims[-1].new
+    new[...] = fresh[:, None] | fresh[None, :]
+    identity = np.eye(n)
+    if wanted.state == DIAGONAL:
+        identity = identity * np.trace(old, axis1=-2, axis2=-1)[..., None, None] / wanted.before[-1]
+    return np.where(new, identity, made), new
