@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from sparkling_cli.api import expand
 from sparkling_cli.errors import CheckpointError, SpecError, UnsafePickleError
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.schedule.rewarmup import read_rewarmup
@@ -305,7 +306,15 @@ vocab = { size = 9, widenable = false }
     torch.save(state, tmp_path / "ckpt.pt")
     with pytest.raises(CheckpointError, match=r"'in\.weight', 'out\.weight'") as caught:
         widen(tmp_path / "ckpt.pt", tmp_path / "wide.pt", {"ffn": 2}, layout=layout)
-    assert "param_names" in (caught.value.hint or "")
+    assert "--param-order" in (caught.value.hint or "")
+    order = tmp_path / "order.txt"  # what the hint's code prints, for one optimizer after the other
+    order.write_text("".join(f"{n}\n" for n in ("out.weight", "in.weight", "up.weight", "down.weight")))
+    wide = tmp_path / "wide.pt"
+    expand(tmp_path / "ckpt.pt", wide, axes={"ffn": 2}, layout=layout, param_order=order, report="none")
+    found = torch.load(wide, weights_only=True)["optimizers"]
+    assert torch.equal(found[0]["state"][0]["exp_avg"], adam.state_dict()["state"][0]["exp_avg"])
+    muon_state = muon.state_dict()["state"][0]["momentum_buffer"]
+    check_moments({"up": muon_state}, {"up": found[1]["state"][0]["momentum_buffer"]})
 
 
 class _Trap:
