@@ -89,7 +89,10 @@ def real_layout(
     )
     layout.check_axes()
     layout.check_shapes(real_shapes, on_disk=False)
-    return _without_towers(_as_built(layout, model, len(prefix)), config if prefix else real)
+    layout = _as_built(layout, model, len(prefix))
+    counts = _repeated_counts(config, axes)  # what the config says itself stands for the class's own name
+    own = {key: term for key, term in layout.config.items() if key in counts or term not in counts.values()}
+    return _without_towers(replace(layout, config=own), config if prefix else real)
 
 
 def _as_built(layout: ModelLayout, model: RealModel, depth: int) -> ModelLayout:
