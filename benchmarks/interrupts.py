@@ -49,6 +49,9 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background inherits that it is ignored
     moments = random.Random(asked.seed)
     seen: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as work:
