@@ -114,8 +114,9 @@ def test_moments_lie_where_their_weights_lie(
 ) -> None:
     """Old moments are bit-equal at the places of their weights, new ones exactly zero.
 
-    The source's first moments are replaced by its weights. Then, after widening, a moment that is not
-    zero must equal the weight at its place but for the one factor of its tensor.
+    The source's first moments are replaced by its weights, and said to be moments all the same. Then,
+    after widening, a moment that is not zero must equal the weight at its place but for the one factor of
+    its tensor.
     """
     made = tiny_checkpoint(arch)
     source = tmp_path / made.name
@@ -130,7 +131,8 @@ def test_moments_lie_where_their_weights_lie(
         state["exp_avg"].copy_(parameter)
     torch.save(saved, source / "optimizer.pt")
 
-    target = widened(source, tmp_path, 2, with_partners(source, "ffn", "hidden"))
+    axes = with_partners(source, "ffn", "hidden")
+    target = widened(source, tmp_path, 2, axes, state={"exp_avg": "moment"})
     saved = torch.load(target / "optimizer.pt", weights_only=True)
     for name, parameter, state in numbered(saved, loaded(target)):
         moment = state["exp_avg"]

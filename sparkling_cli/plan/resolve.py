@@ -146,10 +146,10 @@ def _target(name: str, axis: AxisSpec, size: int, spec: ExpansionSpec, multiple:
                 f"what was asked for, to be a multiple of {step}",
                 hint=f"give this axis its size instead of a factor: --axis {name} --to {ceil(exact)}",
             )
-        if target == size:
+        if step and target == size:
             raise SpecError(
                 f"axes.{name}: its {size} entries are a multiple of {step} already",
-                hint=f"give it a size, e.g. --axis {name} --to {size + (step or 1)}",
+                hint=f"give it a size, e.g. --axis {name} --to {size + step}",
             )
         if not step and not isclose(exact, target, rel_tol=1e-9):
             raise SpecError(

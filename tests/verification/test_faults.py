@@ -112,7 +112,7 @@ def copied_for_zero(patch: Patch) -> None:
 def state_kept(patch: Patch) -> None:
     """Moments of new entries are those of their sources."""
     real = build.state_view
-    patch.setattr(build, "state_view", lambda view, _: real(view, "copy"))
+    patch.setattr(build, "state_view", lambda view, _, *kind: real(view, "copy", *kind))
 
 
 def state_lost(patch: Patch) -> None:
@@ -130,7 +130,7 @@ def state_lost(patch: Patch) -> None:
 def state_scaled(patch: Patch) -> None:
     """Moments are scaled like the weights."""
     real = build.state_view
-    patch.setattr(build, "state_view", lambda view, _: real(view, "asymmetric-scaled"))
+    patch.setattr(build, "state_view", lambda view, _, *kind: real(view, "asymmetric-scaled", *kind))
 
 
 def narrow_state(patch: Patch) -> None:
