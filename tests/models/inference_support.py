@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.names import NameTemplate
+from sparkling_cli.models.skeleton import causal_lm_names
 from sparkling_cli.widening.geometry import Fill, Growth, Treatment, view_of
 from tests.widening.whole import widen_tensor
 
@@ -91,3 +94,15 @@ def logit_change_through_disk(
         after = reloaded.eval()(input_ids=ids, use_cache=False).logits.double()
     after = after[..., : before.shape[-1]]
     return float((after - before).abs().max() / before.abs().max())
+
+
+def surveyed(drawn: set[str]) -> list[str]:
+    """Types of the library that a survey goes over: 60 by a fixed seed, all with ``SPARKLING_EVERY_CLASS=1``.
+
+    Args:
+        drawn: types that are among them in any case.
+    """
+    names = sorted(causal_lm_names())
+    if os.environ.get("SPARKLING_EVERY_CLASS"):
+        return names
+    return sorted(drawn | set(random.Random(17).sample(names, 60)))

@@ -19,7 +19,7 @@ from sparkling_cli.errors import SparklingError, SpecError, VerificationError
 from sparkling_cli.models.infer import infer
 from sparkling_cli.models.shrink import shrink
 from sparkling_cli.models.skeleton import build_model, causal_lm_names, default_config
-from tests.models.inference_support import shake
+from tests.models.inference_support import shake, surveyed
 
 SMALL: dict[str, Any] = {
     "hidden_size": 24,
@@ -209,13 +209,18 @@ def test_what_cannot_be_is_refused(case: str, tmp_path: Path) -> None:
         api.expand(saved(CONFIGS["llama"], tmp_path / "small"), tmp_path / "wide", report="none", **options)
 
 
+def load(model: Any, folder: Path, **options: Any) -> Any:
+    """By the library; experts by the class's own code, which takes every size."""
+    return type(model).from_pretrained(folder, experts_implementation="eager", **options)
+
+
 #: Of all classes, which the survey goes over, the default tests take a few.
 DRAWN = set(random.Random(21).sample(sorted(causal_lm_names()), 5)) | {"gemma3n_text"}
 
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(t, marks=() if t in DRAWN else pytest.mark.survey) for t in sorted(causal_lm_names())],
+    [pytest.param(t, marks=() if t in DRAWN else pytest.mark.survey) for t in surveyed(DRAWN)],
 )
 def test_every_class_keeps_the_logits_of_old_tokens(model_type: str, tmp_path: Path) -> None:
     """Weights as the library writes them, grown, reloaded by the library: bit for bit; or refused."""
@@ -236,9 +241,10 @@ def test_every_class_keeps_the_logits_of_old_tokens(model_type: str, tmp_path: P
             tmp_path / "small", tmp_path / "wide", axes=[{"axis": "vocab", "to": size + 31}], report="none"
         )
     except SparklingError as error:
-        pytest.fail(f"{model_type}: {error}")
-    wide, info = type(model).from_pretrained(tmp_path / "wide", output_loading_info=True)  # type: ignore[attr-defined]
-    small = type(model).from_pretrained(tmp_path / "small")  # type: ignore[attr-defined]
+        assert model_type in REFUSED, f"{model_type}: {error}"
+        return
+    wide, info = load(model, tmp_path / "wide", output_loading_info=True)
+    small = load(model, tmp_path / "small")
     assert not info["missing_keys"] and not info["mismatched_keys"]
     ids = torch.randint(5, min(size, 50), (2, 9), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -248,5 +254,5 @@ def test_every_class_keeps_the_logits_of_old_tokens(model_type: str, tmp_path: P
     assert torch.equal(after[..., :size], before)
 
 
-#: Classes whose vocabulary cannot grow, which say why.
-REFUSED = {"gemma3n_text"}
+#: Classes whose vocabulary cannot grow, which say why (DeepSeek-V4: a table of integers, one row per token).
+REFUSED = {"cpmant", "deepseek_v4", "gemma3n_text", "gemma4", "gemma4_text"}
