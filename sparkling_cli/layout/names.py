@@ -110,7 +110,13 @@ class NameTemplate:
 
         Args:
             sizes: entries of the axes in the name.
+
+        Raises:
+            LayoutError: an axis of the name has no size.
         """
+        lost = next((axis for axis, only in self.placeholders if only is None and axis not in sizes), None)
+        if lost is not None:
+            raise LayoutError(f"{{{lost}}} of {self.text!r} is no axis of the layout")
         allowed = [range(sizes[axis]) if only is None else sorted(only) for axis, only in self.placeholders]
         for indices in itertools.product(*allowed):
             yield self.fill(dict(zip(self.axes, indices, strict=True)))

@@ -115,6 +115,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["MixtralForCausalLM"],
         **DECODER,
         "num_local_experts": 4,
+        "num_experts_per_tok": 2,
     },
     "qwen3_moe": {
         "model_type": "qwen3_moe",

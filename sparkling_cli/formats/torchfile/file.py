@@ -102,6 +102,11 @@ def _check_records(archive: Archive, window: Window) -> dict[str, bytes]:
         )
     archive.record("data.pkl", window.where)
     small = {r.name: window.read(r.start, r.size) for r in archive.records if not r.name.startswith("data/")}
+    if not small.get("version", b"3").strip().isdigit():
+        raise CheckpointError(
+            f"{window.where}: its version is {small['version'][:20]!r}, no number: the file is damaged",
+            hint="copy or download it again",
+        )
     order = small.get("byteorder", b"little")
     if order != b"little":
         raise CheckpointError(
