@@ -9,6 +9,7 @@ import pytest
 from inference_support import logit_change_through_disk
 
 from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.expr import COUNTED
 from sparkling_cli.models.infer import infer
 from sparkling_cli.models.shrink import shrink
 from sparkling_cli.models.skeleton import build_model, causal_lm_names, default_config, text_config
@@ -31,13 +32,16 @@ def small_config(model_type: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model_type", sorted(causal_lm_names()))
 def test_all_proved_axes_at_once_survive_saving_and_loading(model_type: str, tmp_path: Path) -> None:
-    """Every proved axis doubled, written under the names on disk, reloaded: logits within 1e-4."""
+    """Every proved axis of width doubled, written under the names on disk, reloaded: logits within 1e-4.
+
+    Growing what is counted has tests of its own: new tokens change the shape of the logits.
+    """
     config = small_config(model_type)
     try:
         layout = infer(config)
     except LayoutError as error:
         pytest.skip(f"refused: {error}"[:200])
-    factors = {name: 2 for name, info in layout.axes.items() if info.widenable}
+    factors = {name: 2 for name, info in layout.axes.items() if info.widenable and name not in COUNTED}
     if not factors:
         pytest.skip("no axis is proved")
     assert logit_change_through_disk(config, layout, factors, tmp_path) < 1e-4
