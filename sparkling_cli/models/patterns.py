@@ -72,6 +72,13 @@ def split(name: str) -> tuple[str, Indices]:
     return skeleton(name), tuple(int(m.group()) for m in _DIGITS.finditer(name))
 
 
+def numbered(key: str, indices: Indices) -> str:
+    """The name of a skeleton and its numbers: the inverse of :func:`split`."""
+    for index in indices:
+        key = key.replace("*", str(index), 1)
+    return key
+
+
 def placeholder(position: int) -> str:
     """What the index at a position of a name is called."""
     return "layers" if position == 0 else f"index_{position + 1}"

@@ -29,7 +29,7 @@ from sparkling_cli.layout.solve import Equation, solve_sizes
 from sparkling_cli.models.axes import FROZEN, PER_TOKEN, TinyAxes, chooses_experts
 from sparkling_cli.models.disk import DiskTensor
 from sparkling_cli.models.labels import render
-from sparkling_cli.models.patterns import Pattern, fill, patterns_of, placeholder, split, template
+from sparkling_cli.models.patterns import Pattern, fill, numbered, patterns_of, placeholder, split, template
 from sparkling_cli.models.prove import WIDTHS, Findings
 from sparkling_cli.models.real_model import RealModel
 from sparkling_cli.models.shrink import shapes
@@ -269,20 +269,42 @@ def _tied(findings: Findings) -> tuple[tuple[str, ...], ...]:
 def _compensations(findings: Findings, patterns: Sequence[Pattern]) -> tuple[Compensation, ...]:
     """Factors under module names, and again under the names on disk where those differ.
 
-    Those inside layers hold for every layer that has the tensor.
+    Raises:
+        LayoutError: a factor is on one layer in the middle, or on disk under other names layer by layer.
     """
     on_disk = {t.source: t.name for t in findings.disk or ()}
     found: dict[Compensation, None] = {}
     for c in findings.compensations:
-        key, indices = split(c.tensor)
-        names = [template(p) for p in patterns if p.key == key] if indices else [c.tensor]
-        found.update(dict.fromkeys(replace(c, tensor=name) for name in names))
+        found.update(dict.fromkeys(replace(c, tensor=name) for name in _tensors_of(c, findings, patterns)))
     for c in findings.compensations:
         if c.tensor and on_disk.get(c.tensor, c.tensor) != c.tensor:
             if split(c.tensor)[1]:
                 raise LayoutError(f"the factor on {c.tensor!r} is on disk under another name, layer by layer")
             found[replace(c, tensor=on_disk[c.tensor])] = None
     return tuple(found)
+
+
+def _tensors_of(found: Compensation, findings: Findings, patterns: Sequence[Pattern]) -> list[str]:
+    """Names in the real model of the tensors that a factor on a tensor of the tiny model is for.
+
+    What all layers of the tiny model have, all of the real one have; what the last one has (a final norm
+    that is inside it), the last one.
+
+    Raises:
+        LayoutError: neither.
+    """
+    key, indices = split(found.tensor)
+    if not indices:
+        return [found.tensor]
+    tiny = {split(n)[1] for family in findings.families for n in family.names if split(n)[0] == key}
+    alike = [split(c.tensor) for c in findings.compensations if replace(c, tensor=found.tensor) == found]
+    own = {place for other, place in alike if other == key}
+    fitting = [pattern for pattern in patterns if pattern.key == key]
+    if own == tiny:
+        return [template(pattern) for pattern in fitting]
+    if own == {max(tiny)}:
+        return [numbered(key, max(tuple(map(max, pattern.indices)) for pattern in fitting))]
+    raise LayoutError(f"the factor on {found.tensor!r} is neither on every layer nor on the last one")
 
 
 def real_sizes(
