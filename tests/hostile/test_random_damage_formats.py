@@ -7,13 +7,11 @@ import shutil
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from sparkling_cli import api
@@ -21,7 +19,7 @@ from sparkling_cli.errors import CheckpointError, SparklingError
 from tests.formats.make_dcp import save_single
 from tests.formats.make_nanogpt import make_nanogpt
 from tests.formats.test_singlefile import _layout_file
-from tests.hostile.test_random_damage import SECONDS, Hang, damaged, limit
+from tests.hostile.test_random_damage import SECONDS, Hang, damaged, limit, outcome
 
 AXES = [{"axis": "hidden", "factor": 2}, {"axis": "heads", "factor": 2}, {"axis": "ffn", "factor": 2}]
 
@@ -38,26 +36,6 @@ def loads_file(path: Path) -> None:
     torch.load(path, weights_only=True)
 
 
-def outcome(source: Path, target: Path, layout: Path, loads: Callable[[Path], None]) -> str:
-    """``refused``, ``accepted`` (and proved right), or what went wrong."""
-    try:
-        with limit(SECONDS):
-            api.expand(source, target, axes=AXES, report="none", layout=layout)
-    except SparklingError as error:
-        left = [p.name for p in target.parent.iterdir() if p.name.lstrip(".").startswith(target.name)]
-        if left:
-            return f"left behind: {left}"
-        return "refused" if error.message.strip() else "an error without words"
-    except (Exception, Hang):
-        return traceback.format_exc()[-1500:]
-    try:
-        api.verify(source, target)
-        loads(target)
-    except (Exception, CheckpointException):  # which is no Exception
-        return "accepted, but not right: " + traceback.format_exc()[-1500:]
-    return "accepted"
-
-
 @pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.survey)])
 @pytest.mark.parametrize("kind", ["dcp", "file"])
 @pytest.mark.timeout(3600)
@@ -70,7 +48,7 @@ def test_damaged_formats(tmp_path: Path, kind: str, count: int) -> None:
         save_single(source)
     else:
         make_nanogpt(source)
-    assert outcome(source, tmp_path / "whole", layout, loads) == "accepted"
+    assert outcome(source, tmp_path / "whole", loads, axes=AXES, layout=layout) == "accepted"
     rng = random.Random(count)
     files = sorted(p for p in source.rglob("*") if p.is_file()) if kind == "dcp" else [source]
     tally: Counter[str] = Counter()
@@ -80,7 +58,7 @@ def test_damaged_formats(tmp_path: Path, kind: str, count: int) -> None:
         whole = path.read_bytes()
         path.write_bytes(damaged(whole, rng, json_like=False))
         target = tmp_path / f"out{number}"
-        found = outcome(source, target, layout, loads)
+        found = outcome(source, target, loads, axes=AXES, layout=layout)
         tally[found.split(":")[0]] += 1
         if found not in ("refused", "accepted"):
             faults.append(f"--- damage {number} to {path.name}: {found}")
@@ -110,7 +88,7 @@ def test_a_damaged_object_beside_the_tensors(tmp_path: Path) -> None:
         save_single(source)
     finally:
         torch.serialization.set_crc32_options(True)
-    assert outcome(source, tmp_path / "unsummed", layout, loads_dcp) == "accepted"
+    assert outcome(source, tmp_path / "unsummed", loads_dcp, axes=AXES, layout=layout) == "accepted"
 
 
 @pytest.mark.parametrize("count", [15, pytest.param(300, marks=pytest.mark.survey)])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +13,8 @@ import pytest
 import torch
 import yaml
 
-from sparkling_cli import api
-from sparkling_cli.errors import SparklingError
 from tests.formats import make_nanochat, test_composer, test_lingua, test_megatron_legacy, test_olmo
-from tests.hostile.test_random_damage import SECONDS, Hang, damaged, limit
+from tests.hostile.test_random_damage import damaged, outcome
 
 AXES = [{"axis": axis, "factor": 2} for axis in ("hidden", "kv_heads", "ffn")]
 
@@ -50,27 +46,6 @@ def loads(root: Path) -> None:
             yaml.safe_load(path.read_text())
 
 
-def outcome(source: Path, target: Path) -> str:
-    """``refused``, ``accepted`` (and proved), or what went wrong."""
-    try:
-        with limit(SECONDS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            api.expand(source, target, axes=AXES, report="none")
-    except SparklingError as error:
-        left = [path.name for path in target.parent.iterdir() if target.name in path.name]
-        if left:
-            return f"left behind: {left}"
-        return "refused" if error.message.strip() else "an error without words"
-    except (Exception, Hang):
-        return traceback.format_exc()[-1500:]
-    try:
-        api.verify(source, target)
-        loads(target)
-    except Exception:
-        return "accepted, but not right: " + traceback.format_exc()[-1500:]
-    return "accepted"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.survey)])
 @pytest.mark.parametrize("kind", MAKERS)
@@ -80,7 +55,7 @@ def test_damaged_trainers(tmp_path: Path, kind: str, count: int) -> None:
     make, name = MAKERS[kind]
     make(tmp_path / "run")
     source = tmp_path / "run" / name
-    assert outcome(source, tmp_path / "whole") == "accepted"
+    assert outcome(source, tmp_path / "whole", loads, axes=AXES) == "accepted"
     rng = random.Random(f"{kind} {count}")
     files = sorted(path for path in (tmp_path / "run").rglob("*") if path.is_file())
     tally: Counter[str] = Counter()
@@ -89,7 +64,7 @@ def test_damaged_trainers(tmp_path: Path, kind: str, count: int) -> None:
         path = rng.choice(files)
         whole = path.read_bytes()
         path.write_bytes(damaged(whole, rng, path.suffix == ".json"))
-        found = outcome(source, tmp_path / f"out{number}")
+        found = outcome(source, tmp_path / f"out{number}", loads, axes=AXES)
         tally[found.split(":")[0]] += 1
         if found not in ("refused", "accepted"):
             faults.append(f"--- damage {number} to {path.name}: {found}")

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.names import NameTemplate
-from sparkling_cli.models.skeleton import causal_lm_names
+from sparkling_cli.models.infer import infer
+from sparkling_cli.models.shrink import shrink
+from sparkling_cli.models.skeleton import causal_lm_names, default_config
 from sparkling_cli.widening.geometry import Fill, Growth, Treatment, view_of
 from tests.widening.whole import widen_tensor
 
@@ -94,6 +97,23 @@ def logit_change_through_disk(
         after = reloaded.eval()(input_ids=ids, use_cache=False).logits.double()
     after = after[..., : before.shape[-1]]
     return float((after - before).abs().max() / before.abs().max())
+
+
+def small_config(model_type: str) -> dict[str, Any]:
+    """A small config of the type, or skip: some defaults do not build, some classes want no text."""
+    try:
+        return shrink(default_config(model_type))
+    except Exception as error:  # the library's own defaults may raise anything
+        pytest.skip(f"no small model: {error}"[:200])
+
+
+def small_layout(model_type: str) -> tuple[dict[str, Any], ModelLayout]:
+    """A small config and what inference finds of it, or skip: it may refuse the class, with a reason."""
+    config = small_config(model_type)
+    try:
+        return config, infer(config)
+    except Exception as error:  # the library's own code may raise anything
+        pytest.skip(f"no layout: {error}"[:200])
 
 
 def surveyed(drawn: set[str]) -> list[str]:

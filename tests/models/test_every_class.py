@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from inference_support import logit_change_through_disk
+from inference_support import logit_change_through_disk, small_config
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import COUNTED
 from sparkling_cli.models.infer import infer
-from sparkling_cli.models.shrink import shrink
 from sparkling_cli.models.skeleton import build_model, causal_lm_names, default_config, text_config
 
 pytestmark = pytest.mark.survey
@@ -20,14 +18,6 @@ pytestmark = pytest.mark.survey
 UNEXPLAINED = {
     "inkling2_text": "numbers in .* on disk",  # counted from another layer than the module's
 }
-
-
-def small_config(model_type: str) -> dict[str, Any]:
-    """A small config of the type, or skip: some defaults do not build, some classes want no text."""
-    try:
-        return shrink(default_config(model_type))
-    except Exception as error:  # the library's own defaults may raise anything
-        pytest.skip(f"no small model: {error}"[:200])
 
 
 @pytest.mark.parametrize("model_type", sorted(causal_lm_names()))

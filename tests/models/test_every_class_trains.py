@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_every_class import small_config
+from inference_support import small_config
 from training_support import (
     Origin,
     Tensors,
