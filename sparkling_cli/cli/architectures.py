@@ -12,9 +12,7 @@ from sparkling_cli.cli.console import output
 
 def architectures(
     only: Annotated[list[str], typer.Argument(help="Model types; default: all.", metavar="TYPE")] = [],
-    markdown: Annotated[
-        bool, opt.option("--markdown", panel=opt.OUTPUT, words="Print docs/architectures.md.")
-    ] = False,
+    markdown: Annotated[bool, opt.option("--markdown", opt.OUTPUT, "Print docs/architectures.md.")] = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 
 from sparkling_cli.cli import options as opt
-from sparkling_cli.cli.complete import checkpoints
 from sparkling_cli.cli.console import output
 from sparkling_cli.cli.options import option
 from sparkling_cli.spec.choices import (
@@ -23,14 +22,11 @@ from sparkling_cli.spec.choices import (
 
 
 def expand(
+    ctx: typer.Context,
     source: opt.CheckpointArg,
     destination: Annotated[
         Path | None,
-        typer.Argument(
-            help="Output; must not exist. Default: CKPT-<axis><factor>x beside CKPT.",
-            metavar="DST",
-            autocompletion=checkpoints,
-        ),
+        opt.checkpoint("Output; must not exist. Default: CKPT-<axis><factor>x beside CKPT.", "DST"),
     ] = None,
     axis: opt.AxisOption = [],
     factor: opt.FactorOption = [],
@@ -41,73 +37,70 @@ def expand(
         str | None,
         option(
             "--init",
-            panel=opt.METHOD,
+            opt.METHOD,
+            "New entries of fan-out and fan-in dims.",
             choices=InitPair,
             default="copy-copy",
-            words="New entries of fan-out and fan-in dims.",
         ),
     ] = None,
     scaling: Annotated[
         str | None,
         option(
             "--scaling",
-            panel=opt.METHOD,
+            opt.METHOD,
+            "What fan-in matrices are scaled to keep: the RMS (calibrated: fitted on tokens), or the "
+            "function.",
             choices=Scaling,
             default="rms",
-            words="What fan-in matrices are scaled to keep: the RMS (calibrated: fitted on tokens), or the "
-            "function.",
         ),
     ] = None,
     optimizer: Annotated[
         str | None,
         option(
             "--optimizer",
-            panel=opt.METHOD,
+            opt.METHOD,
+            "Optimizer state: old entries keep theirs and new ones start at zero; or otherwise.",
             choices=OptimizerTreatment,
             default="asymmetric",
-            words="Optimizer state: old entries keep theirs and new ones start at zero; or otherwise.",
         ),
     ] = None,
     seed: Annotated[
-        int | None,
-        option("--seed", panel=opt.METHOD, metavar="NUMBER", default=0, words="Seed of random entries."),
+        int | None, option("--seed", opt.METHOD, "Seed of random entries.", metavar="NUMBER", default=0)
     ] = None,
     vocab_fill: Annotated[
         str | None,
         option(
             "--vocab-fill",
-            panel=opt.METHOD,
+            opt.METHOD,
+            "New rows of the vocabulary: the mean of all old ones, or otherwise.",
             choices=VocabFill,
             default="mean",
-            words="New rows of the vocabulary: the mean of all old ones, or otherwise.",
         ),
     ] = None,
     vocab_from: Annotated[
         list[str],
         option(
             "--vocab-from",
-            panel=opt.METHOD,
-            metavar="FILE",
-            words="New token ids and the old ones whose mean they get; or one of them, as 512=17,203; may "
+            opt.METHOD,
+            "New token ids and the old ones whose mean they get; or one of them, as 512=17,203; may "
             "be repeated.",
+            metavar="FILE",
         ),
     ] = [],
     router_noise: Annotated[
         float | None,
         option(
             "--router-noise",
-            panel=opt.METHOD,
+            opt.METHOD,
+            "Noise on the router rows of new experts, by the deviation of the old ones: 0.01.",
             metavar="SHARE",
             default=0,
-            words="Noise on the router rows of new experts, by the deviation of the old ones: 0.01.",
         ),
     ] = None,
     allow_locked: Annotated[
         bool,
         option(
-            "--allow-locked",
-            panel=opt.METHOD,
-            words="Go on where copies would stay equal to their sources for ever.",
+            "--allow-locked", opt.METHOD, "Go on where copies would stay equal to their sources for ever."
         ),
     ] = False,
     rho: opt.RhoOption = None,
@@ -127,61 +120,54 @@ def expand(
         Path | None,
         option(
             "--param-order",
-            panel=opt.INPUT,
+            opt.INPUT,
+            "Names of the parameters, one per line, in the optimizer's order, where it numbers them.",
             metavar="FILE",
-            words="Names of the parameters, one per line, in the optimizer's order, where it numbers them.",
         ),
     ] = None,
     carry: Annotated[
         list[str],
         option(
             "--carry",
-            panel=opt.INPUT,
-            metavar="PATTERN",
-            words="Tensors that stay as they are although their shape is one that grows: a name, * for any "
+            opt.INPUT,
+            "Tensors that stay as they are although their shape is one that grows: a name, * for any "
             "part; may be repeated.",
+            metavar="PATTERN",
         ),
     ] = [],
     state: Annotated[
         list[str],
         option(
             "--state",
-            panel=opt.INPUT,
-            metavar=f"NAME=[{'|'.join(get_args(StateTreatment))}]",
-            words="What optimizer state of that name is: widened like the weight, a moment, or left as it "
+            opt.INPUT,
+            "What optimizer state of that name is: widened like the weight, a moment, or left as it "
             "is; may be repeated.",
+            metavar=f"NAME=[{'|'.join(get_args(StateTreatment))}]",
         ),
     ] = [],
     allow_nonfinite: Annotated[
-        bool,
-        option("--allow-nonfinite", panel=opt.INPUT, words="Go on where weights or state hold NaN or Inf."),
+        bool, option("--allow-nonfinite", opt.INPUT, "Go on where weights or state hold NaN or Inf.")
     ] = False,
-    dry_run: Annotated[
-        bool, option("--dry-run", panel=opt.OUTPUT, words="Print the whole plan; write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, option("--dry-run", opt.OUTPUT, "Print the whole plan; write nothing.")] = False,
     report: Annotated[
         str,
         option(
             "--report",
-            panel=opt.OUTPUT,
+            opt.OUTPUT,
+            "Measure activations before and after; auto: less of large models.",
             choices=ReportKind,
             default="auto",
-            words="Measure activations before and after; auto: less of large models.",
         ),
     ] = "auto",
     data: opt.DataOption = None,
     names: Annotated[
         str | None,
-        option(
-            "--names", panel=opt.OUTPUT, choices=Names, default="auto", words="Weight names in the output."
-        ),
+        option("--names", opt.OUTPUT, "Weight names in the output.", choices=Names, default="auto"),
     ] = None,
     memory: opt.MemoryOption = "1G",
     threads: Annotated[
         int | None,
-        option(
-            "--threads", panel=opt.RUNNING, metavar="COUNT", words="Worker threads; default: by the machine."
-        ),
+        option("--threads", opt.RUNNING, "Worker threads; default: by the machine.", metavar="COUNT"),
     ] = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
@@ -204,42 +190,26 @@ def expand(
     from sparkling_cli.execute.commit import check_destination
     from sparkling_cli.report.plan import plan_result
     from sparkling_cli.spec.quantities import LEAST_MEMORY, parse_bytes
-    from sparkling_cli.spec.sources import means_from_options, state_from_options
-
-    chosen = _spec(
-        spec,
-        axis,
-        factor,
-        to,
-        {
-            "multiple_of": multiple_of,
-            "init": init,
-            "scaling": scaling,
-            "optimizer": optimizer,
-            "seed": seed,
-            "names": names,
-            "vocab_fill": vocab_fill,
-            "router_noise": router_noise,
-            "vocab_from": means_from_options(vocab_from),
-            "allow_locked": allow_locked or None,
-            "allow_nonfinite": allow_nonfinite or None,
-            "carry": carry or None,
-            "state": state_from_options(state),
-            **opt.schedule_fields(
-                rho=rho,
-                rewarmup_steps=rewarmup_steps,
-                bias_correction=bias_correction,
-                schedule=schedule,
-                peak_lr=peak_lr,
-                min_lr=min_lr,
-                warmup_steps=warmup_steps,
-                decay_steps=decay_steps,
-                decay=decay,
-                total_steps=total_steps,
-                expansion_step=expansion_step,
-            ),
-        },
+    from sparkling_cli.spec.sources import (
+        axes_from_options,
+        make_spec,
+        means_from_options,
+        merge,
+        read_spec_file,
+        state_from_options,
     )
+
+    others = {
+        "vocab_from": means_from_options(vocab_from),
+        "allow_locked": allow_locked,
+        "allow_nonfinite": allow_nonfinite,
+        "carry": carry,
+        "state": state_from_options(state),
+        "axes": axes_from_options(axis, factor, to, multiple_of),
+    }
+    over = {**opt.spec_fields(ctx.params), **{name: value for name, value in others.items() if value}}
+    base = read_spec_file(spec) if spec else {}
+    chosen = make_spec(merge(base, over), str(spec) if spec and not over else "options")
     budget = parse_bytes(memory, "--memory", least=LEAST_MEMORY)
     api.check_report(report, data)
     with output.progress("planning", None):
@@ -266,14 +236,3 @@ def expand(
     if result.report is not None:
         output.data(result.report)
         show_result(output, result)
-
-
-def _spec(path: Path | None, axis: list[str], factor: list[str], to: list[str], given: dict[str, Any]) -> Any:
-    from sparkling_cli.spec.sources import axes_from_options, make_spec, merge, read_spec_file
-
-    base = read_spec_file(path) if path else {}
-    over = opt.given(given)
-    axes = axes_from_options(axis, factor, to, given["multiple_of"])
-    if axes:
-        over["axes"] = axes
-    return make_spec(merge(base, over), str(path) if path and not over else "options")

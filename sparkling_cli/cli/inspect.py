@@ -23,11 +23,11 @@ def inspect(
         Path | None,
         option(
             "--against",
-            panel=opt.INPUT,
+            opt.INPUT,
+            "An earlier state of the same model: what it was widened from, or the widened checkpoint "
+            "that it was trained on from.",
             metavar="CKPT",
             complete=checkpoints,
-            words="An earlier state of the same model: what it was widened from, or the widened checkpoint "
-            "that it was trained on from.",
         ),
     ] = None,
     model: opt.ModelOption = None,
@@ -37,36 +37,25 @@ def inspect(
         bool,
         option(
             "--activations/--no-activations",
-            panel=opt.OUTPUT,
+            opt.OUTPUT,
+            "Run the model on tokens and measure.",
             default="activations",
-            words="Run the model on tokens and measure.",
         ),
     ] = True,
     sequences: Annotated[
-        int,
-        option(
-            "--sequences", panel=opt.OUTPUT, metavar="COUNT", default=8, words="Sequences at most.", min=1
-        ),
+        int, option("--sequences", opt.OUTPUT, "Sequences at most.", metavar="COUNT", default=8, min=1)
     ] = 8,
     length: Annotated[
-        int,
-        option(
-            "--length",
-            panel=opt.OUTPUT,
-            metavar="TOKENS",
-            default=256,
-            words="Tokens in each at most.",
-            min=2,
-        ),
+        int, option("--length", opt.OUTPUT, "Tokens in each at most.", metavar="TOKENS", default=256, min=2)
     ] = 256,
     seed: Annotated[
         int,
         option(
             "--seed",
-            panel=opt.OUTPUT,
+            opt.OUTPUT,
+            "Seed of random tokens, where there is no text.",
             metavar="NUMBER",
             default=0,
-            words="Seed of random tokens, where there is no text.",
         ),
     ] = 0,
     plot: opt.PlotOption = None,

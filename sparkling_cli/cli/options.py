@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -17,13 +17,14 @@ INPUT, OUTPUT, RUNNING = "Input and layout", "Output and report", "Running"
 
 
 def option(
-    *flags: str,
+    flags: str,
     panel: str,
+    words: str,
+    *,
     metavar: str | None = None,
     choices: object = None,
     default: object = None,
     complete: Callable[..., list[str]] | None = None,
-    words: str,
     **more: Any,
 ) -> Any:
     """An option of a group.
@@ -31,17 +32,17 @@ def option(
     Args:
         flags: its names.
         panel: the heading that it stands under.
+        words: its help.
         metavar: what its value is, in capitals.
         choices: a ``Literal`` of its values, which are shown and completed; the spec checks them.
         default: what holds when it is not given, where that is the spec's to say.
         complete: offers values to the shell.
-        words: its help.
         more: for ``typer.Option``.
     """
     if choices is not None:
         metavar, complete = f"[{'|'.join(get_args(choices))}]", choices_of(get_args(choices))
     return typer.Option(
-        *flags,
+        *flags.split(),
         rich_help_panel=panel,
         metavar=metavar,
         autocompletion=complete,
@@ -51,12 +52,12 @@ def option(
     )
 
 
-CheckpointArg = Annotated[
-    Path,
-    typer.Argument(
-        help="Checkpoint directory or file.", metavar="CKPT", show_default=False, autocompletion=checkpoints
-    ),
-]
+def checkpoint(words: str, metavar: str) -> Any:
+    """A checkpoint as an argument."""
+    return typer.Argument(help=words, metavar=metavar, show_default=False, autocompletion=checkpoints)
+
+
+CheckpointArg = Annotated[Path, checkpoint("Checkpoint directory or file.", "CKPT")]
 
 
 def _set(name: str):  # type: ignore[no-untyped-def]
@@ -70,191 +71,120 @@ def _set(name: str):  # type: ignore[no-untyped-def]
 
 JsonOption = Annotated[
     bool,
-    option(
-        "--json",
-        panel=RUNNING,
-        words="Print one JSON document instead.",
-        callback=_set("as_json"),
-        is_eager=True,
-    ),
+    option("--json", RUNNING, "Print one JSON document instead.", callback=_set("as_json"), is_eager=True),
 ]
 QuietOption = Annotated[
-    bool,
-    option("--quiet", "-q", panel=RUNNING, words="Print errors and warnings only.", callback=_set("quiet")),
+    bool, option("--quiet -q", RUNNING, "Print errors and warnings only.", callback=_set("quiet"))
 ]
 VerboseOption = Annotated[
-    bool,
-    option("--verbose", "-v", panel=RUNNING, words="Print every tensor and note.", callback=_set("verbose")),
+    bool, option("--verbose -v", RUNNING, "Print every tensor and note.", callback=_set("verbose"))
 ]
 LayoutOption = Annotated[
-    Path | None,
-    option("--layout", panel=INPUT, metavar="FILE", words="Layout file (TOML) instead of inference."),
+    Path | None, option("--layout", INPUT, "Layout file (TOML) instead of inference.", metavar="FILE")
 ]
 ModelOption = Annotated[
     str | None,
     option(
         "--model",
-        panel=INPUT,
+        INPUT,
+        "Your own model: a callable from a config dict to an nn.Module. It is imported and run.",
         metavar="MODULE:FACTORY",
-        words="Your own model: a callable from a config dict to an nn.Module. It is imported and run.",
     ),
 ]
 AxisOption = Annotated[
     list[str],
     option(
-        "--axis",
-        "-a",
-        panel=GROW,
+        "--axis -a",
+        GROW,
+        "Axis to widen: ffn, hidden, heads, kv_heads, ...; may be repeated.",
         metavar="AXIS[=FACTOR]",
         complete=axes,
-        words="Axis to widen: ffn, hidden, heads, kv_heads, ...; may be repeated.",
     ),
 ]
 FactorOption = Annotated[
     list[str],
-    option(
-        "--factor",
-        "-f",
-        panel=GROW,
-        metavar="NUMBER",
-        words="New size / old size: one for all axes, or one for each.",
-    ),
+    option("--factor -f", GROW, "New size / old size: one for all axes, or one for each.", metavar="NUMBER"),
 ]
 ToOption = Annotated[
     list[str],
-    option(
-        "--to",
-        panel=GROW,
-        metavar="SIZE",
-        words="New size instead of a factor: one for all axes, or one for each.",
-    ),
+    option("--to", GROW, "New size instead of a factor: one for all axes, or one for each.", metavar="SIZE"),
 ]
 SpecOption = Annotated[
     Path | None,
     option(
-        "--spec",
-        panel=GROW,
-        metavar="FILE",
-        words="All of this in a file (YAML, TOML or JSON); options override it.",
+        "--spec", GROW, "All of this in a file (YAML, TOML or JSON); options override it.", metavar="FILE"
     ),
 ]
 MultipleOption = Annotated[
     int | None,
     option(
         "--multiple-of",
-        panel=GROW,
+        GROW,
+        "Round sizes that are not given by --to up to a multiple of it.",
         metavar="SIZE",
-        words="Round sizes that are not given by --to up to a multiple of it.",
     ),
 ]
 DataOption = Annotated[
     Path | None,
     option(
         "--data",
-        panel=OUTPUT,
+        OUTPUT,
+        "Text, JSONL or tokens (.bin, .npy) to measure on; default: a bundled text.",
         metavar="FILE",
-        words="Text, JSONL or tokens (.bin, .npy) to measure on; default: a bundled text.",
     ),
 ]
-PlotOption = Annotated[
-    Path | None,
-    option("--plot", panel=OUTPUT, metavar="FILE", words="Draw it: .png, .svg or .pdf."),
-]
+PlotOption = Annotated[Path | None, option("--plot", OUTPUT, "Draw it: .png, .svg or .pdf.", metavar="FILE")]
 MemoryOption = Annotated[
-    str, option("--memory", panel=RUNNING, metavar="BYTES", default="1G", words="Memory budget: 512M, 2G.")
+    str, option("--memory", RUNNING, "Memory budget: 512M, 2G.", metavar="BYTES", default="1G")
 ]
 
 RhoOption = Annotated[
     float | None,
-    option(
-        "--rho", panel=RATE, metavar="RATIO", default=1.3, words="Re-warmup peak / rate at the expansion."
-    ),
+    option("--rho", RATE, "Re-warmup peak / rate at the expansion.", metavar="RATIO", default=1.3),
 ]
 RewarmupStepsOption = Annotated[
-    int | None,
-    option("--rewarmup-steps", panel=RATE, metavar="STEPS", default=250, words="Length of the re-warmup."),
+    int | None, option("--rewarmup-steps", RATE, "Length of the re-warmup.", metavar="STEPS", default=250)
 ]
 BiasCorrectionOption = Annotated[
     str | None,
     option(
         "--bias-correction",
-        panel=RATE,
+        RATE,
+        "Adam's step counter for new entries.",
         choices=BiasCorrection,
         default="inherit",
-        words="Adam's step counter for new entries.",
     ),
 ]
 ScheduleOption = Annotated[
     str | None,
     option(
         "--schedule",
-        panel=RATE,
+        RATE,
+        "The run's own schedule, where the checkpoint does not say it; with the options below.",
         choices=BaselineType,
-        words="The run's own schedule, where the checkpoint does not say it; with the options below.",
     ),
 ]
-PeakOption = Annotated[
-    float | None, option("--peak-lr", panel=RATE, metavar="LR", words="Its peak learning rate.")
-]
-MinimumOption = Annotated[
-    float | None, option("--min-lr", panel=RATE, metavar="LR", words="Its final learning rate.")
-]
-WarmupOption = Annotated[
-    int | None, option("--warmup-steps", panel=RATE, metavar="STEPS", words="Its warmup.")
-]
-DecayStepsOption = Annotated[
-    int | None, option("--decay-steps", panel=RATE, metavar="STEPS", words="Its decay (wsd).")
-]
+PeakOption = Annotated[float | None, option("--peak-lr", RATE, "Its peak learning rate.", metavar="LR")]
+MinimumOption = Annotated[float | None, option("--min-lr", RATE, "Its final learning rate.", metavar="LR")]
+WarmupOption = Annotated[int | None, option("--warmup-steps", RATE, "Its warmup.", metavar="STEPS")]
+DecayStepsOption = Annotated[int | None, option("--decay-steps", RATE, "Its decay (wsd).", metavar="STEPS")]
 DecayOption = Annotated[
     str | None,
-    option(
-        "--decay", panel=RATE, choices=DecayShape, default="cosine", words="The shape of that decay (wsd)."
-    ),
+    option("--decay", RATE, "The shape of that decay (wsd).", choices=DecayShape, default="cosine"),
 ]
-TotalStepsOption = Annotated[
-    int | None, option("--total-steps", panel=RATE, metavar="STEPS", words="Its length in all.")
-]
+TotalStepsOption = Annotated[int | None, option("--total-steps", RATE, "Its length in all.", metavar="STEPS")]
 ExpansionStepOption = Annotated[
-    int | None,
-    option("--expansion-step", panel=RATE, metavar="STEP", words="Optimizer step of this checkpoint."),
+    int | None, option("--expansion-step", RATE, "Optimizer step of this checkpoint.", metavar="STEP")
 ]
 
 
-def schedule_fields(
-    *,
-    rho: float | None,
-    rewarmup_steps: int | None,
-    bias_correction: str | None,
-    schedule: str | None,
-    peak_lr: float | None,
-    min_lr: float | None,
-    warmup_steps: int | None,
-    decay_steps: int | None,
-    decay: str | None,
-    total_steps: int | None,
-    expansion_step: int | None,
-) -> dict[str, dict[str, Any]]:
-    """The spec's ``rewarmup`` and ``baseline`` as these options give them; None: not given."""
-    return {
-        "rewarmup": {"rho": rho, "steps": rewarmup_steps, "bias_correction": bias_correction},
-        "baseline": {
-            "type": schedule,
-            "peak": peak_lr,
-            "minimum": min_lr,
-            "warmup_steps": warmup_steps,
-            "decay_steps": decay_steps,
-            "decay": decay,
-            "total_steps": total_steps,
-            "expansion_step": expansion_step,
-        },
-    }
+def spec_fields(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec's fields that have an option of one value each, as far as they were given.
 
+    Args:
+        params: of the command, by name.
+    """
+    from sparkling_cli.spec.options import OPTIONS, from_keywords, keyword_of
 
-def given(fields: dict[str, Any]) -> dict[str, Any]:
-    """What was given of nested fields."""
-    kept: dict[str, Any] = {}
-    for key, value in fields.items():
-        inner = given(value) if isinstance(value, dict) else value
-        if inner is not None and inner != {}:
-            kept[key] = inner
-    return kept
+    known = [keyword_of(flag) for flags in OPTIONS.values() for flag in flags.values()]
+    return from_keywords({name: params[name] for name in known if params.get(name) is not None})

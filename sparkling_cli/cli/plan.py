@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from sparkling_cli.cli import options as opt
-from sparkling_cli.cli.complete import checkpoints
 from sparkling_cli.cli.console import output
 from sparkling_cli.cli.options import option
 from sparkling_cli.errors import SpecError
@@ -20,24 +17,14 @@ if TYPE_CHECKING:
 
 
 def plan(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="Checkpoint, or a config.json.",
-            metavar="CKPT_OR_CONFIG",
-            show_default=False,
-            autocompletion=checkpoints,
-        ),
-    ],
+    source: Annotated[Path, opt.checkpoint("Checkpoint, or a config.json.", "CKPT_OR_CONFIG")],
     tokens: Annotated[
         str,
-        option("--tokens", panel=opt.GROW, metavar="COUNT", words="Tokens of the whole run: 200B, 1.5T."),
+        option("--tokens", opt.GROW, "Tokens of the whole run: 200B, 1.5T.", metavar="COUNT"),
     ],
     expand_at: Annotated[
         str | None,
-        option(
-            "--expand-at", panel=opt.GROW, metavar="COUNT", words="Tokens before the expansion: 100B, or 50%."
-        ),
+        option("--expand-at", opt.GROW, "Tokens before the expansion: 100B, or 50%.", metavar="COUNT"),
     ] = None,
     axis: opt.AxisOption = [],
     factor: opt.FactorOption = [],
@@ -47,20 +34,14 @@ def plan(
         list[str],
         option(
             "--then",
-            panel=opt.GROW,
+            opt.GROW,
+            "A later expansion: ffn=2,hidden=1.5@150B; may be repeated.",
             metavar="AXIS=FACTOR,...@COUNT",
-            words="A later expansion: ffn=2,hidden=1.5@150B; may be repeated.",
         ),
     ] = [],
     experts_per_token: Annotated[
         int | None,
-        option(
-            "--experts-per-token",
-            panel=opt.INPUT,
-            metavar="COUNT",
-            words="Where the config does not say it.",
-            min=1,
-        ),
+        option("--experts-per-token", opt.INPUT, "Where the config does not say it.", metavar="COUNT", min=1),
     ] = None,
     layout: opt.LayoutOption = None,
     model: opt.ModelOption = None,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparkling_cli.cli import options as opt
-from sparkling_cli.cli.complete import checkpoints
 from sparkling_cli.cli.console import output
 from sparkling_cli.cli.options import option
 from sparkling_cli.errors import SpecError
@@ -24,28 +23,19 @@ ROWS = 14
 
 
 def schedule(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="Output of `sparkling expand`, or its rewarmup.json.",
-            metavar="CKPT",
-            show_default=False,
-            autocompletion=checkpoints,
-        ),
-    ],
+    ctx: typer.Context,
+    source: Annotated[Path, opt.checkpoint("Output of `sparkling expand`, or its rewarmup.json.", "CKPT")],
     steps: Annotated[
         str | None,
-        option(
-            "--steps", panel=opt.OUTPUT, metavar="A:B", words="Every step from A to B instead of a selection."
-        ),
+        option("--steps", opt.OUTPUT, "Every step from A to B instead of a selection.", metavar="A:B"),
     ] = None,
     plot: opt.PlotOption = None,
     write: Annotated[
         bool,
         option(
             "--write",
-            panel=opt.RATE,
-            words="Add the schedule to an output, or replace it, by the options below; then show it.",
+            opt.RATE,
+            "Add the schedule to an output, or replace it, by the options below; then show it.",
         ),
     ] = False,
     rho: opt.RhoOption = None,
@@ -78,22 +68,10 @@ def schedule(
     """
     from sparkling_cli.schedule.rewarmup import read_rewarmup
 
-    fields = opt.schedule_fields(
-        rho=rho,
-        rewarmup_steps=rewarmup_steps,
-        bias_correction=bias_correction,
-        schedule=schedule,
-        peak_lr=peak_lr,
-        min_lr=min_lr,
-        warmup_steps=warmup_steps,
-        decay_steps=decay_steps,
-        decay=decay,
-        total_steps=total_steps,
-        expansion_step=expansion_step,
-    )
-    rewarmup = _written(source, opt.given(fields)) if write else read_rewarmup(source)
-    if not write and opt.given(fields):
+    fields = opt.spec_fields(ctx.params)
+    if fields and not write:
         raise SpecError("these options describe a schedule that is to be written", hint="add --write")
+    rewarmup = _written(source, fields) if write else read_rewarmup(source)
     first, last = _range(steps, rewarmup)
     chosen = _chosen(first, last, everything=steps is not None)
     if plot is not None:

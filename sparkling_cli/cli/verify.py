@@ -5,30 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from sparkling_cli.cli import options as opt
-from sparkling_cli.cli.complete import checkpoints
 from sparkling_cli.cli.console import output
 from sparkling_cli.errors import CheckpointError
 
 
 def verify(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="The checkpoint that was widened.",
-            metavar="SRC",
-            show_default=False,
-            autocompletion=checkpoints,
-        ),
-    ],
-    destination: Annotated[
-        Path,
-        typer.Argument(
-            help="The output to prove.", metavar="DST", show_default=False, autocompletion=checkpoints
-        ),
-    ],
+    source: Annotated[Path, opt.checkpoint("The checkpoint that was widened.", "SRC")],
+    destination: Annotated[Path, opt.checkpoint("The output to prove.", "DST")],
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
