@@ -19,6 +19,7 @@ from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import Rewarmup
 from sparkling_cli.training.history import History, read_history
 from sparkling_cli.training.locked import share_locked
+from sparkling_cli.training.moved import Moved, moved
 from sparkling_cli.training.slices import NewEntries, local_tensor, new_entries
 from sparkling_cli.training.update import (
     AdamStep,
@@ -42,6 +43,7 @@ def rewarm(
     *,
     step: int | None = None,
     announce: bool = True,
+    measure_every: int | None = None,
 ) -> Rewarming:
     """Give the new entries of an expanded model their own learning rate from now on.
 
@@ -59,11 +61,15 @@ def rewarm(
             when training goes on from the expanded checkpoint itself. After a later one pass the step
             or load :meth:`Rewarming.state_dict`.
         announce: print one line on what begins to stderr, on the first rank.
+        measure_every: also measure how far entries move, in every step whose number in the whole run is a
+            multiple of this, for :meth:`Rewarming.metrics`. Such a step holds a copy of the parameters that
+            have new entries.
 
     Returns:
         The handle: for its state in checkpoints, and to take the hooks off.
 
     Raises:
+        SpecError: ``step`` lies before the expansion, or ``measure_every`` is less than 1.
         SparklingError: the checkpoint has no history, the model is not the expanded one, something is no
             torch optimizer or holds none of the model's parameters, or fresh bias correction is asked of an
             optimizer without it.
@@ -80,7 +86,11 @@ def rewarm(
             f"step {start} lies before the expansion at step {history.rewarmup.expansion_step}",
             hint="pass the optimizer steps done in the whole run, or resume from the expanded checkpoint",
         )
+    if measure_every is not None and measure_every < 1:
+        raise SpecError(f"measure_every is {measure_every}, it counts steps from 1 on")
     attached = [_attach(_unwrapped(o), found, known, history.rewarmup, start) for o in optimizers]
+    for one in attached:
+        one.measure_every = measure_every
     if announce and _is_first_rank():
         print(_line(found.values(), history.rewarmup, start), file=sys.stderr, flush=True)
     grown = tuple((p, history.dims(name)) for name, p in pairs if id(p) in found)
@@ -145,11 +155,20 @@ class Rewarming:
         ``learning_rate_ratio`` is eta_new / eta_old. Before the first step both are those of the next one.
         ``share_locked`` is the share of these entries that still equal the entries that they were copied
         from, in tensors that lie in this process as a whole; it takes a copy of one tensor at a time.
+        ``update_rms_new`` and ``update_rms_old`` are the root mean squares of the updates of these entries
+        and of all others in the same parameters, as far as this process holds them, in the last step that
+        ``measure_every`` chose; they are there from that step on.
         """
         rate, ratio = self._rate_and_ratio()
-        found = {"learning_rate_new": ratio * rate, "learning_rate_ratio": ratio}
+        found = {"learning_rate_new": ratio * rate, "learning_rate_ratio": ratio, **self.update_rms}
         share = share_locked(self._grown, self.history.layout.sizes, self.history.births)
         return found if share is None else {**found, "share_locked": share}
+
+    @property
+    def update_rms(self) -> dict[str, float]:
+        """``update_rms_new`` and ``update_rms_old`` of :meth:`metrics`, once they have been measured."""
+        moved = sum((a.moved for a in self._attached), Moved())
+        return moved.rms()
 
     @property
     def learning_rate_new(self) -> float:
@@ -200,6 +219,10 @@ class _Attached:
     looked: bool = False
     #: rate of old entries, and eta_new / eta_old of the last expansion, in the step just made
     applied: tuple[float, float] | None = None
+    measure_every: int | None = None
+    #: parameters with new entries before a step that is measured, and how far they have moved in the last one
+    copies: dict[int, Tensor] = field(default_factory=dict)
+    moved: Moved = field(default_factory=Moved)
 
     def rate_and_ratio(self) -> tuple[float, float]:
         """The rate of the first group with new entries now, and eta_new / eta_old at this step."""
@@ -213,6 +236,8 @@ class _Attached:
         rates = self._rates()
         self._compare_rates()
         self._look_for_state()
+        if self.measure_every is not None and (self.step + 1) % self.measure_every == 0:
+            self.copies = {id(p.tensor): local_tensor(p.tensor).clone() for _, p in self._live()}
         for group, param in self._live():
             if in_closed_form(self.optimizer, group, param.tensor):
                 continue
@@ -224,6 +249,7 @@ class _Attached:
     def after(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         """Scale the new entries' update, and count the step unless GradScaler skipped it."""
         kept, self.kept = self.kept, {}
+        copies, self.copies = self.copies, {}
         if self._skipped():
             return
         rates = self._rates()
@@ -232,7 +258,14 @@ class _Attached:
             self._correct_adam(rates, kept)
         else:
             self._correct_others(rates, kept)
+        if copies:
+            self.moved = self._moved(copies)
         self.step += 1
+
+    def _moved(self, copies: Mapping[int, Tensor]) -> Moved:
+        last = self.rewarmup.stages[-1].stage
+        held = [p for _, p in self._live()]
+        return sum((moved(p.tensor, copies[id(p.tensor)], p.entries, last) for p in held), Moved())
 
     def _correct_adam(self, rates: Mapping[int, float], kept: Mapping[tuple[int, int], list[Tensor]]) -> None:
         # a parameter without a gradient made no step

@@ -24,10 +24,12 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Args:
         directory: what ``sparkling expand`` wrote.
+        measure_every: as in :func:`rewarm`; ``update_rms_new`` and ``update_rms_old`` are logged too.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, measure_every: int | None = None) -> None:
         self.directory = str(directory)
+        self.measure_every = measure_every
         self.history = read_history(directory)
         self.rewarming: Rewarming | None = None
         self.resumed: dict[str, Any] | None = None
@@ -35,7 +37,8 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """What goes into ``trainer_state.json``."""
         kept = self.rewarming.state_dict() if self.rewarming is not None else self.resumed
-        return {"args": {"directory": self.directory}, "attributes": {"resumed": kept}}
+        args = {"directory": self.directory, "measure_every": self.measure_every}
+        return {"args": args, "attributes": {"resumed": kept}}
 
     def on_train_begin(
         self,
@@ -55,7 +58,9 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             )
         if self.rewarming is not None:
             self.rewarming.remove()
-        self.rewarming = rewarm(optimizer, model, self.history, step=state.global_step)
+        self.rewarming = rewarm(
+            optimizer, model, self.history, step=state.global_step, measure_every=self.measure_every
+        )
         kept = self._kept(state)
         if kept is not None and min(kept["steps"]) >= te:
             self.rewarming.load_state_dict(kept)
@@ -91,10 +96,10 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Log the new entries' rate too: in the history, and for callbacks after this one."""
         if self.rewarming is None or logs is None or "learning_rate" not in logs:
             return
-        rate = self.rewarming.learning_rate_new
-        logs["learning_rate_new"] = rate
+        ours = {"learning_rate_new": self.rewarming.learning_rate_new, **self.rewarming.update_rms}
+        logs.update(ours)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1]["learning_rate_new"] = rate
+            state.log_history[-1].update(ours)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -122,6 +122,32 @@ def test_the_log_has_the_new_entries_rate(
     assert line in capsys.readouterr().err
 
 
+def test_tensorboard_has_the_new_entries_rate(wide: Path, tmp_path: Path) -> None:
+    """Placed before the Trainer's own reporters, the callback's figures are in the file that they write."""
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = AutoModelForCausalLM.from_pretrained(wide)
+    trainer = build_trainer(model, tmp_path, max_steps=END, report_to=["tensorboard"])
+    trainer.callback_handler.callbacks.insert(0, SparklingCallback(wide, measure_every=1))
+    trainer.train(resume_from_checkpoint=str(wide))
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    rewarmup = read_history(wide).rewarmup
+    found = {event.step: event.value for event in events.Scalars("train/learning_rate_new")}
+    assert list(found) == list(range(TE + 1, END + 1))
+    for step, rate in found.items():
+        assert rate == pytest.approx(rewarmup.stages[0].eta_new(step - 1), rel=1e-6)
+    entries = [e for e in trainer.state.log_history if "update_rms_new" in e]
+    assert [e["step"] for e in entries] == list(found)
+    # rho is 3: once re-warmed, entries without a past move further than those that have one
+    assert entries[-1]["update_rms_new"] > entries[-1]["update_rms_old"] > 0
+    assert [e.value for e in events.Scalars("train/update_rms_old")] == pytest.approx(
+        [e["update_rms_old"] for e in entries]
+    )
+
+
 def test_only_new_entries_move_otherwise(wide: Path, tmp_path: Path) -> None:
     """In the first steps the callback changes new ffn entries by the curve's ratio, and no old entry."""
     with_hooks, plain = (

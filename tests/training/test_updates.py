@@ -368,6 +368,40 @@ def test_metrics_have_the_share_of_locked_copies() -> None:
     assert rewarming.metrics()["share_locked"] == pytest.approx(1 - ref.H / new, rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", [AdamW, Lion])
+def test_metrics_have_the_updates_of_new_and_old_entries(kind: type[Optimizer]) -> None:
+    """In every third step of the whole run: the root mean squares of what the masks select."""
+    net, optimizer, sched = ref.expanded(lambda params: kind(params, lr=ref.BASE.peak))
+    rewarming = rewarm(optimizer, net, ref.history(tau=0, rho=2.0), announce=False, measure_every=3)
+    masks = {name: mask for name, mask in ref.new_masks().items() if mask.any()}
+    before, wanted = ref.parameters(net), {}
+    for step in ref.steps(net, optimizer, sched, ref.TE, ref.TE + 7):
+        if (step + 1) % 3 == 0:
+            moved = [(net.get_parameter(n).detach() - before[n], mask) for n, mask in masks.items()]
+            new = torch.cat([update[mask] for update, mask in moved])
+            old = torch.cat([update[~mask] for update, mask in moved])
+            rms = (float(new.square().mean().sqrt()), float(old.square().mean().sqrt()))
+            wanted = dict(zip(("update_rms_new", "update_rms_old"), rms, strict=True))
+        found = {k: v for k, v in rewarming.metrics().items() if k.startswith("update")}
+        assert found == pytest.approx(wanted, rel=1e-12), step
+        before = ref.parameters(net)
+    assert wanted
+    with pytest.raises(SpecError, match="counts steps from 1"):
+        rewarm(optimizer, net, ref.history(), measure_every=0)
+
+
+def test_measuring_changes_no_step() -> None:
+    """The parameters end bit for bit as without it."""
+    found = []
+    for every in (None, 2):
+        net, optimizer, sched = ref.expanded(adamw)
+        rewarm(optimizer, net, ref.history(tau=0), measure_every=every)
+        for _ in ref.steps(net, optimizer, sched, ref.TE, ref.TE + 5):
+            pass
+        found.append(ref.parameters(net))
+    assert ref.distance(*found) == 0
+
+
 def test_what_is_no_torch_optimizer_is_refused() -> None:
     """By its class's name, with what to pass instead."""
 
