@@ -17,20 +17,11 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import list_files
-from sparkling_cli.formats.further import further_in
-from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest, ParamState
-from sparkling_cli.formats.statedict import numbers_of, packed, remaining_values, weights_in
-from sparkling_cli.formats.torchfile import (
-    ATTRIBUTES,
-    Call,
-    TorchFile,
-    TreePath,
-    lay_out,
-    plain,
-    read_torch_file,
-)
-from sparkling_cli.formats.zerofile import OPTIMIZER, SharedStep, options_output, read_options
-from sparkling_cli.storage.tensors import StoredTensor
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
+from sparkling_cli.formats.statedict import Place, numbers_of, weights_in
+from sparkling_cli.formats.statefiles import Box, StateFiles
+from sparkling_cli.formats.torchfile import ATTRIBUTES, Call, TorchFile, TreePath, plain, read_torch_file
+from sparkling_cli.formats.zerofile import OPTIMIZER, SharedStep, read_options
 
 ZERO = "zero/"
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -39,18 +30,10 @@ _CONVERT = "python -m deepspeed.checkpoint.ds_to_universal --input_folder {sourc
 
 @dataclass(frozen=True)
 class Parsed:
-    """What the writer needs again.
+    """What the writer needs again: all files, which of them are model states, and the one step of ZeRO-3."""
 
-    Attributes:
-        files: model states and parameters' files, by relative path.
-        models: which of them are model states.
-        steps: number of a state -> key of its own ``step``, or the file that is nothing but that number.
-        shared: the one step of ZeRO-3.
-    """
-
-    files: Mapping[str, TorchFile]
+    files: StateFiles
     models: tuple[str, ...]
-    steps: Mapping[int, str]
     shared: SharedStep | None
 
 
@@ -113,6 +96,7 @@ class UniversalCheckpoint:
             weights = _read_weights(root, files[models[0]], states)
         partitioned = all(key.startswith(ZERO) for key in weights.values())
         groups, shared = read_options(root, present, partitioned=partitioned)
+        boxes = _flat_boxes(files, _param_shapes(tree))
         if shared is not None:  # ZeRO-3: the fp32 files are the weights
             states = tuple(
                 ParamState(
@@ -120,12 +104,13 @@ class UniversalCheckpoint:
                 )
                 for s in states
             )
-        wanted = {*weights.values(), *(key for s in states for key in s.tensors.values())}
-        config = plain(tree["args"]) if isinstance(tree.get("args"), (dict, Call)) else None
-        tensors = _unflattened(files, _param_shapes(tree), wanted)
-        further = [item for file in files.values() for item in further_in(file, tensors)]
+            steps = {(number, "step"): shared.places for number in range(len(states))}
+        found_files = StateFiles(files, boxes, steps)
+        tensors, others = found_files.found(weights, states)
         if shared is not None:
-            further += shared.further
+            others += shared.further
+            found_files = replace(found_files, files={**files, OPTIMIZER: shared.file})
+        config = plain(tree["args"]) if isinstance(tree.get("args"), (dict, Call)) else None
         facts: dict[str, Any] = {"kind": "DeepSpeed Universal Checkpoint", "zero_3": partitioned}
         if type(tree.get("global_steps")) is int:
             facts["global_step"] = tree["global_steps"]
@@ -140,11 +125,11 @@ class UniversalCheckpoint:
             param_groups=groups,
             config=config if isinstance(config, dict) else None,
             config_file="" if config is None else f"{models[0]}: args",
-            carried=tuple(n for n in present if n not in files and not (shared and n == OPTIMIZER)),
-            further=tuple(further),
+            carried=tuple(n for n in present if n not in found_files.files),
+            further=tuple(others),
             facts=facts,
             notes=('resume with "checkpoint": {"load_universal": true} in DeepSpeed\'s config',),
-            private=Parsed(files, models, steps, shared),
+            private=Parsed(found_files, models, shared),
         )
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
@@ -154,26 +139,16 @@ class UniversalCheckpoint:
             CheckpointError: the request renames weights, which lie under the module's own names here.
         """
         parsed: Parsed = checkpoint.private
-        known = {key for file in parsed.files.values() for key in file.tensors}
-        declared = request.by_key(known, str(checkpoint.root))
+        files = parsed.files.files
+        declared = request.by_key(checkpoint.by_key, str(checkpoint.root))
         shapes = {name: declared[key].shape for name, key in checkpoint.weights.items() if key in declared}
-        numbers = {state.param: index for index, state in enumerate(checkpoint.states)}
-        values: dict[str, float] = {}
-        for full, value in request.scalars.items() if parsed.shared is None else ():
-            values[parsed.steps[numbers[full.rpartition(".")[0]]]] = value
-        edits: dict[str, dict[TreePath, Any]] = {
-            name: {(): int(value)} for name, value in values.items() if name in parsed.files
+        edits = {
+            name: {**_shape_edits(files[name], shapes), **_args_edits(files[name], request)}
+            for name in parsed.models
         }
-        for name in parsed.models:
-            edits[name] = {
-                **_shape_edits(parsed.files[name], shapes),
-                **_args_edits(parsed.files[name], request),
-            }
-        files = [_output(file, declared, values, edits.get(name, {})) for name, file in parsed.files.items()]
-        if parsed.shared is not None:  # which has one counter for all: they are dropped together
-            restart = next(iter(request.scalars.values()), None)
-            files.append(options_output(parsed.shared, restart))
-        return tuple(files)
+        if parsed.shared is not None:
+            edits[OPTIMIZER] = parsed.shared.edits
+        return parsed.files.outputs(checkpoint, request, edits)
 
 
 def _param_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -182,62 +157,43 @@ def _param_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {n: tuple(shape) for g in groups or () for n, shape in g.items() if isinstance(shape, tuple)}
 
 
-def _unflattened(
-    files: Mapping[str, TorchFile], shapes: Mapping[str, tuple[int, ...]], wanted: set[str]
-) -> dict[str, StoredTensor]:
-    """The tensors that the plan may change. What ZeRO-3 keeps flat gets its parameter's shape back.
+def _flat_boxes(
+    files: Mapping[str, TorchFile], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Box, ...]]:
+    """What ZeRO-3 keeps flat, as boxes of its parameter's shape.
 
     Raises:
         CheckpointError: a flat tensor has another number of entries than its parameter.
     """
-    tensors = {}
+    boxes: dict[str, tuple[Box, ...]] = {}
     for name, file in files.items():
-        param = name.split("/")[1] if name.startswith(ZERO) else ""
-        for key, stored in file.tensors.items():
-            shape = shapes.get(param)
-            if shape is not None and len(stored.shape) == 1 and stored.shape != shape:
+        shape = shapes.get(name.split("/")[1]) if name.startswith(ZERO) else None
+        for key, stored in file.tensors.items() if shape is not None else ():
+            if len(stored.shape) == 1 and stored.shape != shape:
+                assert shape is not None
                 if prod(shape) != prod(stored.shape):
                     raise CheckpointError(
                         f"{name} has {prod(stored.shape)} entries, its parameter has shape {shape}"
                     )
-                box = stored.extents[0]._replace(start=(0,) * len(shape), shape=shape)
-                stored = StoredTensor(stored.dtype, shape, (box,))
-            if key in wanted:
-                tensors[key] = stored
-    return tensors
-
-
-def _output(
-    file: TorchFile,
-    declared: Mapping[str, Declared],
-    values: Mapping[str, float],
-    edits: Mapping[TreePath, Any],
-) -> OutputFile:
-    shapes = {k: declared[k].shape for k in file.tensors if k in declared}
-    flat = {k for k, shape in shapes.items() if len(file.tensors[k].shape) == 1 != len(shape)}
-    new = {k: (declared[k].dtype, (prod(s),) if k in flat else s) for k, s in shapes.items()}
-    given = {k: packed(file.tensors[k].dtype, values[k]) for k in file.tensors if k in values}
-    laid = lay_out(file, new, edits=edits, values=remaining_values(file, new, given))
-    boxes = (
-        (k, e._replace(start=(0,) * len(shapes[k]), shape=shapes[k]) if k in flat else e)
-        for k, e in laid.tensors
-    )
-    return replace(laid, tensors=tuple(boxes))
+                boxes[key] = (Box(key, (0,) * len(shape), shape),)
+    return boxes
 
 
 def _parameter_files(present: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for n in present if n.startswith(ZERO) and n.count("/") == 2 and n.endswith(".pt"))
 
 
-def _read_states(files: Mapping[str, TorchFile]) -> tuple[tuple[ParamState, ...], dict[int, str]]:
-    """One state per folder below ``zero``; numbers of ``step`` -> key.
+def _read_states(
+    files: Mapping[str, TorchFile],
+) -> tuple[tuple[ParamState, ...], dict[tuple[int, str], tuple[Place, ...]]]:
+    """One state per folder below ``zero``, and the places of their steps.
 
     Raises:
         CheckpointError: a file holds more or less than one tensor, or there is no fp32 weight.
     """
     folders: dict[str, dict[str, str]] = {}
     scalars: dict[str, dict[str, float]] = {}
-    keys: dict[str, str] = {}
+    places: dict[str, Place] = {}
     for name, file in files.items():
         if not name.startswith(ZERO):
             continue
@@ -245,21 +201,25 @@ def _read_states(files: Mapping[str, TorchFile]) -> tuple[tuple[ParamState, ...]
         slot = slot.removesuffix(".pt")
         if slot == "step" and type(file.tree) in (int, float):  # of an optimizer that counts in Python
             scalars.setdefault(param, {})[slot] = float(file.tree)
-            keys[param] = name
+            places[param] = Place(name, ())
             continue
         if len(file.tensors) != 1:
             raise CheckpointError(f"{name}: expected one tensor, found {len(file.tensors)}")
         ((key, stored),) = file.tensors.items()
         if slot == "step" and prod(stored.shape) == 1:
             scalars.setdefault(param, {})[slot] = numbers_of(file, [key])[key]
-            keys[param] = key
+            places[param] = Place(name, key)
         else:
             folders.setdefault(param, {})[slot] = key
     for param, slots in folders.items():
         if "fp32" not in slots:
             raise CheckpointError(f"zero/{param} has no fp32.pt: the conversion was not finished")
     states = tuple(ParamState(p, slots, scalars.get(p, {})) for p, slots in folders.items())
-    return states, {i: keys[s.param] for i, s in enumerate(states) if s.param in keys}
+    steps: dict[tuple[int, str], tuple[Place, ...]] = {}
+    for number, state in enumerate(states):
+        if state.param in places:
+            steps[number, "step"] = (places[state.param],)
+    return states, steps
 
 
 def _layer_weights(

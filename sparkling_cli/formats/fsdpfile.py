@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.directory import inside
 from sparkling_cli.formats.model import ParamState
 from sparkling_cli.formats.optimizer_states import FSDP_COPY
-from sparkling_cli.formats.statedict import is_state_dict, weights_in
-from sparkling_cli.formats.torchfile import TorchFile, read_torch_file
+from sparkling_cli.formats.statedict import weights_in
+from sparkling_cli.formats.statefiles import read_weights_file
+from sparkling_cli.formats.torchfile import TorchFile
 from sparkling_cli.formats.weightfiles import FSDP_FULL, find_weights
 
 _STEM = FSDP_FULL.removesuffix(".bin")
@@ -45,10 +45,7 @@ def read_copy(root: Path, present: Sequence[str]) -> TorchFile | None:
     """
     if FSDP_FULL not in present or find_weights(root) == FSDP_FULL:
         return None
-    file = read_torch_file(inside(root, FSDP_FULL, "the directory"), FSDP_FULL)
-    if not is_state_dict(file.tree):
-        raise CheckpointError(f"{FSDP_FULL}: expected a state dict: names and tensors")
-    return file
+    return read_weights_file(root, FSDP_FULL)
 
 
 def with_copies(states: tuple[ParamState, ...], file: TorchFile) -> tuple[ParamState, ...]:

@@ -114,7 +114,7 @@ def lay_out_further(parsed: OpenFile, relative: str, declared: Sequence[Declared
     """
     own = {item.key: item for item in declared if item.key in parsed.keys}
     if isinstance(parsed.parsed, TorchFile):
-        return with_shapes(parsed.parsed, own.values())
+        return with_shapes(parsed.parsed, {key: (item.dtype, item.shape) for key, item in own.items()})
     rows = ((key, parsed.keys[key], item.dtype, item.shape) for key, item in own.items())
     return lay_out_safetensors(relative, rows, parsed.parsed.metadata)
 

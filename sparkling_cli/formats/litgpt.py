@@ -7,7 +7,7 @@ from pathlib import Path
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside, list_files, literal_file, read_yaml, rewritten_yaml
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
-from sparkling_cli.formats.singlefile import Parsed, find_sections, read_sections, write_sections
+from sparkling_cli.formats.singlefile import find_sections, read_sections, write_sections
 from sparkling_cli.formats.torchfile import read_torch_file
 
 WEIGHTS = "lit_model.pth"
@@ -51,8 +51,6 @@ class LitGptDirectory:
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """The torch file and the config, whose other lines stay as they are."""
-        parsed: Parsed = checkpoint.private
         text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
         config = rewritten_yaml(text, request.config, CONFIG)
-        weights = write_sections(parsed, checkpoint, request, path=WEIGHTS)
-        return (weights, literal_file(CONFIG, config.encode()))
+        return (*write_sections(checkpoint, request), literal_file(CONFIG, config.encode()))

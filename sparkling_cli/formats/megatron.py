@@ -15,12 +15,10 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside, list_files
-from sparkling_cli.formats.further import further_in
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
-from sparkling_cli.formats.rankfiles import Box, Place, RankFiles
-from sparkling_cli.formats.statedict import OptimizerTree, is_state_dict, keys_by_path, optimizer_in
+from sparkling_cli.formats.statedict import OptimizerTree, Place, is_state_dict, keys_by_path, optimizer_in
+from sparkling_cli.formats.statefiles import Box, StateFiles, first_states
 from sparkling_cli.formats.torchfile import ATTRIBUTES, Call, TensorNode, TorchFile, plain, read_torch_file
-from sparkling_cli.storage.tensors import StoredTensor
 
 FILE, FLAT = "model_optim_rng.pt", "distrib_optim.pt"
 _FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
@@ -36,14 +34,6 @@ _OTHER_FORMAT = (
     "resume once with --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable, save, and expand that"
 )
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Parsed:
-    """What the writer needs again."""
-
-    ranks: RankFiles
-    tensors: Mapping[str, StoredTensor]
 
 
 class MegatronLegacy:
@@ -81,9 +71,10 @@ class MegatronLegacy:
         files = [[read_torch_file(inside(root, p, "the folder"), p) for p in stage] for stage in grid]
         args = _arguments(files[0][0])
         found = _Parts(files, gated=bool(args.get("swiglu")))
-        ranks = RankFiles({f.relative: f for stage in files for f in stage}, found.boxes, found.scalars)
-        wanted = {*found.weights.values(), *(k for s in found.states for k in s.tensors.values())}
-        tensors = ranks.tensors(wanted)
+        numbers = first_states(found.states)
+        scalars = {(numbers[param], name): at for (param, name), at in found.scalars.items()}
+        ranks = StateFiles({f.relative: f for stage in files for f in stage}, found.boxes, scalars)
+        tensors, others = ranks.found(found.weights, found.states)
         if not args.get("group_query_attention"):
             args = {key: value for key, value in args.items() if key != "num_query_groups"}
         tree: Any = files[0][0].tree
@@ -94,7 +85,6 @@ class MegatronLegacy:
             facts["optimizer_class"] = "AdamW"
         notes = [] if found.states else ["there is no optimizer state in these files: weights only"]
         notes.append("resume with the sizes of the output's args, and with --kv-channels as it was")
-        used = {*wanted, *found.boxes}
         return Checkpoint(
             root=root,
             format=self.name,
@@ -105,20 +95,17 @@ class MegatronLegacy:
             config=args,
             config_file=f"{files[0][0].relative}: args",
             carried=tuple(name for name in list_files(root) if name not in ranks.files),
-            further=tuple(item for stage in files for f in stage for item in further_in(f, used)),
+            further=tuple(others),
             facts=facts,
             notes=tuple(notes),
-            private=Parsed(ranks, tensors),
+            private=ranks,
         )
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """Every rank's file, with the new sizes among its arguments."""
-        parsed: Parsed = checkpoint.private
-        edits = {
-            name: {("args", *ATTRIBUTES, key): value for key, value in request.config.items()}
-            for name in parsed.ranks.files
-        }
-        return parsed.ranks.outputs(request, parsed.tensors, edits)
+        ranks: StateFiles = checkpoint.private
+        args = {("args", *ATTRIBUTES, key): value for key, value in request.config.items()}
+        return ranks.outputs(checkpoint, request, dict.fromkeys(ranks.files, args))
 
 
 def _ranks(root: Path) -> list[list[str]]:
@@ -186,7 +173,7 @@ class _Parts:
         weights: name in the whole model -> key.
         states: of all parameters.
         groups: of the optimizer, without its parameters.
-        boxes, scalars: see :class:`~sparkling_cli.formats.rankfiles.RankFiles`.
+        boxes, scalars: see :class:`~sparkling_cli.formats.statefiles.StateFiles`.
     """
 
     files: Sequence[Sequence[TorchFile]]
@@ -292,8 +279,8 @@ class _Parts:
             if rank == 0 or not any(key in self.boxes for key in found.values()):
                 self.states.append(ParamState(name, slots, state.scalars))
             for scalar in state.scalars:
-                place_ = Place(file.relative, tree.scalars[index, scalar])
-                self.scalars[name, scalar] = (*self.scalars.get((name, scalar), ()), place_)
+                known = self.scalars.get((name, scalar), ())
+                self.scalars[name, scalar] = (*known, *tree.scalars[index, scalar])
         if not self.groups:
             self.groups = [{**group, "params": []} for group in tree.groups]
 

@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.directory import inside, list_files, literal_file, read_json, rewritten_json
-from sparkling_cli.formats.further import further_in
+from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
-from sparkling_cli.formats.rankfiles import Box, Place, RankFiles
-from sparkling_cli.formats.statedict import (
-    OptimizerTree,
-    is_optimizer,
-    is_state_dict,
-    optimizer_in,
-    weights_in,
+from sparkling_cli.formats.statedict import OptimizerTree, Place, weights_in
+from sparkling_cli.formats.statefiles import (
+    Box,
+    StateFiles,
+    first_states,
+    read_optimizer_file,
+    read_weights_file,
 )
-from sparkling_cli.formats.torchfile import REMOVED, TorchFile, read_torch_file
-from sparkling_cli.storage.tensors import StoredTensor
+from sparkling_cli.formats.torchfile import REMOVED, TorchFile
 
 _FILE = re.compile(r"(model|optim|meta)_(\d+)(?:_rank(\d+))?\.(?:pt|json)")
 #: parameters that AdamW has, by group, in nanochat's order; all others are matrices of ``transformer.h``
@@ -65,9 +63,8 @@ class Step(NamedTuple):
 class Parsed:
     """What the writer needs again."""
 
-    ranks: RankFiles
+    files: StateFiles
     meta: str
-    tensors: Mapping[str, StoredTensor]
 
 
 class NanochatStep:
@@ -117,16 +114,14 @@ class NanochatStep:
         config = meta.get("model_config")
         if not isinstance(config, dict):
             raise CheckpointError(f"{own.meta}: there is no model_config, the model's sizes, in it")
-        model = read_torch_file(inside(root, own.model, "the folder"), own.model)
-        if not is_state_dict(model.tree):
-            raise CheckpointError(f"{own.model}: expected a state dict: names and tensors")
+        model = read_weights_file(root, own.model)
         weights = weights_in(model, ())
-        files = [read_torch_file(inside(root, name, "the folder"), name) for name in own.optimizers]
-        found = _States({name: model.tensors[key].shape for name, key in weights.items()}, files)
-        ranks = RankFiles({file.relative: file for file in (model, *files)}, found.boxes, found.scalars)
-        wanted = {*weights.values(), *(key for s in found.states for key in s.tensors.values())}
-        tensors = ranks.tensors(wanted)
-        used = {*wanted, *found.boxes}
+        read = [read_optimizer_file(root, name) for name in own.optimizers]
+        found = _States({name: model.tensors[key].shape for name, key in weights.items()}, read)
+        numbers = first_states(found.states)
+        scalars = {(numbers[param], name): at for (param, name), at in found.scalars.items()}
+        files = StateFiles({file.relative: file for file in (model, *found.files)}, found.boxes, scalars)
+        tensors, others = files.found(weights, found.states)
         theirs = {name for _, files in steps.items() for names in files.values() for name in names.values()}
         facts: dict[str, Any] = {"kind": "nanochat", "global_step": step}
         notes = []
@@ -141,9 +136,9 @@ class NanochatStep:
             )
         else:
             notes.append("there is no optimizer state of this step: weights only")
-        others = sorted(set(steps) - {step})
-        if others:
-            notes.append(f"files of other steps ({', '.join(map(str, others))}) are not carried over")
+        later = sorted(set(steps) - {step})
+        if later:
+            notes.append(f"files of other steps ({', '.join(map(str, later))}) are not carried over")
         return Checkpoint(
             root=root,
             format=self.name,
@@ -154,14 +149,10 @@ class NanochatStep:
             config=config,
             config_file=f"{own.meta}: model_config",
             carried=tuple(name for name in list_files(root) if name not in theirs),
-            further=tuple(
-                item._replace(left_out=item.key in found.factors)
-                for file in (model, *files)
-                for item in further_in(file, used)
-            ),
+            further=tuple(item._replace(left_out=item.key in found.factors) for item in others),
             facts=facts,
             notes=tuple(notes),
-            private=Parsed(ranks, own.meta, tensors),
+            private=Parsed(files, own.meta),
         )
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
@@ -181,9 +172,9 @@ class NanochatStep:
         meta = literal_file(parsed.meta, rewritten_json(text, changes, parsed.meta).encode())
         edits = {
             name: {path: REMOVED for path in file.paths.values() if path[-1] == _FACTOR}
-            for name, file in parsed.ranks.files.items()
+            for name, file in parsed.files.files.items()
         }
-        return (*parsed.ranks.outputs(request, parsed.tensors, edits), meta)
+        return (*parsed.files.outputs(checkpoint, request, edits), meta)
 
 
 def step_of_file(path: Path) -> int | None:
@@ -232,15 +223,15 @@ class _States:
 
     Attributes:
         shapes: of the weights, in the model's order.
-        files: one per rank.
+        read: the files, one per rank, with what is in them.
         states: a parameter may have several: small ones have their whole state on every rank.
         groups: with names.
-        boxes, scalars: see :class:`~sparkling_cli.formats.rankfiles.RankFiles`.
+        boxes, scalars: see :class:`~sparkling_cli.formats.statefiles.StateFiles`.
         factors: keys of factored second moments, which are left out.
     """
 
     shapes: Mapping[str, Shape]
-    files: Sequence[TorchFile]
+    read: Sequence[tuple[TorchFile, OptimizerTree]]
     states: list[ParamState] = field(default_factory=list)
     groups: list[Mapping[str, Any]] = field(default_factory=list)
     boxes: dict[str, tuple[Box, ...]] = field(default_factory=dict)
@@ -248,12 +239,7 @@ class _States:
     factors: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        for rank, file in enumerate(self.files):
-            if not is_optimizer(file.tree):
-                raise CheckpointError(
-                    f"{file.relative}: expected an optimizer's state dict: state and groups"
-                )
-            tree = optimizer_in(file, ())
+        for rank, (file, tree) in enumerate(self.read):
             named = _named_groups(tree, self.shapes, file.relative)
             if rank == 0:
                 self.groups = [
@@ -273,8 +259,13 @@ class _States:
                 add = self._muon if stacked else self._adamw
                 add(rank, file, state, names)
                 for name in state.scalars:
-                    place = Place(file.relative, tree.scalars[index, name])
-                    self.scalars[names[0], name] = (*self.scalars.get((names[0], name), ()), place)
+                    known = self.scalars.get((names[0], name), ())
+                    self.scalars[names[0], name] = (*known, *tree.scalars[index, name])
+
+    @property
+    def files(self) -> list[TorchFile]:
+        """One per rank."""
+        return [file for file, _ in self.read]
 
     def _adamw(self, rank: int, file: TorchFile, state: ParamState, names: Sequence[str]) -> None:
         name, count = names[0], len(self.files)

@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
-from sparkling_cli.formats.directory import inside, list_files, literal_file, read_yaml, rewritten_yaml
-from sparkling_cli.formats.further import further_in
+from sparkling_cli.formats.directory import list_files, literal_file, read_yaml, rewritten_yaml
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
-from sparkling_cli.formats.statedict import (
-    OptimizerTree,
-    is_optimizer,
-    is_state_dict,
-    optimizer_in,
-    scalar_changes,
-    weights_in,
-    with_shapes,
-)
-from sparkling_cli.formats.torchfile import TorchFile, read_torch_file
+from sparkling_cli.formats.statedict import OptimizerTree, weights_in
+from sparkling_cli.formats.statefiles import StateFiles, read_optimizer_file, read_weights_file
+from sparkling_cli.formats.torchfile import read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class
 
 MODEL, OPTIMIZER, TRAIN, CONFIG = "model.pt", "optim.pt", "train.pt", "config.yaml"
 #: schedules that are one curve, by OLMo's names
 _CURVES = {"cosine_with_warmup": "cosine", "linear_with_warmup": "linear", "constant": "constant"}
-
-
-@dataclass(frozen=True)
-class Parsed:
-    """What the writer needs again."""
-
-    model: TorchFile
-    optimizer: TorchFile | None
-    tree: OptimizerTree
 
 
 class OlmoStep:
@@ -75,52 +57,40 @@ class OlmoStep:
         sizes = config.get("model")
         if not isinstance(sizes, dict):
             raise CheckpointError(f"{root / CONFIG}: there is no block model, the model's sizes, in it")
-        model = read_torch_file(inside(root, MODEL, "the folder"), MODEL)
-        if not is_state_dict(model.tree):
-            raise CheckpointError(f"{MODEL}: expected a state dict: names and tensors")
-        weights = weights_in(model, ())
-        file, tree, notes = None, OptimizerTree(), []
+        files = {MODEL: read_weights_file(root, MODEL)}
+        weights = weights_in(files[MODEL], ())
+        tree, notes = OptimizerTree(), []
         if OPTIMIZER in present:
-            file = read_torch_file(inside(root, OPTIMIZER, "the folder"), OPTIMIZER)
-            if not is_optimizer(file.tree):
-                raise CheckpointError(f"{OPTIMIZER}: expected an optimizer's state dict: state, param_groups")
-            tree = optimizer_in(file, ())
+            files[OPTIMIZER], tree = read_optimizer_file(root, OPTIMIZER)
         else:
             notes.append(f"there is no {OPTIMIZER}: weights only")
-        moments = (
-            {} if file is None else {k: file.tensors[k] for s in tree.states for k in s.tensors.values()}
-        )
-        stored = {**{key: model.tensors[key] for key in weights.values()}, **moments}
+        states = StateFiles(files, scalars=tree.scalars)
+        tensors, others = states.found(weights, tree.states)
         facts: dict[str, Any] = {"kind": "OLMo", **_steps(root, present), **_schedule(config)}
         if tree.states:
             facts["optimizer_class"] = optimizer_class(tree.states, tree.groups, {})
-        ours = (MODEL, OPTIMIZER, CONFIG)
         return Checkpoint(
             root=root,
             format=self.name,
-            tensors=stored,
+            tensors=tensors,
             weights=weights,
             states=tree.states,
             param_groups=tree.groups,
             config=sizes,
             config_file=f"{CONFIG}: model",
-            carried=tuple(name for name in present if name not in ours),
-            further=tuple(item for part in (model, file) if part for item in further_in(part, stored)),
+            carried=tuple(name for name in present if name != CONFIG and name not in files),
+            further=tuple(others),
             facts=facts,
             notes=tuple(notes),
-            private=Parsed(model, file, tree),
+            private=states,
         )
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """Both torch files, and the config, whose other lines stay as they are."""
-        parsed: Parsed = checkpoint.private
+        files: StateFiles = checkpoint.private
         text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
         config = rewritten_yaml(text, {f"model.{k}": v for k, v in request.config.items()}, CONFIG)
-        files = [literal_file(CONFIG, config.encode()), with_shapes(parsed.model, request.tensors)]
-        if parsed.optimizer is not None:
-            values, edits = scalar_changes(parsed.optimizer, parsed.tree, checkpoint, request)
-            files.append(with_shapes(parsed.optimizer, request.tensors, edits=edits, values=values))
-        return tuple(files)
+        return (literal_file(CONFIG, config.encode()), *files.outputs(checkpoint, request))
 
 
 def _steps(root: Path, present: tuple[str, ...]) -> dict[str, int]:

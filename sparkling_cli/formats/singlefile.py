@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.further import further_in
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
 from sparkling_cli.formats.statedict import (
     OptimizerTree,
@@ -20,11 +19,10 @@ from sparkling_cli.formats.statedict import (
     is_state_dict,
     joined,
     optimizer_in,
-    scalar_changes,
     weights_in,
-    with_shapes,
     without_attribute,
 )
+from sparkling_cli.formats.statefiles import StateFiles
 from sparkling_cli.formats.torchfile import TensorNode, TorchFile, TreePath, plain, read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class
 
@@ -50,9 +48,8 @@ class Sections:
 class Parsed:
     """What the writer needs again."""
 
-    file: TorchFile
+    files: StateFiles
     sections: Sections
-    optimizer: OptimizerTree
 
 
 class SingleFile:
@@ -82,8 +79,7 @@ class SingleFile:
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """The one output file."""
-        parsed: Parsed = checkpoint.private
-        return (write_sections(parsed, checkpoint, request, path=""),)
+        return write_sections(checkpoint, request)
 
 
 def find_sections(file: TorchFile) -> Sections:
@@ -186,7 +182,8 @@ def read_sections(
     if config is None and sections.config is not None:
         config = plain(at(file.tree, sections.config))
         config_file = f"{file.path.name}: {'.'.join(map(str, sections.config))}"
-    planned = _planned(weights, optimizer)
+    files = StateFiles({file.relative: file}, scalars=optimizer.scalars)
+    tensors, others = files.found(weights, optimizer.states)
     notes = []
     if not trees:
         notes.append("there is no optimizer state in this file: weights only")
@@ -195,33 +192,31 @@ def read_sections(
     return Checkpoint(
         root=root,
         format=format_name,
-        tensors={key: file.tensors[key] for key in planned},
+        tensors=tensors,
         weights=weights,
         states=optimizer.states,
         param_groups=optimizer.groups,
         config=config,
         config_file=config_file,
         carried=carried,
-        further=tuple(further_in(file, planned)),
+        further=tuple(others),
         facts=facts_of(file.tree, sections, optimizer),
         notes=tuple(notes),
-        private=Parsed(file, sections, optimizer),
+        private=Parsed(files, sections),
     )
 
 
-def write_sections(
-    parsed: Parsed, checkpoint: Checkpoint, request: OutputRequest, *, path: str
-) -> OutputFile:
+def write_sections(checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
     """The output file.
 
     Raises:
         CheckpointError: the request renames weights, which lie under the module's own names here.
     """
-    file = parsed.file
-    declared = request.by_key(file.tensors, file.path.name)
-    values, edits = scalar_changes(file, parsed.optimizer, checkpoint, request)
-    edits.update(config_edits(file.tree, parsed.sections, request.config))
-    return with_shapes(file, declared.values(), edits=edits, values=values, path=path)
+    parsed: Parsed = checkpoint.private
+    ((name, file),) = parsed.files.files.items()
+    request.by_key(file.tensors, file.path.name)
+    edits = {name: config_edits(file.tree, parsed.sections, request.config)}
+    return parsed.files.outputs(checkpoint, request, edits)
 
 
 def config_edits(tree: Any, sections: Sections, changes: Mapping[str, Any]) -> dict[TreePath, Any]:
@@ -251,12 +246,6 @@ def _steps(config: Any, dotted: str) -> TreePath:
         elif isinstance(config, dict):
             config = config.get(step)
     return tuple(steps)
-
-
-def _planned(weights: Mapping[str, str], optimizer: OptimizerTree) -> dict[str, None]:
-    keys = dict.fromkeys(weights.values())
-    keys.update(dict.fromkeys(key for state in optimizer.states for key in state.tensors.values()))
-    return keys
 
 
 def facts_of(tree: Any, sections: Sections, optimizer: OptimizerTree) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest, ParamState
+from sparkling_cli.formats.model import OutputFile, ParamState
 from sparkling_cli.formats.torchfile import (
+    REMOVED,
     Call,
     TensorNode,
     TorchFile,
@@ -31,6 +32,13 @@ WRAPPERS = ("_orig_mod.", "module.", "_forward_module.", "_fsdp_wrapped_module."
 PACKED = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
 
+class Place(NamedTuple):
+    """Where a number of the state stands: in which file, as which tensor or at which path."""
+
+    file: str
+    at: str | TreePath
+
+
 @dataclass(frozen=True)
 class OptimizerTree:
     """An optimizer's state dict, parsed.
@@ -38,12 +46,12 @@ class OptimizerTree:
     Attributes:
         states: one per parameter, in the file's order.
         groups: param groups as plain data.
-        scalars: ``(number in states, name)`` -> key of a one-entry tensor, or path of a plain number.
+        scalars: ``(number in states, name)`` -> every place of it.
     """
 
     states: tuple[ParamState, ...] = ()
     groups: tuple[Mapping[str, Any], ...] = ()
-    scalars: Mapping[tuple[int, str], str | TreePath] = field(default_factory=dict)
+    scalars: Mapping[tuple[int, str], tuple[Place, ...]] = field(default_factory=dict)
 
     def renamed(self, names: Mapping[str, str]) -> OptimizerTree:
         """The same with parameters under other names; those that have none keep theirs."""
@@ -166,7 +174,8 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
             f"{file.path.name}: the optimizer's param_groups must be a list of dictionaries, "
             f"found {groups!r:.80}"
         )
-    return OptimizerTree(tuple(states), tuple(groups), places)
+    found_at = {number: (Place(file.relative, place),) for number, place in places.items()}
+    return OptimizerTree(tuple(states), tuple(groups), found_at)
 
 
 def _in_groups(
@@ -217,7 +226,7 @@ def joined(trees: Sequence[OptimizerTree], where: str) -> OptimizerTree:
         raise CheckpointError(f"{where}: one optimizer knows its parameters by number, another by name")
     states: list[ParamState] = []
     groups: list[Mapping[str, Any]] = []
-    places: dict[tuple[int, str], str | TreePath] = {}
+    places: dict[tuple[int, str], tuple[Place, ...]] = {}
     base = 0
     for tree in trees:
         shift = base if all(known) else None
@@ -260,56 +269,29 @@ def packed(dtype: str, value: float) -> bytes:
     return struct.pack(PACKED[dtype], int(value) if dtype.startswith("int") else value)
 
 
-def scalar_changes(
-    file: TorchFile, tree: OptimizerTree, checkpoint: Checkpoint, request: OutputRequest
-) -> tuple[dict[str, bytes], dict[TreePath, Any]]:
-    """Scalars of the request as tensor bytes and as edits of the tree.
-
-    The first states of ``checkpoint`` are those of ``tree``, in their order, perhaps under other names.
-    """
-    values: dict[str, bytes] = {}
-    edits: dict[TreePath, Any] = {}
-    numbers = {state.param: index for index, state in enumerate(checkpoint.states)}
-    assert len(numbers) == len(checkpoint.states) >= len(tree.states) or not request.scalars
-    for full, value in request.scalars.items():
-        param, _, name = full.rpartition(".")
-        place = tree.scalars[numbers[param], name]
-        if isinstance(place, str):
-            values[place] = packed(file.tensors[place].dtype, value)
-        else:
-            edits[place] = type(at(file.tree, place))(value)
-    return values, edits
-
-
 def with_shapes(
     file: TorchFile,
-    tensors: Iterable[Declared],
+    new: Mapping[str, tuple[str, tuple[int, ...]]],
     *,
     edits: Mapping[TreePath, Any] | None = None,
     values: Mapping[str, bytes] | None = None,
-    path: str | None = None,
 ) -> OutputFile:
-    """The file with its tensors' new shapes; tensors of other files are left aside.
+    """The file with its tensors' new shapes.
 
     Args:
         file: the source's.
-        tensors: output tensors.
+        new: key -> dtype and shape.
         edits: see :func:`~sparkling_cli.formats.torchfile.lay_out`.
-        values: bytes of small tensors; those that are neither here nor among ``tensors`` stay as they are.
-        path: of the output file; the source's by default.
+        values: bytes of small tensors; those that are neither here nor in ``new`` (counters, random states)
+            stay as they are.
     """
-    new = {item.key: (item.dtype, item.shape) for item in tensors if item.key in file.tensors}
-    return lay_out(file, new, edits=edits, values=remaining_values(file, new, values or {}), path=path)
+    given, edits = values or {}, edits or {}
+    gone = removed(file, edits)
+    left = [key for key in file.tensors if key not in new and key not in given and key not in gone]
+    return lay_out(file, new, edits=edits, values={**read_values(file, left), **given})
 
 
-def remaining_values(
-    file: TorchFile, declared: Iterable[str], given: Mapping[str, bytes]
-) -> dict[str, bytes]:
-    """Bytes of every tensor that the plan does not write (counters, random states), ``given`` ones aside.
-
-    Raises:
-        CheckpointError: one is too large to be a counter: something that should have been widened.
-    """
-    known = set(declared) | set(given)
-    left = [key for key in file.tensors if key not in known]
-    return {**read_values(file, left), **given}
+def removed(file: TorchFile, edits: Mapping[TreePath, Any]) -> set[str]:
+    """Keys of the tensors that edits take out."""
+    cuts = [path for path, value in edits.items() if value is REMOVED]
+    return {key for key, path in file.paths.items() if any(path[: len(cut)] == cut for cut in cuts)}

@@ -11,19 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.directory import inside, list_files, literal_file, read_json, rewritten_json
+from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
 from sparkling_cli.formats.fsdpfile import check_alone, read_copy, with_copies
-from sparkling_cli.formats.further import further_in, tensors_of
+from sparkling_cli.formats.further import tensors_of
 from sparkling_cli.formats.gc_pause import collector_paused
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
-from sparkling_cli.formats.statedict import (
-    OptimizerTree,
-    is_optimizer,
-    optimizer_in,
-    scalar_changes,
-    with_shapes,
-)
-from sparkling_cli.formats.torchfile import TorchFile, read_torch_file
+from sparkling_cli.formats.statedict import OptimizerTree
+from sparkling_cli.formats.statefiles import StateFiles, read_optimizer_file
+from sparkling_cli.formats.torchfile import TorchFile
 from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
 from sparkling_cli.formats.weightfiles import (
     CANDIDATES,
@@ -49,9 +44,7 @@ class Parsed:
     """What the writer needs again."""
 
     weights: WeightFiles
-    optimizer_file: TorchFile | None
-    optimizer: OptimizerTree
-    copy: TorchFile | None
+    files: StateFiles
 
 
 class TrainerDirectory:
@@ -110,11 +103,9 @@ class TrainerDirectory:
         stale = [name for name in present if name not in ours and _is_other_weights(name)]
         notes += [f"{name} is not carried over: it holds the weights at their old size" for name in stale]
         notes += _optimizer_notes(file, optimizer)
-        stored = {key: part.tensors[key] for part in (file, copy) if part for key in part.tensors}
+        files = StateFiles({part.relative: part for part in (file, copy) if part}, scalars=optimizer.scalars)
+        moments, others = files.found({}, states)
         further = [item._replace(left_out=True) for name in stale for item in tensors_of(root, name)]
-        moments = {key: stored[key] for state in states for key in state.tensors.values()}
-        for part in (file, copy):
-            further += further_in(part, moments) if part else []
         return Checkpoint(
             root=root,
             format=self.name,
@@ -125,10 +116,10 @@ class TrainerDirectory:
             config=config,
             config_file=CONFIG if config is not None else "",
             carried=tuple(name for name in present if name not in ours and name not in stale),
-            further=tuple(further),
+            further=(*further, *others),
             facts=facts,
             notes=tuple(notes),
-            private=Parsed(weights, file, optimizer, copy),
+            private=Parsed(weights, files),
         )
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
@@ -150,13 +141,7 @@ def _outputs(checkpoint: Checkpoint, request: OutputRequest) -> list[OutputFile]
         files.append(literal_file(CONFIG, rewritten_json(text, request.config, CONFIG).encode()))
     elif request.config:
         raise CheckpointError(f"{checkpoint.root.name}: sizes change, but there is no {CONFIG}")
-    file = parsed.optimizer_file
-    if file is not None:
-        values, edits = scalar_changes(file, parsed.optimizer, checkpoint, request)
-        files.append(with_shapes(file, request.tensors, edits=edits, values=values))
-    if parsed.copy is not None:
-        files.append(with_shapes(parsed.copy, request.tensors))
-    return files
+    return [*files, *parsed.files.outputs(checkpoint, request)]
 
 
 def _is_other_weights(name: str) -> bool:
@@ -181,15 +166,11 @@ def _optimizer(root: Path, present: tuple[str, ...]) -> tuple[TorchFile | None, 
         )
     if not found:
         return None, OptimizerTree()
-    relative = found[0]
-    file = read_torch_file(inside(root, relative, "the directory"), relative)
-    if not is_optimizer(file.tree):
-        raise CheckpointError(
-            f"{relative}: expected an optimizer's state dict: state and param_groups",
-            hint=f"expand a copy of the directory without {relative}, with --init random-copy (what parts "
-            "copies is the state), and restart the optimizer",
-        )
-    return file, optimizer_in(file, ())
+    hint = (
+        f"expand a copy of the directory without {found[0]}, with --init random-copy (what parts "
+        "copies is the state), and restart the optimizer"
+    )
+    return read_optimizer_file(root, found[0], hint)
 
 
 def _optimizer_notes(file: TorchFile | None, optimizer: OptimizerTree) -> list[str]:

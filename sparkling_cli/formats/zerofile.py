@@ -15,17 +15,9 @@ from typing import Any
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.directory import inside
 from sparkling_cli.formats.further import further_in
-from sparkling_cli.formats.model import Further, OutputFile
-from sparkling_cli.formats.statedict import keys_by_path, numbers_of, packed, remaining_values
-from sparkling_cli.formats.torchfile import (
-    REMOVED,
-    TensorNode,
-    TorchFile,
-    TreePath,
-    lay_out,
-    plain,
-    read_torch_file,
-)
+from sparkling_cli.formats.model import Further
+from sparkling_cli.formats.statedict import Place, keys_by_path, numbers_of, removed
+from sparkling_cli.formats.torchfile import REMOVED, TensorNode, TorchFile, TreePath, plain, read_torch_file
 
 OPTIMIZER = "zero/optimizer_state.pt"
 _STATES = ("optimizer_state_dict", "state")
@@ -48,19 +40,29 @@ class SharedStep:
     Attributes:
         file: the file.
         value: of the first state, which DeepSpeed takes for all parameters.
-        keys: of counters that are tensors.
-        paths: of counters that are plain numbers.
+        places: of all counters: they are dropped together.
     """
 
     file: TorchFile
     value: float
-    keys: tuple[str, ...]
-    paths: tuple[TreePath, ...]
+    places: tuple[Place, ...]
+
+    @property
+    def edits(self) -> dict[TreePath, Any]:
+        """The file's tree without flat partitions: those on their own, and those beside the steps."""
+        states = self.file.tree[_STATES[0]][_STATES[1]].items()
+        beside = [
+            (*_STATES, index, name)
+            for index, state in states
+            for name, item in state.items()
+            if isinstance(item, TensorNode) and name != "step"
+        ]
+        return dict.fromkeys([*[(_FLAT,)] * (_FLAT in self.file.tree), *beside], REMOVED)
 
     @property
     def further(self) -> list[Further]:
         """Every tensor of the file; flat partitions are left out of the output."""
-        gone = _removed(self.file)
+        gone = removed(self.file, self.edits)
         return [item._replace(left_out=item.key in gone, key="") for item in further_in(self.file, ())]
 
 
@@ -113,30 +115,6 @@ def _shared_step(root: Path, file: TorchFile) -> SharedStep:
     values = numbers_of(file, [keys[path] for path in tensors])
     first = next(iter(steps))
     value = values[keys[first]] if first in tensors else float(steps[first])
-    return SharedStep(file, value, tuple(keys[path] for path in tensors), tuple(numbers))
-
-
-def options_output(step: SharedStep, value: float | None) -> OutputFile:
-    """The file without flat partitions, every counter set to ``value`` if that is not None."""
-    file = step.file
-    edits: dict[TreePath, Any] = dict.fromkeys(_flat_paths(file), REMOVED)
-    given: dict[str, bytes] = {}
-    if value is not None:
-        given = {key: packed(file.tensors[key].dtype, value) for key in step.keys}
-        edits.update({path: int(value) for path in step.paths})
-    return lay_out(file, edits=edits, values=remaining_values(file, _removed(file), given))
-
-
-def _flat_paths(file: TorchFile) -> list[TreePath]:
-    """Where flat partitions stand: on their own, and beside the steps."""
-    return [(_FLAT,)] * (_FLAT in file.tree) + [
-        (*_STATES, index, name)
-        for index, state in file.tree[_STATES[0]][_STATES[1]].items()
-        for name, item in state.items()
-        if isinstance(item, TensorNode) and name != "step"
-    ]
-
-
-def _removed(file: TorchFile) -> set[str]:
-    removed = _flat_paths(file)
-    return {key for key, path in file.paths.items() if any(path[: len(cut)] == cut for cut in removed)}
+    places = [Place(file.relative, keys[path]) for path in tensors]
+    places += [Place(file.relative, path) for path in numbers]
+    return SharedStep(file, value, tuple(places))

@@ -1,8 +1,9 @@
-"""A checkpoint in several torch files, whose stored tensors may be parts of the model's, or several of them.
+"""The torch files that a checkpoint's state lies in, whose stored tensors may be parts of the model's.
 
-Trainers that shard by hand leave one file per rank: rows of a parameter's state, slices of its weight, or the
-state of several parameters stacked. Each stored tensor is described by boxes, one behind the other; the boxes
-grow with their tensors, so every rank's part stays the part that it was.
+Most trainers save one file, or one for weights and one for the optimizer. Those that shard by hand leave one
+per rank: rows of a parameter's state, slices of its weight, or the state of several parameters stacked. Each
+such tensor is described by boxes, one behind the other; the boxes grow with their tensors, so every rank's
+part stays the part that it was.
 """
 
 from __future__ import annotations
@@ -10,12 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.model import Declared, OutputFile, OutputRequest
-from sparkling_cli.formats.statedict import at, packed, remaining_values
-from sparkling_cli.formats.torchfile import REMOVED, TorchFile, TreePath, lay_out
+from sparkling_cli.formats.directory import inside
+from sparkling_cli.formats.further import further_in
+from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile, OutputRequest, ParamState
+from sparkling_cli.formats.statedict import (
+    OptimizerTree,
+    Place,
+    at,
+    is_optimizer,
+    is_state_dict,
+    optimizer_in,
+    packed,
+    with_shapes,
+)
+from sparkling_cli.formats.torchfile import TorchFile, TreePath, read_torch_file
 from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor, grown_box
 
 Shape = tuple[int, ...]
@@ -37,33 +50,79 @@ class Box(NamedTuple):
     padding: bool = False
 
 
-class Place(NamedTuple):
-    """Where a number of the state stands: in which file, as which tensor or at which path."""
+def read_weights_file(root: Path, name: str) -> TorchFile:
+    """A file that is a state dict.
 
-    file: str
-    at: str | TreePath
+    Raises:
+        CheckpointError: missing, damaged, or something else.
+    """
+    file = read_torch_file(inside(root, name, "the directory"), name)
+    if not is_state_dict(file.tree):
+        raise CheckpointError(f"{name}: expected a state dict: names and tensors")
+    return file
+
+
+def read_optimizer_file(root: Path, name: str, hint: str | None = None) -> tuple[TorchFile, OptimizerTree]:
+    """A file that is an optimizer's state dict.
+
+    Args:
+        root: the checkpoint.
+        name: of the file.
+        hint: what to do if it is something else.
+
+    Raises:
+        CheckpointError: missing, damaged, or something else.
+    """
+    file = read_torch_file(inside(root, name, "the directory"), name)
+    if not is_optimizer(file.tree):
+        raise CheckpointError(
+            f"{name}: expected an optimizer's state dict: state and param_groups", hint=hint
+        )
+    return file, optimizer_in(file, ())
+
+
+def first_states(states: Iterable[ParamState]) -> dict[str, int]:
+    """Parameter -> the number of its state, of several the first."""
+    found: dict[str, int] = {}
+    for number, state in enumerate(states):
+        found.setdefault(state.param, number)
+    return found
 
 
 @dataclass(frozen=True)
-class RankFiles:
-    """Torch files that make up a checkpoint.
+class StateFiles:
+    """Torch files that make up a checkpoint, or the part of it that is no weight file.
 
     Attributes:
         files: by relative path.
         boxes: key of a stored tensor -> its boxes; one that is not here is a tensor by itself.
-        scalars: parameter and name of a number of its state -> every place of it.
+        scalars: number of a state (of several of one parameter, the first) and name of a number in it ->
+            every place of it.
     """
 
     files: Mapping[str, TorchFile]
     boxes: Mapping[str, tuple[Box, ...]] = field(default_factory=dict)
-    scalars: Mapping[tuple[str, str], tuple[Place, ...]] = field(default_factory=dict)
+    scalars: Mapping[tuple[int, str], tuple[Place, ...]] = field(default_factory=dict)
 
-    def tensors(self, wanted: Iterable[str]) -> dict[str, StoredTensor]:
-        """The tensors of these keys, each with all of its boxes.
+    def found(
+        self, weights: Mapping[str, str], states: Iterable[ParamState]
+    ) -> tuple[dict[str, StoredTensor], list[Further]]:
+        """The tensors of weights and states, and all others in the files.
+
+        Args:
+            weights: name -> key.
+            states: of the optimizer.
 
         Raises:
             CheckpointError: a stored tensor is not contiguous, or boxes do not make up their tensor.
         """
+        wanted = dict.fromkeys(weights.values())
+        wanted.update(dict.fromkeys(key for state in states for key in state.tensors.values()))
+        used = {*wanted, *self.boxes}
+        others = [item for file in self.files.values() for item in further_in(file, used)]
+        return self._tensors(wanted), others
+
+    def _tensors(self, wanted: Iterable[str]) -> dict[str, StoredTensor]:
         pieces: dict[str, list[Extent]] = {}
         dtypes: dict[str, str] = {}
         alone = {}
@@ -100,29 +159,30 @@ class RankFiles:
 
     def outputs(
         self,
+        checkpoint: Checkpoint,
         request: OutputRequest,
-        before: Mapping[str, StoredTensor],
         edits: Mapping[str, Mapping[TreePath, Any]] | None = None,
     ) -> tuple[OutputFile, ...]:
         """Every file with its tensors' new shapes.
 
         Args:
+            checkpoint: the source; its states may have got other names, in the same order.
             request: what the output shall hold.
-            before: the tensors as they were read.
             edits: relative path -> edits of the file's tree.
         """
         declared = {item.key: item for item in request.tensors}
         changes = {name: dict((edits or {}).get(name, {})) for name in self.files}
         values: dict[str, dict[str, bytes]] = {name: {} for name in self.files}
+        numbers = first_states(checkpoint.states) if request.scalars else {}
         for full, value in request.scalars.items():
             param, _, name = full.rpartition(".")
-            for path, place in self.scalars[param, name]:
+            for path, place in self.scalars[numbers[param], name]:
                 if isinstance(place, str):
                     values[path][place] = packed(self.files[path].tensors[place].dtype, value)
                 else:
                     changes[path][place] = type(at(self.files[path].tree, place))(value)
         return tuple(
-            self._output(file, declared, before, changes[name], values[name])
+            self._output(file, declared, checkpoint.tensors, changes[name], values[name])
             for name, file in self.files.items()
         )
 
@@ -134,21 +194,25 @@ class RankFiles:
         edits: Mapping[TreePath, Any],
         values: Mapping[str, bytes],
     ) -> OutputFile:
-        new: dict[str, tuple[str, Shape]] = {}
-        grown: dict[str, list[Box]] = {}
-        for key, stored in file.tensors.items():
-            boxes = self.boxes.get(key)
-            if boxes is None:
-                if key in declared:
-                    new[key] = (stored.dtype, declared[key].shape)
-                continue
-            grown[key] = [
-                Box(key, *grown_box(start, shape, before[key].shape, declared[key].shape), padding)
-                for key, start, shape, padding in boxes
+        new = {
+            key: (declared[key].dtype, declared[key].shape)
+            for key in file.tensors
+            if key in declared and key not in self.boxes
+        }
+        grown = {
+            key: [
+                Box(name, *grown_box(start, shape, before[name].shape, declared[name].shape), padding)
+                for name, start, shape, padding in self.boxes[key]
             ]
-            new[key] = (stored.dtype, joined_shape(stored.shape, grown[key]))
-        gone = [key for key, path in file.paths.items() if edits.get(path) is REMOVED]
-        laid = lay_out(file, new, edits=edits, values=remaining_values(file, [*new, *gone], values))
+            for key in file.tensors
+            if key in self.boxes
+        }
+        for key, boxes in grown.items():
+            stored = file.tensors[key]
+            new[key] = (stored.dtype, joined_shape(stored.shape, boxes))
+        laid = with_shapes(file, new, edits=edits, values=values)
+        if not grown:
+            return laid
         found: list[tuple[str, Extent]] = []
         for key, extent in laid.tensors:
             offset = extent.offset
@@ -160,8 +224,10 @@ class RankFiles:
 
 
 def joined_shape(before: Shape, boxes: Sequence[Box]) -> Shape:
-    """The stored shape of boxes that follow each other: stacked if it has one dim more, else joined rows."""
+    """The stored shape of boxes that follow each other: stacked (a dim more), flat, or joined rows."""
     whole = boxes[0].shape
     if len(before) > len(whole):
         return (before[0], *whole)
+    if len(before) < len(whole):
+        return (sum(prod(box.shape) for box in boxes),)
     return (sum(box.shape[0] for box in boxes), *whole[1:]) if whole else ()
