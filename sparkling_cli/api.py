@@ -89,11 +89,13 @@ def open_source(
     from sparkling_cli.formats.detect import open_checkpoint
     from sparkling_cli.manifest import manifest_of
     from sparkling_cli.models.locate import find_layout, named_states
+    from sparkling_cli.models.stored import without_strays
     from sparkling_cli.plan.naming import weights_of
 
     checkpoint = open_checkpoint(source)
     previous = manifest_of(source)
     found = find_layout(checkpoint, layout_path=layout, model=model, previous=previous)
+    checkpoint = without_strays(checkpoint, found)
     try:
         named = named_states(checkpoint, found, model=model, param_order=param_order)
         return named, found, previous

@@ -18,7 +18,8 @@ from typing import Any
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import list_files
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
-from sparkling_cli.formats.statedict import Place, numbers_of, weights_in
+from sparkling_cli.formats.optimizer_states import is_named
+from sparkling_cli.formats.statedict import Place, keys_by_path, numbers_of, weights_in
 from sparkling_cli.formats.statefiles import Box, StateFiles
 from sparkling_cli.formats.torchfile import ATTRIBUTES, Call, TorchFile, TreePath, plain, read_torch_file
 from sparkling_cli.formats.zerofile import OPTIMIZER, SharedStep, read_options
@@ -96,7 +97,7 @@ class UniversalCheckpoint:
             weights = _read_weights(root, files[models[0]], states)
         partitioned = all(key.startswith(ZERO) for key in weights.values())
         groups, shared = read_options(root, present, partitioned=partitioned)
-        boxes = _flat_boxes(files, _param_shapes(tree))
+        boxes = _flat_boxes(files, _param_shapes(tree), states)
         if shared is not None:  # ZeRO-3: the fp32 files are the weights
             states = tuple(
                 ParamState(
@@ -158,24 +159,26 @@ def _param_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _flat_boxes(
-    files: Mapping[str, TorchFile], shapes: Mapping[str, tuple[int, ...]]
+    files: Mapping[str, TorchFile], shapes: Mapping[str, tuple[int, ...]], states: tuple[ParamState, ...]
 ) -> dict[str, tuple[Box, ...]]:
     """What ZeRO-3 keeps flat, as boxes of its parameter's shape.
 
     Raises:
         CheckpointError: a flat tensor has another number of entries than its parameter.
     """
+    stored = {key: tensor for file in files.values() for key, tensor in file.tensors.items()}
     boxes: dict[str, tuple[Box, ...]] = {}
-    for name, file in files.items():
-        shape = shapes.get(name.split("/")[1]) if name.startswith(ZERO) else None
-        for key, stored in file.tensors.items() if shape is not None else ():
-            if len(stored.shape) == 1 and stored.shape != shape:
-                assert shape is not None
-                if prod(shape) != prod(stored.shape):
-                    raise CheckpointError(
-                        f"{name} has {prod(stored.shape)} entries, its parameter has shape {shape}"
-                    )
+    for state in states:
+        shape = shapes.get(state.param)
+        for slot, key in state.tensors.items() if shape is not None else ():
+            found = stored[key].shape
+            if shape is None or len(found) != 1 or found == shape:
+                continue
+            if prod(shape) == prod(found):
                 boxes[key] = (Box(key, (0,) * len(shape), shape),)
+            elif is_named(slot):  # any other is none of the optimizer's
+                name = key.partition(":")[0]
+                raise CheckpointError(f"{name} has {prod(found)} entries, its parameter has shape {shape}")
     return boxes
 
 
@@ -189,7 +192,7 @@ def _read_states(
     """One state per folder below ``zero``, and the places of their steps.
 
     Raises:
-        CheckpointError: a file holds more or less than one tensor, or there is no fp32 weight.
+        CheckpointError: a file of an optimizer's state holds no tensor, or there is no fp32 weight.
     """
     folders: dict[str, dict[str, str]] = {}
     scalars: dict[str, dict[str, float]] = {}
@@ -203,10 +206,13 @@ def _read_states(
             scalars.setdefault(param, {})[slot] = float(file.tree)
             places[param] = Place(name, ())
             continue
-        if len(file.tensors) != 1:
-            raise CheckpointError(f"{name}: expected one tensor, found {len(file.tensors)}")
-        ((key, stored),) = file.tensors.items()
-        if slot == "step" and prod(stored.shape) == 1:
+        keyed = keys_by_path(file)
+        key = keyed.get((), keyed.get(("param",), ""))
+        if not key and is_named(slot):
+            raise CheckpointError(f"{name}: expected one tensor, itself or as 'param' of a dictionary")
+        if not key:  # a file of the user's own
+            continue
+        if slot == "step" and prod(file.tensors[key].shape) == 1:
             scalars.setdefault(param, {})[slot] = numbers_of(file, [key])[key]
             places[param] = Place(name, key)
         else:

@@ -16,7 +16,7 @@ Life of a checkpoint:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -49,6 +49,7 @@ class Further(NamedTuple):
         key: by which the format can write it with another shape; "" if it can only be copied.
         stored: dtype, shape, and, where ``key`` is set, its bytes; None of a file that could not be read.
         left_out: its file, or it alone, is not part of the output.
+        weight: its name among the weights, where it lies there.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Further(NamedTuple):
     key: str
     stored: StoredTensor | None
     left_out: bool = False
+    weight: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,33 @@ class Checkpoint:
     def weight(self, name: str) -> StoredTensor:
         """The stored weight of that name."""
         return self.tensors[self.weights[name]]
+
+    @property
+    def stored_weights(self) -> dict[str, str]:
+        """Every name among the weights -> key: those too that are none of the model's."""
+        return {**self.weights, **{item.weight: item.key for item in self.further if item.weight}}
+
+    @property
+    def loose(self) -> frozenset[str]:
+        """Weights that may be none of the model's: its optimizer has state, and none for them.
+
+        Without state that is by name, only those that are in no module: their names have no dots.
+        """
+        named = {s.param for s in self.states if s.tensors and not s.param.isdigit()}
+        return frozenset(n for n in self.weights if (n not in named if named else "." not in n))
+
+    def without_weights(self, names: Collection[str]) -> Checkpoint:
+        """The checkpoint with these weights among the further tensors."""
+        if not names:
+            return self
+        apart = []
+        for name in names:
+            key = self.weights[name]
+            file, colon, place = key.partition(":")
+            shown = f"{file or self.root.name}: {place}" if colon else key
+            apart.append(Further(shown, "", key, self.tensors[key], weight=name))
+        left = {name: key for name, key in self.weights.items() if name not in names}
+        return replace(self, weights=left, further=(*self.further, *apart))
 
 
 class Declared(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, ParamState
-from sparkling_cli.formats.optimizer_states import MOMENTS, fits
+from sparkling_cli.formats.optimizer_states import MOMENTS, fits, is_named, is_telling
 from sparkling_cli.formats.statedict import bare_names
 
 #: (name, shape) of a parameter.
@@ -142,9 +142,13 @@ class _Problem:
         return cls(where, groups, states, dict(parameters))
 
     def fits(self, number: str, name: str) -> bool:
-        """Whether the state of a number has the shapes that a parameter would give it."""
-        shape = self.shapes[name]
-        return all(fits(slot, found, shape) for slot, found in self.states.get(number, {}).items())
+        """Whether the state of a number has the shapes that a parameter would give it.
+
+        Beside state whose shape tells the parameter, what has no known name says nothing.
+        """
+        shape, own = self.shapes[name], self.states.get(number, {})
+        told = any(map(is_telling, own))
+        return all(fits(slot, found, shape) for slot, found in own.items() if not told or is_named(slot))
 
 
 def _shapes(checkpoint: Checkpoint, state: ParamState) -> dict[str, tuple[int, ...]]:

@@ -117,6 +117,8 @@ _TABLE = {name: kind for kind, names in _KINDS.items() for name in names}
 _WHOLE = WEIGHT_LIKE | MOMENTS
 #: state whose shape says which parameter it belongs to
 _TELLING = MOMENTS | ROWS | COLUMNS | {FSDP_COPY}
+#: quantized state has a number for each block of so many entries
+_BLOCKS = frozenset(2**power for power in range(4, 13))
 #: how heavyball begins a state's name: by the step that it belongs to
 _STEPS = ("update_by_", "scale_by_", "nesterov_", "exp_avg_exp_avg", "heavyball_", "mars_")
 
@@ -238,6 +240,31 @@ def state_kind(slot: str, dtype: str, shape: Shape, parameter_shape: Shape) -> S
     if shape == parameter_shape and name not in _TABLE:
         return StateKind.UNKNOWN
     return _TABLE.get(name, StateKind.OTHER)
+
+
+def is_apart(slot: str, shape: Shape, parameter_shape: Shape) -> bool:
+    """Whether a tensor among a parameter's state, of an unknown name, has nothing to do with the parameter.
+
+    Related are those with a dim of the parameter's, or a multiple of it (projections, factors); with numbers
+    for parts of its dims alone (heads); and with one number for each block of it (quantization).
+
+    Args:
+        slot: its name.
+        shape: its shape.
+        parameter_shape: the parameter's shape.
+    """
+    if is_named(slot) or prod(shape) < 2 or form_of(slot, shape, parameter_shape) is not None:
+        return False
+    own, dims = ([size for size in one if size > 1] for one in (shape, parameter_shape))
+    whole = any(size % dim == 0 for size in own for dim in dims)
+    parts = all(any(dim % size == 0 for dim in dims) for size in own)
+    block, left = divmod(prod(parameter_shape), prod(shape))
+    return not (whole or parts or (left == 0 and block in _BLOCKS))
+
+
+def is_telling(slot: str) -> bool:
+    """Whether the shape of a state of that name says which parameter it belongs to."""
+    return base_name(slot) in _TELLING
 
 
 def fits(slot: str, shape: Shape, parameter_shape: Shape) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
+from sparkling_cli.formats.optimizer_states import is_named
 from sparkling_cli.layout.file import from_dict, read_toml
-from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.model import ModelLayout, PatternTable, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeletons
 from sparkling_cli.layout.presence import NamesDifferError, Shapes
 from sparkling_cli.layout.solve import is_open, solve_layout
@@ -92,30 +93,10 @@ def find_packaged(
         LayoutError: the names are those of one file but the shapes contradict it, or several fit, or the one
             that fits does not tie what is the same in the checkpoint.
     """
-    weights, states = shapes_of(checkpoint)
-    kinds = set(skeletons(weights))
-    fitting: list[ModelLayout] = []
-    faults: list[LayoutError] = []
-    for name in packaged_names():
-        text = _text(name)
-        if not _may_fit(text, kinds, (checkpoint.config or {}).get("model_type")):
-            continue
-        try:
-            fitting.append(
-                solve_layout(
-                    tomllib.loads(text),
-                    weights,
-                    states,
-                    checkpoint.config,
-                    f"packaged layout {name}",
-                    alike=_same_weights(checkpoint, alike),
-                    sizing=sizing,
-                )
-            )
-        except NamesDifferError:
-            continue
-        except LayoutError as error:
-            faults.append(error)
+    fitting, faults = _fitting(checkpoint, alike, sizing, frozenset())
+    loose = frozenset() if fitting or faults else checkpoint.loose
+    if loose:
+        fitting, faults = _fitting(checkpoint, alike, sizing, loose)
     fitting = [layout for layout in fitting if _shared_is_tied(checkpoint, layout)]
     if len(fitting) > 1:
         names = ", ".join(layout.name for layout in fitting)
@@ -128,6 +109,48 @@ def find_packaged(
     if fitting and checkpoint.format == "dcp":
         _refuse_unknown_ties(checkpoint, fitting[0], alike)
     return fitting[0] if fitting else None
+
+
+def _fitting(
+    checkpoint: Checkpoint, alike: Callable[[str, str], bool], sizing: Sequence[str], loose: Set[str]
+) -> tuple[list[ModelLayout], list[LayoutError]]:
+    """The layouts of all packaged files that fit, and what contradicts those whose names do.
+
+    Args:
+        checkpoint: see :func:`find_packaged`.
+        alike: see there.
+        sizing: see there.
+        loose: weights that a file need not know.
+    """
+    weights, states = shapes_of(checkpoint)
+    kinds = set(skeletons(weights))
+    fitting: list[ModelLayout] = []
+    faults: list[LayoutError] = []
+    for name in packaged_names():
+        text = _text(name)
+        if not _may_fit(text, kinds, (checkpoint.config or {}).get("model_type")):
+            continue
+        data = tomllib.loads(text)
+        apart = _unknown(data, loose)
+        own = {weight: shape for weight, shape in weights.items() if weight not in apart}
+        same = _same_weights(checkpoint, alike)
+        where = f"packaged layout {name}"
+        try:
+            fitting.append(
+                solve_layout(data, own, states, checkpoint.config, where, alike=same, sizing=sizing)
+            )
+        except NamesDifferError:
+            continue
+        except LayoutError as error:
+            faults.append(error)
+    return fitting, faults
+
+
+def _unknown(data: Mapping[str, Any], names: Set[str]) -> set[str]:
+    """Those of the names that no pattern of a parsed file stands for."""
+    table = {p.removesuffix("?"): t for key in ("disk", "tensors") for p, t in data.get(key, {}).items()}
+    patterns = PatternTable(TensorPattern(*item) for item in table.items())
+    return {name for name in names if not patterns.has(name)}
 
 
 def _same_weights(checkpoint: Checkpoint, alike: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
@@ -193,11 +216,12 @@ def layout_for(checkpoint: Checkpoint, path: Path, alike: Callable[[str, str], b
 
 
 def shapes_of(checkpoint: Checkpoint) -> tuple[Shapes, Shapes]:
-    """Shapes of the weights, and of the state of every parameter (that of its largest state tensor)."""
+    """Shapes of the weights, and of the state of every parameter: that of its known state of most dims."""
     weights = {name: checkpoint.tensors[key].shape for name, key in checkpoint.weights.items()}
     states: dict[str, tuple[int, ...]] = {}
     for state in checkpoint.states:  # numbers are named later, with the layout's help
-        shapes = [checkpoint.tensors[key].shape for key in state.tensors.values()]
+        known = [key for slot, key in state.tensors.items() if is_named(slot)] or state.tensors.values()
+        shapes = [checkpoint.tensors[key].shape for key in known]
         if shapes and not state.param.isdigit():
             states[state.param] = max(shapes, key=len)
     return weights, states

@@ -122,8 +122,8 @@ def _from_json(data: Mapping[str, Any]) -> ClassTensors:
 
 
 def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight of a checkpoint."""
-    return {name: checkpoint.tensors[key].shape for name, key in checkpoint.weights.items()}
+    """Name -> shape of every tensor among a checkpoint's weights."""
+    return {name: checkpoint.tensors[key].shape for name, key in checkpoint.stored_weights.items()}
 
 
 class Asking:

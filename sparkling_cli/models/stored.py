@@ -22,6 +22,8 @@ from sparkling_cli.models.patterns import patterns_of, split, template
 if TYPE_CHECKING:
     from torch import nn
 
+    from sparkling_cli.formats.model import Checkpoint
+
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
@@ -94,6 +96,24 @@ def fitted_to(shapes: Shapes, layout: ModelLayout) -> ModelLayout:
         layout = _with_names(layout, renamed)
     rest = {name: shape for name, shape in shapes.items() if not known(name)}
     return _with_extra(layout, rest)
+
+
+def without_strays(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:
+    """The checkpoint with those weights among the further tensors that the layout does not know.
+
+    Args:
+        checkpoint: the source, or an output.
+        layout: of the model, fitted to it.
+    """
+    names = {name: layout.canonical(name) for name in checkpoint.weights}
+    if None not in layout.disk_table.look_up([*names.values()]):
+        return checkpoint
+
+    def known(name: str) -> bool:
+        return layout.disk_table.has(name) or layout.module_table.has(name)
+
+    loose = checkpoint.loose
+    return checkpoint.without_weights([n for n in names if n in loose and not known(names[n])])
 
 
 def _with_names(layout: ModelLayout, renamed: Mapping[str, str]) -> ModelLayout:

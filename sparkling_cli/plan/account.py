@@ -126,6 +126,32 @@ def _squeezed(shape: Shape) -> Shape:
     return tuple(size for size in shape if size != 1)
 
 
+@dataclass(frozen=True)
+class Stray:
+    """A tensor of an unknown name among the state of a parameter that grows.
+
+    Attributes:
+        item: the tensor.
+        error: why it cannot be carried, where its shape has to do with the parameter's; else None.
+    """
+
+    item: Further
+    error: CheckpointError | None
+
+    def judged(self, growing: Growing, carry: Sequence[str]) -> Further:
+        """The tensor, to be sorted like any other.
+
+        Raises:
+            CheckpointError: it has no shape that grows, but a size of its parameter.
+        """
+        stored = self.item.stored
+        assert stored is not None
+        given = any(fnmatchcase(self.item.name, pattern) for pattern in carry)
+        if self.error is not None and not given and growing.match(stored.dtype, stored.shape) is None:
+            raise self.error
+        return self.item
+
+
 def sort_further(
     further: Sequence[Further],
     growing: Growing,

@@ -10,13 +10,22 @@ from math import prod, sqrt
 from sparkling_cli.errors import CheckpointError, LayoutError, SpecError
 from sparkling_cli.formats.detect import format_of
 from sparkling_cli.formats.further import OpenFile, lay_out_further
-from sparkling_cli.formats.model import Checkpoint, Declared, OutputFile, OutputRequest
-from sparkling_cli.formats.optimizer_states import REFUSED, Form, StateKind, base_name, form_of, state_kind
+from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile, OutputRequest
+from sparkling_cli.formats.optimizer_states import (
+    REFUSED,
+    Form,
+    StateKind,
+    base_name,
+    form_of,
+    is_apart,
+    is_named,
+    state_kind,
+)
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.parse import parse_layout
-from sparkling_cli.plan.account import Growing, Sorted, account_of, further_notes, sort_further
+from sparkling_cli.plan.account import Growing, Sorted, Stray, account_of, further_notes, sort_further
 from sparkling_cli.plan.advice import check_locked, notes_for, small_share
 from sparkling_cli.plan.known import Known, ways
 from sparkling_cli.plan.model import CARRIED, Calibration, Plan, Recipe, Row
@@ -65,9 +74,11 @@ def build_plan(
     rows = _weight_rows(weights, recipes)
     known = Known({weight.module: weight.stored for weight in weights}, checkpoint, layout, spec)
     kinds, measured = known.state_kinds()
-    rows += _state_rows(checkpoint, recipes, kinds)
+    strays: list[Stray] = []
+    rows += _state_rows(checkpoint, recipes, kinds, strays)
     growing = Growing.of(recipes.all)
-    found = sort_further(checkpoint.further, growing, spec.carry, known.copied)
+    among = [stray.judged(growing, spec.carry) for stray in strays]
+    found = sort_further((*checkpoint.further, *among), growing, spec.carry, known.copied)
     rows += _further_rows(checkpoint, found, recipes)
     check_pairs(checkpoint)
     if not spec.allow_nonfinite:
@@ -112,10 +123,11 @@ def with_calibration(plan: Plan, calibration: Calibration) -> Plan:
 
 def lay_out(plan: Plan) -> tuple[OutputFile, ...]:
     """Every output file of a plan, by the source's own format."""
+    strays = {item.key: item.weight for item in plan.source.further if item.weight}
     declared = tuple(
         Declared(
             key=row.key,
-            name=row.name if row.recipe.kind is Kind.WEIGHT else "",
+            name=row.name if row.recipe.kind is Kind.WEIGHT else strays.get(row.key, ""),
             dtype=row.dtype,
             shape=row.shape,
             source_file=row.source.extents[0].path if row.source.extents else "",
@@ -354,13 +366,16 @@ def _copies(name: str, pattern: TensorPattern, growth: Mapping[str, Growth]) -> 
             yield pattern.template.fill({**own, axis: index})
 
 
-def _state_rows(checkpoint: Checkpoint, recipes: _Recipes, kinds: Mapping[str, StateKind]) -> Iterator[Row]:
+def _state_rows(
+    checkpoint: Checkpoint, recipes: _Recipes, kinds: Mapping[str, StateKind], strays: list[Stray]
+) -> Iterator[Row]:
     """A row per state tensor.
 
     Args:
         checkpoint: the source.
         recipes: where the rows' recipes are made.
         kinds: of states whose name is not in the table.
+        strays: takes what lies among the state of a parameter that grows and is none that is known.
 
     Raises:
         CheckpointError: state of no parameter, or that cannot be widened.
@@ -378,7 +393,15 @@ def _state_rows(checkpoint: Checkpoint, recipes: _Recipes, kinds: Mapping[str, S
             )
         for slot, key in state.tensors.items():
             stored = checkpoint.tensors[key]
-            recipe = _state_recipe(state.param, slot, stored, pattern, recipes, kinds)
+            try:
+                recipe = _state_recipe(state.param, slot, stored, pattern, recipes, kinds)
+            except CheckpointError as error:
+                if is_named(slot) or slot in recipes.spec.state:
+                    raise
+                apart = is_apart(slot, stored.shape, layout.shape_of(pattern))
+                item = Further(f"optimizer state: {state.param}.{slot}", "", key, stored)
+                strays.append(Stray(item, None if apart else error))
+                continue
             yield Row(key, state.param, stored, recipe, name)
 
 
@@ -440,6 +463,7 @@ def _further_rows(checkpoint: Checkpoint, found: Sorted, recipes: _Recipes) -> I
         if further is not None and item.file not in rewritten:
             continue  # copied as a whole
         streamed = stored.nbytes > _LITERAL or any(extent.strides for extent in stored.extents)
+        streamed = streamed or item.key in checkpoint.tensors
         if streamed or (further is not None and not further.literals):
             recipe = recipes.unchanged(Kind.OTHER, CARRIED, stored)
             yield Row(item.key, item.name, stored, recipe, item.name)

@@ -116,7 +116,7 @@ class Known:
         beside them.
         """
         home, name = self._place(item)
-        return name if name and self._copies[home] is StateKind.WEIGHT else None
+        return name if name and self._copies.get(home) is StateKind.WEIGHT else None
 
     def _place(self, item: Further) -> tuple[str, str]:
         """The dictionary that a tensor lies in, and the parameter whose name and shape it has; "" if none."""

@@ -12,11 +12,12 @@ from typing import Any
 from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError, VerificationError
 from sparkling_cli.execute.commit import in_the_making
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.formats.optimizer_states import form_of
+from sparkling_cli.formats.optimizer_states import form_of, is_named
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import FileEntry, Manifest, TensorEntry, read_manifest
 from sparkling_cli.models.expected import Asking, class_faults, weight_shapes
+from sparkling_cli.models.stored import without_strays
 from sparkling_cli.plan.model import CARRIED
 from sparkling_cli.results.commands import Verification
 from sparkling_cli.storage.byte_ranges import Handles, Placement, span_of
@@ -145,7 +146,7 @@ class _Origin:
     def __init__(self, root: Path, output: Path, manifest: Manifest, derivation: Derivation) -> None:
         from sparkling_cli.formats.detect import open_checkpoint
 
-        self.checkpoint = found = open_checkpoint(root)
+        self.checkpoint = found = without_strays(open_checkpoint(root), derivation.layout)
         self.root = found.root  # where the path names one step of several, their folder
         if found.format != manifest.source.format:
             fault = f"it is of format {found.format}, the output was made from {manifest.source.format}"
@@ -193,6 +194,8 @@ class _Meanings:
         named: dict[str, str] = {}
         for key, entry in manifest.tensors.items():
             param, slot = self._states.get(key, (entry.name, entry.slot))
+            if key in self._states and entry.slot == CARRIED and not is_named(slot):
+                continue  # among a parameter's state, and none of the optimizer's
             if slot != entry.slot:
                 found.append(f"tensor {key!r} is state {slot!r}, the manifest says {entry.slot!r}")
             elif key in self._weights and (entry.slot or self._weights[key] != entry.name):
@@ -241,6 +244,7 @@ class _Work:
         except SparklingError as error:
             self.output_faults.append(f"it does not open: {error.message}")
             return
+        found = without_strays(found, self.derivation.layout)
         self.found, self.config = found, found.config
         extra = [key for key in found.tensors if key not in self.manifest.tensors]
         if extra:

@@ -40,7 +40,7 @@ def unreadable(
         What is wrong, and for every file how many tensors of each shape are anywhere in it.
     """
     weights: dict[str, dict[str, Shape]] = {}
-    for name, key in output.weights.items():
+    for name, key in output.stored_weights.items():
         stored = output.tensors[key]
         for path in {extent.path for extent in stored.extents}:
             weights.setdefault(path, {})[name] = stored.shape

@@ -23,12 +23,15 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.plan.model import Expansion
 from sparkling_cli.results.account import Fate, Kind
 from sparkling_cli.spec.sources import make_spec
+from sparkling_cli.storage.read import read_tensor
 from tests.conftest import TinyCheckpoint
 from tests.formats.make_dcp import on_ranks
 from tests.formats.make_nanogpt import make_nanogpt
+from tests.formats.widening import widen
 
 Shape = tuple[int, ...]
 #: of nanoGPT nothing grows alone
@@ -152,7 +155,7 @@ DEPTHS: dict[str, Callable[[Tree, torch.Tensor], None]] = {
 }
 
 
-def in_file(name: str, put: Callable[[Tree, torch.Tensor], None], root: Path, tensor: torch.Tensor) -> None:
+def in_file(name: str, put: Callable[[Tree, torch.Tensor], object], root: Path, tensor: torch.Tensor) -> None:
     """In one of the checkpoint's own torch files."""
     path = next(root.glob(name)) if name else root
     tree = torch.load(path, weights_only=False)
@@ -171,8 +174,51 @@ def in_group(*path: Any) -> Callable[[Tree, torch.Tensor], None]:
     return put
 
 
+def in_state(tree: Any, tensor: torch.Tensor) -> bool:
+    """Among the optimizer's state of a matrix of another shape, in nested or in flat dictionaries."""
+    own = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    if any(in_state(value, tensor) for value in reversed(list(own))):
+        return True
+    for name in reversed([*tree] if isinstance(tree, dict) else []):
+        value, steps = tree[name], str(name).split(".")
+        if "exp_avg" in steps and value.dim() > 1 and value.shape != tensor.shape:
+            tree[".".join("extra" if step == "exp_avg" else step for step in steps)] = tensor
+            return True
+    return False
+
+
+def in_weights(root: Path, tensor: torch.Tensor) -> None:
+    """Among the weights, in no module."""
+    path = root / "model.safetensors"
+    save_file({**load_file(path), "extra": tensor.contiguous()}, path, {"format": "pt"})
+
+
+def in_folder(name: str, wrap: Callable[[torch.Tensor], Any], root: Path, tensor: torch.Tensor) -> None:
+    """In the folder of a parameter's state, of one of another shape."""
+    saved = {path: torch.load(path, weights_only=True) for path in sorted(root.glob("zero/*h.1*/fp32.pt"))}
+    matrices = {path: found["param"] if isinstance(found, dict) else found for path, found in saved.items()}
+    path = next(p for p, found in matrices.items() if 500 < found.numel() != tensor.numel())
+    torch.save(wrap(tensor), path.parent / name)
+
+
+def in_own_file(root: Path, tensor: torch.Tensor) -> None:
+    """Beside the state itself, in its file."""
+    path = sorted(root.glob("zero/*mlp*weight/exp_avg.pt"))[-1]
+    found = torch.load(path, weights_only=True)
+    torch.save({**(found if isinstance(found, dict) else {"param": found}), "extra": [tensor]}, path)
+
+
+FOLDERS: dict[str, Put] = {
+    "a file of its own": partial(in_folder, "extra.pt", lambda t: t.clone()),
+    "a file like the state's": partial(in_folder, "extra.pt", lambda t: {"cat_dim": 0, "param": t.clone()}),
+    "deep in a file of its own": partial(in_folder, "extra.pt", lambda t: {"a": [{"b": t, "c": t.sum()}]}),
+    "the folder above": partial(in_folder, "../extra.pt", lambda t: [t]),
+    "the state's file": in_own_file,
+}
+
+
 def in_entries(
-    folder: str, put: Callable[[Tree, torch.Tensor], None], root: Path, tensor: torch.Tensor
+    folder: str, put: Callable[[Tree, torch.Tensor], object], root: Path, tensor: torch.Tensor
 ) -> None:
     """As an entry of a DCP directory, saved anew with all that it had."""
     tree: Tree = {}
@@ -228,13 +274,18 @@ def places(form: str) -> Iterator[tuple[str, Put]]:
             yield f"{name or 'file'}, {depth}", partial(in_file, name, put)
         if group is not None:
             yield f"{name or 'file'}, optimizer's group", partial(in_file, name, group)
+            yield f"{name or 'file'}, a parameter's state", partial(in_file, name, in_state)
+        for depth, inside in FOLDERS.items() if form.startswith("deepspeed") else ():
+            yield f"a parameter's folder, {depth}", inside
+    if form == "trainer":
+        yield "model.safetensors", in_weights
     for folder in folders.get(form, ()):
         for depth, put in DEPTHS.items():
             if depth.startswith("key"):  # DCP flattens dictionaries by their names
                 continue
-            # beside the weights, where these have no table of their own, a tensor is a weight
-            if depth not in ("top", "parameter") or form not in ("torchtitan", "megatron"):
-                yield f"{folder}/.metadata, {depth}", partial(in_entries, folder, put)
+            yield f"{folder}/.metadata, {depth}", partial(in_entries, folder, put)
+        if not folder.startswith("pytorch"):
+            yield f"{folder}/.metadata, a parameter's state", partial(in_entries, folder, in_state)
     if form in DIRECTORIES:
         for name, write in BESIDE.items():
             yield name, partial(beside, name, write)
@@ -319,6 +370,42 @@ def check(
             made = planned(source, original)
         entry = [e for e in made.plan.account.entries if e.shape == shape]
         assert [(e.fate, e.kind) for e in entry] == [(Fate.CARRIED, Kind.OTHER)], (form, name, shape)
+
+
+EVERYWHERE = {
+    "trainer": (in_weights, partial(in_file, "optimizer.pt", in_state)),
+    "nanogpt": (partial(in_file, "", DEPTHS["top"]), partial(in_file, "", in_state)),
+    "dcp": (partial(in_entries, "", DEPTHS["top"]), partial(in_entries, "", in_state)),
+    "torchtitan": (partial(in_entries, "", DEPTHS["top"]), partial(in_entries, "", in_state)),
+    "megatron": (partial(in_entries, "", DEPTHS["top"]), partial(in_entries, "", in_state)),
+    "deepspeed": (FOLDERS["a file of its own"], FOLDERS["the state's file"]),
+    "deepspeed-3": (FOLDERS["a file like the state's"], FOLDERS["the state's file"]),
+}
+
+
+@pytest.mark.parametrize("form", [pytest.param(form, marks=slow_but(form)) for form in EVERYWHERE])
+def test_what_is_carried_is_in_the_output(
+    form: str, source_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Beside weights and among state, of any shape, bit for bit; and ``verify`` finds the output whole."""
+    original = source_of(form)
+    source = tmp_path / "narrow" / original.name
+    source.parent.mkdir()
+    (shutil.copytree if original.is_dir() else shutil.copy)(original, source)
+    for put, shape in zip(EVERYWHERE[form], ((7, 11, 13), (11,)), strict=True):
+        put(source, torch.arange(prod(shape), dtype=torch.float32).reshape(shape))
+    layout = next(original.parent.glob("*.toml"), None)
+    axes = dict.fromkeys(JOINT if source.is_file() or layout is not None else ("ffn", "hidden"), 2)
+    wide = widen(source, tmp_path / "wide" / source.name, axes, layout=layout)
+    for path in (source, wide):
+        checkpoint = open_checkpoint(path)
+        found = {stored.shape: stored for stored in checkpoint.by_key.values()}
+        for shape in ((7, 11, 13), (11,)):
+            values = read_tensor(checkpoint.root, found[shape])
+            assert torch.equal(values.flatten(), torch.arange(prod(shape), dtype=torch.float32)), (
+                path,
+                shape,
+            )
 
 
 @pytest.mark.parametrize("form", [pytest.param(form, marks=slow_but(form)) for form in DIRECTORIES])

@@ -8,7 +8,7 @@ Every trainer nests differently: ``model.<fqn>`` and ``optimizer.state.<fqn>.exp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from sparkling_cli.errors import CheckpointError
@@ -23,6 +23,7 @@ _STATE = re.compile(r"(?:[^.]+\.)?state\.(?P<param>.+)\.(?P<slot>[^.]+)")
 _STATE_FIRST = re.compile(
     r"state\.(?P<slot>exp_avg|exp_avg_sq|fp32_param|momentum_buffer|param)\.(?P<param>.+)"
 )
+_TURNED_STATE = re.compile(r"state\.(?P<slot>[^.]+)\.(?P<param>.+)")
 _TURNED = ("state.exp_avg.", "state.momentum_buffer.")
 _GROUP = re.compile(r"(?:[^.]+\.)?param_groups\.(?P<group>.+)\.(?P<field>[^.]+)")
 #: by which a checkpoint of composer is known
@@ -66,9 +67,10 @@ def find_roles(paths: Mapping[str, Path], tensors: frozenset[str], where: str) -
     left: dict[str, Path] = {}
     rests = {name: _optimizer_rest(path, optimizers) for name, path in nested.items()}
     turned = any(rest and rest.startswith(_TURNED) for rest in rests.values())
+    firsts = {found["param"] for rest in rests.values() if turned and (found := _first(rest))}
     for name, path in nested.items():
         rest = rests[name]
-        state = rest and ((turned and _STATE_FIRST.fullmatch(rest)) or _STATE.fullmatch(rest))
+        state = rest and ((turned and _first(rest, firsts)) or _STATE.fullmatch(rest))
         group = rest and _GROUP.fullmatch(rest)
         if state and name in tensors:
             states.setdefault(state["param"], {})[state["slot"]] = name
@@ -97,6 +99,13 @@ def find_roles(paths: Mapping[str, Path], tensors: frozenset[str], where: str) -
     used = {*weights.values(), *(n for s in states.values() for n in s.values())}
     used |= {n for fields in groups.values() for n in fields.values()}
     return Roles(weights, states, groups, tuple(n for n in paths if n not in used))
+
+
+def _first(rest: str | None, params: Collection[str] = ()) -> re.Match[str] | None:
+    """State with its name in front: of a known name, or of a parameter that has such state."""
+    found = _STATE_FIRST.fullmatch(rest or "")
+    other = found or _TURNED_STATE.fullmatch(rest or "")
+    return other if other and (found or other["param"] in params) else None
 
 
 def _unwrapped(paths: Mapping[str, Path], tensors: frozenset[str]) -> dict[str, Path]:
