@@ -92,7 +92,9 @@ def rewarm(
     for one in attached:
         one.measure_every = measure_every
     if announce and _is_first_rank():
-        print(_line(found.values(), history.rewarmup, start), file=sys.stderr, flush=True)
+        held = {id(p.tensor): p for one in attached for p in one.params.values()}
+        left = [name for name, p in pairs if id(p) in found.keys() - held.keys() and p.requires_grad]
+        print(_line(held.values(), left, history.rewarmup, start), file=sys.stderr, flush=True)
     grown = tuple((p, history.dims(name)) for name, p in pairs if id(p) in found)
     return Rewarming(tuple(attached), history, grown)
 
@@ -110,6 +112,13 @@ def _optimizers(given: Any) -> list[Optimizer]:
                 if isinstance(inner, Optimizer)
                 else "pass the torch optimizer whose step() changes the model's parameters",
             )
+        if hasattr(one, "param_d2h_map"):  # torchao's, without a base class to tell it by
+            raise SpecError(
+                f"{type(one).__name__} steps copies of the parameters in the host's memory and overwrites "
+                "the parameters by them: what is changed beside it would be lost",
+                hint="train with an optimizer that holds the model's own parameters, at least until the "
+                "re-warmup has ended",
+            )
     return several
 
 
@@ -118,15 +127,18 @@ def _is_first_rank() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def _line(params: Iterable[_Param], rewarmup: Rewarmup, start: int) -> str:
-    """One line on what begins: how many entries, until when, and to which rate."""
+def _line(params: Iterable[_Param], left: Sequence[str], rewarmup: Rewarmup, start: int) -> str:
+    """One line on what begins: how many entries, until when, and to which rate; and what is left out."""
     stage = rewarmup.stages[-1]
     own = [param for param in params if stage.stage in param.entries.stages]
     count = sum(piece.numel() for p in own for piece in p.entries.of(p.tensor, stage.stage))
     place = " of this process" if any(local_tensor(p.tensor) is not p.tensor for p in own) else ""
     end = stage.expansion_step + stage.steps
     until = f"until step {end:,}: {stage.rho:g} x" if start < end else f"past step {end:,}: {stage.rho:g} x"
-    return f"re-warming {count:,} entries in {len(own)} tensors{place} {until}, then as the rest"
+    line = f"re-warming {count:,} entries in {len(own)} tensors{place} {until}, then as the rest"
+    if left:
+        line += f"; {len(left)} more are in none of these optimizers ({left[0]}{', …' if left[1:] else ''})"
+    return line
 
 
 @dataclass(frozen=True)

@@ -419,6 +419,30 @@ def test_what_is_no_torch_optimizer_is_refused() -> None:
             rewarm(wrong, net, ref.history())  # type: ignore[arg-type]
 
 
+def test_copies_in_the_hosts_memory_are_refused() -> None:
+    """The optimizer of torchao would overwrite the re-warmed entries by its own at the next step."""
+    offload = pytest.importorskip("torchao.optim", reason="pip install torchao").CPUOffloadOptimizer
+    net = ref.model()
+    made = offload.__new__(offload)  # its own __init__ asks for an accelerator
+    made.param_d2h_map = {p: p.detach().clone() for p in net.parameters()}
+    with pytest.raises(SpecError, match="CPUOffloadOptimizer steps copies of the parameters"):
+        rewarm(made, net, ref.history())
+
+
+def test_what_no_optimizer_holds_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """The line counts what is re-warmed, and names what has new entries and is not."""
+    net = ref.model()
+    held = [p for p in net.parameters() if p.ndim == 2]
+    rewarm(Muon(held), net, ref.history())
+    masks = {n: int(mask.sum()) for n, mask in ref.new_masks().items() if mask.any()}
+    matrices = [count for n, count in masks.items() if net.get_parameter(n).ndim == 2]
+    line = capsys.readouterr().err
+    assert line.startswith(f"re-warming {sum(matrices)} entries in {len(matrices)} tensors until")
+    assert line.endswith(
+        f"; {len(masks) - len(matrices)} more are in none of these optimizers (experts, …)\n"
+    )
+
+
 def test_an_optimizer_without_state_is_reported() -> None:
     """One warning at the first step where copies would stay copies; none for SGD, which has no state."""
     net = ref.model()
