@@ -82,9 +82,8 @@ def inspect_checkpoint(
                     other,
                     checkpoint,
                     **sizes,
-                    carried=_carried(checkpoint, other),
+                    **_since(checkpoint, other),
                     widened=_widened(checkpoint, other),
-                    experts=_experts(checkpoint, other),
                 )
                 tokens, random = change.data, change.random_tokens
             except (LayoutError, MissingDependencyError) as error:
@@ -124,29 +123,23 @@ def _verdict(
 
 def _widened(checkpoint: Checkpoint, other: Checkpoint) -> set[str]:
     """Names of the weights whose shapes differ."""
-    there = _shapes(other)
-    return {name for name, shape in _shapes(checkpoint).items() if there.get(name, shape) != shape}
+    there = other.shapes
+    return {name for name, shape in checkpoint.shapes.items() if there.get(name, shape) != shape}
 
 
-def _carried(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, float]:
-    """Factors that inputs carry since the last expansion, if the checkpoint came straight from it.
+def _since(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, Any]:
+    """What an expansion did to inputs and experts, if the checkpoint came straight from it.
 
     Between two checkpoints of one size there was no expansion.
     """
     manifest = manifest_of(checkpoint.root)
-    if manifest is None or _shapes(checkpoint) == _shapes(other):
+    if manifest is None or checkpoint.shapes == other.shapes:
         return {}
-    treatment = treatment_of(make_spec(manifest.spec))
-    return carried_factors(manifest.model_layout(), manifest.growth(), treatment)
-
-
-def _experts(checkpoint: Checkpoint, other: Checkpoint) -> int | None:
-    """How many experts had copies made of them, if the checkpoint came straight from that expansion."""
-    manifest = manifest_of(checkpoint.root)
-    if manifest is None or _shapes(checkpoint) == _shapes(other):
-        return None
-    grown = manifest.growth().get("experts")
-    return None if grown is None else grown.source
+    growth, treatment = manifest.growth(), treatment_of(make_spec(manifest.spec))
+    return {
+        "carried": carried_factors(manifest.model_layout(), growth, treatment),
+        "experts": growth["experts"].source if "experts" in growth else None,
+    }
 
 
 def _open(path: Path, model: str | None, layout: Path | None) -> Checkpoint:
@@ -186,7 +179,7 @@ def _unrelated(checkpoint: Checkpoint, other: Checkpoint) -> tuple[list[str], st
             f"these are different models ({here or 'not known'}, {there or 'not known'}): "
             "the comparison says nothing about an expansion"
         )
-    if _shapes(checkpoint) == _shapes(other):
+    if checkpoint.shapes == other.shapes:
         if _has_manifest(other):
             return [], ""
         return ["no expansion lies between these two: no symmetry meter"], ""
@@ -198,7 +191,7 @@ def _unrelated(checkpoint: Checkpoint, other: Checkpoint) -> tuple[list[str], st
 def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> Symmetry | None:
     """The meter, where ``expanded`` has a manifest and the two are of one size (else: not trained yet)."""
     manifest = manifest_of(expanded.root)
-    if manifest is None or _shapes(checkpoint) != _shapes(expanded):
+    if manifest is None or checkpoint.shapes != expanded.shapes:
         return None
     if manifest.growth().keys() == {"vocab"}:
         return None  # its new rows are no copies
@@ -209,10 +202,6 @@ def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> Symme
 
 def _has_manifest(checkpoint: Checkpoint) -> bool:
     return (sidecar_root(checkpoint.root) / MANIFEST).is_file()
-
-
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    return {name: checkpoint.weight(name).shape for name in checkpoint.weights}
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -105,6 +105,11 @@ class Checkpoint:
         further = {item.key: item.stored for item in self.further if item.key and item.stored is not None}
         return {**further, **self.tensors}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every weight."""
+        return {name: self.tensors[key].shape for name, key in self.weights.items()}
+
     def weight(self, name: str) -> StoredTensor:
         """The stored weight of that name."""
         return self.tensors[self.weights[name]]

@@ -6,18 +6,17 @@ Names come from hints (``sizes``); what moves is measured; what a dim that moves
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from sparkling_cli.models.shrink import Shapes as Shapes
+from sparkling_cli.models.shrink import changed, tried_shapes
 from sparkling_cli.models.shrink import shapes as shapes_of
-from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, kind_of, set_path, tower_outputs, walk
+from sparkling_cli.models.sizes import OTHER_MODALITY, Path, kind_of, tower_outputs, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
-
-Shapes = dict[str, tuple[int, ...]]
 
 #: Kinds whose keys size nothing that could be an axis.
 _IGNORED = frozenset({"token", "layers", "shared_layers", "multiple", "top_k", "window", "groups"})
@@ -82,13 +81,12 @@ class TinyAxes:
 
     def resized(self, factors: Mapping[str, int]) -> ConfigDict:
         """The tiny config with some axes multiplied."""
-        config = copy.deepcopy(self.config)
-        for path, names in self.terms.items():
-            if any(name in factors for name in names):
-                value = prod(int(n) if n.isdigit() else self.axes[n].size * factors.get(n, 1) for n in names)
-                old = get_path(config, path)
-                set_path(config, path, [value] * len(old) if isinstance(old, list) else value)
-        return config
+        values = {
+            path: prod(int(n) if n.isdigit() else self.axes[n].size * factors.get(n, 1) for n in names)
+            for path, names in self.terms.items()
+            if any(name in factors for name in names)
+        }
+        return changed(self.config, values)
 
 
 def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> TinyAxes:
@@ -98,7 +96,7 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Tin
     weights: dict[Path, int] = {}
     idle: set[Path] = set()
     for path, value in _integers(config):
-        shapes = _doubled(config, {path: 2 * value}, factory)
+        shapes = tried_shapes(changed(config, {path: 2 * value}), factory)
         # A key that cannot move alone (heads that must divide hidden) may still be half of an axis.
         if isinstance(shapes, str) or shapes != base or kind_of(path[-1]) in ("heads", "kv_heads"):
             sizing[path] = value
@@ -110,7 +108,7 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Tin
     _with_towers(axes, terms, config)
     found = TinyAxes(config, axes, terms, base)
     for name in list(axes):
-        shapes = _try_shapes(found, {name: 2}, factory)
+        shapes = tried_shapes(found.resized({name: 2}), factory)
         if isinstance(shapes, str):
             found.refused[name] = shapes
         else:
@@ -202,7 +200,7 @@ def _integers(config: Mapping[str, Any]) -> list[tuple[Path, int]]:
             continue
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if type(value) is int and value > 0:
             found.append((path, value))
     return found
 
@@ -214,24 +212,6 @@ def _with_towers(axes: dict[str, AxisKey], terms: dict[Path, tuple[str, ...]], c
         paths = tuple(path for path in tower_outputs(config, hidden.size) if path not in terms)
         axes["hidden"] = AxisKey("hidden", hidden.kind, hidden.size, (*hidden.keys, *paths))
         terms.update(dict.fromkeys(paths, ("hidden",)))
-
-
-def _doubled(config: ConfigDict, values: Mapping[Path, int], factory: ModelFactory | None) -> Shapes | str:
-    changed = copy.deepcopy(config)
-    for path, value in values.items():
-        old = get_path(config, path)
-        set_path(changed, path, [value] * len(old) if isinstance(old, list) else value)
-    try:
-        return shapes_of(changed, factory)
-    except Exception as error:  # any model code may raise anything
-        return f"{type(error).__name__}: {error}"
-
-
-def _try_shapes(found: TinyAxes, factors: Mapping[str, int], factory: ModelFactory | None) -> Shapes | str:
-    try:
-        return shapes_of(found.resized(factors), factory)
-    except Exception as error:  # any model code may raise anything
-        return f"{type(error).__name__}: {error}"
 
 
 def _grouped(
@@ -331,7 +311,7 @@ def _coupled(found: TinyAxes, factory: ModelFactory | None) -> TinyAxes:
     counts = [n for n in options if n in found.axes and not grows(found, n)]
     if not counts:
         return found
-    shapes = _try_shapes(found, {"hidden": 2, **dict.fromkeys(counts, 2)}, factory)
+    shapes = tried_shapes(found.resized({"hidden": 2, **dict.fromkeys(counts, 2)}), factory)
     if isinstance(shapes, str):
         return found
     own = ("heads",) if "heads" in found.axes else ("kv_heads", "q_per_kv")

@@ -7,12 +7,12 @@ in the shape of a model with a million layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.names import skeleton, skeletons
+from sparkling_cli.models.sizes import walk
 from sparkling_cli.storage.tensors import FLOATING
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ def check_counts(checkpoint: Checkpoint) -> None:
     count = len(checkpoint.tensors)
     shapes = {tensor.shape for tensor in checkpoint.tensors.values()}  # a few, of any number of tensors
     widest = max((max(shape, default=1) for shape in shapes), default=1)
-    for key, value in _numbers(checkpoint.config or {}):
+    for (*_, key), value in walk(checkpoint.config or {}):
+        if type(value) not in (int, float):
+            continue
         most = count if key in _LAYERS else max(count, widest) if key in _EXPERTS else None
         if most is not None and not 0 <= value <= most:
             raise CheckpointError(
@@ -85,15 +87,6 @@ def check_counts(checkpoint: Checkpoint) -> None:
                 f"holds {count} tensors, none of them longer than {widest}",
                 hint="the config belongs to another model, or was damaged: restore it from a copy",
             )
-
-
-def _numbers(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, float]]:
-    """Keys with a number, of nested configs too."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and depth < 4:
-            yield from _numbers(value, depth + 1)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield key, value
 
 
 def check_tensors(checkpoint: Checkpoint, model: Parameters) -> None:

@@ -21,12 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from sparkling_cli.errors import SparklingError
 from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.models import cache
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -78,18 +80,15 @@ class ClassTensors:
 def ask_class(config: Mapping[str, Any]) -> ClassTensors:
     """Build the class of a config and ask it."""
     from sparkling_cli.models.disk import to_disk
-    from sparkling_cli.models.skeleton import build_model, model_errors
+    from sparkling_cli.models.skeleton import build_model, model_errors, shared_names
     from sparkling_cli.models.stored import ignored_by
 
     try:
         with model_errors(config):
             model = build_model(config)
             state = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-            owners: dict[int, list[str]] = {}
-            for name, tensor in model.state_dict(keep_vars=True).items():
-                owners.setdefault(id(tensor), []).append(name)
+            tied = tuple(map(tuple, shared_names(model)))
             buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-            tied = [group for group in owners.values() if len(group) > 1]
             followers = {name for group in tied for name in group[1:]}
             plain = {k: v for k, v in state.items() if k not in buffers and k not in followers}
             kept = {k: v for k, v in state.items() if k in buffers or k in followers}
@@ -97,31 +96,17 @@ def ask_class(config: Mapping[str, Any]) -> ClassTensors:
             optional = (_shapes(kept), _shapes(to_disk(model, kept)))
     except (SparklingError, ImportError) as error:
         return ClassTensors("", str(error).partition("\n")[0], ({}, {}), ({}, {}), (), ())
-    return ClassTensors(type(model).__name__, "", names, optional, tuple(map(tuple, tied)), ignored_by(model))
+    return ClassTensors(type(model).__name__, "", names, optional, tied, ignored_by(model))
 
 
-def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _shapes(state: Mapping[str, Any]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _to_json(found: ClassTensors) -> dict[str, Any]:
-    return dict(vars(found))
+_JSON = TypeAdapter(ClassTensors)
 
 
-def _from_json(data: Mapping[str, Any]) -> ClassTensors:
-    pair = [tuple({n: tuple(s) for n, s in one.items()} for one in data[key]) for key in ("names", "buffers")]
-    names, buffers = pair
-    return ClassTensors(
-        data["name"],
-        data["reason"],
-        (names[0], names[1]),
-        (buffers[0], buffers[1]),
-        tuple(map(tuple, data["tied"])),
-        tuple(data["ignored"]),
-    )
-
-
-def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def weight_shapes(checkpoint: Checkpoint) -> Shapes:
     """Name -> shape of every tensor among a checkpoint's weights."""
     return {name: checkpoint.tensors[key].shape for name, key in checkpoint.stored_weights.items()}
 
@@ -148,7 +133,7 @@ class Asking:
         self._key = cache.key_of("class", config)
         known = cache.load("classes", self._key)
         if known is not None:
-            self._answer = _from_json(known)
+            self._answer = _JSON.validate_python(known)
         elif "transformers" not in sys.modules:
             self._process = _started(config)
         return self
@@ -184,10 +169,10 @@ class Asking:
             text = self._process.stdout.read()
             self._process.wait()
             self._process = None
-            with contextlib.suppress(ValueError, KeyError):
-                self._answer = _from_json(json.loads(text))
+            with contextlib.suppress(ValueError):
+                self._answer = _JSON.validate_json(text)
         if self._answer is not None and self._answer.name:
-            cache.store("classes", self._key, _to_json(self._answer))
+            cache.store("classes", self._key, _JSON.dump_python(self._answer, mode="json"))
         return self._answer
 
 
@@ -246,9 +231,7 @@ def class_faults(
 
 def main() -> None:
     """Answer for the config on the standard input."""
-    config = json.loads(sys.stdin.read())
-    answer = ask_class(config)
-    sys.stdout.write(json.dumps(_to_json(answer)))
+    sys.stdout.write(_JSON.dump_json(ask_class(json.loads(sys.stdin.read()))).decode())
 
 
 if __name__ == "__main__":

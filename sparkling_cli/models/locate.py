@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -65,7 +64,7 @@ def find_layout(
         from sparkling_cli.layout.packaged import layout_for
 
         return layout_for(checkpoint, layout_path, lambda one, other: _alike(checkpoint, one, other))
-    shapes = {name: checkpoint.tensors[key].shape for name, key in checkpoint.weights.items()}
+    shapes = checkpoint.shapes
     if model is None and previous is not None:
         return fitted_to(shapes, previous.model_layout())
     if model is None:
@@ -109,9 +108,7 @@ def packaged_layout(checkpoint: Checkpoint) -> ModelLayout | None:
 
     config = checkpoint.config or {}
     sizing = [
-        ".".join(path)
-        for path, value in walk(config)
-        if kind_of(path[-1]) in _WIDTHS and isinstance(value, int) and not isinstance(value, bool)
+        ".".join(path) for path, value in walk(config) if kind_of(path[-1]) in _WIDTHS and type(value) is int
     ]
     stored = checkpoint.weights.items()
     own = {name: key for name, key in stored if not is_buffer(name, checkpoint.tensors[key].shape)}
@@ -175,14 +172,11 @@ def named_states(
     if param_order is not None:
         return name_in_order(checkpoint, layout.parameters(), param_order)
     config = checkpoint.config or {}
-    if model is None and layout.ordered:
-        parameters = list(layout.parameters().items())
-        decayed = {name for name, shape in parameters if len(shape) > 1}
-        return name_parameters(checkpoint, parameters, decayed, vocabulary_of(layout, parameters))
-    if model is None and "model_type" not in config:
+    if model is None and (layout.ordered or "model_type" not in config):
         followers = {name for group in layout.tied for name in group[1:]}
-        parameters = [(n, checkpoint.weight(n).shape) for n in checkpoint.weights if n not in followers]
-        decayed = {n for n, shape in parameters if len(shape) > 1}
+        in_file = [(name, shape) for name, shape in checkpoint.shapes.items() if name not in followers]
+        parameters = list(layout.parameters().items()) if layout.ordered else in_file
+        decayed = {name for name, shape in parameters if len(shape) > 1}
         return name_parameters(checkpoint, parameters, decayed, vocabulary_of(layout, parameters))
     if model is None:
         from sparkling_cli.models.config_check import check_counts
@@ -217,9 +211,7 @@ def vocabulary_of(layout: ModelLayout, parameters: Iterable[tuple[str, tuple[int
 
 def model_parameters(config: Mapping[str, Any], model: str | None) -> Parameters:
     """What the class of a config, or the user's factory, says of its parameters; kept like layouts."""
-    key = hashlib.blake2b(
-        json.dumps([config, model, cache.versions()], sort_keys=True, default=str).encode(), digest_size=16
-    ).hexdigest()
+    key = cache.key_of(config, model)
     found = cache.load("parameters", key) if model is None else None
     if found is None:
         found = ask_model(config, model)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.models.axes import TinyAxes
-from sparkling_cli.models.shrink import run, tokens
+from sparkling_cli.models.shrink import forward, run, tokens
 from sparkling_cli.models.skeleton import ModelFactory, build_model
 from sparkling_cli.widening.reference import Rules, Wanted, widened_array
 
@@ -178,11 +178,10 @@ class LogitParity:
         for parameter in model.parameters():
             parameter.grad = None
             parameter.requires_grad_(parameter.is_floating_point())
-        found = model(input_ids=ids, use_cache=False) if hasattr(model, "config") else model(ids)
-        logits = getattr(found, "logits", found)
-        logits = logits[0] if isinstance(logits, tuple) else logits
+        logits = forward(model, ids)
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
-        (logits * weights).sum().backward()
+        total: Any = (logits * weights).sum()
+        total.backward()
         used = {
             name: torch.zeros_like(p, dtype=torch.bool) if p.grad is None else p.grad != 0
             for name, p in model.named_parameters()

@@ -21,7 +21,7 @@ from sparkling_cli.models.labels import label, texts
 from sparkling_cli.models.parity import LogitParity, widened
 from sparkling_cli.models.search import Outcome, effects, layouts_of, prove
 from sparkling_cli.models.sizes import OTHER_MODALITY, kind_of, walk
-from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model
+from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, shared_names
 from sparkling_cli.models.stored import ignored_by
 
 #: Kinds of the axes that people widen; for these the search tries many layouts, for others a few.
@@ -67,6 +67,14 @@ class Findings:
     notes: tuple[str, ...] = field(default=())
     buffers: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()
+
+    @property
+    def by_skeleton(self) -> dict[str, list[TensorLayout]]:
+        """Layouts of the tensors of every name skeleton."""
+        found: dict[str, list[TensorLayout]] = {}
+        for family, layout in zip(self.families, self.layouts, strict=True):
+            found.setdefault(skeleton(family.names[0]), []).append(layout)
+        return found
 
     def layout_of(self, tensor: str) -> TensorLayout:
         """The layout of a tensor of the tiny model."""
@@ -260,16 +268,10 @@ def _unreached_notes(hyp: Hypotheses, unreached: frozenset[str], proved: Sequenc
 
 
 def _tied_groups(parity: LogitParity) -> tuple[tuple[str, ...], ...]:
-    groups: dict[int, list[str]] = {}
-    for name, tensor in parity.model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
     heads = _tied_heads(parity.model)
-    first = {id(t): n for n, t in parity.model.named_parameters()}
-    return tuple(
-        tuple(sorted(g, key=lambda n: (n != first.get(key), n not in heads)))
-        for key, g in groups.items()
-        if len(g) > 1
-    )
+    first = {name for name, _ in parity.model.named_parameters()}
+    groups = shared_names(parity.model)
+    return tuple(tuple(sorted(group, key=lambda n: (n not in first, n not in heads))) for group in groups)
 
 
 def _disk(

@@ -15,10 +15,9 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.models.axes import Shapes
-from sparkling_cli.models.shrink import run, shrink, tokens
+from sparkling_cli.models.shrink import Shapes, changed, run, shrink, tokens, tried_shapes
 from sparkling_cli.models.shrink import shapes as shapes_of
-from sparkling_cli.models.sizes import Path, get_path, kind_of, set_path, walk
+from sparkling_cli.models.sizes import Path, get_path, kind_of, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model
 
 #: The usual name of a key, for each kind that is looked for.
@@ -76,7 +75,7 @@ def usual_names(config: Mapping[str, Any], factory: ModelFactory) -> Renamed:
     unknown = [
         (path, value)
         for path, value in walk(plain)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0 and kind_of(path[-1]) is None
+        if type(value) is int and value > 0 and kind_of(path[-1]) is None
     ]
     named = {kind_of(path[-1]) for path, value in walk(plain) if value is not None}
     if not unknown:
@@ -115,16 +114,13 @@ def _moves(
     base = shapes_of(config, factory)
     found = {}
     for path, value in unknown:
-        doubled = copy.deepcopy(config)
-        set_path(doubled, path, 2 * value)
-        try:
-            found[path] = _difference(base, shapes_of(doubled, factory))
-        except Exception as error:  # any model code may raise anything on sizes it does not accept
-            found[path] = _Moved(refused=" ".join(f"{type(error).__name__}: {error}".split())[:100])
+        found[path] = _difference(base, tried_shapes(changed(config, {path: 2 * value}), factory))
     return found
 
 
-def _difference(base: Shapes, other: Shapes) -> _Moved:
+def _difference(base: Shapes, other: Shapes | str) -> _Moved:
+    if isinstance(other, str):
+        return _Moved(refused=" ".join(other.split())[:100])
     if not base.keys() <= other.keys():
         return _Moved(refused="other tensors")
     dims = {
@@ -214,10 +210,8 @@ def _silent_heads(found: Renamed, idle: Sequence[Path]) -> Path | None:
         value = get_path(tiny, path)
         if not isinstance(value, int) or hidden % value:
             continue
-        changed = copy.deepcopy(tiny)
-        set_path(changed, path, 2 * value)
         try:
-            other = build_model(changed, meta=False, factory=found.factory)
+            other = build_model(changed(tiny, {path: 2 * value}), meta=False, factory=found.factory)
             other.load_state_dict(model.state_dict())
             if not torch.equal(run(other, tokens(tiny)), before):
                 candidates.append(path)

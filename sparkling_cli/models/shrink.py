@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+Shapes = dict[str, tuple[int, ...]]
+
 _MAX_LAYERS = 12
 #: A tiny model must stay tiny, or its proof would take minutes.
 _MAX_ENTRIES = 20_000_000
@@ -114,7 +116,7 @@ def tokens(config: Mapping[str, Any], *, seed: int = 0) -> torch.Tensor:
 
 
 def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Logits (batch, tokens, vocab) of a plain forward pass.
+    """Logits (batch, tokens, vocab) of a plain forward pass, without gradients.
 
     Raises:
         LayoutError: the model returns no logits.
@@ -122,7 +124,14 @@ def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     import torch
 
     with torch.no_grad():
-        found = model(input_ids=ids, use_cache=False) if hasattr(model, "config") else model(ids)
+        return forward(model, ids)
+
+
+def forward(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The same with gradients, where they are on."""
+    import torch
+
+    found = model(input_ids=ids, use_cache=False) if hasattr(model, "config") else model(ids)
     logits = getattr(found, "logits", found)
     if isinstance(logits, tuple):
         logits = logits[0]
@@ -146,16 +155,15 @@ def _explicit(tiny: ConfigDict, variant: Variant, factory: ModelFactory | None) 
     for path in _derived(tiny):
         before = shapes(tiny, factory)
         for value in _explicit_values(path, tiny, variant):
-            changed = copy.deepcopy(tiny)
-            set_path(changed, path, value)
+            explicit = changed(tiny, {path: value})
             try:
-                moved = shapes(changed, factory) != before
-                if moved or kind_of(path[-1]) == "kv_heads":
-                    run(build_model(changed, meta=False, factory=factory), tokens(changed))
+                honoured = shapes(explicit, factory) != before or kind_of(path[-1]) == "kv_heads"
+                if honoured:
+                    run(build_model(explicit, meta=False, factory=factory), tokens(explicit))
             except Exception:  # not accepted: it stays derived
                 continue
-            if moved or kind_of(path[-1]) == "kv_heads":
-                tiny = changed
+            if honoured:
+                tiny = explicit
                 break
     return tiny
 
@@ -179,6 +187,23 @@ def _explicit_values(path: Path, tiny: ConfigDict, variant: Variant) -> list[int
     return [size, size + 4] if kind == "head_dim" else [size]
 
 
-def shapes(config: ConfigDict, factory: ModelFactory | None) -> dict[str, tuple[int, ...]]:
+def shapes(config: ConfigDict, factory: ModelFactory | None) -> Shapes:
     """Shapes of the state dict, from a meta build."""
     return {k: tuple(v.shape) for k, v in build_model(config, factory=factory).state_dict().items()}
+
+
+def changed(config: Mapping[str, Any], values: Mapping[Path, Any]) -> ConfigDict:
+    """A deep copy with other values; where a list was, all its entries are the new value."""
+    found = copy.deepcopy(dict(config))
+    for path, value in values.items():
+        old = get_path(found, path)
+        set_path(found, path, [value] * len(old) if isinstance(old, list) else value)
+    return found
+
+
+def tried_shapes(config: ConfigDict, factory: ModelFactory | None) -> Shapes | str:
+    """The same, or what the class raises on the config; any model code may raise anything."""
+    try:
+        return shapes(config, factory)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

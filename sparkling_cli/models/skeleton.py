@@ -280,6 +280,14 @@ def build_model(
     return model.eval()
 
 
+def shared_names(model: nn.Module) -> list[list[str]]:
+    """Names of the state dict that are one tensor, group by group."""
+    owners: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owners.setdefault(id(tensor), []).append(name)
+    return [names for names in owners.values() if len(names) > 1]
+
+
 def _no_init(meta: bool) -> contextlib.AbstractContextManager[Any]:
     """Skip weight initialization where there are no weights."""
     if not meta:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -105,7 +104,7 @@ def test_a_config_without_a_class_is_not_asked_about() -> None:
     with Asking({"n_embd": 8}) as asked:
         assert asked.answer() is None
     assert ask_class({"model_type": "nobody-knows"}).reason
-    assert json.dumps(expected._to_json(ask_class({"model_type": "nobody-knows"})))
+    assert expected._JSON.dump_json(ask_class({"model_type": "nobody-knows"}))
 
 
 def test_the_answer_is_made_while_others_work(
