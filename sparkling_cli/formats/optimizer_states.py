@@ -98,6 +98,9 @@ REFUSED = {
     "mask": "it says which entries of the parameter have state",
 }
 
+#: options of an optimizer's groups -> state that has a name of the table there, and is something else
+OTHERWISE = {frozenset({"kappa", "xi"}): {"momentum_buffer": "AccSGD's slow average of the weights"}}
+
 #: tables of bitsandbytes' quantized state, whose size does not follow the parameter's shape alone
 QUANTIZATION_TABLES = frozenset(
     {"absmax1", "absmax2", "qmap1", "qmap2", "max1", "max2", "new_max1", "new_max2", "gnorm_vec"}

@@ -11,6 +11,7 @@ from math import prod
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, Further
 from sparkling_cli.formats.optimizer_states import (
+    OTHERWISE,
     WEIGHT_LIKE,
     StateKind,
     base_name,
@@ -57,10 +58,13 @@ class Known:
         for slot, (pairs, chance) in self._by_slot(given).items():
             if is_named(slot):
                 kind = StateKind.WEIGHT if base_name(slot) in WEIGHT_LIKE else StateKind.MOMENT
-                found = doubt(self.checkpoint.root, pairs[:_CONFIRMED], base_name(slot), kind, decay)
+                found = self._otherwise(slot)
+                if not found:
+                    found = doubt(self.checkpoint.root, pairs[:_CONFIRMED], base_name(slot), kind, decay)
+                    found = found and f"its values {found}"
                 if found:
                     raise CheckpointError(
-                        f"optimizer state {slot!r} is known as a {kind.value}, but its values {found}",
+                        f"optimizer state {slot!r} is known as a {kind.value}, but {found}",
                         hint=f"say what it is: {ways(slot)}; or expand a checkpoint without the optimizer's "
                         "state, and restart the optimizer",
                     )
@@ -80,6 +84,15 @@ class Known:
             given[slot] = kind
             notes.append(f"optimizer state {slot!r} is taken for a {kind.value}: {text}")
         return given, notes
+
+    def _otherwise(self, slot: str) -> str:
+        """What a name of the table is in this optimizer, as its options tell; "" if what the table says."""
+        for options, names in OTHERWISE.items():
+            if base_name(slot) in names and any(
+                options <= group.keys() for group in self.checkpoint.param_groups
+            ):
+                return f"the optimizer's options ({', '.join(sorted(options))}) say: {names[base_name(slot)]}"
+        return ""
 
     def _by_slot(self, given: Mapping[str, StateKind]) -> dict[str, tuple[list[Pair], bool]]:
         """State name -> its tensors, the largest first, each with its weight; of parameter's shape all.

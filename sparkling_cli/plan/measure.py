@@ -25,6 +25,8 @@ NONE = 0.75
 LEAST = 0.5
 #: a copy is so many times the weight, at least and at most
 SIZE = (0.5, 2.0)
+#: a moment that correlates with the weight has at most so much of it, where weight decay is not the cause
+MUCH = 0.25
 #: correlation of the logarithms of magnitudes, of compensation terms and of everything else
 SCALE, NO_SCALE = 0.6, 0.4
 #: of which a compensation term follows the first power; squared gradients with weight decay follow the second
@@ -125,7 +127,7 @@ def doubt(root: Path, pairs: Iterable[Pair], slot: str, kind: StateKind, decay: 
         return ""
     values, slope = median(one.values for one in found), median(one.slope for one in found)
     if kind is StateKind.MOMENT:
-        if min(one.values for one in found) < COPY or not _is_copy(slope, decay):
+        if median(abs(one.values) for one in found) < COPY or abs(slope) <= max(MUCH, 2 * decay):
             return ""
         return f"are those of the weights (correlation {values:.2f}, {slope:.2g} times the weight)"
     if slot in INITIAL:

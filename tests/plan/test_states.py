@@ -160,6 +160,47 @@ def test_a_name_that_its_values_contradict(
         assert torch.equal(new, old / 2 if kind == "weight" else torch.zeros_like(old))
 
 
+def averaged(decay: float, steps: int) -> Any:
+    """AccSGD's buffer beside weights that rest where ``steps`` steps of decay alone have brought them.
+
+    With large step L and mixing b the buffer becomes (1 - b) buffer + b (w - L g), and w goes a share of the
+    way to it (Jain et al. 2018, Algorithm 1); here g = decay w, so both are multiples of the first weights.
+    """
+    kappa, xi, constant, rate = 1000.0, 10.0, 0.7, 1e-2
+    mixing = xi * constant**2 / kappa
+    share = mixing / (constant + mixing)
+    weight = buffer = 1.0
+    for _ in range(steps):
+        gradient = decay * weight
+        buffer = (1 - mixing) * buffer + mixing * (weight - rate * kappa / constant * gradient)
+        weight = (1 - share) * (weight - rate * gradient) + share * buffer
+    return lambda value: value * (buffer / weight)
+
+
+@pytest.mark.parametrize(("decay", "steps"), [(0.0, 20), (0.1, 20), (0.1, 200), (0.1, 2000), (0.5, 300)])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_slow_average_under_weight_decay_is_no_moment(
+    decay: float, steps: int, named: bool, tiny_checkpoint: TinyCheckpoint, names: list[str], tmp_path: Path
+) -> None:
+    """However decay has moved it, by the optimizer's options; without them, by more than decay explains."""
+    made = averaged(decay, steps)
+    source = with_state(tiny_checkpoint("llama"), tmp_path / "checkpoint-3", names, "momentum_buffer", made)
+    optimizer = torch.load(source / "optimizer.pt", weights_only=True)
+    for state in optimizer["state"].values():
+        del state["exp_avg"], state["exp_avg_sq"]
+    options = {"kappa": 1000.0, "xi": 10.0, "constant": 0.7} if named else {}
+    for group in optimizer["param_groups"]:
+        group.update({"weight_decay": decay, **options})
+        del group["betas"]
+    torch.save(optimizer, source / "optimizer.pt")
+    why = "AccSGD's slow average" if named else "those of the weights"
+    with pytest.raises(
+        CheckpointError, match=f"'momentum_buffer' is known as a moment, but .*{why}"
+    ) as caught:
+        api.expand(source, tmp_path / "wide", axes=FFN, report="none")
+    assert "--state momentum_buffer=weight" in str(caught.value.hint)
+
+
 def test_weight_decay_makes_no_copy_of_a_moment(
     tiny_checkpoint: TinyCheckpoint, names: list[str], tmp_path: Path
 ) -> None:
