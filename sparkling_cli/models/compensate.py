@@ -42,19 +42,20 @@ def hypotheses_for(
     norm = final_norm(parity)
     embedding = embedding_name(parity.model)
     found: list[Compensations] = []
-    inside: Compensations = ()
     for embed_power in _embedding_powers(parity, axes, layouts, embedding):
         undo = -embed_power if tied else 0.0
         scaled = {embedding, *_tied_heads(parity.model)} if tied else {embedding}
         on_embedding = [Compensation(axis, n, power=embed_power) for n in sorted(scaled) if embed_power]
-        inside = _inside(parity, axes, layouts, on_embedding)
+        # What is measured under a layout that is not the true one may be no multiplier at all.
+        inside = dict.fromkeys((_inside(parity, axes, layouts, on_embedding), ()))
         for head_power in _POWERS if norm else (0.0,):
             for offset in (0.0, 1.0) if tied or head_power else (0.0,):
-                comps = [*on_embedding, *inside]
-                if norm and (tied or head_power + undo):
-                    comps += _on_norm(norm, axis, tied, head_power + undo, offset)
-                if tuple(comps) not in found:
-                    found.append(tuple(comps))
+                for within in inside:
+                    comps = [*on_embedding, *within]
+                    if norm and (tied or head_power + undo):
+                        comps += _on_norm(norm, axis, tied, head_power + undo, offset)
+                    if tuple(comps) not in found:
+                        found.append(tuple(comps))
     if () not in found:
         found.append(())
     return found

@@ -33,7 +33,15 @@ from sparkling_cli.models.patterns import Pattern, fill, numbered, patterns_of, 
 from sparkling_cli.models.prove import WIDTHS, Findings
 from sparkling_cli.models.real_model import RealModel
 from sparkling_cli.models.shrink import shapes
-from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, kind_of, tower_outputs, walk
+from sparkling_cli.models.sizes import (
+    OTHER_MODALITY,
+    Path,
+    get_path,
+    kind_of,
+    tower_outputs,
+    tower_widths,
+    walk,
+)
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, text_prefix
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 
@@ -92,7 +100,7 @@ def real_layout(
     layout = _as_built(layout, model, len(prefix))
     counts = _repeated_counts(config, axes)  # what the config says itself stands for the class's own name
     own = {key: term for key, term in layout.config.items() if key in counts or term not in counts.values()}
-    return _without_towers(replace(layout, config=own), config if prefix else real)
+    return _without_towers(replace(layout, config=own), config, model, prefix)
 
 
 def _as_built(layout: ModelLayout, model: RealModel, depth: int) -> ModelLayout:
@@ -110,7 +118,9 @@ def _as_built(layout: ModelLayout, model: RealModel, depth: int) -> ModelLayout:
     return replace(layout, axes=axes)
 
 
-def _without_towers(layout: ModelLayout, config: Mapping[str, Any]) -> ModelLayout:
+def _without_towers(
+    layout: ModelLayout, config: Mapping[str, Any], model: RealModel, prefix: Path
+) -> ModelLayout:
     """The layout without growth of hidden where a tower's output is as wide by a number of its own.
 
     The class would build such a model, and text would run: only images would meet a width that is no more.
@@ -118,7 +128,10 @@ def _without_towers(layout: ModelLayout, config: Mapping[str, Any]) -> ModelLayo
     hidden = layout.axes.get("hidden")
     if hidden is None or not hidden.widenable:
         return layout
-    for path in tower_outputs(config, hidden.size):
+    paths = tower_outputs(config if prefix else model.config, hidden.size)
+    built = [p for p in tower_widths(model.config, hidden.size) if (*prefix, *p) not in paths]
+    paths += [(*prefix, *p) for p in built if model.is_output(p)]
+    for path in paths:
         if ".".join(path) not in layout.config:
             reason = f"{'.'.join(path)} = {hidden.size} is the width of what enters the text, and would stay"
             refused = {n: layout.axes[n] for n in ("hidden", *hidden.joint)}

@@ -17,7 +17,7 @@ from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.axes import Shapes, TinyAxes
 from sparkling_cli.models.shrink import shapes as shapes_of
-from sparkling_cli.models.sizes import get_path, set_path
+from sparkling_cli.models.sizes import Path, get_path, set_path
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 from sparkling_cli.widening.reference import Rules, Wanted
@@ -86,15 +86,32 @@ class RealModel:
                 return f"a config with twice as many makes {name} {shape}, not {expected}"
         return None
 
+    def is_output(self, path: Path) -> bool:
+        """Whether a number of the config makes output rows only: what it makes is read elsewhere."""
+        changed = copy.deepcopy(self.config)
+        set_path(changed, path, 2 * get_path(changed, path))
+        try:
+            built = shapes_of(changed, self.factory)
+        except Exception:  # any model code may raise anything on sizes it does not accept
+            return False
+        if built.keys() != self.shapes.keys():
+            return False
+        pairs = [zip(self.shapes[n], shape, strict=True) for n, shape in built.items()]
+        return {dim for pair in pairs for dim, (a, b) in enumerate(pair) if a != b} == {0}
+
     def _different(self, layouts: Sequence[TensorLayout]) -> list[TensorLayout]:
-        """One layout of each that does the same to this tensor, whatever proved axis grows."""
+        """One layout of each that does the same to this tensor, whatever proved axis grows.
+
+        The role of a dim in which nothing grows says nothing.
+        """
         groups: dict[object, TensorLayout] = {}
         for layout in layouts:
-            key = tuple((dim.role, self._effect(dim.expr)) for dim in layout.dims)
+            effects = [self._effect(dim.expr) for dim in layout.dims]
+            key = tuple((dim.role, e) if e else () for dim, e in zip(layout.dims, effects, strict=True))
             groups.setdefault(key, layout)
         return list(groups.values())
 
-    def _effect(self, expr: Expr) -> object:
+    def _effect(self, expr: Expr) -> tuple[object, ...]:
         """For every proved axis in a term, which entry each entry copies when it triples."""
         layout = parse_layout(f"scale {expr}")
         found = []

@@ -14,7 +14,8 @@ from sparkling_cli.models.families import Family, Hypotheses, Options, Variable
 from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.widening.reference import Rules, Wanted
 
-_LIKELY = 3
+#: Compensations that every layout is tried with: both offsets of a norm, with multipliers inside and without.
+_LIKELY = 4
 Choice = dict[Variable, str]
 Compensations = tuple[Compensation, ...]
 

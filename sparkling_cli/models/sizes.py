@@ -106,11 +106,19 @@ def walk(config: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, A
 
 def tower_outputs(config: Mapping[str, Any], hidden: int) -> list[Path]:
     """Keys of parts for other modalities that give the width of what enters the text, where it is as wide."""
-    return [
-        path
-        for path, value in walk(config)
-        if value == hidden and OTHER_MODALITY.search(".".join(path[:-1])) and _OUTPUT.search(path[-1])
-    ]
+    return [path for path in tower_widths(config, hidden) if _is_output(config, path)]
+
+
+def tower_widths(config: Mapping[str, Any], hidden: int) -> list[Path]:
+    """Keys of parts for other modalities with the text's hidden size as their value."""
+    found = ((path, value) for path, value in walk(config) if type(value) is int and value == hidden)
+    return [path for path, _ in found if OTHER_MODALITY.search(".".join(path[:-1]))]
+
+
+def _is_output(config: Mapping[str, Any], path: Path) -> bool:
+    """Whether the name says so; a part with a width of its own, ``embed_dim``, ends in ``hidden_size``."""
+    inner = get_path(config, (*path[:-1], "embed_dim"))
+    return bool(_OUTPUT.search(path[-1])) or (path[-1] == "hidden_size" and isinstance(inner, int))
 
 
 def get_path(config: Mapping[str, Any], path: Path) -> Any:

@@ -170,7 +170,7 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
         for path in tower_outputs(real, get_path(real, main)):
             set_path(tiny, path, get_path(tiny, main))
     _renumber(tiny, indices)
-    _plain_rope(tiny)
+    _plain_rope(real, tiny)
     return tiny
 
 
@@ -338,21 +338,39 @@ def _equal_heads(real: Mapping[str, Any], path: Path, value: int) -> bool:
     return bool((heads or get_path(real, (*path[:-1], "num_attention_heads"))) == value)
 
 
-def _plain_rope(tiny: ConfigDict) -> None:
+def _plain_rope(real: Mapping[str, Any], tiny: ConfigDict) -> None:
     """Replace rotary scaling, whose tables are as long as the real head_dim, by plain rotary."""
     for key, value in list(tiny.items()):
         if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             nested = [k for k, v in value.items() if isinstance(v, dict)]
             for inner in [value[k] for k in nested] or [value]:
-                _plain(inner)
+                _plain(inner, _head_dim(real), _head_dim(tiny))
         elif isinstance(value, dict):
-            _plain_rope(value)
+            _plain_rope(real.get(key) or {}, value)
 
 
-def _plain(rope: ConfigDict) -> None:
-    """Only tables of the real head's length must go; scalars of any rotary type fit every size."""
-    tables = [k for k, v in rope.items() if isinstance(v, list)]
-    for key in tables:
-        del rope[key]
-    if tables:
+def _head_dim(config: Mapping[str, Any]) -> int:
+    """Entries of an attention head; 0 where the config does not say."""
+    hidden, heads, given = (config.get(k) for k in ("hidden_size", "num_attention_heads", "head_dim"))
+    if isinstance(given, int):
+        return given
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0
+
+
+def _plain(rope: ConfigDict, real: int, tiny: int) -> None:
+    """Tables of the real head's length go, shares of a head shrink with it; scalars fit every size.
+
+    Args:
+        rope: parameters of rotary embeddings, changed.
+        real: entries of a head, 0 where that is not known.
+        tiny: those of the tiny model.
+    """
+    lists = [k for k, v in rope.items() if isinstance(v, list)]
+    for key in lists:
+        shares = rope.pop(key)
+        if key.endswith("_section") and real and tiny:
+            parts = [n * tiny // real for n in shares]
+            parts[0] += sum(shares) * tiny // real - sum(parts)
+            rope[key] = parts
+    if lists:
         rope["rope_type"] = "default"

@@ -78,7 +78,7 @@ def logit_change_through_disk(
     from sparkling_cli.models.skeleton import build_model
 
     model: Any = shake(build_model(config, meta=False))
-    ids = torch.randint(5, 50, (2, 9), generator=torch.Generator().manual_seed(3))
+    ids = batch(model)
     with torch.no_grad():
         before = model(input_ids=ids, use_cache=False).logits.double()
     model.save_pretrained(folder / "small")
@@ -97,6 +97,13 @@ def logit_change_through_disk(
         after = reloaded.eval()(input_ids=ids, use_cache=False).logits.double()
     after = after[..., : before.shape[-1]]
     return float((after - before).abs().max() / before.abs().max())
+
+
+def batch(model: Any) -> torch.Tensor:
+    """Random ids of two texts, (2, 9); of a decoder of codebooks two times a row for each, (2 books, 9)."""
+    books = getattr(model.config.get_text_config(decoder=True), "num_codebooks", None)
+    rows = 2 * books if books and "musicgen" in model.config.model_type else 2
+    return torch.randint(5, 50, (rows, 9), generator=torch.Generator().manual_seed(3))
 
 
 def small_config(model_type: str) -> dict[str, Any]:

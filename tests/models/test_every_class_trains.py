@@ -5,7 +5,7 @@ A real AdamW step, saved as the Trainer saves it, widened by the public function
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ from sparkling_cli import api
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import COUNTED
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.models.infer import infer
 from sparkling_cli.models.skeleton import causal_lm_names
 
@@ -101,9 +102,9 @@ def complaints(small: Trained, layout: ModelLayout, folder: Path) -> Iterator[st
             yield f"{name}: {error}"
     yield from of_state(small, folder, origins)
     wide = in_double(wide, small.ids)
-    yield from of_gradients(backward(small.model, small.ids), backward(wide, small.ids), origins)
-    factored = {c.tensor.rpartition(".")[0] for c in layout.compensations if c.fan_in}
-    yield from of_activations(small, wide, factored)
+    apart = folder.name == "kv_heads" and "q_per_kv" not in layout.axes and "heads" in layout.axes
+    yield from of_gradients(backward(small.model, small.ids), backward(wide, small.ids), origins, apart=apart)
+    yield from of_activations(small, wide, layout)
 
 
 def of_state(small: Trained, folder: Path, origins: dict[str, Origin]) -> Iterator[str]:
@@ -126,23 +127,38 @@ def of_state(small: Trained, folder: Path, origins: dict[str, Origin]) -> Iterat
                 yield f"{name}: {slot} is not kept at old places and zero at new ones"
 
 
-def of_gradients(before: Tensors, after: Tensors, origins: dict[str, Origin]) -> Iterator[str]:
-    """Copies share their source's gradient equally: ``c m dL/dW'[i] = dL/dW[j]``, m copies of j."""
+def of_gradients(
+    before: Tensors, after: Tensors, origins: dict[str, Origin], *, apart: bool
+) -> Iterator[str]:
+    """Copies share their source's gradient equally: ``c m dL/dW'[i] = dL/dW[j]``, m copies of j.
+
+    Where each copy has readers of its own, as key/value heads whose query heads stay, their sum is the
+    source's.
+    """
     if before.keys() != after.keys():
         yield f"the loss reaches other parameters: {sorted(before.keys() ^ after.keys())[:3]}"
     floor = NOTHING * max(float(g.abs().max()) for g in before.values())
     for name in sorted(before.keys() & after.keys() & origins.keys()):
         small, wide, found = before[name].flatten(), after[name].flatten(), origins[name]
         copies = torch.bincount(found.source, minlength=len(small))[found.source]
-        error = float((found.c * copies * wide - small[found.source]).abs().max())
+        shares = found.c * wide
+        if apart:
+            shares = torch.zeros_like(small).index_add(0, found.source, shares)[found.source] / copies
+        error = float((copies * shares - small[found.source]).abs().max())
         scale = float(small.abs().max())
         if error > max(GRADIENT * scale, floor):
             yield f"{name}: gradients of copies are off by {error / scale:.1e}"
 
 
-def of_activations(small: Trained, wide: torch.nn.Module, factored: Set[str]) -> Iterator[str]:
-    """Each module's output keeps its RMS, but for a final norm that carries a tied head's factor."""
+def of_activations(small: Trained, wide: torch.nn.Module, layout: ModelLayout) -> Iterator[str]:
+    """Each module's output keeps its RMS, but for a final norm that carries a tied head's factor.
+
+    A weight that takes a multiplier of the model's code back gives an output larger by just that, or, where
+    the module itself multiplies, the same.
+    """
     before, after = outputs_by_module(small.model, small.ids), outputs_by_module(wide, small.ids)
+    factored = {c.tensor.rpartition(".")[0] for c in layout.compensations if c.fan_in}
+    powers = [(NameTemplate(c.tensor), c.power) for c in layout.compensations if c.power and not c.fan_in]
     passed_on = {before[name].data_ptr() for name in factored if name in before}
     for name, output in before.items():
         if name not in after:
@@ -152,5 +168,6 @@ def of_activations(small: Trained, wide: torch.nn.Module, factored: Set[str]) ->
             continue
         now = after[name]
         limit = RMS if now.numel() in (output.numel(), 2 * output.numel()) else MIXED_RMS
-        if abs(rms(now) / rms(output) - 1) > limit:
+        expected = [1.0, *(2**p for t, p in powers if t.matches(f"{name}.weight"))]
+        if min(abs(rms(now) / rms(output) / by - 1) for by in expected) > limit:
             yield f"{name}: RMS {rms(output):.4g} becomes {rms(now):.4g}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference_support import shake
+from inference_support import batch, shake
 from transformers import Trainer
 
 from sparkling_cli.models.skeleton import build_model
@@ -31,7 +31,7 @@ class Trained:
         values: its parameters in float64, no two entries equal.
         folder: weights, config and ``optimizer.pt``.
         numbers: parameter -> its number in ``optimizer.pt``.
-        ids: the batch, (2, L).
+        ids: the batch, (2, L); with codebooks (2 books, L).
     """
 
     model: Any
@@ -53,7 +53,7 @@ class Origin:
 def trained(config: Mapping[str, Any], folder: Path) -> Trained:
     """One AdamW step on random tokens, in float64 where the class can; saved in float64."""
     model: Any = shake(build_model(config, meta=False))
-    ids = torch.randint(5, 50, (2, 9), generator=torch.Generator().manual_seed(3))
+    ids = batch(model)
     model = in_double(model, ids)
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
