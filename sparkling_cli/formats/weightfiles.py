@@ -184,7 +184,8 @@ def weight_outputs(weights: WeightFiles, declared: Sequence[Declared]) -> tuple[
         CheckpointError: a dtype that the format does not have, or names twice.
     """
     in_files = weights.weights  # names with what wrappers put in front
-    declared = [item._replace(name=in_files.get(item.name, item.name)) for item in declared]
+    if any(name != other for name, other in in_files.items()):
+        declared = [item._replace(name=in_files.get(item.name, item.name)) for item in declared]
     rows: dict[str, list[Declared]] = {}
     for item in declared:
         rows.setdefault(item.source_file, []).append(item)

@@ -223,6 +223,11 @@ class ModelLayout:
         """The name whose layout holds for a tied tensor; other names are returned as they are."""
         return self._canonical.get(name, name)
 
+    def canonical_names(self, names: Iterable[str]) -> list[str]:
+        """The same of many names."""
+        known = self._canonical
+        return [known.get(name, name) for name in names] if known else list(names)
+
     def shape_of(self, pattern: TensorPattern) -> tuple[int, ...]:
         """The shape that a pattern says."""
         found = self._shapes.get(pattern.layout)
@@ -305,7 +310,7 @@ class ModelLayout:
             LayoutError: with the pattern, the shape and the sizes involved.
         """
         table = self.disk_table if on_disk else self.module_table
-        found = table.find_all([self.canonical(name) for name in shapes])
+        found = table.find_all(self.canonical_names(shapes))
         for (name, shape), pattern in zip(shapes.items(), found, strict=True):
             if shape != self.shape_of(pattern):
                 self.check_one(name, pattern, shape)

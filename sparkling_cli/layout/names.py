@@ -89,6 +89,11 @@ class NameTemplate:
         """Names of the axes that are stored in the name."""
         return tuple(m.group("axis") for m in _PLACEHOLDER.finditer(self.text))
 
+    @cached_property
+    def _between(self) -> list[str]:
+        """What stands before, between and behind the placeholders."""
+        return _PLACEHOLDER.split(self.text)[:: _PLACEHOLDER.groups + 1]
+
     def fill(self, indices: Mapping[str, int]) -> str:
         """The name with these indices.
 
@@ -96,7 +101,8 @@ class NameTemplate:
             LayoutError: an axis has no index.
         """
         try:
-            return _PLACEHOLDER.sub(lambda match: str(indices[match["axis"]]), self.text)
+            own = [*(str(indices[axis]) for axis in self.axes), ""]
+            return "".join([text + index for text, index in zip(self._between, own, strict=True)])
         except KeyError as error:
             raise LayoutError(f"no index for {{{error.args[0]}}} of {self.text!r}") from None
 
@@ -132,8 +138,10 @@ class NameTemplate:
         if match is None:
             return None
         found = tuple(map(int, match.groups()))
-        fits = all(only is None or i in only for i, only in zip(found, limits, strict=True))
-        return found if fits else None
+        for index, only in zip(found, limits, strict=True):
+            if only is not None and index not in only:
+                return None
+        return found
 
 
 def _indices(text: str, match: re.Match[str]) -> frozenset[int]:

@@ -167,12 +167,16 @@ Indices = Mapping[str, Mapping[str, AbstractSet[int]]]
 def indices_of(table: Mapping[str, str], shapes: Shapes) -> Indices:
     """Where the patterns of a table occur among the names."""
     patterns = PatternTable(TensorPattern(*item) for item in table.items()).find_all(list(shapes))
-    found: dict[str, dict[str, set[int]]] = {}
+    found: dict[str, list[tuple[int, ...]]] = {}
+    axes = {}
     for name, pattern in zip(shapes, patterns, strict=True):
-        axes = found.setdefault(pattern.name, {})
-        for axis, index in zip(pattern.template.axes, pattern.template.indices(name) or (), strict=True):
-            axes.setdefault(axis, set()).add(index)
-    return found
+        if pattern.name not in found:
+            found[pattern.name], axes[pattern.name] = [], pattern.template.axes
+        found[pattern.name].append(pattern.template.indices(name) or ())
+    return {
+        name: dict(zip(axes[name], map(frozenset, zip(*indices, strict=True)), strict=True))
+        for name, indices in found.items()
+    }
 
 
 def narrowed(name: str, indices: Indices, parts: Sequence[str], sizes: Mapping[str, int]) -> str:

@@ -88,7 +88,7 @@ def fitted_to(shapes: Shapes, layout: ModelLayout) -> ModelLayout:
         name = layout.canonical(name)
         return layout.disk_table.has(name) or layout.module_table.has(name)
 
-    if all(layout.disk_table.look_up([layout.canonical(name) for name in shapes])) or all(map(known, shapes)):
+    if all(layout.disk_table.look_up(layout.canonical_names(shapes))) or all(map(known, shapes)):
         return layout
     bases = {p.name.partition(".")[0] + "." for p in layout.disk_table.patterns if "." in p.name}
     renamed = prefixed(shapes, known, sorted(bases))
@@ -105,15 +105,16 @@ def without_strays(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:
         checkpoint: the source, or an output.
         layout: of the model, fitted to it.
     """
-    names = {name: layout.canonical(name) for name in checkpoint.weights}
-    if None not in layout.disk_table.look_up([*names.values()]):
+    names = layout.canonical_names(checkpoint.weights)
+    if None not in layout.disk_table.look_up(names):
         return checkpoint
 
     def known(name: str) -> bool:
         return layout.disk_table.has(name) or layout.module_table.has(name)
 
     loose = checkpoint.loose
-    return checkpoint.without_weights([n for n in names if n in loose and not known(names[n])])
+    pairs = zip(checkpoint.weights, names, strict=True)
+    return checkpoint.without_weights([n for n, own in pairs if n in loose and not known(own)])
 
 
 def _with_names(layout: ModelLayout, renamed: Mapping[str, str]) -> ModelLayout:

@@ -97,7 +97,7 @@ def _has_disk_names(checkpoint: Checkpoint, layout: ModelLayout) -> bool:
     """Whether the source's names are those on disk, where these are others than the module's."""
     if layout.disk is None:
         return False
-    names = [layout.canonical(name) for name in checkpoint.weights]
+    names = layout.canonical_names(checkpoint.weights)
     try:
         layout.disk_table.find_all(names)
     except LayoutError:

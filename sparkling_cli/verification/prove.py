@@ -181,7 +181,7 @@ class _Meanings:
         self._states = {
             key: (state.param, slot) for state in output.states for slot, key in state.tensors.items()
         }
-        names = [layout.canonical(name) for name in self._weights.values()]
+        names = layout.canonical_names(self._weights.values())
         found = layout.disk_table.look_up(names)
         if None in found:
             found = layout.module_table.look_up(names)
