@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,41 @@ def universal(root: Path, scale: int) -> None:
     torch.save(states, root / "mp_rank_00_model_states.pt")
 
 
+def olmo(root: Path, scale: int) -> None:
+    """``model.pt``, ``optim.pt`` and ``config.yaml``."""
+    root.mkdir()
+    model = weights(scale)
+    torch.save(model, root / "model.pt")
+    torch.save(moments(model, named=False), root / "optim.pt")
+    (root / "config.yaml").write_text("model: {}\n")
+
+
+def composer(root: Path, scale: int) -> None:
+    """A rank file with all of a run's state in it."""
+    model = weights(scale)
+    state = {"model": model, "optimizers": {"AdamW": moments(model, named=True)}}
+    torch.save({"state": state, "rng": []}, root)
+
+
+def megatron(root: Path, scale: int) -> None:
+    """Two ranks' slices in half precision, their masters in float32."""
+    whole = weights(scale)
+    for rank in range(2):
+        parts = {n: v.chunk(2, dim=1 if "down" in n else 0)[rank].clone() for n, v in whole.items()}
+        inner = moments(parts, named=False)
+        group = {**inner["param_groups"][0], "params": list(range(len(parts))), "step": 3}
+        state = {i: {k: v for k, v in slots.items() if k != "step"} for i, slots in inner["state"].items()}
+        optimizer = {
+            "optimizer": {"state": state, "param_groups": [group]},
+            "fp32_from_fp16_params": [list(parts.values())],
+        }
+        folder = root / f"mp_rank_{rank:02d}"
+        folder.mkdir(parents=True)
+        halves = {n: v.bfloat16() for n, v in parts.items()}
+        saved = {"args": Namespace(), "checkpoint_version": 3.0, "model": halves, "optimizer": optimizer}
+        torch.save(saved, folder / "model_optim_rng.pt")
+
+
 def child(code: str, *arguments: object) -> list[int]:
     """The numbers that a fresh Python prints."""
     done = subprocess.run(
@@ -152,14 +188,16 @@ def child(code: str, *arguments: object) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
-@pytest.mark.parametrize("make", [single_file, litgpt, trainer, fsdp, dcp, universal])
+@pytest.mark.parametrize(
+    "make", [single_file, litgpt, trainer, fsdp, dcp, universal, olmo, composer, megatron]
+)
 def test_peak(tmp_path: Path, make: Callable[[Path, int], None]) -> None:
     """``expand`` and ``verify`` of a large checkpoint rise by no more than the budget over a small one's.
 
     The first run in the process imports what the format needs; the second one's rise is its own.
     """
     (tmp_path / "layout.toml").write_text(LAYOUT)
-    end = ".pt" if make is single_file else ""
+    end = ".pt" if make in (single_file, composer) else ""
     paths = []
     for name, scale in (("small", 1), ("large", 32)):
         source = tmp_path / f"{name}{end}"
