@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from sparkling_cli.models.shrink import Shapes as Shapes
-from sparkling_cli.models.shrink import changed, tried_shapes
+from sparkling_cli.models.shrink import Shapes, changed, tried_shapes
 from sparkling_cli.models.shrink import shapes as shapes_of
 from sparkling_cli.models.sizes import OTHER_MODALITY, Path, kind_of, tower_outputs, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, Product, Role, Sum, TensorLayout, size_of
 from sparkling_cli.models.families import Family
@@ -121,11 +122,10 @@ def span(i: int, d: int, expr: Expr, k: int, sizes: Mapping[str, int]) -> Part |
         return Part(i, d, sum(widths[:k]), sum(widths[: k + 1]))
     if isinstance(expr, Product):
         for at, factor in enumerate(expr.factors):
+            inner = prod(size_of(behind, sizes) for behind in expr.factors[at + 1 :])
             if isinstance(factor, Fixed) and factor.size in (2, 3):
-                inner = size_of(Product(expr.factors[at + 1 :]), sizes) if expr.factors[at + 1 :] else 1
                 return Part(i, d, k * inner, total, factor.size * inner)
             if isinstance(factor, Sum):
-                inner = size_of(Product(expr.factors[at + 1 :]), sizes) if expr.factors[at + 1 :] else 1
                 widths = [size_of(p, sizes) * inner for p in factor.parts]
                 start = sum(widths[:k])
                 if at == 0:

@@ -150,9 +150,7 @@ def _patterns(
     sizes: Mapping[str, int],
     model: RealModel,
 ) -> list[Pattern]:
-    by_key: dict[str, list[TensorLayout]] = {}
-    for family, layout in zip(findings.families, findings.layouts, strict=True):
-        by_key.setdefault(skeleton(family.names[0]), []).append(layout)
+    by_key = findings.by_skeleton
     grouped: dict[str, dict[str, tuple[TensorLayout, list[tuple[int, ...]]]]] = {}
     for name, shape in real_shapes.items():
         key, indices = split(name)
@@ -336,7 +334,7 @@ def real_sizes(
         value = get_path(real, real_path(path, layers))
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool):
+        if type(value) is not int:
             continue
         values[path] = value
         rest = [n for n in names if n not in known and not n.isdigit()]
@@ -350,9 +348,7 @@ def real_sizes(
         known["head_dim"] = known["hidden"] // prod(known[n] for n in own)  # as the class works it out
     _check_config(found, values, known)
     equations = []
-    by_key: dict[str, list[TensorLayout]] = {}
-    for family, layout in zip(findings.families, findings.layouts, strict=True):
-        by_key.setdefault(skeleton(family.names[0]), []).append(layout)
+    by_key = findings.by_skeleton
     for name, shape in real_shapes.items():
         layouts = by_key.get(skeleton(name), [])
         if len(layouts) == 1 and len(layouts[0].dims) == len(shape):
@@ -473,9 +469,7 @@ def _disk_templates(
 ) -> dict[str, TensorLayout]:
     """Disk name template -> layout, in the order in which the parts make up the module tensor."""
     _, own = split(source)
-    layout = next(
-        lay for f, lay in zip(findings.families, findings.layouts, strict=True) if source in f.names
-    )
+    layout = findings.layout_of(source)
     grouped: dict[str, list[DiskTensor]] = {}
     for part in sorted(parts, key=lambda p: p.start):
         grouped.setdefault(split(part.name)[0], []).append(part)
@@ -540,9 +534,7 @@ def _with_numbers(expr: Expr, changed: Mapping[int, int]) -> Expr:
 
 def _assembles(source: str, parts: Sequence[DiskTensor], findings: Findings) -> bool:
     """Whether stacking in front and concatenating behind gives the module tensor."""
-    layout = next(
-        lay for f, lay in zip(findings.families, findings.layouts, strict=True) if source in f.names
-    )
+    layout = findings.layout_of(source)
     sizes = findings.found.sizes
     shape = layout.shape(sizes)
     front = len(parts[0].fixed)

@@ -7,7 +7,6 @@ whether the config that a widening writes builds the model that it writes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -15,9 +14,9 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import Expr, TensorLayout, axis_names
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_layout
-from sparkling_cli.models.axes import Shapes, TinyAxes
-from sparkling_cli.models.shrink import shapes as shapes_of
-from sparkling_cli.models.sizes import Path, get_path, set_path
+from sparkling_cli.models.axes import TinyAxes
+from sparkling_cli.models.shrink import Shapes, changed, tried_shapes
+from sparkling_cli.models.sizes import Path, get_path
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 from sparkling_cli.widening.reference import Rules, Wanted
@@ -67,16 +66,10 @@ class RealModel:
             depth: how many keys lead from the checkpoint's config to the language model's own.
         """
         sizes = {a: 2 * n if a in axes else n for a, n in layout.sizes.items()}
-        config = copy.deepcopy(self.config)
-        for key, value in layout.config_sizes(sizes).items():
-            path = tuple(key.split("."))[depth:]
-            old = get_path(config, path)
-            set_path(config, path, [value] * len(old) if isinstance(old, list) else value)
-        try:
-            built = shapes_of(config, self.factory)
-        except Exception as error:  # any model code may raise anything on sizes it does not accept
-            raised = " ".join(f"{type(error).__name__}: {error}".split())
-            return f"the class refuses twice as many: {raised:.300}"
+        values = {tuple(key.split("."))[depth:]: n for key, n in layout.config_sizes(sizes).items()}
+        built = tried_shapes(changed(self.config, values), self.factory)
+        if isinstance(built, str):
+            return f"the class refuses twice as many: {' '.join(built.split()):.300}"
         if built.keys() != self.shapes.keys():
             other = sorted(built.keys() ^ self.shapes.keys())[0]
             return f"a config with twice as many builds a model with other tensors, e.g. {other}"
@@ -88,13 +81,8 @@ class RealModel:
 
     def is_output(self, path: Path) -> bool:
         """Whether a number of the config makes output rows only: what it makes is read elsewhere."""
-        changed = copy.deepcopy(self.config)
-        set_path(changed, path, 2 * get_path(changed, path))
-        try:
-            built = shapes_of(changed, self.factory)
-        except Exception:  # any model code may raise anything on sizes it does not accept
-            return False
-        if built.keys() != self.shapes.keys():
+        built = tried_shapes(changed(self.config, {path: 2 * get_path(self.config, path)}), self.factory)
+        if isinstance(built, str) or built.keys() != self.shapes.keys():
             return False
         pairs = [zip(self.shapes[n], shape, strict=True) for n, shape in built.items()]
         return {dim for pair in pairs for dim, (a, b) in enumerate(pair) if a != b} == {0}
@@ -134,22 +122,19 @@ class RealModel:
         """Shapes of the real model with one axis doubled; None where its code refuses that."""
         if axis not in self._moved:
             joint = {axis, *(self.found.coupled if axis == "hidden" else ())}
-            try:
-                self._moved[axis] = shapes_of(self._resized(joint), self.factory)
-            except Exception:  # any model code may raise anything on sizes it does not accept
-                self._moved[axis] = None
+            shapes = tried_shapes(self._resized(joint), self.factory)
+            self._moved[axis] = None if isinstance(shapes, str) else shapes
         return self._moved[axis]
 
     def _resized(self, axes: set[str]) -> ConfigDict:
-        config = copy.deepcopy(self.config)
+        values = {}
         layers = chosen_layers(self.config, layer_count(self.found.config))
         for path, names in self.found.terms.items():
             place, known = real_path(path, layers), [n for n in names if n.isdigit() or n in self.sizes]
             if len(known) < len(names):
                 continue
-            old = get_path(config, place)
             value = prod(int(n) if n.isdigit() else self.sizes[n] * (2 if n in axes else 1) for n in names)
             # A size that the config leaves to be derived is written, so that it does not move along.
-            if old is None or any(n in axes for n in names):
-                set_path(config, place, [value] * len(old) if isinstance(old, list) else value)
-        return config
+            if get_path(self.config, place) is None or any(n in axes for n in names):
+                values[place] = value
+        return changed(self.config, values)

@@ -77,7 +77,7 @@ def index_list(path: Path, value: Any, total: int) -> bool:
     """Whether a list holds layer indices (not one entry per layer)."""
     if not isinstance(value, list) or not value or not re.search(r"idx|indices|_layers$|layer_ids", path[-1]):
         return False
-    if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < total for v in value):
+    if not all(type(v) is int and 0 <= v < total for v in value):
         return False
     return all(a < b for a, b in itertools.pairwise(value))
 
@@ -142,7 +142,7 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
             set_path(tiny, path, sum(i >= total - value for i in indices))
         elif _DENSE_PREFIX.search(key) and isinstance(value, int) and value > 0:
             set_path(tiny, path, 1)
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif type(value) is int:
             new = _integer(real, path, value, variant, count, used, nth)
             if new is not None:
                 set_path(tiny, path, new)
@@ -192,7 +192,7 @@ def _relate(real: Mapping[str, Any], tiny: ConfigDict) -> None:
         return
     hidden, small = get_path(real, main), get_path(tiny, main)
     beside = [(p, v) for p, v in walk(real) if p[:-1] == main[:-1]]
-    paths = [p for p, v in beside if isinstance(v, int) and not isinstance(v, bool)]
+    paths = [p for p, v in beside if type(v) is int]
     for path in paths:
         value = get_path(real, path)
         wide = re.search(r"hidden_size$|_dim$|_width$", path[-1]) and kind_of(path[-1]) != "head_dim"
@@ -220,7 +220,7 @@ _MIXER = (
 
 def _compact(real: Mapping[str, Any], tiny: ConfigDict) -> None:
     """Make state-space mixers small, and keep ``size = heads * head size`` where the real config has it."""
-    numbers = {p: v for p, v in walk(real) if isinstance(v, int) and not isinstance(v, bool) and v > 1}
+    numbers = {p: v for p, v in walk(real) if type(v) is int and v > 1}
     for path, value in numbers.items():
         small = next((size for key, size in _MIXER if key.search(path[-1])), None)
         if small is not None:
@@ -265,7 +265,7 @@ def _renumber(tiny: ConfigDict, indices: list[int]) -> None:
 
 def _element(key: str, value: Any, variant: Variant) -> Any:
     kind = kind_of(key)
-    if isinstance(value, int) and not isinstance(value, bool) and kind in variant.sizes and value:
+    if type(value) is int and kind in variant.sizes and value:
         return variant.sizes[str(kind)]
     return value
 
