@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.further import with_further
+from sparkling_cli.formats.other_files import with_further
 from sparkling_cli.formats.gc_pause import collector_paused
 
 if TYPE_CHECKING:

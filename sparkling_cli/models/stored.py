@@ -35,6 +35,8 @@ _BUFFER = re.compile(
 _MASK = re.compile(r"(^|\.)(attn|attention|crossattention)\.bias$")
 #: Layers that predict further tokens, by the name that their trainers give them.
 _PREDICTION = re.compile(r"(^|[._])mtp([._]|$)|(^|\.)nextn")
+#: In the name of such a layer's own embedding; its other matrix on the vocabulary is a head.
+_LOOKED_UP = "embed"
 
 
 def is_buffer(name: str, shape: Shape) -> bool:
@@ -193,7 +195,7 @@ class _Blocks:
             return alike[0] if len(alike) == 1 else None
         if not {"hidden", "vocab"} <= sizes.keys():
             return None
-        table = "vocab -> hidden" if "embed" in name else "vocab <- hidden"
+        table = "vocab -> hidden" if _LOOKED_UP in name else "vocab <- hidden"
         for text in ("scale hidden", "hidden <- (2 hidden)", table):
             dims = parse_layout(text)
             if dims.shape(sizes) == shape:
