@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.other_files import with_further
 from sparkling_cli.formats.gc_pause import collector_paused
+from sparkling_cli.formats.other_files import with_further
 
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint, Format

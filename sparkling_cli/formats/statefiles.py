@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside
-from sparkling_cli.formats.other_files import further_in
 from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile, OutputRequest, ParamState
+from sparkling_cli.formats.other_files import further_in
 from sparkling_cli.formats.statedict import (
     OptimizerTree,
     Place,

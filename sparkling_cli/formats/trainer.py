@@ -13,9 +13,9 @@ from pathlib import Path
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
 from sparkling_cli.formats.fsdpfile import check_alone, read_copy, with_copies
-from sparkling_cli.formats.other_files import tensors_of
 from sparkling_cli.formats.gc_pause import collector_paused
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.formats.other_files import tensors_of
 from sparkling_cli.formats.statedict import OptimizerTree
 from sparkling_cli.formats.statefiles import StateFiles, read_optimizer_file
 from sparkling_cli.formats.torchfile import TorchFile

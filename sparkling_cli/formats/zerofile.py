@@ -14,8 +14,8 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.directory import inside
-from sparkling_cli.formats.other_files import further_in
 from sparkling_cli.formats.model import Further
+from sparkling_cli.formats.other_files import further_in
 from sparkling_cli.formats.statedict import Place, keys_by_path, numbers_of, removed
 from sparkling_cli.formats.torchfile import REMOVED, TensorNode, TorchFile, TreePath, plain, read_torch_file
 

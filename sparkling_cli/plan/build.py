@@ -9,7 +9,6 @@ from math import prod, sqrt
 
 from sparkling_cli.errors import CheckpointError, LayoutError, SpecError
 from sparkling_cli.formats.detect import format_of
-from sparkling_cli.formats.other_files import OpenFile, lay_out_further
 from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile, OutputRequest
 from sparkling_cli.formats.optimizer_states import (
     REFUSED,
@@ -21,17 +20,18 @@ from sparkling_cli.formats.optimizer_states import (
     is_named,
     state_kind,
 )
+from sparkling_cli.formats.other_files import OpenFile, lay_out_further
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.plan.account import Growing, Sorted, Stray, account_of, further_notes, sort_further
 from sparkling_cli.plan.advice import check_locked, notes_for, small_share
-from sparkling_cli.plan.state_names import Known, ways
 from sparkling_cli.plan.model import CARRIED, Calibration, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
 from sparkling_cli.plan.state_checks import check_numbers, check_pairs, stateless_warning
+from sparkling_cli.plan.state_names import Known, ways
 from sparkling_cli.plan.symmetry import check_pair, treatment_of, with_fills
 from sparkling_cli.results.account import Kind
 from sparkling_cli.spec.model import ExpansionSpec

@@ -25,8 +25,8 @@ from sparkling_cli.formats.dcp.read import (
 )
 from sparkling_cli.formats.dcp.write import directory_outputs
 from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
-from sparkling_cli.formats.other_files import tensors_of
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.formats.other_files import tensors_of
 from sparkling_cli.formats.torchfile import read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
 

@@ -13,8 +13,8 @@ from sparkling_cli.formats.dcp.check import check_metadata
 from sparkling_cli.formats.dcp.items import Item, scalar_of, tensor_key
 from sparkling_cli.formats.dcp.metadata import METADATA, read_metadata
 from sparkling_cli.formats.dcp.names import Roles, find_roles
-from sparkling_cli.formats.other_files import tensors_in_item
 from sparkling_cli.formats.model import Further, ParamState
+from sparkling_cli.formats.other_files import tensors_in_item
 from sparkling_cli.formats.torchfile import plain
 from sparkling_cli.storage.tensors import Extent, StoredTensor
 
