@@ -86,16 +86,15 @@ def plan(
 
 
 def _tables(found: RunPlan) -> list[RenderableType]:
-    from rich.table import Table
     from rich.text import Text
 
     from sparkling_cli.report.sparkline import share_bar
+    from sparkling_cli.report.terminal import table_of
     from sparkling_cli.results.numbers import count, nbytes
 
-    table = Table(box=None, pad_edge=False, title=None)
     grown = list(found.phases[-1].sizes)
-    for title in ("tokens", *grown, "parameters", "active", "embeddings", "FLOPs", "checkpoint"):
-        table.add_column(title, justify="right", no_wrap=True)
+    titles = ("tokens", *grown, "parameters", "active", "embeddings", "FLOPs", "checkpoint")
+    table = table_of(*(f">{title}" for title in titles))
     for phase in found.phases:
         table.add_row(
             f"{count(phase.start_tokens) if phase.start_tokens else '0'} - {count(phase.stop_tokens)}",
@@ -111,9 +110,8 @@ def _tables(found: RunPlan) -> list[RenderableType]:
         table,
     ]
     if len(found.phases) > 1:
-        costs = Table(box=None, pad_edge=False, show_header=False)
-        for column in ("left", "right", "left"):
-            costs.add_column(justify=column, no_wrap=True)
+        costs = table_of("|", ">", "|")
+        costs.show_header = False
         most = max(found.flops.scratch, found.flops.progressive)
         for name, flops in (
             ("widest from scratch", found.flops.scratch),

@@ -99,11 +99,9 @@ def _train_on(result: ExpansionResult, where: str) -> list[str]:
 
 
 def _summary(planned: ExpansionPlan) -> Table:
-    from rich.table import Table
+    from sparkling_cli.report.terminal import table_of
 
-    table = Table(show_header=True, box=None, pad_edge=False)
-    for title in ("", "before", "after", ""):
-        table.add_column(title, justify="left" if not title else "right")
+    table = table_of("", ">before", ">after", "")
     for name, sizes in planned.axes.items():
         ratio = significant(sizes.after / sizes.before, 4)
         table.add_row(name, str(sizes.before), str(sizes.after), f"{ratio}x")

@@ -160,17 +160,12 @@ def _ratio(rewarmup: Rewarmup, stage: Stage, step: int) -> str:
 
 
 def _table(rewarmup: Rewarmup, chosen: list[int]) -> Table:
-    from rich.table import Table
-
     from sparkling_cli.report.sparkline import sparkline
+    from sparkling_cli.report.terminal import table_of
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("step", justify="right")
-    table.add_column("old", justify="right")
-    for stage in rewarmup.stages:
-        mark = "" if len(rewarmup.stages) == 1 else f" (expansion {stage.stage})"
-        table.add_column(f"new{mark}", justify="right")
-        table.add_column("new / old", justify="right")
+    several = len(rewarmup.stages) > 1
+    new = (f">new (expansion {stage.stage})" if several else ">new" for stage in rewarmup.stages)
+    table = table_of(">step", ">old", *(title for name in new for title in (name, ">new / old")))
     for step in chosen:
         cells = []
         for stage in rewarmup.stages:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import OutputFile
-from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor
+from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor, are_sizes
 
 #: dtype names of the format, in the order in which ``save_file`` writes tensors: by alignment, largest
 #: first, as the library's own list has it backwards.
@@ -167,7 +167,7 @@ def _places(header: Mapping[str, Any], where: str) -> list[_Place]:
                 f"found {entry!r:.200}"
             )
         shape, offsets = entry["shape"], entry["data_offsets"]
-        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        if not (are_sizes(shape, list) and are_sizes(offsets, list) and len(offsets) == 2):
             raise CheckpointError(
                 f"{where}: {name!r} has shape {shape!r:.200} and data_offsets {offsets!r:.200}"
             )
@@ -194,15 +194,6 @@ def _kind(name: str, entry: Mapping[str, Any], where: str) -> _Kind:
         )
     shape = tuple(entry["shape"])
     return _Kind(dtype, shape, (0,) * len(shape), prod(shape) * ITEM_BYTES[dtype])
-
-
-def _are_sizes(value: Any) -> bool:
-    if type(value) is not list:
-        return False
-    for size in value:  # noqa: SIM110 - `all` over a generator takes twice as long, 80,000 times
-        if type(size) is not int or size < 0:
-            return False
-    return True
 
 
 def _check_no_holes(places: Sequence[_Place], size: int, where: str) -> None:

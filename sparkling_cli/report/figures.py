@@ -27,10 +27,7 @@ def residual(measured: Activations) -> Chart | None:
         title="RMS of the residual stream behind each block, before and after",
         description=f"{len(points)} blocks; before {_ends([p.before for p in points])}, "
         f"after {_ends([p.after for p in points])}.",
-        series=(
-            Series("before", "before", _finite((p.layer, p.before) for p in points)),
-            Series("after", "after", _finite((p.layer, p.after) for p in points)),
-        ),
+        series=_both((p.layer, p.before, p.after) for p in points),
         x_label="block",
         y_label="RMS",
         log=spread > 30,
@@ -63,10 +60,7 @@ def ratios(
         chart = Chart(
             title=f"{kind}: {ratio} per block, before and after",
             description=f"{len(chosen)} blocks; {words}.",
-            series=(
-                Series("before", "before", _finite((e.layer, e.r_before) for e in chosen)),
-                Series("after", "after", _finite((e.layer, e.r_after) for e in chosen)),
-            ),
+            series=_both((e.layer, e.r_before, e.r_after) for e in chosen),
             x_label="block",
             y_label=ratio,
             notes=tuple(
@@ -91,6 +85,13 @@ def of_one_model(measured: Measurement) -> Iterator[tuple[str, Chart]]:
     for (label, kind), points in found.items():
         lines = (Series(kind, "after", _finite(points)),)
         yield kind, Chart(f"{kind}: {label} per block", f"{len(points)} layers.", lines, "block", label)
+
+
+def _both(points: Iterable[tuple[int | None, float | None, float | None]]) -> tuple[Series, Series]:
+    """A number over the blocks, before and after."""
+    rows = list(points)
+    before = Series("before", "before", _finite((block, value) for block, value, _ in rows))
+    return before, Series("after", "after", _finite((block, value) for block, _, value in rows))
 
 
 def _finite(points: Iterable[tuple[int | None, float | None]]) -> tuple[tuple[float, float], ...]:

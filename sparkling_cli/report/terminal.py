@@ -64,7 +64,7 @@ def change_tables(found: Activations, *, rows: int | None = ROWS) -> list[Table]
         tables.append(
             _ratios(
                 "r = RMS(f(Norm h))/RMS(h) of what blocks add",
-                ("function", "RMS(h)", "RMS(f)"),
+                ("~function", ">RMS(h)", ">RMS(f)"),
                 sorted(found.functions, key=lambda entry: -entry.moved),
                 rows,
                 f"functions of blocks, worst first{_stream_caption(found)}",
@@ -75,7 +75,7 @@ def change_tables(found: Activations, *, rows: int | None = ROWS) -> list[Table]
         tables.append(
             _ratios(
                 "r = RMS(y)/RMS(x) of linear layers on the same tokens",
-                ("layer", "RMS(x)", "RMS(y)"),
+                ("~layer", ">RMS(x)", ">RMS(y)"),
                 found.worst(),
                 FEW if rows is not None and found.functions else rows,
                 "linear layers, worst first" + ("" if found.functions else _stream_caption(found)),
@@ -97,10 +97,8 @@ def _ratios(
     """Ratios before and after, the worst first; coloured where the verdict is about them."""
     changed = [entry for entry in entries if rows is None or entry.moved >= ROUNDING]
     shown = changed[:rows]
-    table = _table(title, f"{len(shown)} of {len(entries)} {caption}")
-    table.add_column(columns[0], overflow="fold")
-    for name in (*columns[1:], "r before", "r after", "change"):
-        table.add_column(name, justify="right", no_wrap=True)
+    titles = (*columns, ">r before", ">r after", ">change")
+    table = table_of(*titles, title=title, caption=f"{len(shown)} of {len(entries)} {caption}")
     prefix = _common_prefix([entry.name for entry in entries])
     for entry in shown:
         far, near = entry.moved > DEVIATION_LIMIT, entry.moved > DEVIATION_LIMIT / 2
@@ -130,12 +128,11 @@ def measurement_table(found: Measurement, *, rows: int | None = None) -> Table:
     for layer in (*found.functions, *found.layers):
         kinds.setdefault(skeleton(layer.name), []).append(layer)
     functions = {skeleton(function.name) for function in found.functions}
-    table = _table("RMS of activations per function of a block and kind of linear layer", _stream_line(found))
-    table.add_column("layers", overflow="fold")
-    table.add_column("n", justify="right")
-    for title in ("RMS(x)", "RMS(y)", "r min", "r max"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("r by depth", no_wrap=True)
+    table = table_of(
+        *("~layers", ">n", ">RMS(x)", ">RMS(y)", ">r min", ">r max", "|r by depth"),
+        title="RMS of activations per function of a block and kind of linear layer",
+        caption=_stream_line(found),
+    )
     prefix = _common_prefix(list(kinds))
     for kind, layers in list(kinds.items())[:rows]:
         ratios = [layer.r for layer in layers]
@@ -158,13 +155,8 @@ def weight_table(report: Weights, *, slots: Sequence[str] | None = None) -> Tabl
     names: dict[str, dict[str, list[TensorStat]]] = {}
     for stat in report.tensors:
         names.setdefault(stat.role, {}).setdefault(stat.slot, []).append(stat)
-    table = _table("RMS of weights" + (" and optimizer state" if slots else ""))
-    table.add_column("tensors", overflow="fold")
-    table.add_column("layers", justify="right")
-    table.add_column("weights", justify="right", no_wrap=True)
-    table.add_column("by depth", no_wrap=True)
-    for slot in slots:
-        table.add_column(slot, justify="right", no_wrap=True)
+    titles = ("~tensors", ">layers", ">weights", "|by depth", *(f">{slot}" for slot in slots))
+    table = table_of(*titles, title="RMS of weights" + (" and optimizer state" if slots else ""))
     prefix = _common_prefix(list(names))
     for name, by_slot in names.items():
         weights = by_slot.get("", [])
@@ -188,11 +180,9 @@ def symmetry_table(found: Symmetry, *, rows: int | None = ROWS) -> Table:
         f"all new channels: distance {significant(found.distance, 4)}, "
         f"cosine {significant(found.cosine, 4)}, {percent(found.locked)} still locked to their sources"
     )
-    table = _table("new channels against the channels that they were copied from", caption)
-    table.add_column("layer", justify="right")
-    table.add_column("axis")
-    for title in ("channels", "distance", "cosine", "locked"):
-        table.add_column(title, justify="right", no_wrap=True)
+    title = "new channels against the channels that they were copied from"
+    columns = (">layer", "axis", ">channels", ">distance", ">cosine", ">locked")
+    table = table_of(*columns, title=title, caption=caption)
     for row in shown:
         share = row.locked or 0.0
         style = "red" if share > 0.5 else "yellow" if share > 0.05 else "green"
@@ -207,11 +197,7 @@ def account_table(account: Account, *, everything: bool = False) -> Table:
     caption = "every tensor of every file of the source"
     if account.entries and not everything:
         caption += "; --verbose lists those that are neither weights nor state"
-    table = _table("account", caption)
-    table.add_column("tensors")
-    table.add_column("become")
-    for title in ("count", "before", "after"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = table_of("tensors", "become", ">count", ">before", ">after", title="account", caption=caption)
     for line in account.lines:
         sizes = (f"{line.tensors:,}", nbytes(line.bytes_before), nbytes(line.bytes_after))
         table.add_row(line.kind.value, line.fate.value, *sizes)
@@ -234,9 +220,17 @@ def verdict_lines(verdict: Verdict) -> list[Text | Table]:
     return [Text(verdict.headline, style=f"bold {_STYLES[verdict.level]}"), findings]
 
 
-def _table(title: str, caption: str = "") -> Table:
-    return Table(
-        title=title,
+def table_of(*columns: str, title: str = "", caption: str = "") -> Table:
+    """A table without lines.
+
+    Args:
+        columns: their titles; behind ``>`` of numbers and behind ``|`` of drawings, which are never broken,
+            behind ``~`` of names, which are not cut.
+        title: above it.
+        caption: below it.
+    """
+    table = Table(
+        title=title or None,
         caption=caption or None,
         title_justify="left",
         caption_justify="left",
@@ -245,6 +239,15 @@ def _table(title: str, caption: str = "") -> Table:
         pad_edge=False,
         padding=(0, 1),
     )
+    for column in columns:
+        mark = column[:1]
+        table.add_column(
+            column.lstrip(">|~"),
+            justify="right" if mark == ">" else "left",
+            no_wrap=mark in (">", "|"),
+            overflow="fold" if mark == "~" else "ellipsis",
+        )
+    return table
 
 
 def _stream_caption(found: Activations) -> str:

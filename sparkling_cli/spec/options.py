@@ -104,24 +104,7 @@ def keyword_of(option: str) -> str:
 _OPTION = re.compile(r"--([a-z]+(?:-[a-z]+)*)(?: ([^\s,;)]+?))?(?=[:.]?(?:[\s,;)]|$))")
 #: options that take no value, and words behind an option that are none
 _FLAGS = {"allow-locked", "allow-nonfinite", "no-activations"}
-_WORDS = {
-    "a",
-    "an",
-    "and",
-    "as",
-    "can",
-    "for",
-    "gives",
-    "in",
-    "is",
-    "it",
-    "on",
-    "or",
-    "says",
-    "sets",
-    "takes",
-}
-_WORDS |= {"that", "the", "to", "too", "which", "with"}
+_WORDS = re.compile("a|an|and|as|can|for|gives|in|is|it|on|or|says|sets|takes|that|the|to|too|which|with")
 
 
 def python_words(text: str) -> str:
@@ -140,7 +123,7 @@ def _keyword(match: re.Match[str]) -> str:
     keyword = keyword_of(name)
     if name in _FLAGS:
         return f"{keyword}=True" + (f" {value}" if value else "")
-    if value is None or value in _WORDS:
+    if value is None or _WORDS.fullmatch(value):
         return keyword + (f" {value}" if value else "")
     if re.fullmatch(r"[\d.]+|[A-Z_]+", value):
         return f"{keyword}={value}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Shape = tuple[int, ...]
 
@@ -37,6 +37,16 @@ class Extent(NamedTuple):  # a tuple: there are tens of thousands, and dataclass
     start: tuple[int, ...]
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
+
+
+def are_sizes(value: Any, kind: type[tuple[Any, ...]] | type[list[Any]] = tuple) -> bool:
+    """Whether a value of unknown origin is a tuple (a list) of whole numbers from 0 on."""
+    if type(value) is not kind:
+        return False
+    for size in value:  # noqa: SIM110  # a generator takes twice as long, and this runs per tensor
+        if type(size) is not int or size < 0:
+            return False
+    return True
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

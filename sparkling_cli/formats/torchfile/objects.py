@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.storage.tensors import are_sizes
 
 
 class GlobalType(type):
@@ -155,15 +156,6 @@ _DEEPEST = 20
 _ARGUMENTS = {"_rebuild_tensor": 4, "_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}
 
 
-def _are_sizes(value: Any) -> bool:
-    if type(value) is not tuple:
-        return False
-    for size in value:  # noqa: SIM110  # a generator takes twice as long, and this runs per tensor
-        if type(size) is not int or size < 0:
-            return False
-    return True
-
-
 def _rebuild_tensor(function: GlobalType, args: tuple[Any, ...]) -> TensorNode:
     """A tensor from the arguments of one of torch's three rebuild functions, checked."""
     untyped = function.qualname == "_rebuild_tensor_v3"
@@ -173,7 +165,7 @@ def _rebuild_tensor(function: GlobalType, args: tuple[Any, ...]) -> TensorNode:
     storage, offset, shape, stride = args[:4]
     if isinstance(shape, Call) and shape.function.path == "torch.Size" and len(shape.args) == 1:
         shape = shape.args[0]
-    if not (_are_sizes(shape) and _are_sizes(stride) and _are_sizes((offset,)) and len(shape) == len(stride)):
+    if not (all(map(are_sizes, (shape, stride, (offset,)))) and len(shape) == len(stride)):
         raise CheckpointError(f"a tensor has offset {offset!r}, shape {shape!r}, strides {stride!r}")
     if untyped and not isinstance(args[6], GlobalType):
         raise CheckpointError(f"a tensor's dtype is {args[6]!r}")
