@@ -95,6 +95,14 @@ class Region:
             shape.append(len(chosen))
         return Region(tuple(shape), tuple(dims))
 
+    def window(self, box: Box) -> Region:
+        """The region of a box of the view, as a tensor of the box's own shape."""
+        dims = tuple(
+            (tuple((max(a, lo) - lo, min(b, hi) - lo, s) for a, b, s in dim if a < hi and b > lo),)
+            for dim, (lo, hi) in zip(self.intervals, box, strict=True)
+        )
+        return Region(tuple(hi - lo for lo, hi in box), dims)
+
 
 def region_of(layout: TensorLayout, sizes: Mapping[str, int], births: Births) -> Region:
     """The region of one parameter.

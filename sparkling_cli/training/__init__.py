@@ -14,11 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.training.attach import Rewarming, rewarm
 from sparkling_cli.training.history import History, carry_history, read_history
+from sparkling_cli.training.slices import Piece
 
 if TYPE_CHECKING:
     from sparkling_cli.training.callback import SparklingCallback
 
-__all__ = ["History", "Rewarming", "SparklingCallback", "carry_history", "read_history", "rewarm"]
+__all__ = [
+    "History",
+    "Piece",
+    "Rewarming",
+    "SparklingCallback",
+    "carry_history",
+    "read_history",
+    "rewarm",
+]
 
 
 def __getattr__(name: str) -> Any:

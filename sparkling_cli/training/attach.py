@@ -20,7 +20,13 @@ from sparkling_cli.schedule.rewarmup import Rewarmup
 from sparkling_cli.training.history import History, read_history
 from sparkling_cli.training.locked import share_locked
 from sparkling_cli.training.moved import Moved, moved
-from sparkling_cli.training.slices import NewEntries, local_tensor, new_entries
+from sparkling_cli.training.slices import (
+    NewEntries,
+    Piece,
+    local_tensor,
+    new_entries,
+    new_entries_of_pieces,
+)
 from sparkling_cli.training.update import (
     AdamStep,
     Factor,
@@ -34,18 +40,19 @@ from sparkling_cli.training.update import (
     redo_adam,
     step_counts,
 )
+from sparkling_cli.training.zero import base_of, is_zero, pieces_of
 
 
 def rewarm(
     optimizer: Optimizer | Sequence[Optimizer],
-    model: nn.Module | Iterable[tuple[str, Tensor]],
+    model: nn.Module | Iterable[tuple[str, Tensor] | Piece],
     checkpoint: Path | str | History,
     *,
     step: int | None = None,
     announce: bool = True,
     measure_every: int | None = None,
 ) -> Rewarming:
-    """Give the new entries of an expanded model their own learning rate from now on.
+    r"""Give the new entries of an expanded model their own learning rate from now on.
 
     At every ``optimizer.step()`` the update of the entries that an expansion added is multiplied by
     ``eta_new(t)/eta_old(t)`` of ``sparkling/rewarmup.json``; weight decay with it, as under a larger rate.
@@ -53,9 +60,11 @@ def rewarm(
 
     Args:
         optimizer: the optimizer, or several that share the model's parameters. Any torch optimizer, with
-            any scheduler; wrapped by accelerate too. Call after loading its state, or before: all the same.
+            any scheduler; wrapped by accelerate too; or a DeepSpeed engine's ``optimizer`` under ZeRO. Call
+            after loading its state, or before: all the same.
         model: the model, compiled, DDP-wrapped or sharded by ``fully_shard``; or pairs of name and
-            parameter as the optimizer holds them (master weights, say).
+            parameter as the optimizer holds them (master weights, say); or, where it holds flat tensors, all
+            :class:`Piece`\ s of parameters in them.
         checkpoint: what ``sparkling expand`` wrote.
         step: optimizer steps done in the whole run. Default: the last expansion's step, which is right
             when training goes on from the expanded checkpoint itself. After a later one pass the step
@@ -75,9 +84,11 @@ def rewarm(
             optimizer without it.
     """
     history = checkpoint if isinstance(checkpoint, History) else read_history(checkpoint)
-    optimizers = _optimizers(optimizer)
-    pairs = list(model.named_parameters() if isinstance(model, nn.Module) else model)
+    optimizers, given = _optimizers(optimizer, model)
+    pieces = [one for one in given if isinstance(one, Piece)]
+    pairs = [one for one in given if not isinstance(one, Piece)]
     regions = [(p, new_entries(p, history.region(name, tuple(p.shape)))) for name, p in pairs]
+    regions += _flat(pieces, history)
     found = {id(p): _Param(p, entries) for p, entries in regions if entries is not None}
     known = {id(p) for p, _ in regions}
     start = history.rewarmup.expansion_step if step is None else step
@@ -88,7 +99,10 @@ def rewarm(
         )
     if measure_every is not None and measure_every < 1:
         raise SpecError(f"measure_every is {measure_every}, it counts steps from 1 on")
-    attached = [_attach(_unwrapped(o), found, known, history.rewarmup, start) for o in optimizers]
+    flat = {id(piece.tensor) for piece in pieces}
+    if flat and len(optimizers) > 1:
+        raise SpecError("flat tensors are re-warmed in one optimizer at a time: call rewarm() for each")
+    attached = [_attach(o, found, known, flat, history.rewarmup, start) for o in optimizers]
     for one in attached:
         one.measure_every = measure_every
     if announce and _is_first_rank():
@@ -99,27 +113,48 @@ def rewarm(
     return Rewarming(tuple(attached), history, grown)
 
 
-def _optimizers(given: Any) -> list[Optimizer]:
-    single = isinstance(given, (Optimizer, str)) or not isinstance(given, Iterable)
-    several = [given] if single else list(given)
-    for one in several:
-        if not isinstance(one, Optimizer):
-            inner = getattr(one, "optimizer", None)
-            raise SpecError(
-                f"{type(one).__name__} is no torch.optim.Optimizer: there is no step() to act on",
-                hint=f"pass the {type(inner).__name__} that it holds as .optimizer, with the model's named "
-                "parameters"
-                if isinstance(inner, Optimizer)
-                else "pass the torch optimizer whose step() changes the model's parameters",
-            )
-        if hasattr(one, "param_d2h_map"):  # torchao's, without a base class to tell it by
-            raise SpecError(
-                f"{type(one).__name__} steps copies of the parameters in the host's memory and overwrites "
-                "the parameters by them: what is changed beside it would be lost",
-                hint="train with an optimizer that holds the model's own parameters, at least until the "
-                "re-warmup has ended",
-            )
-    return several
+def _flat(pieces: Sequence[Piece], history: History) -> list[tuple[Tensor, NewEntries | None]]:
+    """Flat tensors and their new entries."""
+    by_tensor: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        by_tensor.setdefault(id(piece.tensor), []).append(piece)
+    return [
+        (held[0].tensor, new_entries_of_pieces((p, history.region(p.name, p.shape)) for p in held))
+        for held in by_tensor.values()
+    ]
+
+
+def _optimizers(given: Any, model: Any) -> tuple[list[Optimizer], list[tuple[str, Tensor] | Piece]]:
+    """The torch optimizers inside of wrappers, and what of the model they hold."""
+    single = isinstance(given, (Optimizer, str)) or is_zero(given) or not isinstance(given, Iterable)
+    several = [_unwrapped(one) for one in ([given] if single else given)]
+    parts: list[tuple[str, Tensor] | Piece] = []
+    if isinstance(model, nn.Module):
+        parts += [piece for one in several if is_zero(one) for piece in pieces_of(one, model)]
+        parts = parts or [*model.named_parameters()]
+    else:
+        parts += model
+    return [_checked(base_of(one) if is_zero(one) else one) for one in several], parts
+
+
+def _checked(one: Any) -> Optimizer:
+    if not isinstance(one, Optimizer):
+        inner = getattr(one, "optimizer", None)
+        raise SpecError(
+            f"{type(one).__name__} is no torch.optim.Optimizer: there is no step() to act on",
+            hint=f"pass the {type(inner).__name__} that it holds as .optimizer, with the model's named "
+            "parameters"
+            if isinstance(inner, Optimizer)
+            else "pass the torch optimizer whose step() changes the model's parameters",
+        )
+    if hasattr(one, "param_d2h_map"):  # torchao's, without a base class to tell it by
+        raise SpecError(
+            f"{type(one).__name__} steps copies of the parameters in the host's memory and overwrites "
+            "the parameters by them: what is changed beside it would be lost",
+            hint="train with an optimizer that holds the model's own parameters, at least until the "
+            "re-warmup has ended",
+        )
+    return one
 
 
 def _is_first_rank() -> bool:
@@ -132,7 +167,8 @@ def _line(params: Iterable[_Param], left: Sequence[str], rewarmup: Rewarmup, sta
     stage = rewarmup.stages[-1]
     own = [param for param in params if stage.stage in param.entries.stages]
     count = sum(piece.numel() for p in own for piece in p.entries.of(p.tensor, stage.stage))
-    place = " of this process" if any(local_tensor(p.tensor) is not p.tensor for p in own) else ""
+    parts = any(local_tensor(p.tensor) is not p.tensor or p.entries.windows[0].start is not None for p in own)
+    place = " of this process" if parts else ""
     end = stage.expansion_step + stage.steps
     until = f"until step {end:,}: {stage.rho:g} x" if start < end else f"past step {end:,}: {stage.rho:g} x"
     line = f"re-warming {count:,} entries in {len(own)} tensors{place} {until}, then as the rest"
@@ -232,6 +268,9 @@ class _Attached:
     #: rate of old entries, and eta_new / eta_old of the last expansion, in the step just made
     applied: tuple[float, float] | None = None
     measure_every: int | None = None
+    #: flat tensors that are stepped in turn: all of them make one step of the run; empty for usual optimizers
+    flat: frozenset[int] = frozenset()
+    stepped: set[int] = field(default_factory=set)
     #: parameters with new entries before a step that is measured, and how far they have moved in the last one
     copies: dict[int, Tensor] = field(default_factory=dict)
     moved: Moved = field(default_factory=Moved)
@@ -240,7 +279,9 @@ class _Attached:
         """The rate of the first group with new entries now, and eta_new / eta_old at this step."""
         groups = self.optimizer.param_groups
         rates = [float(g["lr"]) for g in groups if any(id(p) in self.params for p in g["params"])]
-        return (rates or [0.0])[0], self.rewarmup.ratio(self.rewarmup.stages[-1], self.step)
+        return (rates or [float(groups[0]["lr"])])[0], self.rewarmup.ratio(
+            self.rewarmup.stages[-1], self.step
+        )
 
     @torch.no_grad()
     def before(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -271,13 +312,23 @@ class _Attached:
         else:
             self._correct_others(rates, kept)
         if copies:
-            self.moved = self._moved(copies)
-        self.step += 1
+            self.moved = self._moved(copies) + (self.moved if self.stepped else Moved())
+        self._count()
+
+    def _count(self) -> None:
+        """One more step, or a part of one, of an optimizer that is given its flat tensors in turn."""
+        self.stepped |= self._present() & self.flat
+        if self.stepped == self.flat:
+            self.stepped.clear()
+            self.step += 1
 
     def _moved(self, copies: Mapping[int, Tensor]) -> Moved:
         last = self.rewarmup.stages[-1].stage
         held = [p for _, p in self._live()]
         return sum((moved(p.tensor, copies[id(p.tensor)], p.entries, last) for p in held), Moved())
+
+    def _present(self) -> set[int]:
+        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
 
     def _correct_adam(self, rates: Mapping[int, float], kept: Mapping[tuple[int, int], list[Tensor]]) -> None:
         # a parameter without a gradient made no step
@@ -334,7 +385,7 @@ class _Attached:
             for p in group["params"]
             if id(p) in self.params
         ]
-        if len(live) != len(self.params):
+        if self.stepped & self._present() or (not self.flat and len(live) != len(self.params)):
             raise SparklingError(
                 "the optimizer's parameters are not those that it had when rewarm() was called",
                 hint="call rewarm() after the model is sharded, moved and cast",
@@ -388,9 +439,15 @@ class _Attached:
 
 
 def _attach(
-    optimizer: Optimizer, found: Mapping[int, _Param], known: set[int], rewarmup: Rewarmup, step: int
+    optimizer: Optimizer,
+    found: Mapping[int, _Param],
+    known: set[int],
+    flat: set[int],
+    rewarmup: Rewarmup,
+    step: int,
 ) -> _Attached:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # of an optimizer that is given flat tensors in turn, the groups may be empty between steps
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]} | flat
     if not held & known:
         raise SparklingError(
             f"the optimizer {type(optimizer).__name__} holds none of the model's parameters",
@@ -402,7 +459,7 @@ def _attach(
             hint="expand with --bias-correction inherit",
         )
     params = {i: param for i, param in found.items() if i in held}
-    attached = _Attached(optimizer, params, rewarmup, step)
+    attached = _Attached(optimizer, params, rewarmup, step, flat=frozenset(flat))
     attached.handles = [
         optimizer.register_step_pre_hook(attached.before),
         optimizer.register_step_post_hook(attached.after),
@@ -410,8 +467,11 @@ def _attach(
     return attached
 
 
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The torch optimizer inside accelerate's wrapper."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+def _unwrapped(optimizer: Any) -> Any:
+    """What accelerate's wrapper, or Fabric's, holds."""
+    while isinstance(optimizer, Optimizer) and not is_zero(optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer) and not is_zero(inner):
+            break
         optimizer = inner
     return optimizer

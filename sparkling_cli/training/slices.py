@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -20,23 +20,66 @@ PIECE_ELSEWHERE = 1 << 22
 
 
 @dataclass(frozen=True)
-class NewEntries:
-    """Where the new entries of one parameter lie, by stage.
+class Window:
+    """A part of a tensor that lies in one piece, and its new entries.
 
     Attributes:
+        start: its first entry in the flat tensor; None for the whole of a tensor of any strides.
         view: shape in which every slice is a rectangle.
         stages: stage -> slices of the view.
     """
 
+    start: int | None
     view: tuple[int, ...]
     stages: dict[int, tuple[Slices, ...]]
 
+    def of(self, local: Tensor) -> Tensor:
+        """The window of a tensor, as a view of it."""
+        if self.start is None:
+            return local.view(self.view)
+        return local.view(-1).narrow(0, self.start, prod(self.view)).view(self.view)
+
+
+@dataclass(frozen=True)
+class NewEntries:
+    """Where the new entries of one of the optimizer's tensors lie, by stage."""
+
+    windows: tuple[Window, ...]
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stages that have entries here, ascending."""
+        return tuple(sorted({stage for window in self.windows for stage in window.stages}))
+
     def of(self, tensor: Tensor, stage: int) -> Iterator[Tensor]:
-        """The stage's entries of a tensor that is shaped like the parameter, as views of it."""
+        """The stage's entries of a tensor that is shaped like the optimizer's, as views of it."""
         local = local_tensor(tensor)
-        shaped = local.view(self.view)
-        for slices in self.stages[stage]:
-            yield shaped[slices]
+        for window in self.windows:
+            if stage in window.stages:
+                shaped = window.of(local)
+                for slices in window.stages[stage]:
+                    yield shaped[slices]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a flattened parameter inside of a flat tensor that an optimizer holds.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the parameter.
+        start: the piece's first entry in the flattened parameter.
+        numel: its entries.
+        tensor: the optimizer's, of one dim.
+        at: the piece's first entry in it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    tensor: Tensor
+    at: int
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -50,17 +93,60 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def new_entries(param: Tensor, region: Region) -> NewEntries | None:
     """The new entries that this process holds of ``param``; None if there are none."""
-    held = _held(param, region)
-    view = held.view
-    local = local_tensor(param)
+    window = _window(None, _held(param, region), local_tensor(param))
+    return NewEntries((window,)) if window.stages and local_tensor(param).numel() else None
+
+
+def new_entries_of_pieces(pieces: Iterable[tuple[Piece, Region]]) -> NewEntries | None:
+    """The new entries of one flat tensor; None if there are none.
+
+    Args:
+        pieces: all of the same tensor, each with its whole parameter's region.
+    """
+    windows = []
+    for piece, region in pieces:
+        at = piece.at
+        for box in _boxes(region.view, piece.start, piece.start + piece.numel):
+            part = region.window(box)
+            windows.append(_window(at, part, piece.tensor))
+            at += prod(part.shape)
+    kept = tuple(window for window in windows if window.stages)
+    return NewEntries(kept) if kept else None
+
+
+def _window(start: int | None, region: Region, local: Tensor) -> Window:
     limit = PIECE.get(local.device.type, PIECE_ELSEWHERE)
     stages = {
-        stage: tuple(piece for box in held.boxes(stage) for piece in _pieces(box, limit))
-        for stage in held.stages
+        stage: tuple(piece for box in region.boxes(stage) for piece in _pieces(box, limit))
+        for stage in region.stages
         if stage > 0
     }
-    kept = {stage: slices for stage, slices in stages.items() if slices}
-    return NewEntries(view, kept) if kept and local.numel() else None
+    return Window(start, region.view, {stage: slices for stage, slices in stages.items() if slices})
+
+
+def _boxes(view: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, int], ...]]:
+    """The entries ``start`` to ``stop`` of a row-major tensor as boxes, each in one piece, in order.
+
+    The rows between the first and the last, and of these two what is left, by the same rule.
+    """
+    if start >= stop:
+        return
+    if len(view) < 2:
+        yield ((start, stop),) if view else ()
+        return
+    inner = prod(view[1:])
+    first, last = -(-start // inner), stop // inner  # whole rows: first <= row < last
+    if first > last:
+        row = start // inner
+        for rest in _boxes(view[1:], start - row * inner, stop - row * inner):
+            yield ((row, row + 1), *rest)
+        return
+    for rest in _boxes(view[1:], start - (first - 1) * inner, inner) if start < first * inner else ():
+        yield ((first - 1, first), *rest)
+    if first < last:
+        yield ((first, last), *((0, size) for size in view[1:]))
+    for rest in _boxes(view[1:], 0, stop - last * inner):
+        yield ((last, last + 1), *rest)
 
 
 def _held(param: Tensor, region: Region) -> Region:

@@ -419,9 +419,9 @@ def low_precision_step(net: torch.nn.Module, held: torch.nn.Module, optimizer: O
 
 
 @cache
-def separate() -> dict[str, Tensor]:
+def separate(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Old and new entries as separate parameters, after the same steps."""
-    net, optimizer, _ = start()
+    net, optimizer, _ = ref.expanded(adamw, dtype)
     split, reference, sched = ref.split_reference(net, optimizer, adamw, rate)
     for _ in ref.steps(split, reference, sched, ref.TE, ref.TE + STEPS):
         pass
@@ -434,9 +434,9 @@ def rate(step: int) -> float:
 
 
 @cache
-def separate_masters() -> dict[str, Tensor]:
-    """The same with gradients of a bfloat16 copy."""
-    net, optimizer, _ = start()
+def separate_masters(dtype: torch.dtype = torch.float64, ranks: int = 1) -> dict[str, Tensor]:
+    """The same with gradients of a bfloat16 copy, each rank's of its share of the batch."""
+    net, optimizer, _ = ref.expanded(adamw, dtype)
     split, reference, sched = ref.split_reference(net, optimizer, adamw, rate)
     low = ref.model(dtype=torch.bfloat16)
     for step in range(ref.TE, ref.TE + STEPS):
@@ -444,14 +444,28 @@ def separate_masters() -> dict[str, Tensor]:
             for name, value in split.whole().items():
                 low.get_parameter(name).copy_(value)
         low.zero_grad()
-        low(ref.data(step)).backward()
+        for share in ref.data(step).chunk(ranks):
+            (low(share) / ranks).backward()
         for name, mask in split.masks.items():
-            gradient = low.get_parameter(name).grad.double()
+            gradient = low.get_parameter(name).grad.to(dtype)
             split.old[name.replace(".", "/")].grad = gradient.masked_fill(mask, 0)
             split.new[name.replace(".", "/")].grad = gradient.masked_fill(~mask, 0)
         reference.step()
         sched.step()
     return {name: value.detach() for name, value in split.whole().items()}
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """How near to separate parameters: the largest difference, relative to a tensor's norm, and in words."""
+
+    limit: float
+    words: str
+
+
+FLOAT64 = Exactness(1e-10, "to rounding (float64)")
+FLOAT32 = Exactness(3e-6, "to rounding (float32)")
+BFLOAT16 = Exactness(0.01, "as near as without re-warming: gradients are rounded to bfloat16")
 
 
 @dataclass(frozen=True)
@@ -463,18 +477,14 @@ class Case:
         package: that must be installed.
         adapter: what the user writes.
         run: trains so many steps leg by leg, each leg in new objects that load what the one before saved.
-        noise: largest difference from separate parameters that is allowed, relative to a tensor's norm.
         reference: separate parameters after the same steps.
-        exact: the difference, in the table's words.
     """
 
     name: str
     package: str
     adapter: str
     run: Run
-    noise: float = 1e-10
     reference: Callable[[], dict[str, Tensor]] = separate
-    exact: str = "to rounding (float64)"
 
 
 CALLBACK = "`SparklingCallback` of `sparkling_cli.training.{}`"

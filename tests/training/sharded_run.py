@@ -1,6 +1,7 @@
-"""Run by ``torchrun``: the tiny model under FSDP2, with new entries on a rate of their own.
+"""Run by ``torchrun``: the tiny model under FSDP2; in four processes, under tensor parallelism too.
 
-Usage: sharded_run.py OUT; writes ``<optimizer>-<dim>.pt`` with the whole parameters after 12 steps.
+Usage: sharded_run.py OUT; writes ``<optimizer>-<how>-<run>.pt`` with the whole parameters after 50 steps.
+``how`` is the dim that FSDP2 shards, or ``mesh``; ``legs`` is the run that is left and taken up again.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import SGD, AdamW, Optimizer
 
 from sparkling_cli.training import rewarm
 from tests.training import reference as ref
 
-STEPS = 12
+STEPS = 50
+RUNS = {"whole": (STEPS,), "legs": (20, STEPS - 20)}
 
 
 def make(name: str, params: object) -> Optimizer:
@@ -28,36 +33,68 @@ def make(name: str, params: object) -> Optimizer:
     return SGD(params, lr=ref.BASE.peak, momentum=0.9)  # type: ignore[arg-type]
 
 
-def placement(param: torch.nn.Parameter, dim: int) -> Shard:
+def placement(param: torch.nn.Parameter, dim: int, ranks: int) -> Shard:
     """Shard ``dim`` where FSDP2 can (dims other than 0 must be even), else dim 0."""
-    possible = param.dim() > dim and param.shape[dim] % dist.get_world_size() == 0
+    possible = param.dim() > dim and param.shape[dim] % ranks == 0
     return Shard(dim if possible else 0)
 
 
-def train(name: str, net: torch.nn.Module, rank: int, ranks: int) -> None:
-    """Twelve steps from the expansion on; every rank takes its share of each batch."""
+def sharded(how: str) -> tuple[torch.nn.Module, int, int]:
+    """The model; which share of a batch this process takes, and of how many."""
+    net, ranks = ref.model(), dist.get_world_size()
+    if how != "mesh":
+        fully_shard(net, shard_placement_fn=lambda p: placement(p, int(how), ranks))
+        return net, dist.get_rank(), ranks
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+    plan = {
+        "up": ColwiseParallel(output_layouts=Replicate()),
+        "mixed": ColwiseParallel(output_layouts=Replicate()),
+        "down": RowwiseParallel(input_layouts=Replicate()),
+    }
+    parallelize_module(net, mesh["tensor"], plan)
+    fully_shard(net, mesh=mesh["data"])
+    assert all(net.get_parameter(f"{name}.weight").device_mesh.ndim == 2 for name in plan)
+    return net, mesh["data"].get_local_rank(), ranks // 2
+
+
+def train(
+    name: str, net: torch.nn.Module, share: int, shares: int, first: int = ref.TE, last: int = ref.TE + STEPS,
+    kept: dict[str, object] | None = None,
+) -> dict[str, object]:  # fmt: skip
+    """Steps from the expansion on, or from what was kept; every process takes its share of each batch."""
     optimizer = make(name, net.parameters())
-    sched = ref.scheduler(optimizer, ref.TE)
-    rewarm(optimizer, net, ref.history(tau=3))
-    for step in range(ref.TE, ref.TE + STEPS):
+    if kept is not None:
+        parts = {"model_state_dict": kept["net"], "optim_state_dict": kept["optimizer"]}
+        set_state_dict(net, optimizer, **parts)  # type: ignore[arg-type]
+    sched = ref.scheduler(optimizer, first)
+    rewarming = rewarm(optimizer, net, ref.history(tau=20), step=first, announce=False)
+    for step in range(first, last):
         optimizer.zero_grad()
-        net(ref.data(step).chunk(ranks)[rank]).backward()
+        net(ref.data(step).chunk(shares)[share]).backward()
         optimizer.step()
         sched.step()
+    assert rewarming.step == last
+    optimizer.zero_grad()
+    model, state = get_state_dict(net, optimizer)
+    return {"net": model, "optimizer": state}
 
 
 def main(out: Path) -> None:
     """All runs of one process."""
     dist.init_process_group("gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    for name in ("adamw", "sgd"):
-        for dim in (0, 1):
-            net = ref.model()
-            fully_shard(net, shard_placement_fn=lambda p, dim=dim: placement(p, dim))
-            train(name, net, rank, ranks)
+    cases = [("adamw", "mesh"), ("sgd", "mesh")] if dist.get_world_size() == 4 else [
+        (name, dim) for name in ("adamw", "sgd") for dim in ("0", "1")
+    ]  # fmt: skip
+    for name, how in cases:
+        for run, counts in RUNS.items():
+            kept, first = None, ref.TE
+            for count in counts:
+                net, share, shares = sharded(how)
+                kept = train(name, net, share, shares, first, first + count, kept)
+                first += count
             whole = {n: p.full_tensor().detach() for n, p in net.named_parameters()}
-            if rank == 0:
-                torch.save(whole, out / f"{name}-{dim}.pt")
+            if dist.get_rank() == 0:
+                torch.save(whole, out / f"{name}-{how}-{run}.pt")
     dist.barrier()  # a rank that leaves early ends the others' connections
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Parameters sharded by FSDP2 over two processes, on any dim, against one process."""
+"""Parameters sharded over two processes on any dim, and over a mesh of four, against one process."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ import torch
 from sparkling_cli.layout.regions import Region
 from sparkling_cli.training.slices import new_entries
 from tests.training import reference as ref
+from tests.training.loops import FLOAT64
 from tests.training.sharded_run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes under torchrun ended with."""
-    out = tmp_path_factory.mktemp("sharded")
+def run(processes: int, out: Path) -> Path:
+    """What processes under torchrun ended with."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
         "-m", "tests.training.sharded_run", str(out),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -32,16 +31,42 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_two_processes_equal_one(runs: Path, name: str, dim: int) -> None:
-    """Sharded rows (unevenly: 7 of them) or columns give the same parameters, to float64 rounding."""
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two processes."""
+    return run(2, tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of four processes."""
+    return run(4, tmp_path_factory.mktemp("mesh"))
+
+
+def check(runs: Path, name: str, how: str) -> None:
+    """The same parameters as in one process, to rounding; and bit for bit when left and taken up again."""
     net = ref.model()
     train(name, net, 0, 1)
-    sharded = torch.load(runs / f"{name}-{dim}.pt")
-    assert ref.distance(sharded, ref.parameters(net)) < 1e-12
+    sharded = torch.load(runs / f"{name}-{how}-whole.pt")
+    assert ref.distance(sharded, ref.parameters(net)) < FLOAT64.limit
     plain = ref.model()
     assert ref.distance(sharded, ref.parameters(plain)) > 1e-3
+    legs = torch.load(runs / f"{name}-{how}-legs.pt")
+    assert all(torch.equal(value, legs[key]) for key, value in sharded.items())
+
+
+@pytest.mark.parametrize("dim", ["0", "1"])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_two_processes_equal_one(two: Path, name: str, dim: str) -> None:
+    """FSDP2 over rows (unevenly: 7 of them) or columns."""
+    check(two, name, dim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_mesh_of_two_dims_equals_one_process(four: Path, name: str) -> None:
+    """Tensor parallel in one dim of the mesh, FSDP2 in the other."""
+    check(four, name, "mesh")
 
 
 def test_large_regions_come_in_pieces() -> None:
