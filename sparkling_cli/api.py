@@ -302,6 +302,7 @@ def _check_opens(root: Path, plan: Plan, asked: Asking) -> None:
     from sparkling_cli.errors import OutputError
     from sparkling_cli.execute.disk_space import reading_back
     from sparkling_cli.formats.detect import open_checkpoint
+    from sparkling_cli.layout.depth import LAYERS
     from sparkling_cli.models.expected import class_faults, weight_shapes
 
     with reading_back(root):
@@ -315,7 +316,9 @@ def _check_opens(root: Path, plan: Plan, asked: Asking) -> None:
         raise OutputError(
             f"the output would not be loaded by its own class: {'; '.join(faults[:3])}"
             + (f"; and {len(faults) - 3} more" if len(faults) > 3 else ""),
-            hint="the layout does not say all that grows in this model: report it with the command, or give "
+            hint="this class builds another kind of layer in some place: choose other places by --at"
+            if LAYERS in plan.growth
+            else "the layout does not say all that grows in this model: report it with the command, or give "
             "a layout file that does (--layout)",
         )
     if found.format != plan.source.format or wrong:

@@ -15,6 +15,7 @@ from sparkling_cli.compute.flops import plan_compute
 from sparkling_cli.compute.quantity import parse_moment
 from sparkling_cli.compute.shape import shape_of
 from sparkling_cli.errors import SpecError
+from sparkling_cli.layout.depth import LAYERS, deeper_layout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.results.commands import Flops, Phase, RunPlan
 from sparkling_cli.spec.model import ExpansionSpec
@@ -145,10 +146,15 @@ def forecast(
     layout, warnings = subject.layout, []
     steps: list[tuple[int, Mapping[str, Growth]]] = []
     for expansion in expansions:
-        growth = resolve_growth(expansion.spec, layout)
+        spec = expansion.spec
+        if layout.numbered and LAYERS in {axis.axis for axis in spec.axes}:
+            spec = spec.model_copy(update={"at": "end"})  # where they are costs nothing
+        growth = resolve_growth(spec, layout)
         steps.append((expansion.tokens, growth))
         warnings.append(small_share(layout, growth))
         grown = {name: replace(layout.axes[name], size=g.target) for name, g in growth.items()}
+        if LAYERS in growth:
+            layout = deeper_layout(layout, growth[LAYERS].order)
         layout = replace(layout, axes={**layout.axes, **grown})
     shape = shape_of(subject.layout, subject.config, top_k=experts_per_token)
     compute = plan_compute(shape, steps, tokens)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -19,6 +21,7 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.stream import Written
 from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.layout import file as layout_file
+from sparkling_cli.layout.depth import LAYERS, Order, deeper_layout, new_layers, ordered
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.model import Expansion, Recipe, Row
 from sparkling_cli.plan.symmetry import treatment_of, with_fills
@@ -125,12 +128,16 @@ class Manifest(_Data):
         originals: dict[str, tuple[Span, ...]] = {}
         layout = self.model_layout()
         for stage in self.stages[:last]:
+            spec = make_spec(stage.spec)
             grown = {
                 axis: Growth(before, after, originals=originals.get(axis, ()))
                 for axis, (before, after) in stage.growth.items()
             }
-            grown = with_fills(grown, layout, treatment_of(make_spec(stage.spec)))
-            originals |= {axis: growth.originals_after for axis, growth in grown.items()}
+            grown = with_fills(grown, layout, treatment_of(spec))
+            originals |= {axis: g.originals_after for axis, g in grown.items() if axis != LAYERS}
+            if LAYERS in grown:
+                order = ordered(*stage.growth[LAYERS], spec.layer_mode, spec.at)
+                grown[LAYERS] = replace(grown[LAYERS], order=order)
         return grown, originals
 
 
@@ -238,11 +245,24 @@ def births_after(growth: Mapping[str, Growth], before: Mapping[str, Births]) -> 
     after = {name: list(births) for name, births in before.items()}
     for name, grown in growth.items():
         births = after.setdefault(name, [(0, grown.source, 0)])
-        births.append((grown.source, grown.target, stage))
+        if grown.order:
+            after[name] = _births_in(grown.order, births, stage)
+        else:
+            births.append((grown.source, grown.target, stage))
     return after
 
 
+def _births_in(order: Order, before: Births, stage: int) -> Births:
+    """Births of layers that are put between the old ones."""
+    old = [born for start, stop, born in before for _ in range(start, stop)]
+    born = [stage if new else old[source] for source, new in zip(order, new_layers(order), strict=True)]
+    edges = [0, *(i for i in range(1, len(born)) if born[i] != born[i - 1]), len(born)]
+    return [(start, stop, born[start]) for start, stop in pairwise(edges)]
+
+
 def _layout_after(layout: ModelLayout, growth: Mapping[str, Growth]) -> dict[str, Any]:
+    if LAYERS in growth:
+        layout = deeper_layout(layout, growth[LAYERS].order)
     data = layout_file.to_dict(layout)
     for name, grown in growth.items():
         data["axes"][name]["size"] = grown.target

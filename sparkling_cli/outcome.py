@@ -16,6 +16,7 @@ from sparkling_cli.errors import (
 )
 from sparkling_cli.execute.disk_space import reading_back
 from sparkling_cli.formats.gc_pause import collector_running
+from sparkling_cli.layout.depth import LAYERS, Places
 from sparkling_cli.manifest import make_manifest
 from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.plan.model import Expansion
@@ -195,6 +196,7 @@ def _measure(
                 begin=begin,
                 carried=carried_factors(plan.layout, plan.growth, plan.treatment),
                 widened={row.name for row in weights if row.grows},
+                places=Places.of(plan.layout, plan.growth[LAYERS].order) if LAYERS in plan.growth else None,
                 experts=plan.growth["experts"].source if "experts" in plan.growth else None,
             )
     except (LayoutError, MissingDependencyError) as error:

@@ -12,6 +12,7 @@ from sparkling_cli.cli.console import output
 from sparkling_cli.cli.options import option
 from sparkling_cli.spec.choices import (
     InitPair,
+    LayerMode,
     Names,
     OptimizerTreatment,
     ReportKind,
@@ -95,6 +96,27 @@ def expand(
             "Noise on the router rows of new experts, by the deviation of the old ones: 0.01.",
             metavar="SHARE",
             default=0,
+        ),
+    ] = None,
+    layer_mode: Annotated[
+        str | None,
+        option(
+            "--layer-mode",
+            opt.METHOD,
+            "New layers: add nothing yet (identity), or copy the one before or all before them.",
+            choices=LayerMode,
+            default="identity",
+        ),
+    ] = None,
+    at: Annotated[
+        str | None,
+        option(
+            "--at",
+            opt.METHOD,
+            "Where identity layers go: spread, behind the last, or behind certain ones (3,7,11; the first "
+            "is 0).",
+            metavar="[even|end|LAYERS]",
+            default="even",
         ),
     ] = None,
     allow_locked: Annotated[

@@ -20,6 +20,7 @@ from math import prod
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.depth import LAYERS, deeper_patterns
 from sparkling_cli.layout.expr import Product, Role, axis_names
 from sparkling_cli.layout.model import ModelLayout, TensorPattern, entries_of
 from sparkling_cli.widening.geometry import Growth
@@ -76,11 +77,13 @@ class ModelShape:
     tied: tuple[tuple[str, ...], ...] = ()
 
     def grown(self, growth: Mapping[str, Growth]) -> ModelShape:
-        """The same model with wider axes."""
+        """The same model with wider axes, and more layers."""
         sizes = {**self.sizes, **{axis: g.target for axis, g in growth.items()}}
         more = growth.get("experts_per_token")
         used = self.used if more is None else dict.fromkeys(self.used, more.target)
-        return replace(self, sizes=sizes, used=used)
+        layers = growth.get(LAYERS)
+        patterns = self.patterns if layers is None else deeper_patterns(self.patterns, layers.order)
+        return replace(self, patterns=patterns, sizes=sizes, used=used)
 
     def count(self) -> ParameterCount:
         """Total and active parameters.

@@ -14,6 +14,7 @@ from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES, Tokens, load_token
 from sparkling_cli.diagnostics.measurement import compare, split_name
 from sparkling_cli.diagnostics.probe import Probe, pieces
 from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.layout.depth import Places
 from sparkling_cli.results.measured import Activations, Measurement, Routing
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def measure_change(
     carried: Mapping[str, float] | None = None,
     widened: Collection[str] = (),
     experts: int | None = None,
+    places: Places | None = None,
     begin: Begin | None = None,
 ) -> tuple[Activations, Measurement, Measurement]:
     """Measure two checkpoints on the same tokens, in step, batch by batch.
@@ -76,6 +78,7 @@ def measure_change(
         carried: see :func:`~sparkling_cli.diagnostics.measurement.compare`.
         widened: see there.
         experts: of each router of the source, where those of the widened one are copies of them, in turn.
+        places: where the source's layers are, where the other model is deeper.
         begin: is told of the models that are built, and of the bytes of weights that the tokens went through.
     """
     begin = begin or (lambda _title, _total: lambda _count: None)
@@ -93,7 +96,8 @@ def measure_change(
         first.advance = second.advance = advance
         for batch in batches:
             old, new = first.run(batch), second.run(batch)
-            routers.add(first.choices, second.choices)
+            own = first.choices
+            routers.add({places.old(n): c for n, c in own.items()} if places else own, second.choices)
             if old.shape[:-1] != new.shape[:-1] or old.shape[-1] > new.shape[-1]:
                 logits = None
             if logits is not None:
@@ -110,6 +114,7 @@ def measure_change(
         routing=routers.result(),
         carried=carried,
         widened=widened,
+        places=places,
     )
     return report, one, two
 

@@ -13,6 +13,7 @@ from sparkling_cli.diagnostics.weights import measure_weights
 from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError, SparklingError
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.layout.depth import LAYERS, Places
 from sparkling_cli.manifest import manifest_of
 from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.plan.symmetry import treatment_of
@@ -139,6 +140,7 @@ def _since(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, Any]:
     return {
         "carried": carried_factors(manifest.model_layout(), growth, treatment),
         "experts": growth["experts"].source if "experts" in growth else None,
+        "places": Places.of(manifest.model_layout(), growth[LAYERS].order) if LAYERS in growth else None,
     }
 
 
@@ -193,9 +195,10 @@ def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> Symme
     manifest = manifest_of(expanded.root)
     if manifest is None or checkpoint.shapes != expanded.shapes:
         return None
-    if manifest.growth().keys() == {"vocab"}:
-        return None  # its new rows are no copies
-    from sparkling_cli.diagnostics.symmetry import measure_symmetry
+    from sparkling_cli.diagnostics.symmetry import APART, measure_symmetry
+
+    if manifest.growth().keys() <= APART:
+        return None
 
     return measure_symmetry(path, expanded.root)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from math import isfinite, nan, sqrt
 
+from sparkling_cli.layout.depth import Places
 from sparkling_cli.results.base import change, deviation_of
 from sparkling_cli.results.measured import (
     Activations,
@@ -31,6 +32,7 @@ def compare(
     routing: Sequence[Routing] = (),
     carried: Mapping[str, float] | None = None,
     widened: Collection[str] = (),
+    places: Places | None = None,
 ) -> Activations:
     """Compare two measurements that were made on the same tokens.
 
@@ -46,8 +48,12 @@ def compare(
         carried: factors that a layer's input got in its weight's stead (a tied head's): the ratio after
             is multiplied by them, so that it is compared as if the weight had taken the factor.
         widened: names of the weights that grew.
+        places: where the first model's layers are, where the second one is deeper: names are those of the
+            second, and what is behind a new layer is compared with what was behind the old one before it.
     """
     factors = carried or {}
+    if places is not None:
+        before = _placed(before, after, places)
     new_stream = {place.name: place.rms for place in after.stream}
     return Activations(
         data=data,
@@ -76,6 +82,23 @@ def compare(
         only_before=_others(before.layers, after.layers),
         only_after=_others(after.layers, before.layers),
     )
+
+
+def _placed(before: Measurement, after: Measurement, places: Places) -> Measurement:
+    """The first measurement under the names of a deeper model, with the stream behind every block of that."""
+    old = places.old
+    stream = {old(place.name): place for place in before.stream}
+    behind = {place.name: places.behind(place.name) or place.name for place in after.stream}
+    changed = {
+        "layers": tuple(one.model_copy(update={"name": old(one.name)}) for one in before.layers),
+        "functions": tuple(one.model_copy(update={"name": old(one.name)}) for one in before.functions),
+        "stream": tuple(
+            stream[source].model_copy(update={"name": name})
+            for name, source in behind.items()
+            if source in stream
+        ),
+    }
+    return before.model_copy(update=changed)
 
 
 def _pairs(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sparkling_cli.errors import CheckpointError, LayoutError
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.layout.expr import Role, TensorLayout, axis_names, factors
+from sparkling_cli.layout.expr import UNSHAPED, Role, TensorLayout, axis_names, factors
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, read_manifest
 from sparkling_cli.results.measured import ChannelSymmetry, Symmetry
@@ -27,6 +27,8 @@ from sparkling_cli.widening.geometry import Growth, Treatment, ViewDim, view_of
 if TYPE_CHECKING:
     import torch
 
+#: axes whose new entries are no copies, or copies that get gradients of their own
+APART = frozenset({"vocab"}) | UNSHAPED
 #: a channel counts as locked while its distance from its source is below this share of the source's norm
 LOCKED = 0.01
 
@@ -77,9 +79,10 @@ def _growth(
     wanted = last if stage is None else stage
     if not any(s.stage == wanted for s in manifest.stages):
         raise CheckpointError(f"there is no expansion {stage}; the manifest has {len(manifest.stages)}")
-    grown = {axis: growth for axis, growth in manifest.growth(wanted).items() if axis != "vocab"}
+    grown = {axis: growth for axis, growth in manifest.growth(wanted).items() if axis not in APART}
     if not grown:
-        raise CheckpointError("only the vocabulary has grown: its new rows are no copies that could part")
+        names = " and ".join(sorted(manifest.growth(wanted)))
+        raise CheckpointError(f"only {names} has grown: what is new there cannot be locked to what is old")
     for axis, growth in grown.items():
         if layout.sizes[axis] != growth.target:
             raise CheckpointError(

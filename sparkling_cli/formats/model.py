@@ -15,10 +15,10 @@ Life of a checkpoint:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.storage.tensors import Extent, StoredTensor
@@ -140,6 +140,30 @@ class Checkpoint:
             apart.append(Further(shown, "", key, self.tensors[key], weight=name))
         left = {name: key for name, key in self.weights.items() if name not in names}
         return replace(self, weights=left, further=(*self.further, *apart))
+
+
+@runtime_checkable
+class Deepening(Protocol):
+    """A format whose files can hold more parameters than the source's."""
+
+    def deeper(
+        self,
+        checkpoint: Checkpoint,
+        weights: Mapping[str, tuple[str, ...]],
+        groups: Sequence[Sequence[tuple[str, str]]],
+    ) -> Checkpoint:
+        """The checkpoint as one of a deeper model, in which tensors are read several times.
+
+        Args:
+            checkpoint: the source, its states named.
+            weights: weight name -> its names in the deeper model.
+            groups: of the optimizer: each parameter of the deeper model, in order, and the one of the source
+                that its state is read from.
+
+        Raises:
+            CheckpointError: its files cannot hold that.
+        """
+        ...
 
 
 class Declared(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,34 @@ class WeightFiles:
     def paths(self) -> frozenset[str]:
         """Every file that holds weights or says where they are."""
         return frozenset(self.files) | ({self.index} if self.index else set())
+
+
+def deeper_weights(files: WeightFiles, names: Mapping[str, tuple[str, ...]]) -> WeightFiles:
+    """The files as those of a deeper model, whose tensors are read where those of the shallower one lie.
+
+    Args:
+        files: the source's.
+        names: weight name -> its names in the deeper model.
+
+    Raises:
+        CheckpointError: a wrapper's name stands inside a weight's.
+    """
+    bare = bare_names(files.names)
+    found = WeightFiles(files.index, dict(files.index_metadata), files=files.files)
+    keys: dict[tuple[str, int], str] = {}
+    for name, key in files.names.items():
+        if not name.endswith(bare[name]):
+            raise CheckpointError(f"{name!r} has a wrapper's name inside", hint="save the unwrapped model")
+        wrapper = name.removesuffix(bare[name])
+        for copy, other in enumerate(names.get(bare[name], (bare[name],))):
+            own = keys.setdefault((key, copy), wrapper + other)  # tied names share a key
+            found.names[wrapper + other] = own
+            found.tensors[own] = files.tensors[key]
+    if isinstance(found.index_metadata.get("total_parameters"), int):
+        sizes = [sum(prod(t.shape) for t in one.tensors.values()) for one in (files, found)]
+        metadata = {"total_parameters": found.index_metadata["total_parameters"] + sizes[1] - sizes[0]}
+        found = replace(found, index_metadata={**found.index_metadata, **metadata})
+    return found
 
 
 def find_weights(root: Path) -> str | None:

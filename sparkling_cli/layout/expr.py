@@ -23,8 +23,10 @@ PACKINGS: Mapping[str, tuple[str, ...]] = {
 }
 
 #: Axes whose entries are looked up or chosen one by one and never summed over: no factor follows from their
-#: growth, and new entries have a rule of their own. ``experts_per_token`` is in no tensor.
-COUNTED = frozenset({"vocab", "experts", "experts_per_token"})
+#: growth, and new entries have a rule of their own.
+COUNTED = frozenset({"vocab", "experts", "experts_per_token", "layers"})
+#: Of these, axes that are no dim of any tensor: copies along them get gradients of their own.
+UNSHAPED = frozenset({"experts_per_token", "layers"})
 
 #: Parts through which the consumer's input is *not* linear. Zero fill leaves them copied: a product of
 #: two zero factors has a zero gradient in both, for ever (method, the trap of the gated MLP).

@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 #: fields that a layout and its file have alike, in the file's order
-_AS_THEY_ARE = ("notes", "ordered", "buffers", "divisible", "ignored", "tied")
+_AS_THEY_ARE = ("notes", "ordered", "numbered", "buffers", "divisible", "ignored", "tied")
 #: JSON and TOML have lists only
 _Names = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -61,9 +61,11 @@ class _File(_Strict):
     aliases: dict[str, str] = {}
     notes: tuple[str, ...] = Field(default=(), strict=False)
     ordered: bool = False
+    numbered: bool = False
     buffers: _Names = ()
     divisible: tuple[Annotated[tuple[str, str], Field(strict=False)], ...] = Field(default=(), strict=False)
     ignored: _Names = ()
+    silent: dict[str, Annotated[float, Field(strict=False)]] = {}
 
 
 def from_dict(data: Mapping[str, Any], where: str) -> ModelLayout:
@@ -89,6 +91,7 @@ def from_dict(data: Mapping[str, Any], where: str) -> ModelLayout:
         config=file.config,
         assembly=file.assembly,
         aliases=file.aliases,
+        silent=file.silent,
         **{name: getattr(file, name) for name in _AS_THEY_ARE},
     )
     layout.check_axes()
@@ -110,6 +113,8 @@ def to_dict(layout: ModelLayout) -> dict[str, Any]:
         data["disk"] = {p.name: p.layout for p in layout.disk}
     if layout.assembly:
         data["assembly"] = {name: list(parts) for name, parts in layout.assembly.items()}
+    if layout.silent:
+        data["silent"] = dict(layout.silent)
     if layout.compensations:
         data["compensate"] = [
             {k: v for k, v in vars(c).items() if v not in ("", False, 0.0)} for c in layout.compensations

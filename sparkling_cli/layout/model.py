@@ -179,6 +179,10 @@ class ModelLayout:
         buffers: patterns of ``tensors`` that are saved with the weights and are no parameters.
         divisible: pairs of terms; the class wants the first one's size to be a multiple of the second one's.
         ignored: regular expressions of names that the class leaves aside when it loads a checkpoint.
+        silent: names of a layer's tensors, in the module and on disk, with ``*`` for every number or for the
+            layer's alone, and the number in all their entries with which the layer adds nothing: output
+            projections and their biases, or the scales of norms behind them.
+        numbered: what a layer is depends on its number, so new ones can only stand behind the others.
     """
 
     name: str
@@ -195,6 +199,8 @@ class ModelLayout:
     buffers: tuple[str, ...] = ()
     divisible: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    silent: Mapping[str, float] = field(default_factory=dict)
+    numbered: bool = False
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {axis.size}" for name, axis in self.axes.items() if axis.widenable)

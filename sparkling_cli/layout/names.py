@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -152,6 +152,18 @@ def _indices(text: str, match: re.Match[str]) -> frozenset[int]:
             raise fault(text, match.start("only"), f"not a list of indices: {match.group('only')!r}")
         found.update(range(int(low), int(high or low) + 1))
     return frozenset(found)
+
+
+def renumbered(text: str, axis: str, change: Callable[[Collection[int]], Iterable[int]]) -> str:
+    """A template whose placeholder of ``axis`` is restricted to other indices; to none: not restricted."""
+
+    def changed(match: re.Match[str]) -> str:
+        if match["axis"] != axis or match["only"] is None:
+            return match[0]
+        found = set(change(_indices(text, match)))
+        return f"{{{axis}={compress(found)}}}" if found else f"{{{axis}}}"
+
+    return _PLACEHOLDER.sub(changed, text)
 
 
 def compress(indices: Iterable[int]) -> str:

@@ -104,13 +104,14 @@ class Region:
         return Region(tuple(hi - lo for lo, hi in box), dims)
 
 
-def region_of(layout: TensorLayout, sizes: Mapping[str, int], births: Births) -> Region:
+def region_of(layout: TensorLayout, sizes: Mapping[str, int], births: Births, stage: int = 0) -> Region:
     """The region of one parameter.
 
     Args:
         layout: what its dims mean.
         sizes: axis sizes now, after all expansions.
         births: axis -> births, for every axis that ever grew.
+        stage: in which the parameter as a whole was born, with its layer.
 
     Raises:
         LayoutError: an axis's births do not tile its size.
@@ -118,7 +119,23 @@ def region_of(layout: TensorLayout, sizes: Mapping[str, int], births: Births) ->
     dims = tuple(
         tuple(_intervals(factor, sizes, births) for factor in factors(dim.expr)) for dim in layout.dims
     )
+    if stage and dims:  # no entry is older
+        first, *rest = dims[0]
+        older = tuple((start, stop, max(own, stage)) for start, stop, own in first)
+        dims = ((_merged(list(older)), *rest), *dims[1:])
     return Region(layout.shape(sizes), dims)
+
+
+def stage_of(index: int, births: Sequence[Sequence[int]]) -> int:
+    """The stage that one entry of an axis was born in.
+
+    Raises:
+        LayoutError: the births end before it.
+    """
+    for start, stop, stage in births:
+        if start <= index < stop:
+            return int(stage)
+    raise LayoutError(f"births {list(births)} have no entry {index}")
 
 
 def _intervals(expr: Expr, sizes: Mapping[str, int], births: Births) -> tuple[Interval, ...]:

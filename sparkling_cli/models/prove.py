@@ -15,6 +15,7 @@ from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.attention import split_heads
 from sparkling_cli.models.axes import FROZEN, PER_TOKEN, TinyAxes, find_axes, grows
 from sparkling_cli.models.compensate import hypotheses_for
+from sparkling_cli.models.depth import Depth, find_depth
 from sparkling_cli.models.disk import DiskTensor, disk_tensors, to_disk
 from sparkling_cli.models.families import Family, Hypotheses, Options, _tied_heads, hypotheses
 from sparkling_cli.models.labels import label, texts
@@ -55,6 +56,7 @@ class Findings:
         notes: what a reader of the layout should know.
         buffers: skeletons of the names of tensors that are saved and are no parameters.
         ignored: patterns of names that the class leaves aside when it loads a checkpoint.
+        depth: whether and how layers can be added.
     """
 
     found: TinyAxes
@@ -67,6 +69,7 @@ class Findings:
     notes: tuple[str, ...] = field(default=())
     buffers: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()
+    depth: Depth = field(default_factory=lambda: Depth("not looked for"))
 
     @property
     def by_skeleton(self) -> dict[str, list[TensorLayout]]:
@@ -129,6 +132,7 @@ def prove_axes(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Find
         tuple(notes),
         frozenset(skeleton(name) for name, _ in parity.model.named_buffers()),
         ignored_by(parity.model),
+        find_depth(parity, by_name),
     )
 
 

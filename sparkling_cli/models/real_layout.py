@@ -26,6 +26,7 @@ from sparkling_cli.layout.expr import (
 from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.solve import Equation, solve_sizes
+from sparkling_cli.models.add_layers import with_depth
 from sparkling_cli.models.axes import FROZEN, PER_TOKEN, TinyAxes, chooses_experts
 from sparkling_cli.models.disk import DiskTensor
 from sparkling_cli.models.labels import render
@@ -98,6 +99,7 @@ def real_layout(
     layout.check_axes()
     layout.check_shapes(real_shapes, on_disk=False)
     layout = _as_built(layout, model, len(prefix))
+    layout = with_depth(layout, findings, config, real, prefix)
     counts = _repeated_counts(config, axes)  # what the config says itself stands for the class's own name
     own = {key: term for key, term in layout.config.items() if key in counts or term not in counts.values()}
     return _without_towers(replace(layout, config=own), config, model, prefix)

@@ -140,7 +140,10 @@ def _with_names(layout: ModelLayout, renamed: Mapping[str, str]) -> ModelLayout:
     compensations = tuple(dict.fromkeys((*layout.compensations, *others)))
     groups = [tuple(map(in_file, group)) for group in layout.tied]
     tied = tuple(dict.fromkeys((*layout.tied, *groups)))
-    return replace(layout, disk=disk, assembly=assembly, compensations=compensations, tied=tied)
+    silent = {**layout.silent, **{in_file(name): value for name, value in layout.silent.items()}}
+    return replace(
+        layout, disk=disk, assembly=assembly, compensations=compensations, tied=tied, silent=silent
+    )
 
 
 def _with_extra(layout: ModelLayout, rest: Shapes) -> ModelLayout:

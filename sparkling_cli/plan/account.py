@@ -18,7 +18,7 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Further
 from sparkling_cli.plan.model import CARRIED, Recipe, Row
 from sparkling_cli.results.account import Account, AccountEntry, AccountLine, Fate, Kind
-from sparkling_cli.storage.tensors import ITEM_BYTES
+from sparkling_cli.storage.tensors import ITEM_BYTES, Extent
 
 Shape = tuple[int, ...]
 
@@ -269,13 +269,17 @@ def account_of(rows: Iterable[Row], found: Sorted) -> Account:
         fate = Fate.WIDENED if new or recipe.changes else Fate.CARRIED
         before = 0 if new else prod(recipe.before) * size
         add(recipe.kind, fate, 0 if new else count, before, prod(recipe.shape) * size)
+    seen: set[tuple[Extent, ...]] = set()
     entries = [_entry(item, Kind.COPY, Fate.WIDENED) for item, _ in found.widened]
     for items, fate in ((found.carried, Fate.CARRIED), (found.left_out, Fate.LEFT_OUT)):
         for item in items:
             stored = item.stored
             assert stored is not None
             kind = Kind.SCALAR if prod(stored.shape) == 1 else Kind.OTHER
-            add(kind, fate, 1, stored.nbytes, stored.nbytes if fate is Fate.CARRIED else 0)
+            again = bool(stored.extents) and stored.extents in seen  # a counter of a new layer's parameter
+            seen.add(stored.extents)
+            before = 0 if again else stored.nbytes
+            add(kind, fate, int(not again), before, stored.nbytes if fate is Fate.CARRIED else 0)
             if kind is Kind.OTHER:
                 entries.append(_entry(item, kind, fate))
     kinds = list(Kind)

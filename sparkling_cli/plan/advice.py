@@ -10,8 +10,10 @@ from typing import Any
 from sparkling_cli.errors import SpecError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.formats.optimizer_states import FSDP_COPY
+from sparkling_cli.layout.depth import LAYERS, new_layers
 from sparkling_cli.layout.expr import COUNTED
 from sparkling_cli.layout.model import ModelLayout, entries_of
+from sparkling_cli.layout.names import compress
 from sparkling_cli.plan.symmetry import locked_axes, parting_inits, treatment_of
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
@@ -50,6 +52,8 @@ def notes_for(
         )
     if "experts" in growth:
         notes.append(_experts_note(growth, layout))
+    if LAYERS in growth:
+        notes.append(_layers_note(spec, growth[LAYERS]))
     if "vocab" in growth:
         notes += _vocab_notes(checkpoint, spec, growth["vocab"])
     return (*notes, *_muon_notes(checkpoint, layout, growth))
@@ -95,6 +99,18 @@ def _experts_note(growth: Mapping[str, Growth], layout: ModelLayout) -> str:
         "so the function is not kept; --axis experts_per_token by the same factor keeps it, at "
         "the cost of more experts for each token"
     )
+
+
+def _layers_note(spec: ExpansionSpec, layers: Growth) -> str:
+    """Where new layers are, and what they do to the function."""
+    new = new_layers(layers.order)
+    places = compress(target for target, flag in enumerate(new) if flag)
+    text = (
+        f"layers {places} of the output are new (counted from 0), the others are the old ones in their order"
+    )
+    if spec.layer_mode == "identity":
+        return f"{text}; new ones add nothing to the residual stream yet: the function is kept"
+    return f"{text}; new ones do again what their sources do, so the function is not kept"
 
 
 #: Config keys of a cap on logits, which are no linear function of the head's rows then.

@@ -21,12 +21,14 @@ from sparkling_cli.formats.optimizer_states import (
     state_kind,
 )
 from sparkling_cli.formats.other_files import OpenFile, lay_out_further
+from sparkling_cli.layout.depth import LAYERS, Order, deeper_config, deeper_layout, silent_value
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.plan.account import Growing, Sorted, Stray, account_of, further_notes, sort_further
 from sparkling_cli.plan.advice import check_locked, notes_for, small_share
+from sparkling_cli.plan.deepen import deeper_source, is_new
 from sparkling_cli.plan.model import CARRIED, Calibration, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
@@ -67,6 +69,9 @@ def build_plan(
     }
     check_pair(growth, layout, treatment)
     growth = with_fills(growth, layout, treatment)
+    given, shallow, order = checkpoint, layout, growth[LAYERS].order if LAYERS in growth else ()
+    if order:
+        layout, checkpoint = deeper_layout(layout, order), deeper_source(checkpoint, layout, order)
     recipes = _Recipes(layout, growth, treatment, spec, calibration or Calibration())
     drawn = "random" in (*spec.init.split("-"), spec.vocab_fill) or spec.router_noise > 0
     streams = drawn or spec.scaling == "calibrated"
@@ -85,9 +90,9 @@ def build_plan(
         check_numbers(checkpoint)
     moments = any(recipe.kind in (Kind.MOMENT, Kind.FACTOR) for recipe in recipes.all)
     warnings = (
-        check_locked(checkpoint, layout, spec, growth, moments=moments),
-        stateless_warning(checkpoint),
-        small_share(layout, growth),
+        check_locked(given, shallow, spec, growth, moments=moments),
+        stateless_warning(given),
+        small_share(shallow, growth),
     )
     scalars = {
         f"{state.param}.{name}": 0.0
@@ -97,20 +102,22 @@ def build_plan(
     }
     rewritten = {item.file for item, _ in found.widened} & set(checkpoint.further_files)
     carried = tuple(path for path in checkpoint.carried if path not in rewritten)
+    source, read = (replace(one, carried=carried) if rewritten else one for one in (given, checkpoint))
     return Plan(
-        source=replace(checkpoint, carried=carried) if rewritten else checkpoint,
-        layout=layout,
+        source=source,
+        layout=shallow,
         spec=spec,
         growth=growth,
         treatment=recipes.treatment,
         recipes=recipes.all,
         rows=tuple(rows),
-        config=_config(checkpoint, recipes),
+        config=_config(given, shallow, recipes),
         scalars=scalars,
         calibration=calibration,
         account=account_of(rows, found),
-        notes=(*notes_for(checkpoint, layout, spec, growth, renamed), *measured, *further_notes(found)),
+        notes=(*notes_for(given, shallow, spec, growth, renamed), *measured, *further_notes(found)),
         warnings=tuple(warning for warning in warnings if warning is not None),
+        read=read if order else None,
     )
 
 
@@ -141,7 +148,7 @@ def lay_out(plan: Plan) -> tuple[OutputFile, ...]:
     own = tuple(item for item in declared if item.key not in theirs) if theirs else declared
     request = OutputRequest(own, plan.config, plan.scalars)
     return (
-        *format_of(plan.source.format).outputs(plan.source, request),
+        *format_of(plan.source.format).outputs(plan.read or plan.source, request),
         *(lay_out_further(further[path], path, declared) for path in rewritten),
     )
 
@@ -171,6 +178,7 @@ class _Recipes:
         stream: str = "",
         slot: str = "",
         form: Form | None = None,
+        new: bool = False,
     ) -> Recipe:
         """What becomes of a weight, or of state that is a copy of it.
 
@@ -181,16 +189,18 @@ class _Recipes:
             slot: "" for weights, else the state's name.
             stream: name of its random numbers, where that is not ``name``.
             form: of state, where it is not stored as the weight is.
+            new: it is of a layer that is new.
 
         Raises:
             CheckpointError: new weights of this dtype cannot be computed.
         """
         found, fitted = self.compensations(name, pattern), self.calibration.of(stream or name)
-        mark = (slot, pattern.name, dtype, fitted, form, *found)
+        silent = self.silent(name, new=new)
+        mark = (slot, pattern.name, dtype, fitted, form, silent, *found)
         if mark not in self._made:
             stored = form.stored if form is not None else tuple
             view = self._view(pattern.dims, found)
-            scale, offset = self._factor(found, fitted)
+            scale, offset = self._factor(found, fitted) if silent is None else (0.0, silent)
             recipe = Recipe(
                 kind=Kind.COPY if slot else Kind.WEIGHT,
                 slot=slot,
@@ -200,6 +210,7 @@ class _Recipes:
                 view=view,
                 scale=scale,
                 offset=offset,
+                zero=silent == 0,
                 pattern=None if slot else pattern,
             )
             if recipe.changes and not slot and dtype not in FLOATING:
@@ -211,13 +222,22 @@ class _Recipes:
         return self._made[mark]
 
     def moment(
-        self, pattern: TensorPattern, name: str, stored: StoredTensor, slot: str, kind: StateKind, form: Form
+        self,
+        pattern: TensorPattern,
+        name: str,
+        stored: StoredTensor,
+        slot: str,
+        kind: StateKind,
+        form: Form,
+        *,
+        new: bool = False,
     ) -> Recipe:
         """What becomes of state of a parameter that is no copy of its weight: see :func:`state_view`."""
         found, fitted = self.compensations(name, pattern), self.calibration.of(name)
-        mark = (slot, pattern.name, stored.dtype, stored.shape, kind, form, fitted, *found)
+        optimizer = self.spec.optimizer
+        fresh = new and kind is StateKind.MOMENT and optimizer != "copy"
+        mark = (slot, pattern.name, stored.dtype, stored.shape, kind, form, fitted, fresh, *found)
         if mark not in self._made:
-            optimizer = self.spec.optimizer
             dims = form.layout(pattern.dims, stored.shape)
             view = state_view(self._view(dims, found, copied=True), optimizer, kind, form)
             scaled = optimizer == "asymmetric-scaled" and kind is StateKind.MOMENT
@@ -229,7 +249,7 @@ class _Recipes:
                 shape=form.stored(target_shape(view)),
                 view=view,
                 scale=self._factor(found, fitted)[0] if scaled else 1.0,
-                zero=optimizer == "drop" and kind is not StateKind.BASIS,
+                zero=fresh or (optimizer == "drop" and kind is not StateKind.BASIS),
             )
         return self._made[mark]
 
@@ -241,6 +261,15 @@ class _Recipes:
             view = view_of(dims, {}, {}, Treatment())
             self._made[mark] = Recipe(kind, slot, stored.dtype, stored.shape, stored.shape, view)
         return self._made[mark]
+
+    @property
+    def order(self) -> Order:
+        """Of a deeper model; () where the layers stay as many."""
+        return self.growth[LAYERS].order if LAYERS in self.growth else ()
+
+    def silent(self, name: str, *, new: bool) -> float | None:
+        """The number in all entries of a weight of a new layer that adds nothing yet; None of others."""
+        return silent_value(self.layout, name) if new and self.spec.layer_mode == "identity" else None
 
     @cached_property
     def _compensated(self) -> dict[str, list[Compensation]]:
@@ -342,10 +371,11 @@ def _weight_rows(weights: Iterable[Weight], recipes: _Recipes) -> list[Row]:
     """A row per weight."""
     rows = []
     for key, name, module, stored, pattern, stream in weights:
-        recipe = recipes.weight(pattern, module, stored.dtype, stream=stream)
+        new = bool(recipes.order) and is_new(pattern, name, recipes.order)
+        recipe = recipes.weight(pattern, module, stored.dtype, stream=stream, new=new)
         if stored.shape != recipe.before:
             recipes.layout.check_one(name, pattern, stored.shape)
-        rows.append(Row(key, name, stored, recipe, stream))
+        rows.append(Row(key, name, stored, recipe, stream, new=new))
         for copy in _copies(name, pattern, recipes.growth):
             if key != name:
                 raise CheckpointError(
@@ -359,7 +389,7 @@ def _weight_rows(weights: Iterable[Weight], recipes: _Recipes) -> list[Row]:
 def _copies(name: str, pattern: TensorPattern, growth: Mapping[str, Growth]) -> Iterator[str]:
     """Names of the copies of a tensor whose name counts an axis that grows (an expert's own tensors)."""
     axes = pattern.template.axes
-    for axis in (axis for axis in axes if axis in growth):
+    for axis in (axis for axis in axes if axis in growth and axis != LAYERS):
         own = dict(zip(axes, pattern.template.indices(name) or (), strict=True))
         grown = growth[axis]
         for index in range(grown.source + own[axis], grown.target, grown.source):
@@ -386,15 +416,16 @@ def _state_rows(
         if not layout.module_table.has(name):
             raise CheckpointError(f"optimizer state of {state.param!r}, which is no parameter of the model")
         pattern = layout.module_table.find(name)
-        if set(pattern.template.axes) & recipes.growth.keys():
+        if set(pattern.template.axes) & recipes.growth.keys() - {LAYERS}:
             raise CheckpointError(
                 f"the optimizer has state of {name!r}, of one expert: its copies would be new parameters",
                 hint="expand a checkpoint without the optimizer's state, and restart the optimizer",
             )
+        new = bool(recipes.order) and is_new(pattern, name, recipes.order)
         for slot, key in state.tensors.items():
             stored = checkpoint.tensors[key]
             try:
-                recipe = _state_recipe(state.param, slot, stored, pattern, recipes, kinds)
+                recipe = _state_recipe(state.param, slot, stored, pattern, recipes, kinds, new=new)
             except CheckpointError as error:
                 if is_named(slot) or slot in recipes.spec.state:
                     raise
@@ -402,7 +433,7 @@ def _state_rows(
                 item = Further(f"optimizer state: {state.param}.{slot}", "", key, stored)
                 strays.append(Stray(item, None if apart else error))
                 continue
-            yield Row(key, state.param, stored, recipe, name)
+            yield Row(key, state.param, stored, recipe, name, new=new)
 
 
 def _state_recipe(
@@ -412,8 +443,10 @@ def _state_recipe(
     pattern: TensorPattern,
     recipes: _Recipes,
     kinds: Mapping[str, StateKind],
+    *,
+    new: bool,
 ) -> Recipe:
-    """What becomes of one state tensor.
+    """What becomes of one state tensor; ``new``: for a layer that is new.
 
     Raises:
         CheckpointError: state of another shape than its parameter's, where that grows.
@@ -425,9 +458,9 @@ def _state_recipe(
         kind = kinds[slot]
     match kind:
         case StateKind.WEIGHT if form is not None:
-            return recipes.weight(pattern, param, stored.dtype, slot=slot, form=form)
+            return recipes.weight(pattern, param, stored.dtype, slot=slot, form=form, new=new)
         case StateKind.MOMENT | StateKind.FACTOR | StateKind.PRECONDITIONER | StateKind.BASIS if form:
-            return recipes.moment(pattern, param, stored, slot, kind, form)
+            return recipes.moment(pattern, param, stored, slot, kind, form, new=new)
     grows = pattern.dims.axes() & set(recipes.growth)
     if kind in (StateKind.SCALAR, StateKind.UNKNOWN) or not grows:
         return recipes.unchanged(Kind.SCALAR if prod(stored.shape) == 1 else Kind.OTHER, slot, stored)
@@ -469,13 +502,16 @@ def _further_rows(checkpoint: Checkpoint, found: Sorted, recipes: _Recipes) -> I
             yield Row(item.key, item.name, stored, recipe, item.name)
 
 
-def _config(checkpoint: Checkpoint, recipes: _Recipes) -> dict[str, object]:
+def _config(checkpoint: Checkpoint, layout: ModelLayout, recipes: _Recipes) -> dict[str, object]:
     """Config keys whose value changes, and keys that were implied before and must now be written."""
-    layout, growth = recipes.layout, recipes.growth
+    growth = recipes.growth
     before = layout.config_sizes(layout.sizes)
     after = layout.config_sizes({**layout.sizes, **{name: g.target for name, g in growth.items()}})
     found = _flat(checkpoint.config or {})
     changed: dict[str, object] = {}
+    if LAYERS in growth:
+        counts = {key for key, term in layout.config.items() if term == LAYERS}
+        changed |= deeper_config(checkpoint.config or {}, counts, growth[LAYERS].order)
     for key, value in after.items():
         table = key.rpartition(".")[
             0

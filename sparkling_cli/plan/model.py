@@ -170,6 +170,7 @@ class Plan:
         calibration: factors fitted on tokens; None until they are, and under other scalings.
         notes: what the user should know; warnings: what the user should act on.
         account: every tensor of the source, by kind and by what becomes of it.
+        read: the source as it is read for a deeper model (see ``plan.deepen``); else None.
     """
 
     source: Checkpoint
@@ -185,6 +186,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     account: Account = field(default_factory=Account)
+    read: Checkpoint | None = None
 
     def __repr__(self) -> str:
         return f"Plan({self.source.root}, {self.layout.name}, {len(self.rows)} tensors)"

@@ -12,6 +12,7 @@ from dataclasses import replace
 from math import ceil, isclose
 
 from sparkling_cli.errors import SpecError
+from sparkling_cli.layout.depth import LAYERS, Order, ordered
 from sparkling_cli.layout.expr import Axis, Expr, axis_names, size_of
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_expr
@@ -20,7 +21,7 @@ from sparkling_cli.widening.geometry import Growth
 
 _HEAD_AXES = frozenset({"heads", "kv_heads", "q_per_kv"})
 #: axes that ``multiple_of`` does not round
-_COUNTS = _HEAD_AXES | {"experts", "experts_per_token"}
+_COUNTS = _HEAD_AXES | {"experts", "experts_per_token", LAYERS}
 
 
 def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth]:
@@ -57,9 +58,49 @@ def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth
         growth["vocab"] = _with_means(growth["vocab"], spec, layout)
     elif spec.vocab_from:
         raise SpecError("vocab_from: the vocabulary does not grow", hint="add --axis vocab --to SIZE")
+    if LAYERS in growth:
+        growth[LAYERS] = replace(growth[LAYERS], order=_order(growth[LAYERS], spec, layout))
+    elif spec.layer_mode != "identity" or spec.at != "even":
+        raise SpecError(
+            "layer_mode and at: the number of layers does not grow", hint="add --axis layers --factor 2"
+        )
     _check_joint(growth, layout)
     _check_divisible(growth, layout)
     return growth
+
+
+def _order(layers: Growth, spec: ExpansionSpec, layout: ModelLayout) -> Order:
+    """The layer that each one of the deeper model is read from.
+
+    Raises:
+        SpecError: there is no such layer to put new ones behind, or names stand in the way.
+    """
+    before, after = layers.source, layers.target
+    far = [
+        p.name
+        for p in layout.tensors
+        for axis, only in p.template.placeholders
+        if axis == LAYERS and only is not None and max(only) >= before
+    ]
+    if far:
+        raise SpecError(
+            f"axes.layers: {far[0]!r} has the number of a new layer: the model's own end at {before - 1}",
+            hint="take what is beside the model (layers that predict further tokens) out of the checkpoint",
+        )
+    if spec.scaling == "calibrated":
+        raise SpecError(
+            "scaling 'calibrated' fits every block to one of the source, which new layers do not have",
+            hint="expand twice: the widths with --scaling calibrated, then --axis layers",
+        )
+    behind = spec.layer_mode == "stack" or spec.at == "end" or spec.at == (before - 1,)
+    if layout.numbered and not behind:
+        raise SpecError(
+            f"axes.layers: what a layer of {layout.name} is depends on its number, so old ones keep theirs",
+            hint=f"put new ones behind them: --at end, --layer-mode stack, or --at {before - 1}",
+        )
+    if not isinstance(spec.at, str) and max(spec.at) >= before:
+        raise SpecError(f"at: there is no layer {max(spec.at)}: they are 0 to {before - 1}")
+    return ordered(before, after, spec.layer_mode, spec.at)
 
 
 def _with_means(vocab: Growth, spec: ExpansionSpec, layout: ModelLayout) -> Growth:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sparkling_cli.errors import SpecError
-from sparkling_cli.layout.expr import COUNTED, Fixed, Role, axis_names, factors
+from sparkling_cli.layout.expr import COUNTED, UNSHAPED, Fixed, Role, axis_names, factors
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import FUSED, Fill, Growth, Treatment, fills_on
@@ -122,4 +122,4 @@ def locked_axes(growth: Mapping[str, Growth], optimizer: str | None) -> tuple[st
     """
     if optimizer in PARTING:
         return ()
-    return tuple(axis for axis, grown in growth.items() if grown.copied and axis != "experts_per_token")
+    return tuple(axis for axis, grown in growth.items() if grown.copied and axis not in UNSHAPED)

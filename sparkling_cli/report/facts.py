@@ -12,7 +12,8 @@ from sparkling_cli import __version__
 from sparkling_cli.compute.flops import step_saving
 from sparkling_cli.compute.shape import ParameterCount
 from sparkling_cli.execute.stream import Written
-from sparkling_cli.layout.expr import Role
+from sparkling_cli.layout.depth import LAYERS
+from sparkling_cli.layout.expr import UNSHAPED, Role
 from sparkling_cli.layout.model import TensorPattern
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.advice import symmetry_warning
@@ -135,8 +136,10 @@ def _judged(facts: dict[str, Any], growth: Mapping[str, Growth]) -> Report:
         facts["learning_rate_missing"],
         symmetry_warning(growth, treatment),
         facts["warnings"],
-        copies=any(grown.copied for grown in growth.values()),
-        keeps_function=keeps_function(growth, facts["spec"]["scaling"]),
+        copies=None
+        if growth.keys() == {LAYERS}
+        else any(grown.copied for axis, grown in growth.items() if axis not in UNSHAPED),
+        keeps_function=keeps_function(growth, facts["spec"]),
         remedy=_remedy(growth, facts["spec"]),
     )
     compute = _compute(facts["before"].active, facts["after"].active, rate)
@@ -146,21 +149,27 @@ def _judged(facts: dict[str, Any], growth: Mapping[str, Growth]) -> Report:
 def _remedy(growth: Mapping[str, Growth], spec: Mapping[str, Any]) -> str:
     """What would keep a signal that the formulas do not keep, in a sentence."""
     ways = []
-    if spec["scaling"] != "calibrated":
+    silent = LAYERS not in growth or spec["layer_mode"] == "identity"
+    if not silent:
+        ways.append("--layer-mode identity")
+    if spec["scaling"] != "calibrated" and growth.keys() != {LAYERS}:
         ways.append("--scaling calibrated, which fits what each block adds on tokens")
     if not all(grown.copied for grown in growth.values()) and spec["init"] != "copy-copy":
         ways.append("--init copy-copy")
-    elif any(grown.target % grown.source for grown in growth.values()):
+    elif any(grown.target % grown.source for axis, grown in growth.items() if axis != LAYERS):
         ways.append("a whole factor")
     return f"To keep the signal, make the output again with {', or with '.join(ways)}." if ways else ""
 
 
-def keeps_function(growth: Mapping[str, Growth], scaling: str) -> bool:
-    """Whether a widening leaves the model's function as it is: copies, scaled, by whole factors."""
-    whole = all(grown.target % grown.source == 0 for grown in growth.values())
-    copied = all(grown.copied for grown in growth.values())
+def keeps_function(growth: Mapping[str, Growth], spec: Mapping[str, Any]) -> bool:
+    """Whether an expansion leaves the model's function as it is: copies, scaled, by whole factors."""
+    wide = {axis: grown for axis, grown in growth.items() if axis != LAYERS}
+    if LAYERS in growth and spec["layer_mode"] != "identity":
+        return False
+    whole = all(grown.target % grown.source == 0 for grown in wide.values())
+    copied = all(grown.copied for grown in wide.values())
     chosen = "experts" not in growth or "experts_per_token" in growth  # copies with their sources
-    return copied and chosen and scaling != "none" and whole
+    return copied and chosen and (not wide or spec["scaling"] != "none") and whole
 
 
 def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:
@@ -170,7 +179,9 @@ def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:
             axis=name,
             before=grown.source,
             after=grown.target,
-            original=births[name][0][1] if name in births else grown.source,
+            original=sum(stop - start for start, stop, stage in births[name] if stage == 0)
+            if name in births
+            else grown.source,
         )
         for name, grown in plan.growth.items()
     ]

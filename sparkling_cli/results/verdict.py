@@ -53,7 +53,7 @@ def verdict_of_expansion(
     locked: str | None,
     warnings: Sequence[str],
     *,
-    copies: bool,
+    copies: bool | None,
     keeps_function: bool,
     remedy: str = "",
 ) -> Verdict:
@@ -66,7 +66,7 @@ def verdict_of_expansion(
         learning_rate_missing: why not, and what to do.
         locked: why copies cannot part from their sources; None where they can.
         warnings: of the plan.
-        copies: whether new entries start as copies on both sides.
+        copies: whether new entries start as copies on both sides; None where nothing but layers is new.
         keeps_function: whether this widening is exactly function-preserving.
         remedy: what would keep a signal that has moved, in a sentence.
     """
@@ -172,9 +172,15 @@ def _needs_attention(findings: Iterable[Finding]) -> bool:
     return any(finding.level == "attention" for finding in findings)
 
 
-def _symmetry(locked: str | None, copies: bool) -> Iterator[Finding]:
+def _symmetry(locked: str | None, copies: bool | None) -> Iterator[Finding]:
     if locked is not None:
         yield Finding(level="attention", text=sentence(locked))
+    elif copies is None:
+        yield Finding(
+            level="good",
+            text="New layers get gradients of their own, as they stand at other depths than their sources: "
+            "nothing is locked to a copy.",
+        )
     elif copies:
         yield Finding(
             level="good",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sparkling_cli.spec.choices import (
     BaselineType,
     BiasCorrection,
     DecayShape,
     InitPair,
+    LayerMode,
+    LayerPlace,
     Names,
     OptimizerTreatment,
     Scaling,
@@ -116,9 +118,31 @@ class ExpansionSpec(_Strict):
             ge=0, lt=1, description="noise on new experts' router rows / standard deviation of the old rows"
         ),
     ] = 0.0
+    layer_mode: Annotated[
+        LayerMode,
+        Field(
+            description="new layers: identity adds nothing yet; interleave copies each layer behind itself, "
+            "stack all layers behind the last"
+        ),
+    ] = "identity"
+    at: Annotated[
+        LayerPlace | tuple[Annotated[int, Field(ge=0)], ...],
+        Field(description="where identity layers go: even, end, or behind which layers (the first is 0)"),
+    ] = "even"
     allow_nonfinite: Annotated[bool, Field(description="go on where weights or state hold NaN or Inf")] = (
         False
     )
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _places(cls, given: Any) -> Any:
+        """Layers in one text (``3,7,11``), as on the command line, as a list."""
+        if not isinstance(given, str) or given in get_args(LayerPlace):
+            return given
+        parts = [part.strip() for part in given.split(",")]
+        if not all(part.isdigit() for part in parts):
+            raise ValueError(f"expected even, end, or layers such as 3,7,11; found {given!r}")
+        return [int(part) for part in parts]
 
     @model_validator(mode="after")
     def _sound(self) -> ExpansionSpec:
@@ -133,6 +157,12 @@ class ExpansionSpec(_Strict):
             raise ValueError(f"axis {bare[0]!r} needs a size (to) of its own, as another axis has one")
         if self.vocab_from and self.vocab_fill != "mean":
             raise ValueError(f"vocab_from gives means: it does not go with vocab_fill {self.vocab_fill!r}")
+        if self.at != "even" and self.layer_mode != "identity":
+            raise ValueError(
+                f"at places identity layers: layer_mode {self.layer_mode!r} has places of its own"
+            )
+        if self.at == ():
+            raise ValueError("at: name at least one layer, or even, or end")
         if self.scaling == "function" and self.init != "copy-copy":
             raise ValueError(
                 f"scaling 'function' needs init 'copy-copy', found {self.init!r}: copies alone keep it"

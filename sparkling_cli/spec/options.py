@@ -25,6 +25,8 @@ OPTIONS: Mapping[type[BaseModel], Mapping[str, str]] = {
         "names": "--names",
         "vocab_fill": "--vocab-fill",
         "router_noise": "--router-noise",
+        "layer_mode": "--layer-mode",
+        "at": "--at",
     },
     RewarmupSpec: {"rho": "--rho", "steps": "--rewarmup-steps", "bias_correction": "--bias-correction"},
     BaselineSpec: {
@@ -50,6 +52,8 @@ def as_options(spec: BaseModel) -> Iterator[str]:
 
 def as_word(value: Any) -> str:
     """A value as a word; a number in its shortest form that reads back to the same."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     short = f"{value:g}" if isinstance(value, float) else str(value)
     return short if not isinstance(value, float) or float(short) == value else repr(value)
 

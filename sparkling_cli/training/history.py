@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError
 from sparkling_cli.layout.expr import TensorLayout
-from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.layout.regions import Births, Region, region_of
+from sparkling_cli.layout.model import ModelLayout, TensorPattern
+from sparkling_cli.layout.regions import Births, Region, region_of, stage_of
 from sparkling_cli.manifest import read_manifest
 from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
 from sparkling_cli.storage.sidecar import CURVE, MANIFEST, REWARMUP, sidecar_root
@@ -38,7 +38,8 @@ class History:
         Raises:
             LayoutError: no pattern stands for it, or it has not the shape after the expansion.
         """
-        dims = self.dims(name)
+        pattern, own = self._pattern(name)
+        dims = pattern.dims
         expected = dims.shape(self.layout.sizes)
         if tuple(shape) != expected:
             raise LayoutError(
@@ -46,7 +47,9 @@ class History:
                 hint="build the model from the expanded checkpoint's config; under FSDP use fully_shard "
                 "(FSDP2), which keeps parameters' shapes",
             )
-        return region_of(dims, self.layout.sizes, self.births)
+        at = zip(pattern.template.axes, pattern.template.indices(own) or (), strict=True)
+        born = [stage_of(index, self.births[axis]) for axis, index in at if axis in self.births]
+        return region_of(dims, self.layout.sizes, self.births, max(born, default=0))
 
     def dims(self, name: str) -> TensorLayout:
         """What the dims of the parameter of that name mean.
@@ -54,9 +57,13 @@ class History:
         Raises:
             LayoutError: no pattern stands for it.
         """
+        return self._pattern(name)[0].dims
+
+    def _pattern(self, name: str) -> tuple[TensorPattern, str]:
+        """The pattern that stands for the parameter of that name, and the name without wrappers' prefixes."""
         for candidate in _candidates(name):
             try:
-                return self.layout.module_table.find(candidate).dims
+                return self.layout.module_table.find(candidate), candidate
             except LayoutError:
                 continue
         raise LayoutError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -13,11 +14,13 @@ from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError, V
 from sparkling_cli.execute.commit import in_the_making
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.formats.optimizer_states import form_of, is_named
+from sparkling_cli.layout.depth import shallower_layout
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import FileEntry, Manifest, TensorEntry, read_manifest
 from sparkling_cli.models.expected import Asking, class_faults, weight_shapes
 from sparkling_cli.models.stored import without_strays
+from sparkling_cli.plan.deepen import deeper_source
 from sparkling_cli.plan.model import CARRIED
 from sparkling_cli.results.commands import Verification
 from sparkling_cli.storage.byte_ranges import Handles, Placement, span_of
@@ -105,7 +108,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
         nbytes=sum(check.bytes for check in files.checks.values()),
         tensors=len(manifest.tensors),
         derived=0 if origin is None else len(manifest.tensors),
-        moments=0 if origin is None else sum(_reset(subject.wanted) for subject in work.subjects),
+        moments=0 if origin is None else sum(_reset(subject.wanted, derivation) for subject in work.subjects),
         source="" if source is None else source.name,
         model="" if answer is None or origin is None else answer.name,
         model_missing="" if origin is None else asked.missing(),
@@ -113,8 +116,11 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
     )
 
 
-def _reset(wanted: Wanted) -> bool:
-    return wanted.moment == "asymmetric" and not wanted.same and wanted.dtype in FLOATING
+def _reset(wanted: Wanted, derivation: Derivation) -> bool:
+    """Whether it is state of which new entries start from zero; of a new layer's parameter all of them."""
+    whole = wanted.moment == "drop" and wanted.state == "" and derivation.spec.optimizer != "drop"
+    new = wanted.moment == "asymmetric" and not wanted.same
+    return (new or whole) and wanted.dtype in FLOATING
 
 
 def _unwritten(path: str) -> str:
@@ -146,11 +152,16 @@ class _Origin:
     def __init__(self, root: Path, output: Path, manifest: Manifest, derivation: Derivation) -> None:
         from sparkling_cli.formats.detect import open_checkpoint
 
-        self.checkpoint = found = without_strays(open_checkpoint(root), derivation.layout)
+        order, layout = derivation.rules.order, derivation.layout
+        if order:
+            layout = shallower_layout(layout, order)
+        self.checkpoint = found = without_strays(open_checkpoint(root), layout)
         self.root = found.root  # where the path names one step of several, their folder
         if found.format != manifest.source.format:
             fault = f"it is of format {found.format}, the output was made from {manifest.source.format}"
             raise other_source(root, output, manifest, [fault])
+        if order:
+            found = self._deeper(output, manifest, derivation)
         self.tensors = found.by_key
         used: set[str] = set()
         if any(key not in self.tensors for key in manifest.tensors):
@@ -165,6 +176,37 @@ class _Origin:
             fault = f"it lacks {len(missing)} tensor(s) of the output, the first: {missing[0]!r}"
             raise other_source(root, output, manifest, [fault])
         self.lost = [key for key in found.tensors if key not in manifest.tensors and key not in used]
+
+    def _deeper(self, output: Path, manifest: Manifest, derivation: Derivation) -> Checkpoint:
+        """The source with the names of the deeper model.
+
+        Optimizer state is numbered. What the numbers of the source stand for follows from the names that the
+        manifest gives those of the output, without new layers: both are in one order.
+        """
+        from sparkling_cli.formats.detect import open_checkpoint
+
+        source, wide = self.checkpoint, open_checkpoint(output)
+        named = {
+            state.param: manifest.tensors[key].name
+            for state in wide.states
+            for key in state.tensors.values()
+            if key in manifest.tensors
+        }
+        held = {state.param for state in source.states if state.tensors}
+        names: dict[str, str] = {}
+        groups = []
+        for own, group in zip(source.param_groups, wide.param_groups, strict=True):
+            found = [named.get(str(param), "") for param in group.get("params", ())]  # "": it has no state
+            groups.append([(name, derivation.source_name(name)) for name in found])
+            old = [there for name, there in groups[-1] if name and not derivation.is_new_layer(name)]
+            numbers = [str(param) for param in own.get("params", ()) if str(param) in held]
+            if len(old) != len(numbers):
+                raise other_source(self.root, output, manifest, ["its optimizer has other parameters"])
+            names.update(zip(numbers, old, strict=True))
+        states = tuple(replace(state, param=names.get(state.param, state.param)) for state in source.states)
+        order = derivation.rules.order
+        layout = shallower_layout(manifest.model_layout(), order)
+        return deeper_source(replace(source, states=states), layout, order, groups)
 
 
 class _Meanings:

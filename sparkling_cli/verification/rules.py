@@ -7,6 +7,7 @@ made of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
@@ -23,6 +24,7 @@ from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.results.account import Kind
+from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.tensors import StoredTensor
 from sparkling_cli.widening.parts import stream_of
@@ -36,6 +38,8 @@ _FRESH = {
     StateKind.PRECONDITIONER: DIAGONAL,
     StateKind.BASIS: UNIT,
 }
+#: what is no state, and zero as a whole
+_WEIGHT = "weight"
 _MEASURED = {Kind.COPY.value: StateKind.WEIGHT, Kind.MOMENT.value: StateKind.MOMENT}
 
 
@@ -70,6 +74,7 @@ class Derivation:
             vocab=self.spec.vocab_fill,
             noise=self.spec.router_noise,
             means=tuple(self.spec.vocab_from.get(new, ()) for new in given),
+            order=_layers(self.spec, growth),
         )
         self.rules = self._with_history(rules)
         self._made: dict[tuple[object, ...], Wanted] = {}
@@ -83,8 +88,9 @@ class Derivation:
             spec = make_spec(stage.spec)
             fan_out, fan_in = spec.init.split("-")
             done = dict(originals)
-            own = {"vocab": spec.vocab_fill, "noise": spec.router_noise}
-            rules = Rules(sizes, stage.growth, fan_out, fan_in, originals=done, **own)  # type: ignore[arg-type]
+            own: Any = {"vocab": spec.vocab_fill, "noise": spec.router_noise}
+            own["order"] = _layers(spec, stage.growth)
+            rules = Rules(sizes, stage.growth, fan_out, fan_in, originals=done, **own)
             rules = replace(rules, copied=copied_axes(rules, layouts))
             originals |= {axis: rules.originals_after(axis) for axis in stage.growth}
         rules = replace(last, originals=originals)
@@ -99,6 +105,11 @@ class Derivation:
         for axis, (before, after) in self.rules.growth.items():
             births = self._manifest.births().get(axis, [])
             stage = self._manifest.stages[-1].stage
+            if axis == "layers" and sizes.get(axis) == after:
+                born = [number for start, stop, number in births for _ in range(start, stop)]
+                if [number == stage for number in born] != self._repeated():
+                    found.append(f"layers are in the order {self.rules.order}, their births are {births}")
+                continue
             if sizes.get(axis) != after or not births or tuple(births[-1]) != (before, after, stage):
                 found.append(f"axis {axis!r} grew from {before} to {after}, its births are {births}")
         return found + self._unasked()
@@ -118,7 +129,7 @@ class Derivation:
             for part in parts:
                 old *= before.get(part, 0)
                 new *= growth[part][1] if part in growth else before.get(part, 0)
-            counts = ("heads", "kv_heads", "q_per_kv", "experts", "experts_per_token")
+            counts = ("heads", "kv_heads", "q_per_kv", "experts", "experts_per_token", "layers")
             step = None if name in counts else self.spec.multiple_of
             exact = old * (axis.factor or 1.0)
             wanted = axis.to or (ceil(exact / step - 1e-9) * step if step else round(exact))
@@ -134,8 +145,30 @@ class Derivation:
             dims: its layout.
             dtype: as stored.
         """
+        if self.spec.layer_mode == "identity" and self.is_new_layer(name):
+            short = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+            first = re.sub(r"(?<![^.])\d+(?![^.])", "*", name, count=1)
+            silent = self.layout.silent.get(short, self.layout.silent.get(first))
+            if silent is not None:
+                zero, number = {"moment": "drop", "state": _WEIGHT}, {"scale": 0.0, "offset": silent}
+                return self._wanted(dims, dtype, **(zero if silent == 0 else number))
         scale, offset, consumed = self._compensated(name)
         return self._wanted(dims, dtype, consumed=consumed, scale=scale, offset=offset)
+
+    def _repeated(self) -> list[bool]:
+        """Of every layer, whether one before it has the same source."""
+        order = self.rules.order
+        return [order.index(source) < target for target, source in enumerate(order)]
+
+    def is_new_layer(self, name: str) -> bool:
+        """Whether a tensor is of a layer that the last expansion added."""
+        if "layers" not in self.rules.growth:
+            return False
+        for pattern in (*self.layout.tensors, *(self.layout.disk or ())):
+            at = pattern.template.indices(name) if "layers" in pattern.template.axes else None
+            if at is not None:
+                return self._repeated()[at[pattern.template.axes.index("layers")]]
+        return False
 
     def source_name(self, name: str) -> str:
         """The weight that one was made from: another one where it is a copy with a name of its own."""
@@ -189,13 +222,14 @@ class Derivation:
                 scale, _, consumed = self._compensated(name)
             elif treatment == "asymmetric-scaled":
                 treatment = "asymmetric"
+            fresh = kind is StateKind.MOMENT and treatment != "copy" and self.is_new_layer(name)
             known = [place for place, dim in enumerate(form.dims) if dim is not None]
             wanted = self._wanted(
                 form.layout(pattern.dims, stored.shape),
                 stored.dtype,
                 consumed=consumed,
                 scale=scale,
-                moment=treatment,
+                moment="drop" if fresh else treatment,
                 state=_FRESH[kind],
                 own=known[-1] if known else -1,
             )
@@ -246,6 +280,24 @@ class Derivation:
                     offset += (whole - 1.0) * item.offset
         return scale, offset, frozenset(consumed)
 
+    def _list_faults(self, before: Mapping[str, Any], after: Mapping[str, Any], table: str) -> list[str]:
+        """Lists with an entry for each layer whose entries are not those of the layers' sources."""
+        found = []
+        for key, old in before.items():
+            new = after.get(key)
+            if isinstance(old, Mapping) and isinstance(new, Mapping):
+                found += self._list_faults(old, new, f"{table}{key}.")
+            if not isinstance(old, list) or not isinstance(new, list) or len(old) == len(new):
+                continue
+            if (len(old), len(new)) == self.rules.growth.get("layers"):
+                every = old == [*range(len(old))]  # the numbers of all layers
+                wanted = [*range(len(new))] if every else [old[source] for source in self.rules.order]
+                if new != wanted:
+                    found.append(
+                        f"the config says {table}{key} = {new!r}, the layers' sources give {wanted!r}"
+                    )
+        return found
+
     def config_faults(self, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
         """Config keys of the output that are not what its sizes give.
 
@@ -261,6 +313,7 @@ class Derivation:
             seen = _value(after, key)
             if any(one != value for one in (seen if isinstance(seen, list) else [seen])):
                 found.append(f"the config says {key} = {seen!r}, the axes give {value}")
+        found += self._list_faults(before or {}, after, "")
         factors: dict[str, float] = {}
         for item in self.layout.compensations:
             if item.config and item.axis in self.rules.growth and self.spec.scaling != "none":
@@ -275,6 +328,21 @@ class Derivation:
             ):
                 found.append(f"the config says {key} = {seen!r}, {old_value} times {factor:g} is expected")
         return found
+
+
+def _layers(spec: ExpansionSpec, growth: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
+    """The layer that each one of a deeper model is made from; () where there are no more of them."""
+    if "layers" not in growth:
+        return ()
+    before, after = growth["layers"]
+    own, more = list(range(before)), after - before
+    if spec.layer_mode == "stack" or spec.at == "end":
+        return (*own, *(own * ceil(more / before))[-more:])
+    if isinstance(spec.at, str):  # floor(t b / a) = i where i a / b <= t < (i + 1) a / b
+        ends = [-(-layer * after // before) for layer in range(before + 1)]
+        return tuple(layer for layer in own for _ in range(ends[layer], ends[layer + 1]))
+    behind = sorted(set(spec.at))
+    return tuple(sorted([*own, *(behind[number % len(behind)] for number in range(more))]))
 
 
 def _flattened(wanted: Wanted, *, flat: bool) -> Wanted:

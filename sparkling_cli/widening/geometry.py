@@ -109,6 +109,8 @@ class Growth:
             columns. A fact about the fills used (see ``plan.symmetry``), not about the pair asked for.
         originals: spans of originals, one for each entry before; () where every entry is its own.
         means: of each new entry whose fill is the mean, the old entries that it is the mean of; () for all.
+        order: of layers, the source of each target entry, the first of a source being the old one; () where
+            new entries stand behind the old ones.
     """
 
     source: int
@@ -116,6 +118,7 @@ class Growth:
     copied: bool = True
     originals: tuple[Span, ...] = ()
     means: tuple[tuple[int, ...], ...] = ()
+    order: tuple[int, ...] = ()
 
     @cached_property
     def new_sources(self) -> tuple[Span, ...]:

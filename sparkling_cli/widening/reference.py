@@ -68,6 +68,7 @@ class Rules:
         vocab: fill of new rows of the vocabulary: mean, random, zero, or copy (in proofs of layouts).
         noise: on new rows of routers, as a share of the old rows' standard deviation.
         means: of each new row the old ones that it is the mean of, () for all; () where it is all for each.
+        order: of layers, in whose names alone they are: the source of each.
     """
 
     sizes: Mapping[str, int]
@@ -80,6 +81,7 @@ class Rules:
     vocab: str = "copy"
     noise: float = 0.0
     means: tuple[tuple[int, ...], ...] = ()
+    order: tuple[int, ...] = ()
 
     def origin(self, axis: str) -> Array:
         """Target index -> source index.
@@ -91,6 +93,8 @@ class Rules:
         import numpy as np
 
         before, after = self.growth[axis]
+        if axis == "layers":
+            return np.array(self.order)
         if axis not in self.originals or after % before == 0:
             return np.arange(after) % before
         entries: dict[int, list[tuple[int, int]]] = {}  # original -> (copies, entry)

@@ -1,7 +1,8 @@
 """Torch zip files without ``torch.load``: read as inert trees, written back with other tensor shapes.
 
 ``archive`` the zip container, ``opcodes`` and ``unpickle`` the pickle, ``objects`` what it is read into,
-``file`` reading, ``layout`` with ``repickle`` and ``writer`` the way back, ``new_file`` files from nothing.
+``file`` reading, ``layout`` with ``repickle`` and ``writer`` the way back, ``new_file`` files from nothing,
+``more`` an optimizer's file with further parameters.
 """
 
 from sparkling_cli.formats.torchfile.file import (
@@ -12,6 +13,7 @@ from sparkling_cli.formats.torchfile.file import (
     read_values,
 )
 from sparkling_cli.formats.torchfile.layout import REMOVED, lay_out
+from sparkling_cli.formats.torchfile.more import Holder, with_parameters
 from sparkling_cli.formats.torchfile.new_file import lay_out_state_dict
 from sparkling_cli.formats.torchfile.objects import ATTRIBUTES, Call, Ordered, TensorNode, plain, step_into
 
@@ -19,6 +21,7 @@ __all__ = [
     "ATTRIBUTES",
     "REMOVED",
     "Call",
+    "Holder",
     "Ordered",
     "TensorNode",
     "TorchFile",
@@ -30,4 +33,5 @@ __all__ = [
     "read_torch_file",
     "read_values",
     "step_into",
+    "with_parameters",
 ]

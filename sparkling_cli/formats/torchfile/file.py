@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,26 @@ def read_torch_file(
         pickled = small["data.pkl"]
     check_opcodes(pickled, where)
     tree = read_tree(pickled, where, allow)
-    found = _Collector(where, relative, offset, archive, 10_000 + 2 * len(pickled))
-    found.collect(tree)
-    return TorchFile(
-        path, relative, tree, found.tensors, found.paths, found.nodes, found.aliases, found.wrapped, offset,
-        archive, pickled,
-    )  # fmt: skip
+    return collected(TorchFile(path, relative, tree, {}, {}, {}, {}, {}, offset, archive, pickled))
+
+
+def collected(file: TorchFile) -> TorchFile:
+    """The file with the keys and places of all tensors in its tree.
+
+    Raises:
+        CheckpointError: one lies in no record, or outside of it.
+    """
+    most = 10_000 + 2 * len(file.pickled) + 20 * len(file.archive.records)
+    found = _Collector(file.relative or file.path.name, file.relative, file.base, file.archive, most)
+    found.collect(file.tree)
+    return replace(
+        file,
+        tensors=found.tensors,
+        paths=found.paths,
+        nodes=found.nodes,
+        aliases=found.aliases,
+        wrapped=found.wrapped,
+    )
 
 
 def _check_records(archive: Archive, window: Window) -> dict[str, bytes]:
