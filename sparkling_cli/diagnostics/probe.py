@@ -252,26 +252,12 @@ def build_lazy(checkpoint: Checkpoint, model: str | None) -> nn.Module:
                 hint="pip install '.[hf]' in the clone",
             ) from None
     from sparkling_cli.diagnostics.lazy import parameters_on_meta
-    from sparkling_cli.models import skeleton
+    from sparkling_cli.models.skeleton import build_model, load_factory, model_errors
 
-    try:
-        with parameters_on_meta():
-            if model is not None:
-                return skeleton.load_factory(model)(dict(config)).eval()
-            built = skeleton.config_object(config)
-            with skeleton.quiet():
-                made: nn.Module = skeleton.model_class(config, built)(built)
-                tie: Any = getattr(made, "tie_weights", None)
-                if tie is not None:
-                    tie()
-    except SparklingError:
-        raise
-    except Exception as error:  # whatever the model's own code raises on a config that it does not accept
-        raise LayoutError(
-            f"the model of {checkpoint.config_file or checkpoint.root} cannot be built: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    return made.eval()
+    with model_errors(config, model), parameters_on_meta():
+        if model is not None:  # transformers need not be there
+            return load_factory(model)(dict(config)).eval()
+        return build_model(config, meta=False)
 
 
 def _bytes_of(module: nn.Module) -> int:

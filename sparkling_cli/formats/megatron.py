@@ -19,6 +19,7 @@ from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, P
 from sparkling_cli.formats.statedict import OptimizerTree, Place, is_state_dict, keys_by_path, optimizer_in
 from sparkling_cli.formats.statefiles import Box, StateFiles, first_states
 from sparkling_cli.formats.torchfile import ATTRIBUTES, Call, TensorNode, TorchFile, plain, read_torch_file
+from sparkling_cli.formats.trainer_facts import curve_facts
 
 FILE, FLAT = "model_optim_rng.pt", "distrib_optim.pt"
 _FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
@@ -324,7 +325,6 @@ def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
     peak, floor = found.get("max_lr"), found.get("min_lr")
     if not isinstance(peak, float) or peak <= 0:
         return {}
-    schedule: dict[str, Any] = {"peak": peak}
     known = found.get("lr_decay_style") in ("cosine", "linear")
     if (
         known
@@ -337,8 +337,8 @@ def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
         each = done // step
         warmup, total = (found.get(name) for name in ("lr_warmup_steps", "lr_decay_steps"))
         if type(warmup) is int and type(total) is int and total > warmup:
-            schedule["type"] = "curve"
-            schedule["warmup_steps"] = round(warmup / each)
-            schedule["kwargs"] = {"type": found["lr_decay_style"], "minimum": float(floor)}
-            return {"schedule": schedule, "max_steps": round(total / each)}
-    return {"schedule": schedule}
+            style = found["lr_decay_style"]
+            return curve_facts(
+                peak, round(total / each), round(warmup / each), type=style, minimum=float(floor)
+            )
+    return curve_facts(peak)

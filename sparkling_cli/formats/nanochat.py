@@ -25,6 +25,7 @@ from sparkling_cli.formats.statefiles import (
     read_weights_file,
 )
 from sparkling_cli.formats.torchfile import REMOVED, TorchFile
+from sparkling_cli.formats.trainer_facts import curve_facts
 
 _FILE = re.compile(r"(model|optim|meta)_(\d+)(?:_rank(\d+))?\.(?:pt|json)")
 #: parameters that AdamW has, by group, in nanochat's order; all others are matrices of ``transformer.h``
@@ -384,7 +385,7 @@ def _schedule(meta: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> d
     options = _options(meta)
     total = options.get("num_iterations")
     rates = [rate for group in groups if type(rate := group.get("initial_lr", group.get("lr"))) is float]
-    schedule: dict[str, Any] = {"peak": max(rates)} if rates else {}
+    schedule = {"peak": max(rates)} if rates else {}
     if type(total) is not int or total <= 0:
         return {"schedule": schedule}
     names = ("warmdown_ratio", "final_lr_frac", "warmup_steps")
@@ -392,12 +393,8 @@ def _schedule(meta: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> d
     if rates and len(numbers) == len(names):
         share, floor, warmup = numbers.values()
         decay = round(share * total)
-        schedule["type"] = "curve"
-        schedule["warmup_steps"] = int(warmup)
-        schedule["kwargs"] = {
-            "type": "wsd", "decay": "linear", "decay_steps": decay, "decay_start": total - decay + 1,
-            "minimum": floor * max(rates), "lead": 1,
-        }  # fmt: skip
+        fall = {"decay": "linear", "decay_steps": decay, "decay_start": total - decay + 1, "lead": 1}
+        return curve_facts(max(rates), total, warmup, type="wsd", minimum=floor * max(rates), **fall)
     return {"schedule": schedule, "max_steps": total}
 
 

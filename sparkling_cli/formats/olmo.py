@@ -12,7 +12,7 @@ from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
 from sparkling_cli.formats.statedict import OptimizerTree, weights_in
 from sparkling_cli.formats.statefiles import StateFiles, read_optimizer_file, read_weights_file
 from sparkling_cli.formats.torchfile import read_torch_file
-from sparkling_cli.formats.trainer_facts import optimizer_class
+from sparkling_cli.formats.trainer_facts import curve_facts, optimizer_class
 
 MODEL, OPTIMIZER, TRAIN, CONFIG = "model.pt", "optim.pt", "train.pt", "config.yaml"
 #: schedules that are one curve, by OLMo's names
@@ -117,21 +117,13 @@ def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
     peak, total = optimizer.get("learning_rate"), scheduler.get("t_max") or config.get("max_duration")
     if not isinstance(peak, (int, float)):
         return {}
-    schedule: dict[str, Any] = {"peak": float(peak)}
     if isinstance(total, str) and total.replace(".", "", 1).replace("e", "", 1).isdigit():
         total = int(float(total))
     kind, warmup, share = (scheduler.get(name) for name in ("name", "t_warmup", "alpha_f"))
-    if kind not in _CURVES or scheduler.get("units", "steps") != "steps":
-        return {"schedule": schedule}
-    if not all(isinstance(number, (int, float)) for number in (total, warmup, share)):
-        return {"schedule": schedule}
+    whole = all(isinstance(number, (int, float)) for number in (total, warmup, share))
+    if not whole or kind not in _CURVES or scheduler.get("units", "steps") != "steps":
+        return curve_facts(peak)
     assert total is not None and warmup is not None and share is not None
     first = scheduler.get("warmup_min_lr")
-    schedule["type"] = "curve"
-    schedule["warmup_steps"] = int(warmup)
-    schedule["kwargs"] = {
-        "type": _CURVES[kind],
-        "minimum": peak * share,
-        "initial": float(first) if isinstance(first, (int, float)) else 0.1 * peak,
-    }
-    return {"schedule": schedule, "max_steps": int(total)}
+    initial = float(first) if isinstance(first, (int, float)) else 0.1 * peak
+    return curve_facts(peak, total, warmup, type=_CURVES[kind], minimum=peak * share, initial=initial)

@@ -147,6 +147,21 @@ def _schedule(facts: Mapping[str, Any]) -> dict[str, Any]:
     return schedule
 
 
+def curve_facts(peak: float, total: float | None = None, warmup: float = 0, **options: Any) -> dict[str, Any]:
+    """Facts of a schedule that is one of this program's curves; of its peak alone, where no more is known.
+
+    Args:
+        peak: its highest rate.
+        total: steps of the whole run.
+        warmup: of them before the peak.
+        options: of the curve (``schedule.curves.Curve``).
+    """
+    if total is None:
+        return {"schedule": {"peak": float(peak)}}
+    curve = {"peak": float(peak), "type": "curve", "warmup_steps": int(warmup), "kwargs": options}
+    return {"schedule": curve, "max_steps": int(total)}
+
+
 def warmup_steps(args: Mapping[str, Any], total: int | None) -> int | None:
     """Warmup in steps, as the Trainer counts it: below one (or by ``warmup_ratio``) it is a share.
 

@@ -274,7 +274,7 @@ def build_model(
         cls = model_class(config, built)
         with context, _no_init(meta):
             model: nn.Module = cls(built)
-        if meta and hasattr(model, "tie_weights"):
+        if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
             tie: Any = model.tie_weights
             tie()  # initialization does it elsewhere, and it is skipped on meta
     return model.eval()

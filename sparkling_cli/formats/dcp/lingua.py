@@ -13,6 +13,7 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import read_json
+from sparkling_cli.formats.trainer_facts import curve_facts
 
 CONFIG = "params.json"
 STATE = "train_state_00000.json"
@@ -33,15 +34,12 @@ def facts_of(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     peak, share, warmup = (options.get(name) for name in ("lr", "lr_min_ratio", "warmup"))
     if not isinstance(peak, (int, float)):
         return facts
-    schedule: dict[str, Any] = {"peak": float(peak)}
-    facts["schedule"] = schedule
     plain = options.get("cycle_length", 1.0) == 1.0 and options.get("cosine_theta", 1.0) == 1.0
     kind = options.get("scheduler")
     known = kind == "linear" or (kind == "cosine" and plain)
     if known and isinstance(share, (int, float)) and type(warmup) is int and type(config.get("steps")) is int:
-        schedule.update(type="curve", warmup_steps=warmup, kwargs={"type": kind, "minimum": peak * share})
-        facts["max_steps"] = config["steps"]
-    return facts
+        return facts | curve_facts(peak, config["steps"], warmup, type=kind, minimum=peak * share)
+    return facts | curve_facts(peak)
 
 
 def with_multiplier(
