@@ -275,8 +275,10 @@ def check_report(report: str, data: Path | None) -> None:
     """
     if report not in ("auto", "full", "none"):
         raise SpecError(f"report: expected auto, full or none, found {report!r}")
-    if data is not None and not data.is_file():
-        raise SpecError(f"--data {data}: no such file", hint="give a text file, or a .json or .pt of tokens")
+    if data is not None:
+        from sparkling_cli.diagnostics.data import check_file
+
+        check_file(data)
 
 
 def _config_of(expansion: Expansion, team: Team | None) -> Mapping[str, Any] | None:

@@ -68,6 +68,10 @@ class LayoutError(SparklingError, ValueError):
     exit_code = ExitCode.LAYOUT
 
 
+class NoModelError(CheckpointError):
+    """A file that can be read and has no model in it."""
+
+
 class UnsafePickleError(CheckpointError):
     """A pickle names something outside the allow-list; it was not executed."""
 

@@ -147,7 +147,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: there is none, or it is damaged or of another version.
     """
-    hint = "only outputs of `sparkling expand` have one"
+    hint = "only outputs of `sparkling expand` have one: give the output"
     data = read_sidecar(path, MANIFEST, "manifest", version=FORMAT, earlier=_EARLIER, hint=hint)
     try:
         if data["format_version"] in _EARLIER:

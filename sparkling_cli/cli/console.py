@@ -138,7 +138,7 @@ def _misread(error: Exception) -> UsageError:
     from sparkling_cli.cli.help import usage_error
 
     output.as_json = "--json" in sys.argv[1:]
-    return usage_error(error)
+    return usage_error(error, sys.argv[1:])
 
 
 def _usage_error() -> type[Exception]:

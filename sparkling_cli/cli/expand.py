@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from sparkling_cli.cli import options as opt
 from sparkling_cli.cli.console import output
 from sparkling_cli.cli.options import option
+from sparkling_cli.errors import UsageError
 from sparkling_cli.spec.choices import (
     InitPair,
     LayerMode,
@@ -20,6 +22,12 @@ from sparkling_cli.spec.choices import (
     StateTreatment,
     VocabFill,
 )
+
+if TYPE_CHECKING:
+    from sparkling_cli.spec.model import ExpansionSpec
+
+#: names of axes that most models have
+KNOWN_AXES = frozenset({"ffn", "hidden", "heads", "kv_heads", "q_per_kv", "vocab", "experts", "expert_ffn"})
 
 
 def expand(
@@ -234,12 +242,16 @@ def expand(
     chosen = make_spec(merge(base, over), str(spec) if spec and not over else "options")
     budget = parse_bytes(memory, "--memory", least=LEAST_MEMORY)
     api.check_report(report, data)
+    if destination is not None:
+        _check_name(destination, chosen)
+        if source.exists():  # before a plan is made, which takes longer
+            check_destination(source, destination)
     with output.progress("planning", None):
         expansion = api.make_plan(
             source, chosen, destination, layout=layout, model=model, param_order=param_order
         )
+    check_destination(expansion.plan.source.root, expansion.destination)
     if dry_run:
-        check_destination(expansion.plan.source.root, expansion.destination)
         planned = plan_result(expansion)
         output.data(planned)
         show_plan(output, expansion, planned)
@@ -258,3 +270,22 @@ def expand(
     if result.report is not None:
         output.data(result.report)
         show_result(output, result)
+
+
+def _check_name(destination: Path, spec: ExpansionSpec) -> None:
+    """An output that is called like an axis or a factor was meant as one.
+
+    Raises:
+        UsageError: it is.
+    """
+    word = str(destination)
+    if not re.fullmatch(r"\d+(?:\.\d+)?x?", word) and word not in KNOWN_AXES:
+        return
+    axes = " ".join(f"--axis {axis.axis}" for axis in spec.axes)
+    more = (
+        f"{axes} --axis {word}" if word in KNOWN_AXES else f"--axis {spec.axes[0].axis}={word.rstrip('x%')}"
+    )
+    raise UsageError(
+        f"the second argument is the output, and {word!r} looks like an axis or a factor",
+        hint=f"write {more}; for an output of that name give its whole path",
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -24,16 +25,34 @@ _SYNONYMS = {
     "layout": ("axes", "dims", "shapes"),
     "architectures": ("models", "archs", "list", "supported"),
 }
+#: what people look for among the commands, and where it is
+_ELSEWHERE = {
+    "report html card": "a report lies in every output: DST/sparkling/report.html; `sparkling inspect` "
+    "measures anew",
+    "resume train continue run finetune": "training goes on in your own trainer, from the output: `sparkling "
+    "expand` prints the line to add to it",
+    "help version": "write it as an option: `sparkling --help`, `sparkling --version`",
+    "download pull get": "a model of the Hugging Face hub: hf download NAME --local-dir DIR",
+}
+_PLACE_OF = {name: place for names, place in _ELSEWHERE.items() for name in names.split()}
 #: what people type for something that is no option, or has another name
 _ANSWERS = {
-    ("-o", "--out", "--output", "--dst"): "the output is the second argument: sparkling expand CKPT DST",
-    ("-i", "--in", "--input", "--checkpoint", "--ckpt"): "the checkpoint is the first argument",
+    ("-i", "--in", "--input", "--checkpoint", "--ckpt", "--src", "--source"): "the checkpoint is the first "
+    "argument",
+    ("--device", "--cuda", "--gpu", "--cpu"): "nothing is to be chosen: everything runs on the CPU",
+    ("--workers", "--jobs", "-j", "--num-workers"): "did you mean --threads?",
     ("--lr", "--learning-rate"): "did you mean --peak-lr?",
     ("--force", "--overwrite", "--yes", "-y"): "nothing is overwritten: choose another name, or remove what "
     "is there",
     ("--ffn", "--hidden", "--heads", "--kv-heads"): "write --axis ffn=2",
     ("--size",): "did you mean --to?",
 }
+#: where the output of a command goes, which is no option
+_TARGET = {
+    "expand": "the output is the second argument: sparkling expand CKPT DST",
+    "layout": "it is printed: sparkling layout CKPT > mine.toml",
+}
+_TARGET_FLAGS = ("-o", "--out", "--output", "--dst")
 _ANSWER_OF = {flag: answer for flags, answer in _ANSWERS.items() for flag in flags}
 _COMMAND_OF = {name: command for command, names in _SYNONYMS.items() for name in names}
 
@@ -77,31 +96,61 @@ class Group(TyperGroup):
         name = args[0]
         if name in self.commands or name.startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
-        near = difflib.get_close_matches(name.lower(), [*self.commands, *_COMMAND_OF], n=1, cutoff=0.65)
-        meant = _COMMAND_OF.get(near[0], near[0]) if near else None
+        near = difflib.get_close_matches(
+            name.lower(), [*self.commands, *_COMMAND_OF, *_PLACE_OF], n=1, cutoff=0.65
+        )
+        word = near[0] if near else ""
+        meant = _COMMAND_OF.get(word, word)
+        answer = f"did you mean `sparkling {meant}`?" if meant else "see `sparkling --help`"
         raise UsageError(
             f"there is no command {name!r}; there are {', '.join(self.commands)}",
-            hint=f"did you mean `sparkling {meant}`?" if meant else "see `sparkling --help`",
+            hint=_PLACE_OF.get(word, answer),
         )
 
 
-def usage_error(error: Any) -> UsageError:
-    """What the parser of the command line refused, as an error of this package."""
+def usage_error(error: Any, words: Sequence[str]) -> UsageError:
+    """What the parser of the command line refused, as an error of this package.
+
+    Args:
+        error: click's own.
+        words: the command line behind ``sparkling``, for errors that do not say which command they are of.
+    """
     context = getattr(error, "ctx", None)
-    answer = f"see `{context.command_path if context is not None else 'sparkling'} --help`"
+    path = context.command_path if context is not None else " ".join(["sparkling", *words[:1]])
+    answer = f"see `{path} --help`"
     if type(error).__name__ == "NoSuchOption" and context is not None:
-        known = [flag for param in context.command.params for flag in param.opts if flag.startswith("--")]
-        near = difflib.get_close_matches(error.option_name, known, n=1, cutoff=0.6)
-        answer = _ANSWER_OF.get(error.option_name) or (f"did you mean {near[0]}?" if near else answer)
-        others = [
-            name
-            for name, command in getattr(context.command, "commands", {}).items()
-            if any(error.option_name in param.opts for param in command.params)
-        ]
-        if others:
-            answer = f"the command comes first: sparkling {others[0]} ... {error.option_name}"
-        message = f"there is no option {error.option_name}"
-    else:
-        message = error.format_message().rstrip(".")
-        message = message[:1].lower() + message[1:]
+        return UsageError(f"there is no option {error.option_name}", hint=_option_meant(error, answer))
+    message = error.format_message().rstrip(".")
+    message = message[:1].lower() + message[1:]
+    example = _example(context)
+    if example and type(error).__name__ in ("MissingParameter", "UsageError"):
+        answer = f"for example `{example}`; {answer}"
+    if "unexpected extra argument" in message and path.endswith(" inspect"):
+        answer = "a second checkpoint goes by --against: sparkling inspect CKPT --against OTHER"
+    elif "unexpected extra argument" in message and path.endswith(" expand"):
+        answer = f"an axis goes by an option: {example}"
     return UsageError(message, hint=answer)
+
+
+def _option_meant(error: Any, otherwise: str) -> str:
+    """What to type instead of an option that there is none of."""
+    context, name = error.ctx, error.option_name
+    others = [
+        command
+        for command, found in getattr(context.command, "commands", {}).items()
+        if any(name in param.opts for param in found.params)
+    ]
+    if others:
+        return f"the command comes first: sparkling {others[0]} ... {name}"
+    if name in _TARGET_FLAGS and context.info_name in _TARGET:
+        return _TARGET[context.info_name]
+    known = [flag for param in context.command.params for flag in param.opts if flag.startswith("--")]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return _ANSWER_OF.get(name) or (f"did you mean {near[0]}?" if near else otherwise)
+
+
+def _example(context: Any) -> str | None:
+    """The first example of the command's help."""
+    text = getattr(getattr(context, "command", None), "help", None) or ""
+    found = re.search(r"^ *(sparkling .*(?:\\\n.*)*)$", text, flags=re.M)
+    return re.sub(r" *\\\n *", " ", found[1]).strip() if found else None

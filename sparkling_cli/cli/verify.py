@@ -7,7 +7,6 @@ from typing import Annotated
 
 from sparkling_cli.cli import options as opt
 from sparkling_cli.cli.console import output
-from sparkling_cli.errors import CheckpointError
 
 
 def verify(
@@ -26,20 +25,11 @@ def verify(
     Example:
         sparkling verify ckpt/ ckpt-ffn2x/
     """
-    import shlex
-
     from rich.text import Text
 
     from sparkling_cli import api
-    from sparkling_cli.manifest import manifest_of
 
-    try:
-        report = api.verify(source, destination, progress=output.progress)
-    except CheckpointError as error:
-        if manifest_of(source) is not None and destination.exists() and manifest_of(destination) is None:
-            again = shlex.join(["sparkling", "verify", str(destination), str(source)])
-            error.hint = f"the source comes first: {again}"
-        raise
+    report = api.verify(source, destination, progress=output.progress)
     output.data(report)
     for path in report.extras:
         output.note(f"note: {path} was not written with the output; nothing loads it as a part of it")

@@ -5,6 +5,7 @@ The choice is deterministic: the same file, seed and sizes give the same sequenc
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ TEXT_LIMIT = 8 << 20
 #: Sequences and tokens in each, when nothing else is asked for.
 SEQUENCES, LENGTH = 8, 256
 
+#: what can be measured on, in words
+_KINDS = "text (.txt), JSON lines with a field text (.jsonl), or token ids (.npy, .bin)"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -86,8 +89,7 @@ def load_tokens(
         ids: Sequence[int] | np.ndarray[Any, Any] = tokenizer(text)
         source = "the bundled text (Moby Dick, chapters 130 and following)"
     else:
-        if not data.is_file():
-            raise SpecError(f"--data {data}: no such file")
+        check_file(data)
         if data.suffix in (".bin", ".npy"):
             ids, source = _token_file(data, vocab)
         else:
@@ -95,6 +97,31 @@ def load_tokens(
     found = _cut(ids, sequences, length, source)
     _check_ids(found, vocab, source)
     return Tokens(torch.from_numpy(found), f"{source}, {found.shape[0]} x {found.shape[1]} tokens")
+
+
+def check_file(data: Path) -> None:
+    """That a file may hold text or tokens, by its name and its beginning; before anything long is begun.
+
+    Raises:
+        SpecError: there is none, or it is neither.
+    """
+    if not data.is_file():
+        what = "is a folder" if data.is_dir() else "no such file"
+        raise SpecError(f"--data {data}: {what}", hint=f"give {_KINDS}")
+    if data.suffix not in (".bin", ".npy"):
+        with data.open("rb") as file:
+            _decoded(data, file.read(1 << 16), 1 << 16)
+
+
+def _decoded(path: Path, raw: bytes, limit: int) -> str:
+    """A file's beginning as text; what reached ``limit`` may end in the middle of a character."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(raw, final=len(raw) < limit)
+    except UnicodeDecodeError as error:
+        raise SpecError(
+            f"--data {path}: neither UTF-8 text nor a known token file (byte {error.start})",
+            hint=f"token files are recognized by their names; give {_KINDS}",
+        ) from None
 
 
 def _random(vocab: int, sequences: int, length: int, seed: int, reason: str) -> Tokens:
@@ -185,14 +212,7 @@ def _text_file(path: Path, directory: Path | None) -> tuple[list[int], str]:
         raw = file.read(TEXT_LIMIT)
     if path.suffix in (".jsonl", ".json", ".ndjson"):
         return _json_lines(path, raw, directory), path.name
-    try:
-        text = raw.decode("utf-8", errors="strict" if len(raw) < TEXT_LIMIT else "ignore")
-    except UnicodeDecodeError as error:
-        raise SpecError(
-            f"--data {path}: neither UTF-8 text nor a known token file (byte {error.start})",
-            hint="token files are recognized by their names: .bin or .npy",
-        ) from None
-    return _tokenizer(directory)(text), path.name
+    return _tokenizer(directory)(_decoded(path, raw, TEXT_LIMIT)), path.name
 
 
 def _json_lines(path: Path, raw: bytes, directory: Path) -> list[int]:

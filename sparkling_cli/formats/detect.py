@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparkling_cli.errors import CheckpointError
+from sparkling_cli.errors import CheckpointError, NoModelError
 from sparkling_cli.formats.gc_pause import collector_paused
 from sparkling_cli.formats.other_files import with_further
 
@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint, Format
 
 #: ``https://...``, of which a path keeps one slash
-_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
+_REMOTE = re.compile(r"^([a-z][a-z0-9+.-]*):/+", re.IGNORECASE)
+#: the same on the hub: ``https://huggingface.co/ORG/NAME``, ``hf://ORG/NAME``
+_ADDRESS_ON_HUB = re.compile(
+    r"(?:https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)|hf:)/+([\w.-]+/[\w.-]+)(?:/.*)?"
+)
 #: ``organization/model``
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_DOWNLOAD = "a model on the Hugging Face hub is downloaded first: hf download {} --local-dir DIR"
 
 _LOOKED_FOR = (
     "a transformers model or Trainer directory (model.safetensors, pytorch_model.bin, or their index)",
@@ -65,7 +70,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """
     root, form = recognized(path)
     with collector_paused(), _told(root):
-        return with_further(form.open(root))
+        try:
+            return with_further(form.open(root))
+        except NoModelError as error:
+            whole = _whole_of(root)
+            if whole is not None:
+                error.hint = f"it is one file of a checkpoint: give its folder, {whole}"
+            raise
 
 
 def recognized(path: Path | str) -> tuple[Path, Format]:
@@ -82,7 +93,8 @@ def recognized(path: Path | str) -> tuple[Path, Format]:
     if root.name in ("", ".."):
         root = root.resolve()  # messages and outputs are named after it
     if not root.exists():
-        raise CheckpointError(f"{root}: there is nothing of that name", hint=_meant(str(path), root))
+        shown = _REMOTE.sub(r"\1://", str(path))
+        raise CheckpointError(f"{shown}: there is nothing of that name", hint=meant_by(root))
     with _told(root):
         step = step_of_file(root)
         if step is not None:
@@ -98,8 +110,14 @@ def recognized(path: Path | str) -> tuple[Path, Format]:
         )
     if other:
         raise CheckpointError(f"{root} is {other[0]}", hint=other[1])
+    whole = _whole_of(root)
+    if whole is not None:
+        raise CheckpointError(
+            f"{root} is no checkpoint by itself",
+            hint=f"it is one file of a checkpoint: give its folder, {whole}",
+        )
     raise CheckpointError(
-        f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_nearby(root)
+        f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_holds(root)
     )
 
 
@@ -161,8 +179,12 @@ def _other_kind(root: Path) -> tuple[str, str] | None:
     return _OTHER_KINDS[min(found)] if found else None
 
 
-def _meant(text: str, root: Path) -> str | None:
+def meant_by(root: Path) -> str | None:
     """What to do about a path that leads nowhere."""
+    text = str(root)
+    address = _ADDRESS_ON_HUB.fullmatch(text)
+    if address:
+        return _DOWNLOAD.format(address[1])
     if _REMOTE.match(text):
         return "checkpoints are read from a disk: download it, or mount where it lies, and give the path"
     folder = next(path for path in (root, *root.parents) if path.exists())
@@ -173,8 +195,9 @@ def _meant(text: str, root: Path) -> str | None:
     if close:
         return f"did you mean {folder / close[0]}?"
     if folder == Path() and _ON_HUB.fullmatch(text):
-        return f"a model on the Hugging Face hub is downloaded first: hf download {text} --local-dir DIR"
-    return f"{folder.resolve()} is there, and holds no {lost!r}"
+        return _DOWNLOAD.format(text)
+    here = f"{folder.resolve()} is there, and holds no {lost!r}"
+    return f"{here}; {_DOWNLOAD.format(lost)}" if folder == Path() and text == lost else here
 
 
 def _checkpoints_in(root: Path) -> list[Path]:
@@ -193,9 +216,19 @@ def _checkpoints_in(root: Path) -> list[Path]:
     return sorted(found, key=step)
 
 
-def _nearby(root: Path) -> str | None:
-    """Where a checkpoint might be meant, if the path is a run's folder, or one file of a checkpoint."""
+def _whole_of(root: Path) -> Path | None:
+    """The checkpoint that a file is one of, or that a folder lies in."""
+    try:
+        around = (root.parent, root.parent.parent)
+        return next((path for path in around if any(form.claims(path) for form in formats())), None)
+    except CheckpointError:
+        return None
+
+
+def _holds(root: Path) -> str:
     if not root.is_dir():
-        around = any(form.claims(root.parent) is not None for form in formats())
-        return f"it is one file of a checkpoint: give its folder, {root.parent}" if around else None
-    return f"it holds: {', '.join(sorted(path.name for path in root.iterdir())[:8]) or 'nothing'}"
+        return "give the folder or the file that the training run wrote"
+    found = sorted(path.name for path in root.iterdir())[:8]
+    return (
+        f"it holds: {', '.join(found)}" if found else "it is empty: check the path, or copy the files into it"
+    )

@@ -146,13 +146,16 @@ def read_sidecar(
     Raises:
         CheckpointError: there is none, it is damaged, or of another version.
     """
+    given = path
     if path.suffix != ".json" or path.is_dir():
         path = sidecar_root(path) / name
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
+        gone = given if not given.exists() else path
         raise CheckpointError(
-            f"no {what}: cannot read {path}: {error.strerror or error}", hint=hint
+            f"no {what}: cannot read {gone}: {error.strerror or error}",
+            hint="check its path" if gone == given != path else hint,
         ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the {what} {path} is damaged: {error}") from None

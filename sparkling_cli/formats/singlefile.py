@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparkling_cli.errors import CheckpointError
+from sparkling_cli.errors import CheckpointError, NoModelError
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
 from sparkling_cli.formats.statedict import (
     OptimizerTree,
@@ -100,7 +100,7 @@ def find_sections(file: TorchFile) -> Sections:
     if not models and is_state_dict(tree) and all(isinstance(v, TensorNode) for v in tree.values()):
         return Sections("state-dict", (), (), None)
     if not models:
-        raise CheckpointError(
+        raise NoModelError(
             f"{file.path.name} has no state dict under {', '.join(MODEL_KEYS)}; it has: {_listing(tree)}",
             hint='save {"model": model.state_dict(), "optimizer": optimizer.state_dict()} with torch.save',
         )

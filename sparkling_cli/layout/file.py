@@ -131,6 +131,9 @@ def _axis_dict(info: AxisInfo) -> dict[str, Any]:
     return data
 
 
+_MADE_BY = "`sparkling layout CKPT > mine.toml` makes one to begin with"
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """A parsed TOML file.
 
@@ -140,9 +143,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise LayoutError(f"cannot read the layout file {path}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise LayoutError(f"cannot read the layout file {path}: {why}", hint=_MADE_BY) from None
     except tomllib.TOMLDecodeError as error:
-        raise LayoutError(f"{path} is not valid TOML: {error}") from None
+        raise LayoutError(f"{path} is not valid TOML: {error}", hint=_MADE_BY) from None
 
 
 def read_layout(path: Path) -> ModelLayout:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -309,11 +310,19 @@ def load_factory(reference: str) -> ModelFactory:
             hint="name a callable that takes the config dict and returns an nn.Module",
         )
     try:
-        found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))
-    except (ImportError, AttributeError) as error:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
         raise LayoutError(
             f"--model {reference!r} cannot be imported: {error}",
             hint="the module must be importable from here (PYTHONPATH)",
+        ) from error
+    try:
+        found = functools.reduce(getattr, attribute.split("."), module)
+    except AttributeError as error:
+        near = difflib.get_close_matches(attribute, dir(module), n=1)
+        raise LayoutError(
+            f"--model {reference!r}: {error}",
+            hint=f"did you mean {module_name}:{near[0]}?" if near else f"{module.__file__} was imported",
         ) from error
     if not callable(found):
         raise LayoutError(f"--model {reference!r} is not callable")

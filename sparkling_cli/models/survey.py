@@ -47,7 +47,9 @@ def survey(
     names = causal_lm_names()
     unknown = [m for m in model_types or () if m not in names]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], names, n=1)
+        kinds = {**{name: name for name in names}, **{kind: name for name, kind in names.items()}}
+        near = difflib.get_close_matches(unknown[0], kinds, n=1)
+        close = [kinds[found] for found in near]
         raise SpecError(
             f"the installed transformers has no causal language model of type {unknown[0]!r}",
             hint=f"did you mean {close[0]!r}?" if close else "run `sparkling architectures` for all",

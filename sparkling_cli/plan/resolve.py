@@ -20,6 +20,18 @@ from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
 
 _HEAD_AXES = frozenset({"heads", "kv_heads", "q_per_kv"})
+#: what people call an axis, beside the config's own keys
+_CALLED = {
+    "ffn": ("mlp", "ff", "dff", "feedforward", "inner", "intermediate", "n_inner", "ffn_dim", "hidden_dim"),
+    "hidden": ("width", "dim", "model", "dmodel", "embd", "n_embd", "embed", "embedding", "residual"),
+    "heads": ("head", "n_head", "attention", "attn", "attention_heads", "query_heads"),
+    "kv_heads": ("kv", "kv_head", "groups", "query_groups", "n_kv_heads"),
+    "head_dim": ("head_size", "head_dims", "headdim", "headsize", "d_head", "dim_head"),
+    "vocab": ("vocabulary", "tokens", "vocab_dim"),
+    "layers": ("layer", "depth", "n_layer", "n_layers", "num_layers", "blocks", "block"),
+    "experts": ("expert", "moe", "n_experts", "num_experts"),
+}
+_AXIS_CALLED = {word: axis for axis, words in _CALLED.items() for word in words}
 #: axes that ``multiple_of`` does not round
 _COUNTS = _HEAD_AXES | {"experts", "experts_per_token", LAYERS}
 
@@ -279,13 +291,20 @@ def _sizes(axis: str, growth: dict[str, Growth], layout: ModelLayout) -> tuple[i
 
 def _unknown(name: str, layout: ModelLayout) -> SpecError:
     offered = offered_axes(layout)
-    close = difflib.get_close_matches(name, offered, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else None
+    plain = name.lower().replace("-", "_")
+    axis = _AXIS_CALLED.get(plain) or _AXIS_CALLED.get(plain.replace("_", "").removesuffix("size"), "")
+    close = [axis] if axis in offered else difflib.get_close_matches(plain, offered, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "choose one of these; sparkling layout CKPT shows each"
+    if axis in layout.axes and axis not in offered:
+        hint = f"{axis!r} cannot be widened here: {layout.axes[axis].reason or 'not proved'}"
     if name in layout.config:
         term = " ".join(part for part in layout.config[name].strip("()").split())
         axis = "heads" if term == "kv_heads q_per_kv" else term
         if axis in offered:
             hint = f"that is the config's name for the axis {axis!r}: --axis {axis}"
+        elif axis in layout.axes:
+            reason = layout.axes[axis].reason or "not proved"
+            hint = f"that is the config's name for {axis!r}, which cannot be widened: {reason}"
     return SpecError(
         f"axes.{name}: no such axis in {layout.name}, which has {', '.join(offered) or 'none'}", hint=hint
     )

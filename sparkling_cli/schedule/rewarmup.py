@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.schedule.curves import Curve, Rewarmed
-from sparkling_cli.storage.sidecar import REWARMUP
+from sparkling_cli.storage.sidecar import MANIFEST, REWARMUP, sidecar_root
 
 FORMAT: Literal[2] = 2
 #: earlier versions that are still read
@@ -189,9 +189,11 @@ def read_rewarmup(path: Path, *, replacing: bool = False) -> Rewarmup:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    hint = (
-        "`sparkling expand` writes one when the source run's schedule is known; to an output that exists, "
-        "`sparkling schedule CKPT --write` adds one"
-    )
+    hint = "give an output of `sparkling expand`, which writes one"
+    if (sidecar_root(path) / MANIFEST).is_file():
+        hint = (
+            "`sparkling expand` writes one when the source run's schedule is known; to this output, "
+            f"`sparkling schedule {path} --write` adds one"
+        )
     data = read_sidecar(path, REWARMUP, "re-warmup schedule", version=FORMAT, earlier=EARLIER, hint=hint)
     return from_data(data, str(path), replacing=replacing)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from sparkling_cli.spec.choices import (
     BaselineType,
@@ -66,10 +67,21 @@ class BaselineSpec(_Strict):
     expansion_step: Annotated[int | None, Field(ge=0)] = None
 
 
+def _listed(axes: Any) -> Any:
+    """``{"ffn": 2}``, axis -> factor, as a list of axes."""
+    if isinstance(axes, Mapping):
+        return [{"axis": name, "factor": factor} for name, factor in axes.items()]
+    return axes
+
+
 class ExpansionSpec(_Strict):
     """A whole expansion. Defaults are the paper's choices."""
 
-    axes: Annotated[tuple[AxisSpec, ...], Field(min_length=1, description="axes to widen, jointly")]
+    axes: Annotated[
+        tuple[AxisSpec, ...],
+        BeforeValidator(_listed, json_schema_input_type=tuple[AxisSpec, ...] | dict[str, float]),
+        Field(min_length=1, description="axes to widen, jointly; or axis -> factor"),
+    ]
     multiple_of: Annotated[
         int | None,
         Field(ge=1, description="round each axis that is not given by its size up to a multiple of this"),
@@ -149,7 +161,7 @@ class ExpansionSpec(_Strict):
         names = [axis.axis for axis in self.axes]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"axis {repeated[0]!r} is given more than once")
+            raise ValueError(f"axis {repeated[0]!r} is given more than once: give it once")
         bare = [axis.axis for axis in self.axes if axis.factor is None and axis.to is None]
         if bare and self.multiple_of is None:
             raise ValueError(f"axis {bare[0]!r} needs either a factor or a size (to), neither given")

@@ -62,8 +62,8 @@ def from_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of a Python call as the spec's fields.
 
     Args:
-        given: fields of the spec as they are; ``axes`` also as ``{"ffn": 2}`` (factors); ``axis`` with
-            ``factor`` or ``to``; and the options of re-warmup and baseline by their own names.
+        given: fields of the spec as they are; ``axis``, or ``axes`` of names alone, with ``factor`` or
+            ``to``; and the options of re-warmup and baseline by their own names.
 
     Raises:
         SpecError: the axes are given in two ways, or not of this form.
@@ -75,6 +75,8 @@ def from_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
             if keyword in fields:
                 fields[inside] = {**(fields.get(inside) or {}), field: fields.pop(keyword)}
     axis, factor, to = (fields.pop(name, None) for name in ("axis", "factor", "to"))
+    if axis is None and _is_names(fields.get("axes")):
+        axis = fields.pop("axes")
     if axis is not None:
         if "axes" in fields:
             raise SpecError("axis and axes both name what to widen", hint="give one of them")
@@ -86,9 +88,14 @@ def from_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
         ]
     elif factor is not None or to is not None:
         raise SpecError("factor and to need an axis", hint='for example axis="ffn", factor=2')
-    if isinstance(fields.get("axes"), Mapping):
-        fields["axes"] = [{"axis": name, "factor": value} for name, value in fields["axes"].items()]
     return fields
+
+
+def _is_names(axes: Any) -> bool:
+    """Whether these are axes by name alone: ``"ffn"``, ``["ffn", "hidden"]``."""
+    if isinstance(axes, str):
+        return True
+    return isinstance(axes, Sequence) and bool(axes) and all(isinstance(axis, str) for axis in axes)
 
 
 def _one(value: Any, at: int, count: int) -> Any:

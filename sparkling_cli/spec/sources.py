@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from sparkling_cli.errors import SpecError, UsageError
 from sparkling_cli.spec.model import ExpansionSpec
@@ -27,38 +26,58 @@ def read_spec_file(path: Path, what: str = "spec") -> dict[str, Any]:
     Raises:
         SpecError: unreadable, of another kind, malformed, or no mapping.
     """
+    if path.is_dir():
+        raise SpecError(f"the {what} file {path} is a folder", hint="give a file: .yaml, .toml or .json")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SpecError(f"there is no {what} file {path}") from None
+        raise SpecError(f"there is no {what} file {path}", hint="check its path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot read the {what} file {path}: {error}") from None
+    if path.suffix.lower() not in _KINDS:
+        raise SpecError(
+            f"cannot tell the kind of the {what} file {path}",
+            hint=f"name it {', '.join(_KINDS[:-1])} or .json",
+        )
+    example = _EXAMPLES[what]
     try:
-        data = _parse(path.suffix.lower(), text, path)
+        data = _parse(path.suffix.lower(), text)
     except (ValueError, RecursionError) as error:
-        raise SpecError(f"the {what} file {path} is not valid {path.suffix[1:].upper()}: {error}") from None
+        kind = path.suffix[1:].upper()
+        raise SpecError(f"the {what} file {path} is not valid {kind}: {error}", hint=example) from None
     if not isinstance(data, dict):
-        raise SpecError(f"the {what} file {path} must hold a mapping, found {type(data).__name__}")
+        found = "nothing" if data is None else f"{data!r:.60}"
+        raise SpecError(f"the {what} file {path} must hold a mapping, found {found}", hint=example)
     return data
 
 
-def _parse(suffix: str, text: str, path: Path) -> Any:
+_KINDS = (".yaml", ".yml", ".toml", ".json")
+#: what a file of each sort looks like
+_EXAMPLES = {
+    "spec": "in YAML, for example: axes: [{axis: ffn, factor: 2}]",
+    "mapping": "in YAML, for example: 512: [17, 203]",
+}
+
+
+def _parse(suffix: str, text: str) -> Any:
     if suffix == ".json":
         return json.loads(text)
     if suffix == ".toml":
         return tomllib.loads(text)
-    if suffix in (".yaml", ".yml"):
-        import yaml
+    import yaml
 
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from None
-    raise SpecError(f"cannot tell the kind of the spec file {path}: expected .yaml, .yml, .toml or .json")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
 
 
+#: ``ffn:2``, ``ffn*2``, ``ffn 2x``
+_JOINED = re.compile(r"([a-z_]+)\s*[\s:*@x]\s*(\d+(?:\.\d+)?)x?", re.IGNORECASE)
 #: a whole number from here on behind ``--axis NAME=`` is taken for a size that was meant
 _NO_FACTOR = 64
+#: and any number behind ``--factor``
+_SIZE = 1000
 
 
 def axes_from_options(
@@ -83,7 +102,7 @@ def axes_from_options(
     targets = [_number(size, f"--to {size}", int) for size in sizes]
     if not axes:
         if factors or sizes:
-            raise SpecError("--factor and --to need an --axis, e.g. --axis ffn --factor 2")
+            raise SpecError("--factor and --to need an --axis", hint="e.g. --axis ffn --factor 2")
         return []
     joined = [axis for axis in axes if "," in axis]
     if joined:
@@ -92,6 +111,10 @@ def axes_from_options(
     found = [axis_with_factor(axis, "--axis") for axis in axes]
     bare = [item for item in found if "factor" not in item]
     for number, ratio in enumerate(ratios):
+        if ratio >= _SIZE:
+            raise SpecError(
+                f"--factor {ratio:g}: that many times the size", hint=f"for a size: --to {ratio:.0f}"
+            )
         if not ratio > 1:
             raise SpecError(
                 f"--factor {ratio:g} (axes.{number}.factor): only widening; a factor is greater than 1",
@@ -120,7 +143,8 @@ def axes_from_options(
     if len(values) != len(bare) or not bare:
         raise SpecError(
             f"{len(bare)} --axis without a factor but {given} --{field}: give one for all, or one for "
-            "each, in order"
+            "each, in order",
+            hint="for example " + " ".join(f"--axis {item['axis']}=2" for item in bare or found),
         )
     for item, value in zip(bare, values, strict=True):
         item[field] = value
@@ -134,6 +158,11 @@ def axis_with_factor(text: str, where: str) -> dict[str, Any]:
         SpecError: the factor is no number, or one that is a size or no growth.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
+    joined = _JOINED.fullmatch(name)
+    if joined and not equals:
+        raise SpecError(
+            f"{where} {text}: a factor stands behind =", hint=f"write {joined[1]}={joined[2]}, or --factor"
+        )
     if not equals:
         return {"axis": name}
     try:
@@ -166,6 +195,9 @@ def _number(value: str | float, where: str, kind: type[_Number]) -> _Number:
 
 def _plain_number(text: str) -> str | None:
     """The number that a text has in it: ``2x``, ``1,5``, ``4k``."""
+    share = re.fullmatch(r"(\d+)\s*%", text.strip())
+    if share:
+        return f"write {int(share[1]) / 100:g}"
     match = re.fullmatch(r"x?(\d+(?:[.,]\d+)?)\s*[x*]?", text.strip().lower())
     return f"write {match[1].replace(',', '.')}" if match else None
 
@@ -213,7 +245,9 @@ def make_spec(data: Mapping[str, Any], where: str = "spec") -> ExpansionSpec:
     try:
         return ExpansionSpec.model_validate(data)
     except ValidationError as error:
-        raise SpecError(_explain(error, where), hint=_hint(error, where)) from None
+        from sparkling_cli.spec import refused
+
+        raise SpecError(refused.explain(error, where), hint=refused.hint(error, where)) from None
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,54 +257,3 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    lines = []
-    found_in = {str(item["loc"][0]) for item in error.errors() if len(item["loc"]) > 1}
-    for item in error.errors():
-        if item["type"] == "too_short" and str(item["loc"][0]) in found_in:
-            continue  # what it should hold is wrong, which is said
-        path = ".".join(map(str, item["loc"])) or "spec"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = f"no such field; fields here: {', '.join(_fields(item['loc']))}"
-        found = (
-            ""
-            if item["type"] in ("extra_forbidden", "missing", "value_error")
-            else f" (found {item['input']!r})"
-        )
-        lines.append(f"{where}: {path}: {message}{found}")
-    return "\n".join(lines)
-
-
-def _hint(error: ValidationError, where: str) -> str | None:
-    """What was probably meant, where that can be said."""
-    for item in error.errors():
-        if item["loc"] == ("axes",) and item["type"] in ("missing", "too_short"):
-            ask = "--axis ffn --factor 2" if where == "options" else "axes: [{axis: ffn, factor: 2}]"
-            return f"name what to widen: {ask}"
-        if item["type"] == "literal_error":
-            field = ExpansionSpec.model_fields.get(str(item["loc"][-1])) if len(item["loc"]) == 1 else None
-            allowed = [str(choice) for choice in get_args(field.annotation)] if field is not None else []
-            given = str(item["input"])
-            near = [choice for choice in allowed if choice.startswith(f"{given}-")]
-            near = near or difflib.get_close_matches(given, allowed, n=1)
-            if near:
-                return f"did you mean {near[0]!r}?"
-    return None
-
-
-def _fields(location: tuple[int | str, ...]) -> list[str]:
-    """Fields of the model that holds the unknown field at ``location``."""
-    from sparkling_cli.spec.model import AxisSpec, BaselineSpec, RewarmupSpec
-
-    nested: dict[str, type[BaseModel]] = {
-        "axes": AxisSpec,
-        "rewarmup": RewarmupSpec,
-        "baseline": BaselineSpec,
-    }
-    model: type[BaseModel] = (
-        nested.get(str(location[0]), ExpansionSpec) if len(location) > 1 else ExpansionSpec
-    )
-    return sorted(model.model_fields)

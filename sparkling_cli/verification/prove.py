@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -12,12 +13,13 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError, VerificationError
 from sparkling_cli.execute.commit import in_the_making
+from sparkling_cli.formats.detect import meant_by
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.formats.optimizer_states import form_of, is_named
 from sparkling_cli.layout.depth import shallower_layout
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.manifest import FileEntry, Manifest, TensorEntry, read_manifest
+from sparkling_cli.manifest import FileEntry, Manifest, TensorEntry, manifest_of, read_manifest
 from sparkling_cli.models.expected import Asking, class_faults, weight_shapes
 from sparkling_cli.models.stored import without_strays
 from sparkling_cli.plan.deepen import deeper_source
@@ -39,6 +41,13 @@ from sparkling_cli.widening.reference import Wanted
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
+def _reversed(source: Path | None, output: Path) -> str | None:
+    """What to say where the two were given in the wrong order."""
+    if source is None or manifest_of(source) is None:
+        return None
+    return f"the source comes first: {shlex.join(['sparkling', 'verify', str(output), str(source)])}"
+
+
 def verify(source: Path | None, output: Path, *, progress: Progress | None = None) -> Verification:
     """Prove an output.
 
@@ -58,7 +67,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
         CheckpointError: there is no output or no manifest, or the source cannot be opened.
     """
     if not output.exists():
-        raise CheckpointError(f"there is no output at {output}")
+        raise CheckpointError(f"there is no output at {output}", hint=meant_by(output))
     if in_the_making(output):
         raise CheckpointError(
             f"{output} is no output yet: a run that was killed has left it",
@@ -68,7 +77,8 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
     if not (sidecars / MANIFEST).exists():
         raise CheckpointError(
             f"{output} has no manifest ({MANIFEST}), so nothing can be proved",
-            hint="only outputs of `sparkling expand` have one; it may have been moved away from its output",
+            hint=_reversed(source, output)
+            or "only outputs of `sparkling expand` have one; it may have been moved away from its output",
         )
     faults = check_small_files(sidecars, DIGESTS, MANIFEST)
     _stop_at(faults, output)

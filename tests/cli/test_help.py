@@ -122,8 +122,8 @@ def test_examples_work_on_the_bundled_checkpoint(
         (["expand", "x", "-o", "y"], "the output is the second argument: sparkling expand CKPT DST"),
         (["expand", "x", "--zzz"], "see `sparkling expand --help`"),
         (["--axis", "ffn", "x"], "the command comes first: sparkling expand ... --axis"),
-        (["expand"], "see `sparkling expand --help`"),
-        (["verify", "x"], "see `sparkling verify --help`"),
+        (["expand"], "for example `sparkling expand ckpt/ --axis ffn --factor 2`; see"),
+        (["verify", "x"], "for example `sparkling verify ckpt/ ckpt-ffn2x/`; see"),
         (["expand", "x", "--threads", "many"], "see `sparkling expand --help`"),
     ],
 )
