@@ -397,10 +397,10 @@ def layout_of(path: Path | str, *, model: str | None = None) -> ModelLayout:
     """
     path = Path(path)
     if path.suffix == ".json" and path.is_file():
+        from sparkling_cli.formats.directory import read_json
         from sparkling_cli.models.infer import infer
-        from sparkling_cli.models.locate import read_config
 
-        return infer(read_config(path), model=model)
+        return infer(read_json(path.parent, path.name), model=model)
     return open_source(path, model=model)[1]
 
 

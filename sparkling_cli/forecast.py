@@ -69,11 +69,11 @@ def subject_of(source: Path, *, layout: Path | None = None, model: str | None = 
         CheckpointError, LayoutError: it cannot be opened, or its layout cannot be known.
     """
     if source.suffix == ".json" and source.is_file():
+        from sparkling_cli.formats.directory import read_json
         from sparkling_cli.layout.file import read_layout
         from sparkling_cli.models.infer import infer
-        from sparkling_cli.models.locate import read_config
 
-        config = read_config(source)
+        config = read_json(source.parent, source.name)
         found = read_layout(layout) if layout is not None else infer(config, model=model)
         item, words = _config_bytes(config)
         return Subject(source.name, found, config, item, 2.0 * item, f"{words}, AdamW's two moments alike")

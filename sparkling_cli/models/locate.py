@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparkling_cli.errors import CheckpointError, LayoutError
+from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.expr import Role, axis_names
@@ -127,21 +126,6 @@ def packaged_layout(checkpoint: Checkpoint) -> ModelLayout | None:
         if found is not None:
             return found
     return None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json.
-
-    Raises:
-        CheckpointError: unreadable, no JSON, or no mapping.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read the config {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"the config {path} must hold an object, found {type(data).__name__}")
-    return data
 
 
 def named_states(
