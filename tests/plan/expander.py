@@ -156,6 +156,8 @@ BLOCKS: dict[str, tuple[tuple[Dim, ...], ...]] = {
     r"conv1d\.weight": tuple((keep(*items), keep(1), keep(4)) for items in (CHANNELS, (32,), (32,))),
     r"conv1d\.bias": ((out(*CHANNELS),), (keep(32),), (keep(32),)),
 }
+#: kinds that have them
+MAMBA = ("mamba2", "bamba")
 #: kind -> pattern of a name -> its dims
 TENSORS: dict[str, dict[str, tuple[Dim, ...]]] = {
     "llama": {**HEADS, **MLP, **AROUND},
@@ -197,6 +199,14 @@ TENSORS: dict[str, dict[str, tuple[Dim, ...]]] = {
         r"dt_bias|A_log|D": (keep(*CHANNELS[:3]),),
         r"out_proj\.weight": (out("hidden"), into(*CHANNELS)),
     },
+    "bamba": {
+        **HEADS,
+        **{pattern.replace("mlp", "feed_forward"): dims for pattern, dims in MLP.items()},
+        r"mamba\.norm\.weight": (keep(*CHANNELS),),
+        r"dt_bias|A_log|D": (keep(*CHANNELS[:3]),),
+        r"out_proj\.weight": (out("hidden"), into(*CHANNELS)),
+        **AROUND,
+    },
     "gpt2": {
         r"wte\.weight": (keep(101), out("hidden")),
         r"wpe\.weight": (keep(43), out("hidden")),
@@ -219,9 +229,7 @@ def expanded(
     result = {}
     tied = not {"lm_head.weight", "embed_out.weight"} & weights.keys()
     for name, value in weights.items():
-        blocks = next(
-            (b for p, b in BLOCKS.items() if kind == "mamba2" and re.search(rf"\.{p}$", name)), None
-        )
+        blocks = next((b for p, b in BLOCKS.items() if kind in MAMBA and re.search(rf"\.{p}$", name)), None)
         if blocks is not None:
             result[name] = in_blocks(asked, value, blocks)
             continue

@@ -33,6 +33,18 @@ SMALL: dict[str, dict[str, Any]] = {
         "intermediate_size": 48,
     },
     "mamba2": {**KINDS["mamba2"], "hidden_size": 64, "num_heads": 16},
+    "bamba": {
+        **CONFIGS["llama"],
+        "hidden_size": 64,
+        "head_dim": 14,
+        "intermediate_size": 48,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 16,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+    },
     "gpt2": {**CONFIGS["gpt2"], "n_embd": 40, "n_inner": 48},
 }
 #: kind -> axes to ask for together, as ``{asked: {axis: size before}}``
@@ -57,6 +69,13 @@ AXES: dict[str, dict[str, dict[str, int]]] = {
     },
     "gpt_neox": {"ffn": {"ffn": 48}, "heads hidden": {"heads": 4, "hidden": 40}},
     "mamba2": {"mamba_expand": {"mamba_expand": 2}, "hidden mamba_heads": {"hidden": 64, "mamba_heads": 4}},
+    "bamba": {
+        "ffn": {"ffn": 48},
+        "heads": {"q_per_kv": 2},
+        "kv_heads": {"kv_heads": 2},
+        "mamba_expand": {"mamba_expand": 2},
+        "hidden mamba_heads": {"hidden": 64, "mamba_heads": 4},
+    },
     "gpt2": {"ffn": {"ffn": 48}, "heads hidden": {"heads": 4, "hidden": 40}},
 }
 SIZES: dict[str, dict[str, int]] = {

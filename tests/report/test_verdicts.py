@@ -66,6 +66,7 @@ CASES = (
     Case("moe", "hidden", 2, "copy-copy", (), ("100.0% of tokens",), COPIES),
     Case("moe", "hidden", 2, "zero-copy", (), ("100.0% of tokens",), "as in the dense model, tied or not"),
     Case("moe", "ffn", 2, "zero-copy", ("mlp",), ROUTED, ALIGNED),
+    Case("moe", "ffn", 2, "random-zero", ("mlp",), ROUTED, ALIGNED),
     Case("moe", "hidden", 2, "random-copy", ("self_attn", "mlp"), ("worse than uniform prediction",),
          "a tied table with random columns: the head adds noise to every logit"),
     Case("moe", "heads", 2, "random-random", ("self_attn",), ROUTED, ALIGNED),
