@@ -23,7 +23,7 @@ from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.layout import file as layout_file
 from sparkling_cli.layout.depth import LAYERS, Order, deeper_layout, new_layers, ordered
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.plan.model import Expansion, Recipe, Row
+from sparkling_cli.plan.model import Calibration, Expansion, Recipe, Row
 from sparkling_cli.plan.symmetry import treatment_of, with_fills
 from sparkling_cli.results.account import Account
 from sparkling_cli.spec.model import ExpansionSpec
@@ -52,7 +52,8 @@ class AxisHistory(_Data):
 class Stage(_Data):
     """One expansion: number (1 = first), optimizer step, growth ``axis -> [before, after]``, spec.
 
-    ``calibration`` has the factors that were fitted on tokens, by tensor in the module.
+    ``calibration`` has the factors that were fitted on tokens, by tensor in the module; ``calibration_new``
+    those on new entries of a tensor, where they are others.
     """
 
     stage: int
@@ -60,6 +61,7 @@ class Stage(_Data):
     growth: dict[str, tuple[int, int]]
     spec: dict[str, Any]
     calibration: dict[str, float] = {}
+    calibration_new: dict[str, float] = {}
 
 
 class FileEntry(_Data):
@@ -195,7 +197,7 @@ def make_manifest(expansion: Expansion, written: Written, others: Mapping[str, b
             "step": plan.source.facts.get("global_step"),
             "growth": {name: [g.source, g.target] for name, g in sorted(plan.growth.items())},
             "spec": spec,
-            **({} if plan.calibration is None else {"calibration": dict(plan.calibration.factors)}),
+            **_fitted(plan.calibration),
         }
     )
     before = {} if previous is None else previous.births()
@@ -278,6 +280,14 @@ def _tensors(rows: tuple[Row, ...], common: Mapping[Recipe, str], written: Writt
         entry = f'{{"name":{quoted(row.name)},{common[row.recipe]},"crc32":{crc}}}'
         entries.append(f"{quoted(row.key)}:{entry}")
     return "{" + ",".join(entries) + "}"
+
+
+def _fitted(calibration: Calibration | None) -> dict[str, dict[str, float]]:
+    """A stage's factors that were fitted on tokens."""
+    if calibration is None:
+        return {}
+    new = {"calibration_new": dict(calibration.fresh)} if calibration.fresh else {}
+    return {"calibration": dict(calibration.factors), **new}
 
 
 def _common(recipe: Recipe) -> str:

@@ -8,9 +8,15 @@ App. B) is what it was in the source on the same tokens. The factor goes into th
 gives the output. Under copy-copy columns get 1/multiplicity first, which keeps the function of inner axes
 exactly. The head gets the factor that brings the best temperature of the predictions back to the source's.
 
-The first batch is run once, each function fitted with all earlier ones in place. Then the widened model with
-its factors is run over all tokens and the factors are corrected by what is left, until nothing is; so what
-comes out was measured on the model that is written.
+Where something new is drawn or zero, what a function adds is signal, of the old entries, and noise, of the
+new ones. What is missing is made up for by the signal alone: new entries keep the method's scale, and
+the factor goes to the old ones. Only where there is too much does it go to both. So the noise is never
+amplified; a common factor brings sizes back too, and the loss is above that of the method's rule.
+
+The first batch is run a few times, each function fitted with all earlier ones in place, until new entries
+have their scale. Then the widened model with its factors is run over all tokens and the factors are corrected
+by what is left, until nothing is; so what comes out was measured on the model that is written. How much
+batches differ says how well the ratios are known; where that is not enough, more tokens are taken.
 
 These rules are ours, not the paper's. Widened weights are made in memory, one tensor at a time.
 """
@@ -19,8 +25,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from math import isfinite, prod
+from dataclasses import dataclass, replace
+from math import ceil, isfinite, log, nan, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +36,8 @@ from sparkling_cli.diagnostics.probe import Probe, pieces
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.directory import rewritten_json
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.layout.expr import Role, axis_names
-from sparkling_cli.plan.build import with_calibration
+from sparkling_cli.layout.expr import COUNTED, Role, axis_names
+from sparkling_cli.plan.build import build_plan, with_calibration
 from sparkling_cli.plan.model import Calibration, Plan, Row
 from sparkling_cli.storage.read import TensorSource
 from sparkling_cli.storage.tensors import StoredTensor
@@ -48,8 +54,12 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
-#: sequences to fit on, at most
-SEQUENCES = 64
+#: sequences to fit on at first, and at most where that is too few
+SEQUENCES, MOST = 64, 512
+#: standard error of a ratio that is good enough, and in how many batches at least it is estimated
+_SURE, _BATCHES = 0.005, 16
+#: a difference of losses that is none
+_NOISE = 1e-4
 #: a ratio may be off by this share on the tokens that it was fitted on
 TOLERANCE = 0.02
 #: the axis of the residual stream
@@ -58,6 +68,8 @@ _STREAM = "hidden"
 _NEGLIGIBLE = 1e-4
 #: corrections, at most, and what is left after the last one that is needed
 _PASSES, _ENOUGH = 4, 1e-3
+#: first fits, at most, and how near new entries then are to the scale that they are to have
+_ROUNDS, _SETTLED = 5, 0.01
 #: where the factor on the logits is looked for, and at how many places
 _TEMPERATURES, _PLACES = (0.05, 4.0), 29
 
@@ -75,23 +87,47 @@ def calibrate(plan: Plan, *, data: Path | None, model: str | None, memory: int) 
         LayoutError: a ratio cannot be brought back; or no model can be built and run.
         CheckpointError, MissingDependencyError: no model can be built and run.
     """
-    with Probe(plan.source, model=model, memory=memory // 4) as small:
-        ids = tokens_for(small, data, SEQUENCES, LENGTH, 0).ids
-        batches = batches_of(ids, 2 * small.sequence_bytes(ids.shape[1]), memory)
-        small.run(batches[0])
-        first = _Fit(plan, _ratios(small), model=model, memory=memory // 4)
-    with Probe(plan.source, model=model, memory=memory // 4) as small:
-        temperature, targets = _run(small, batches), _ratios(small)
-    with first:
-        first.run(batches[0])
-    tensors, head, factors = first.tensors, _head(plan, first.last), dict(first.factors)
+    import torch
+
+    options: dict[str, Any] = {"model": model, "memory": memory // 4}
+    count, found = SEQUENCES, None
+    while True:
+        with Probe(plan.source, **options) as small:
+            ids = tokens_for(small, data, count, LENGTH, 0).ids
+            room = batches_of(ids, 2 * small.sequence_bytes(ids.shape[1]), memory)
+            batches = torch.split(ids, min(len(room[0]), -(-len(ids) // _BATCHES)))
+            if found is None:
+                small.run(room[0])
+                found = _first_fit(plan, _ratios(small), room[0], options)
+        with Probe(plan.source, **options) as small:
+            before = _run(small, batches)
+        after, calibration = _corrected(plan, found, before, batches, options)
+        error = before.error(after)
+        if error <= _SURE or len(ids) < count or count == MOST:
+            break
+        count = min(MOST, ceil(count * (error / _SURE) ** 2))
+    with _widened(_by_the_method(plan), **options) as wide:
+        for batch in batches:
+            wide.run(batch)
+        without = wide.result().loss
+    return replace(calibration, note=_note(ids.numel(), error, before.loss, without, after.loss))
+
+
+def _corrected(
+    plan: Plan, fit: _Fit, before: _Pass, batches: Sequence[torch.Tensor], options: Mapping[str, Any]
+) -> tuple[_Pass, Calibration]:
+    """Correct the factors of a fit by what is left on all tokens; the last pass, and what it was made with.
+
+    Raises:
+        LayoutError: a ratio cannot be brought back.
+    """
+    tensors, head, factors = fit.tensors, _head(plan, fit.last), fit.factors
     for left in reversed(range(_PASSES)):
-        kept = {name: factor for name, factor in factors.items() if abs(factor - 1) > _NEGLIGIBLE}
-        calibration = Calibration(kept)
-        with _widened(with_calibration(plan, calibration), model=model, memory=memory // 4) as wide:
-            cooler = _run(wide, batches) / temperature if head else 1.0
-            ratios = _ratios(wide)
-        moved = {name: ratios.get(name, 0.0) / wanted - 1 for name, wanted in targets.items()}
+        calibration = _calibration(factors, fit.shares)
+        with _widened(with_calibration(plan, calibration), **options) as wide:
+            after = _run(wide, batches)
+        cooler = after.temperature / before.temperature if head else 1.0
+        moved = {name: after.ratios.get(name, 0.0) / wanted - 1 for name, wanted in before.ratios.items()}
         fitted = {name: moved[name] for name in tensors.keys() & moved.keys()}
         if not left or max(map(abs, (cooler - 1, *fitted.values()))) < _ENOUGH:
             break
@@ -108,7 +144,107 @@ def calibrate(plan: Plan, *, data: Path | None, model: str | None, memory: int) 
             f"from the source's: {why}",
             hint="use --scaling rms",
         )
-    return calibration
+    return after, calibration
+
+
+def _by_the_method(plan: Plan) -> Plan:
+    """The same plan with the method's factors alone."""
+    originals = {axis: grown.originals for axis, grown in plan.growth.items()}
+    spec = plan.spec.model_copy(update={"scaling": "rms"})
+    return build_plan(plan.source, plan.layout, spec, originals)
+
+
+def _note(tokens: int, error: float, *losses: float | None) -> str:
+    """What a calibration was made on, how sure it is, and what it does to the loss there."""
+    words = f"calibrated on {tokens:,} tokens: ratios are known to {error:.1%} (standard error)"
+    if None in losses:
+        return words
+    before, without, after = (float(loss or 0) for loss in losses)
+    words += f"; loss there {before:.4f} before, {after:.4f} widened, {without:.4f} by --scaling rms"
+    if after > without + _NOISE:
+        words += ". It is higher than by --scaling rms: prefer that if the loss at the boundary matters"
+    return words
+
+
+def _first_fit(
+    plan: Plan, targets: Mapping[str, float], ids: torch.Tensor, options: Mapping[str, Any]
+) -> _Fit:
+    """Factors that give functions their ratios on a few tokens, and what new entries get of them.
+
+    A tensor's new entries get ``share * factor``, which is to be the factor, or 1 where that is less. As the
+    factor depends on the share, the two are found in turn.
+
+    Args:
+        plan: with the method's factors.
+        targets: function -> ratio.
+        ids: of tokens.
+        options: of a probe.
+    """
+    noisy = _noisy(plan)
+    shares: dict[str, float] = {}
+    for left in reversed(range(_ROUNDS)):
+        fit = _Fit(plan, targets, shares, **options)
+        with fit:
+            fit.run(ids)
+        wanted = {name: min(1.0, 1 / factor) for name, factor in fit.factors.items() if name in noisy}
+        off = max((abs(wanted[name] / shares.get(name, 1.0) - 1) for name in wanted), default=0.0)
+        if not left or off < _SETTLED:
+            break
+        shares = wanted
+    return fit
+
+
+def _noisy(plan: Plan) -> set[str]:
+    """Tensors in which some new entry is no copy, or meets something that is none."""
+    loose = {axis for axis, grown in plan.growth.items() if not grown.copied}
+    found = set()
+    for row in plan.rows:
+        pattern = row.recipe.pattern
+        grown = pattern.dims.axes() & plan.growth.keys() if pattern is not None else set()
+        if grown & loose and not grown & COUNTED:
+            found.add(row.stream.partition("[")[0])
+    return found
+
+
+def _calibration(factors: Mapping[str, float], shares: Mapping[str, float]) -> Calibration:
+    """Factors that are more than rounding, and those of new entries where they are others."""
+    kept = {name: factor for name, factor in factors.items() if abs(factor - 1) > _NEGLIGIBLE}
+    new = {name: kept.get(name, 1.0) * share for name, share in shares.items()}
+    return Calibration(kept, {name: f for name, f in new.items() if abs(shares[name] - 1) > _NEGLIGIBLE})
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """All tokens through a model.
+
+    Attributes:
+        temperature: the factor on its logits at which the loss is least, about.
+        ratios: function -> RMS(f(Norm h)) / RMS(h), where it adds something.
+        loss: per token.
+        logs: of every batch, function -> logarithm of the ratio there.
+        weights: tokens of every batch.
+    """
+
+    temperature: float
+    ratios: Mapping[str, float]
+    loss: float | None
+    logs: Sequence[Mapping[str, float]]
+    weights: Sequence[int]
+
+    def error(self, after: _Pass) -> float:
+        """The largest standard error of a change of a ratio, as a share, from how batches differ in it."""
+        import numpy as np
+
+        if len(self.weights) < 2:
+            return 0.0
+        weights = np.array(self.weights) / sum(self.weights)
+        errors = [0.0]
+        for name in self.ratios:
+            both = zip(self.logs, after.logs, strict=True)
+            moved = np.array([new.get(name, nan) - old.get(name, nan) for old, new in both])
+            off = weights * (moved - (weights * moved).sum())
+            errors.append(float(np.sqrt((off**2).sum() * len(off) / (len(off) - 1))))
+        return max(error for error in errors if isfinite(error))
 
 
 def _ratios(probe: Probe) -> dict[str, float]:
@@ -116,26 +252,37 @@ def _ratios(probe: Probe) -> dict[str, float]:
     return {stat.name: stat.r for stat in probe.result().functions if stat.r}
 
 
-def _run(probe: Probe, batches: Sequence[torch.Tensor]) -> float:
-    """All tokens through a model: the factor on its logits at which the loss is least, about.
+def _run(probe: Probe, batches: Sequence[torch.Tensor]) -> _Pass:
+    """All tokens through a model.
 
-    The loss is convex in the factor; it is taken at fixed places, with a parabola through the lowest three.
+    The loss is convex in a factor on the logits; it is taken at fixed places, with a parabola through the
+    lowest three.
     """
     import numpy as np
     from torch.nn.functional import cross_entropy
 
     places = np.geomspace(*_TEMPERATURES, _PLACES)
     losses = np.zeros(_PLACES)
+    logs: list[dict[str, float]] = []
+    known: dict[str, tuple[float, float]] = {}
     for ids in batches:
         for row, wanted in zip(probe.run(ids), ids, strict=True):
             for part, want in zip(pieces(row[:-1]), pieces(wanted[1:], row.shape[-1]), strict=True):
                 for i, factor in enumerate(places):
                     losses[i] += float(cross_entropy(part.float() * factor, want, reduction="sum"))
+        sums, logs = probe.squares(), [*logs, {}]
+        for name, (read, added) in sums.items():
+            old_read, old_added = known.get(name, (0.0, 0.0))
+            if added > old_added and read > old_read:
+                logs[-1][name] = log((added - old_added) / (read - old_read)) / 2
+        known = sums
     least = min(max(int(losses.argmin()), 1), _PLACES - 2)
     before, here, after = losses[least - 1 : least + 2]
     bend = before - 2 * here + after
     shift = (before - after) / (2 * bend) if bend > 0 else 0.0
-    return float(places[least] * (places[1] / places[0]) ** min(max(shift, -1.0), 1.0))
+    temperature = float(places[least] * (places[1] / places[0]) ** min(max(shift, -1.0), 1.0))
+    weights = [ids.numel() for ids in batches]
+    return _Pass(temperature, _ratios(probe), probe.result().loss, logs, weights)
 
 
 def _head(plan: Plan, parameter: str) -> list[str]:
@@ -181,7 +328,7 @@ class WidenedSource(TensorSource):
         import torch
 
         recipe = row.recipe
-        kernel = compile_kernel(recipe.view, recipe.dtype, recipe.scale, recipe.offset)
+        kernel = compile_kernel(recipe.view, recipe.dtype, recipe.scale, recipe.offset, fresh=recipe.fresh)
         source = old.contiguous().reshape(-1).view(torch.uint8).numpy()
         item = old.element_size()
         made = torch.empty(recipe.shape, dtype=old.dtype)
@@ -233,15 +380,25 @@ def _widened(plan: Plan, **options: Any) -> Probe:
 class _Fit(Probe):
     """The widened model, whose outputs are multiplied as they come by what is fitted to them.
 
+    Args:
+        plan: with the method's factors.
+        targets: function -> ratio that it is to have.
+        shares: tensor in the module -> factor on its new entries.
+        options: of a probe.
+
     Attributes:
+        shares: as given.
         tensors: function -> tensors in the module that its factor goes into; only those that have any.
         factors: tensor in the module -> factor.
         last: the parameter of the last product: the head's.
     """
 
-    def __init__(self, plan: Plan, targets: Mapping[str, float], **options: Any) -> None:
+    def __init__(
+        self, plan: Plan, targets: Mapping[str, float], shares: Mapping[str, float], **options: Any
+    ) -> None:
+        plan = with_calibration(plan, _calibration({}, shares))
         super().__init__(widened_checkpoint(plan), source=WidenedSource(plan), **options)
-        self._targets = targets
+        self._targets, self.shares = targets, shares
         self.tensors: dict[str, list[str]] = {}
         self.factors: dict[str, float] = {}
         self.last = ""

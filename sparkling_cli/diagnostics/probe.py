@@ -172,6 +172,11 @@ class Probe:
         """Block -> the sets of experts of the tokens of the last pass, [tokens, k]."""
         return self._watch.choices
 
+    def squares(self) -> dict[str, tuple[float, float]]:
+        """Function -> sums of squares so far: of the stream that it read, and of what it added."""
+        found = self._watch.functions.items()
+        return {name: (read.total, added.total) for name, (read, added, _) in found}
+
     def _sizes(self) -> Mapping[str, Any]:
         config: Any = getattr(self.model, "config", None)
         if hasattr(config, "get_text_config"):

@@ -175,8 +175,8 @@ def _kernels(recipes: Iterable[Recipe]) -> dict[Recipe, Kernel | None]:
         if recipe.zero or recipe.derived:
             found[recipe] = None
             continue
-        settings = (recipe.view, recipe.dtype, recipe.scale, recipe.offset)
+        settings = (recipe.view, recipe.dtype, recipe.scale, recipe.offset, PIECE, recipe.fresh)
         if settings not in made:
-            made[settings] = compile_kernel(*settings, PIECE)
+            made[settings] = compile_kernel(*settings)
         found[recipe] = made[settings]
     return found

@@ -125,7 +125,8 @@ def with_calibration(plan: Plan, calibration: Calibration) -> Plan:
     """The same plan with factors that were fitted on tokens."""
     originals = {axis: grown.originals for axis, grown in plan.growth.items()}
     made = build_plan(plan.source, plan.layout, plan.spec, originals, calibration)
-    return replace(made, notes=plan.notes, warnings=plan.warnings)
+    notes = (*plan.notes, calibration.note) if calibration.note else plan.notes
+    return replace(made, notes=notes, warnings=plan.warnings)
 
 
 def lay_out(plan: Plan) -> tuple[OutputFile, ...]:
@@ -195,8 +196,8 @@ class _Recipes:
             CheckpointError: new weights of this dtype cannot be computed.
         """
         found, fitted = self.compensations(name, pattern), self.calibration.of(stream or name)
-        silent = self.silent(name, new=new)
-        mark = (slot, pattern.name, dtype, fitted, form, silent, *found)
+        silent, fresh = self.silent(name, new=new), self.calibration.of_new(stream or name)
+        mark = (slot, pattern.name, dtype, fitted, fresh, form, silent, *found)
         if mark not in self._made:
             stored = form.stored if form is not None else tuple
             view = self._view(pattern.dims, found)
@@ -212,6 +213,7 @@ class _Recipes:
                 offset=offset,
                 zero=silent == 0,
                 pattern=None if slot else pattern,
+                fresh=None if fresh is None else self._factor(found, fresh)[0],
             )
             if recipe.changes and not slot and dtype not in FLOATING:
                 raise CheckpointError(

@@ -47,10 +47,11 @@ class Recipe:
         before: shape of the source.
         shape: shape of the target.
         view: sizes and runs, per view dim.
-        scale: factor on all entries (compensations).
+        scale: factor on all entries (compensations, and what was fitted on tokens).
         offset: see :class:`~sparkling_cli.layout.model.Compensation`; already folded: added after scale.
         zero: the whole tensor becomes zero (dropped state).
         pattern: of the layout, that stands for the weights; None for state.
+        fresh: factor on entries that are new on any dim, where that is not ``scale``.
     """
 
     kind: Kind
@@ -63,6 +64,7 @@ class Recipe:
     offset: float = 0.0
     zero: bool = False
     pattern: TensorPattern | None = None
+    fresh: float | None = None
 
     @property
     def untouched(self) -> bool:
@@ -84,7 +86,8 @@ class Recipe:
     def scales(self) -> tuple[float, float]:
         """The smallest and the largest factor of any entry."""
         low, high = scale_range(self.view)
-        return self.scale * low, self.scale * high
+        both = self.scale, self.scale if self.fresh is None else self.fresh
+        return min(both) * low, max(both) * high
 
     @property
     def fills(self) -> tuple[Fill, ...]:
@@ -144,13 +147,21 @@ class Calibration:
 
     Attributes:
         factors: tensor in the module -> factor on all of its entries.
+        fresh: the same on its new entries, where that is another.
+        note: what it was made on.
     """
 
     factors: Mapping[str, float] = field(default_factory=dict)
+    fresh: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
     def of(self, stream: str) -> float:
         """The factor on a tensor, or part of one, that has these random numbers (see ``widening.parts``)."""
         return self.factors.get(stream.partition("[")[0], 1.0)
+
+    def of_new(self, stream: str) -> float | None:
+        """The factor on its new entries; None where it is that of the others."""
+        return self.fresh.get(stream.partition("[")[0])
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,10 @@ class Derivation:
             if silent is not None:
                 zero, number = {"moment": "drop", "state": _WEIGHT}, {"scale": 0.0, "offset": silent}
                 return self._wanted(dims, dtype, **(zero if silent == 0 else number))
-        scale, offset, consumed = self._compensated(name)
-        return self._wanted(dims, dtype, consumed=consumed, scale=scale, offset=offset)
+        fitted, new = self._fitted(name)
+        scale, offset, consumed = self._compensated(name, fitted)
+        fresh = None if new is None else self._compensated(name, new)[0]
+        return self._wanted(dims, dtype, consumed=consumed, scale=scale, fresh=fresh, offset=offset)
 
     def _repeated(self) -> list[bool]:
         """Of every layer, whether one before it has the same source."""
@@ -219,7 +221,7 @@ class Derivation:
             treatment = self.spec.optimizer
             scale, consumed = 1.0, frozenset[str]()
             if treatment == "asymmetric-scaled" and kind is StateKind.MOMENT:
-                scale, _, consumed = self._compensated(name)
+                scale, _, consumed = self._compensated(name, self._fitted(name)[0])
             elif treatment == "asymmetric-scaled":
                 treatment = "asymmetric"
             fresh = kind is StateKind.MOMENT and treatment != "copy" and self.is_new_layer(name)
@@ -259,13 +261,17 @@ class Derivation:
         ]
         return [(NameTemplate(item.tensor), item) for item in grown]
 
-    def _compensated(self, name: str) -> tuple[float, float, frozenset[str]]:
+    def _fitted(self, name: str) -> tuple[float, float | None]:
+        """A tensor's factor that was fitted on tokens, and that of its new entries if it is another."""
+        stage, module = self._manifest.stages[-1], self.stream(name).partition("[")[0]
+        return stage.calibration.get(module, 1.0), stage.calibration_new.get(module)
+
+    def _compensated(self, name: str, fitted: float) -> tuple[float, float, frozenset[str]]:
         """A tensor's factor and offset, and the axes whose fan-in factor it carries, entry by entry.
 
         What becomes ``c (w + o) - o`` is multiplied by ``c``, and ``(c - 1) o`` is added (App. D.1, for norms
         that compute ``1 + w``).
         """
-        fitted = self._manifest.stages[-1].calibration.get(self.stream(name).partition("[")[0], 1.0)
         scale, offset, consumed = fitted, 0.0, set()
         for template, item in self._items:
             if template.matches(name):

@@ -118,6 +118,7 @@ class Kernel:
         dtype: of source and target.
         scale: factor on all entries.
         offset: added after scaling.
+        fresh: factor on entries that are new on any dim, in the stead of ``scale``.
     """
 
     dims: tuple[ViewDim, ...]
@@ -126,6 +127,7 @@ class Kernel:
     dtype: str
     scale: float
     offset: float
+    fresh: float
 
     @cached_property
     def source_entries(self) -> int:
@@ -238,7 +240,8 @@ class Kernel:
         steps = []
         for runs in product(*(dim.runs for dim in inner)):
             fill = _combined([*outer, *runs], self.dims)
-            factor = _factor(self.scale, [*outer, *runs], self.dtype)
+            new = any(run.new for run in (*outer, *runs))
+            factor = _factor(self.fresh if new else self.scale, [*outer, *runs], self.dtype)
             moved = fill is Fill.COPY and factor == 1.0 and self.offset == 0.0
             if self.dtype not in FLOATING and not moved and fill is not Fill.ZERO:
                 raise TypeError(f"{self.dtype} entries can be copied, not computed")
@@ -363,7 +366,12 @@ def _at_distances(data: Array, count: int, apart: int, shape: tuple[int, ...], d
 
 
 def compile_kernel(
-    view: View, dtype: str, scale: float = 1.0, offset: float = 0.0, piece: int = PIECE
+    view: View,
+    dtype: str,
+    scale: float = 1.0,
+    offset: float = 0.0,
+    piece: int = PIECE,
+    fresh: float | None = None,
 ) -> Kernel:
     """The kernel of a view; the same object for the same arguments.
 
@@ -373,19 +381,21 @@ def compile_kernel(
         scale: factor on all entries.
         offset: added after scaling.
         piece: bytes of an image, at most (one entry of the innermost dim at least).
+        fresh: factor on new entries, if it is not ``scale``.
     """
-    return _compiled(view, dtype, float(scale), float(offset), piece)
+    fresh = float(scale if fresh is None else fresh)
+    return _compiled(view, dtype, float(scale), float(offset), piece, fresh)
 
 
 @lru_cache(maxsize=1024)
-def _compiled(view: View, dtype: str, scale: float, offset: float, piece: int) -> Kernel:
+def _compiled(view: View, dtype: str, scale: float, offset: float, piece: int, fresh: float) -> Kernel:
     dims = collapse(view)
     room = max(piece // ITEM_BYTES[dtype], 1)
     split, inner = len(dims) - 1, 1
     while split >= 0 and inner * dims[split].target <= room:
         inner *= dims[split].target
         split -= 1
-    return Kernel(dims, split, max(room // max(inner, 1), 1), dtype, scale, offset)
+    return Kernel(dims, split, max(room // max(inner, 1), 1), dtype, scale, offset, fresh)
 
 
 def collapse(view: View) -> tuple[ViewDim, ...]:

@@ -362,6 +362,7 @@ class Wanted:
         dtype: of source and target, by torch's name.
         consumed: axes whose fan-in factor it carries, if it is elementwise.
         scale: factor on all entries.
+        fresh: factor on new entries, if another.
         offset: added after scaling.
         moment: the treatment, if it is optimizer state that is no copy of a weight.
         state: ``factor``, ``preconditioner`` or ``basis`` of such state; "" if new entries start from zero.
@@ -388,13 +389,14 @@ class Wanted:
         *,
         consumed: frozenset[str] = frozenset(),
         scale: float = 1.0,
+        fresh: float | None = None,
         offset: float = 0.0,
         moment: str = "",
         state: str = "",
         own: int = -1,
     ) -> None:
         self.dtype, self.scale, self.offset, self.moment = dtype, scale, offset, moment
-        self.state, self.own = state, own
+        self.state, self.own, self.fresh = state, own, fresh
         dims = [_along(dim, rules, consumed, wide_dtype(dtype), moment) for dim in layout.dims]
         self.dims = dims
         self.before = tuple(dim.size for dim in dims)
@@ -432,6 +434,9 @@ class Wanted:
 
         wide = np.dtype(wide_dtype(self.dtype)).type
         factor: Array = np.full((1, 1), wide(self.scale))
+        if self.fresh is not None:
+            new = np.logical_or.outer(self.row.new[rows], self.column.new[columns])
+            factor = np.where(new, wide(self.fresh), wide(self.scale))
         for one in self.row.factors:
             factor = factor * one[rows][:, None]
         for one in self.column.factors:

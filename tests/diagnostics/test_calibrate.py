@@ -18,6 +18,7 @@ from fixtures.tiny import make_model
 from sparkling_cli import api
 from sparkling_cli.diagnostics import calibrate as calibration
 from sparkling_cli.errors import VerificationError
+from sparkling_cli.plan.build import with_calibration
 from sparkling_cli.plan.model import Calibration
 
 #: checkpoint, axis, factor, pair; ``python -m benchmarks.calibrated`` goes over all of them
@@ -32,12 +33,16 @@ CASES = [
     ("moe-qwen3", "hidden", 1.5, "copy-copy"),
     ("moe-qwen3", "heads", 2, "random-random"),
     ("moe-qwen3", "hidden", 2, "random-zero"),
+    ("moe-qwen3", "hidden", 2, "random-copy"),
+    ("moe-qwen3", "heads", 2, "random-copy"),
+    ("dense-llama", "hidden", 2, "random-copy"),
+    ("dense-llama", "hidden", 2, "random-random"),
 ]
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "axis", "factor", "init"),
-    [*CASES[:4], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[4:])],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
 )
 def test_blocks_add_what_they_added(
     checkpoint: str, axis: str, factor: float, init: str, tmp_path: Path
@@ -52,6 +57,55 @@ def test_blocks_add_what_they_added(
     assert moved(before, heldout) < 0.02
     assert None not in (rms.loss, heldout.loss)
     assert heldout.loss <= rms.loss + 1e-4  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("axis", "init", "giving"),
+    [("hidden", "random-copy", ("o_proj", "down_proj")), ("ffn", "random-random", ("down_proj",))],
+)
+def test_new_entries_are_never_amplified(
+    axis: str, init: str, giving: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What is missing is made up for by old entries; new ones stay those of the method, or less."""
+    asked: dict[str, Any] = {"axes": [{"axis": axis, "factor": 2}], "init": init}
+    expanded("llama", tmp_path, **asked)
+    api.expand(tmp_path / "small", tmp_path / "rms", report="none", **asked)
+    old, rms, made = (load_file(tmp_path / f / "model.safetensors") for f in ("small", "rms", "wide"))
+    raised = 0
+    for name, before in old.items():
+        if not name.endswith(tuple(f"{part}.weight" for part in giving)):
+            continue
+        rows, columns = before.shape
+        new = torch.ones_like(made[name], dtype=torch.bool)
+        new[:rows, :columns] = False
+        factors = [float((made[name][of] / rms[name][of]).median()) for of in (~new, new)]
+        raised += factors[0] > 1.05
+        assert factors[1] == pytest.approx(min(factors[0], 1.0), rel=0.02), name
+        for of, factor in zip((~new, new), factors, strict=True):
+            assert torch.allclose(made[name][of], rms[name][of] * factor, rtol=1e-4, atol=1e-7), name
+    assert raised
+
+
+def test_how_well_ratios_are_known() -> None:
+    """The standard error of the mean of what a ratio's logarithm moved by, over batches."""
+    moved = np.random.default_rng(0).normal(0.01, 0.03, 16)
+    before = calibration._Pass(1.0, {"f": 0.5}, None, [{"f": 0.2}] * 16, [256] * 16)
+    after = calibration._Pass(1.0, {"f": 0.5}, None, [{"f": 0.2 + x} for x in moved], [256] * 16)
+    assert before.error(after) == pytest.approx(moved.std(ddof=1) / 4)
+
+
+def test_more_tokens_are_taken_where_ratios_differ(
+    dense_checkpoint: Path, heldout_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the standard error asks for, of what the file has; the plan's notes say how many."""
+    monkeypatch.setattr(calibration, "SEQUENCES", 4)
+    monkeypatch.setattr(calibration, "MOST", 9)
+    axes = [{"axis": "ffn", "factor": 2}]
+    plan = api.make_plan(dense_checkpoint, axes=axes, init="random-copy", scaling="calibrated").plan
+    found = calibration.calibrate(plan, data=heldout_text, model=None, memory=1 << 28)
+    note = with_calibration(plan, found).notes[-1]
+    assert note.startswith(f"calibrated on {9 * 256:,} tokens")
+    assert re.search(r"loss there 3\.\d+ before, 3\.\d+ widened, 3\.\d+ by --scaling rms$", note)
 
 
 def expanded(kind: str, folder: Path, **asked: Any) -> dict[str, list[float]]:
@@ -156,9 +210,10 @@ def test_another_factor_is_found(
 
 
 def test_factors_are_recorded_proved_and_the_same_again(
-    moe_checkpoint: Path, heldout_text: Path, tmp_path: Path
+    moe_checkpoint: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs are equal to the byte; verify finds the factors that the manifest records."""
+    monkeypatch.setattr(calibration, "SEQUENCES", 8)
     for name in ("one", "two"):
         api.expand(
             moe_checkpoint,

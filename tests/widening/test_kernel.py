@@ -32,11 +32,18 @@ from tests.execute.engine_support import (
 from tests.widening.whole import target_shape, widen_tensor
 
 
-def by_pieces(tensor: torch.Tensor, view: View, piece: int, scale: float = 1.0, offset: float = 0.0) -> bytes:
+def by_pieces(
+    tensor: torch.Tensor,
+    view: View,
+    piece: int,
+    scale: float = 1.0,
+    offset: float = 0.0,
+    fresh: float | None = None,
+) -> bytes:
     """The widened tensor's bytes, made by the kernel; every target byte must be made exactly once."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     item = ITEM_BYTES[dtype]
-    kernel = compile_kernel(view, dtype, scale, offset, piece)
+    kernel = compile_kernel(view, dtype, scale, offset, piece, fresh)
     source, target = as_array(to_bytes(tensor)), np.zeros(kernel.target_entries * item, dtype=np.uint8)
     touched = np.zeros(kernel.target_entries, dtype=np.int64)
     known = moments_of(tensor, view) if kernel.random else {}
@@ -83,7 +90,9 @@ def moments_of(tensor: torch.Tensor, view: View) -> dict[Unit, Moments]:
     return found
 
 
-def entry_by_entry(tensor: torch.Tensor, view: View, scale: float, offset: float) -> bytes:
+def entry_by_entry(
+    tensor: torch.Tensor, view: View, scale: float, offset: float, fresh: float | None
+) -> bytes:
     """The same by the definition, one entry after the other, from the plan's documentation alone."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     wide = np.float64 if dtype == "float64" else np.float32
@@ -99,9 +108,13 @@ def entry_by_entry(tensor: torch.Tensor, view: View, scale: float, offset: float
     for index in product(*(range(n) for n in sizes)):
         unit = part_of(view, index, "target")
         number = drawn[unit] = drawn.get(unit, -1) + 1
-        source, fills, shields, factor = [], {}, set(), wide(scale)
-        for t, dim in zip(index, view, strict=True):
-            run = next(r for r in dim.runs if r.target <= t < r.target + r.length)
+        found = [
+            next(r for r in dim.runs if r.target <= t < r.target + r.length)
+            for t, dim in zip(index, view, strict=True)
+        ]
+        new = fresh is not None and any(run.new for run in found)
+        source, fills, shields, factor = [], {}, set(), wide(fresh if new else scale)
+        for t, dim, run in zip(index, view, found, strict=True):
             source.append(run.source + t - run.target)
             fills.setdefault(dim.dim, []).append(run.fill)
             shields |= {dim.dim} if run.shield else set()
@@ -157,15 +170,19 @@ def test_kernel_is_reference(
     dtype=st.sampled_from(sorted(FLOATING)),
     scale=st.sampled_from((1.0, 0.7)),
     offset=st.sampled_from((0.0, -1.0)),
+    fresh=st.sampled_from((None, 1.0, 1.3)),
 )
-def test_kernel_is_definition(view: View, dtype: str, scale: float, offset: float) -> None:
+def test_kernel_is_definition(
+    view: View, dtype: str, scale: float, offset: float, fresh: float | None
+) -> None:
     """The bits are those of the definition, entry by entry, in numpy scalars.
 
     The entries' standard deviation is summed differently there, so random entries may differ in the
     last bits; all others must not.
     """
     tensor = random_tensor(dtype, source_shape(view), 1)
-    made, wanted = by_pieces(tensor, view, 64, scale, offset), entry_by_entry(tensor, view, scale, offset)
+    made = by_pieces(tensor, view, 64, scale, offset, fresh)
+    wanted = entry_by_entry(tensor, view, scale, offset, fresh)
     kind = getattr(torch, dtype)
     if any(run.fill is Fill.RANDOM for dim in view for run in dim.runs):
         a = torch.frombuffer(bytearray(made), dtype=kind).double()
