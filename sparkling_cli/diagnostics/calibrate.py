@@ -11,7 +11,8 @@ exactly. The head gets the factor that brings the best temperature of the predic
 Where something new is drawn or zero, what a function adds is signal, of the old entries, and noise, of the
 new ones. What is missing is made up for by the signal alone: new entries keep the method's scale, and
 the factor goes to the old ones. Only where there is too much does it go to both. So the noise is never
-amplified; a common factor brings sizes back too, and the loss is above that of the method's rule.
+amplified; a common factor brings sizes back too, and the loss is above that of the method's rule. New
+columns of embeddings are lowered until no more enters the first block than did.
 
 The first batch is run a few times, each function fitted with all earlier ones in place, until new entries
 have their scale. Then the widened model with its factors is run over all tokens and the factors are corrected
@@ -26,7 +27,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, isfinite, log, nan, prod
+from math import ceil, isfinite, log, nan, prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ def calibrate(plan: Plan, *, data: Path | None, model: str | None, memory: int) 
             batches = torch.split(ids, min(len(room[0]), -(-len(ids) // _BATCHES)))
             if found is None:
                 small.run(room[0])
-                found = _first_fit(plan, _ratios(small), room[0], options)
+                found = _first_fit(plan, small, room[0], options)
         with Probe(plan.source, **options) as small:
             before = _run(small, batches)
         after, calibration = _corrected(plan, found, before, batches, options)
@@ -166,9 +167,7 @@ def _note(tokens: int, error: float, *losses: float | None) -> str:
     return words
 
 
-def _first_fit(
-    plan: Plan, targets: Mapping[str, float], ids: torch.Tensor, options: Mapping[str, Any]
-) -> _Fit:
+def _first_fit(plan: Plan, small: Probe, ids: torch.Tensor, options: Mapping[str, Any]) -> _Fit:
     """Factors that give functions their ratios on a few tokens, and what new entries get of them.
 
     A tensor's new entries get ``share * factor``, which is to be the factor, or 1 where that is less. As the
@@ -176,22 +175,41 @@ def _first_fit(
 
     Args:
         plan: with the method's factors.
-        targets: function -> ratio.
+        small: the source, after these tokens.
         ids: of tokens.
         options: of a probe.
     """
-    noisy = _noisy(plan)
+    noisy, targets = _noisy(plan), _ratios(small)
     shares: dict[str, float] = {}
+    tables: dict[str, float] = {}
     for left in reversed(range(_ROUNDS)):
         fit = _Fit(plan, targets, shares, **options)
         with fit:
             fit.run(ids)
+        if not shares:
+            tables = dict.fromkeys(fit.tables & noisy, _table_share(plan, small, fit))
         wanted = {name: min(1.0, 1 / factor) for name, factor in fit.factors.items() if name in noisy}
+        wanted |= tables
         off = max((abs(wanted[name] / shares.get(name, 1.0) - 1) for name in wanted), default=0.0)
         if not left or off < _SETTLED:
             break
         shares = wanted
     return fit
+
+
+def _table_share(plan: Plan, small: Probe, wide: Probe) -> float:
+    """The factor on new columns of embeddings at which no more enters the first block than in the source.
+
+    Where the old channels of the stream have an RMS of R and all of them one of R', the new ones have a mean
+    square of ``(d' R'^2 - d R^2) / (d' - d)``; by the factor it is R^2, or less.
+    """
+    grown = plan.growth.get(_STREAM)
+    before, after = ([point.rms for point in of.result().stream[:1]] for of in (small, wide))
+    if grown is None or not before or not after:
+        return 1.0
+    squares = grown.target * after[0] ** 2 - grown.source * before[0] ** 2
+    new = squares / (grown.target - grown.source)
+    return min(1.0, before[0] / sqrt(new)) if new > 0 else 1.0
 
 
 def _noisy(plan: Plan) -> set[str]:
@@ -391,11 +409,14 @@ class _Fit(Probe):
         tensors: function -> tensors in the module that its factor goes into; only those that have any.
         factors: tensor in the module -> factor.
         last: the parameter of the last product: the head's.
+        tables: tensors in the module that are embeddings, and give the stream its first entries.
     """
 
     def __init__(
         self, plan: Plan, targets: Mapping[str, float], shares: Mapping[str, float], **options: Any
     ) -> None:
+        from torch import nn
+
         plan = with_calibration(plan, _calibration({}, shares))
         super().__init__(widened_checkpoint(plan), source=WidenedSource(plan), **options)
         self._targets, self.shares = targets, shares
@@ -404,6 +425,8 @@ class _Fit(Probe):
         self.last = ""
         rows = {row.stream.partition("[")[0]: row for row in plan.rows if not row.slot}
         self._giving = [name for name, row in rows.items() if _gives_stream(row)]
+        embeddings = {f"{p}.weight" for p, m in self.model.named_modules() if isinstance(m, nn.Embedding)}
+        self.tables = embeddings & set(self._giving)
         self._watch.adjust = self._adjust
 
     def _observe(self, parameter: str, x: torch.Tensor, y: torch.Tensor) -> None:
