@@ -204,12 +204,12 @@ def _table_share(plan: Plan, small: Probe, wide: Probe) -> float:
     square of ``(d' R'^2 - d R^2) / (d' - d)``; by the factor it is R^2, or less.
     """
     grown = plan.growth.get(_STREAM)
-    before, after = ([point.rms for point in of.result().stream[:1]] for of in (small, wide))
+    before, after = ([point.rms or 0.0 for point in of.result().stream[:1]] for of in (small, wide))
     if grown is None or not before or not after:
         return 1.0
     squares = grown.target * after[0] ** 2 - grown.source * before[0] ** 2
     new = squares / (grown.target - grown.source)
-    return min(1.0, before[0] / sqrt(new)) if new > 0 else 1.0
+    return min(1.0, before[0] / sqrt(new)) if new > 0 and before[0] else 1.0
 
 
 def _noisy(plan: Plan) -> set[str]:
