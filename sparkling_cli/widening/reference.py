@@ -361,8 +361,7 @@ class Wanted:
         rules: what is asked for.
         dtype: of source and target, by torch's name.
         consumed: axes whose fan-in factor it carries, if it is elementwise.
-        scale: factor on all entries.
-        fresh: factor on new entries, if another.
+        scale: factor on all entries; ``fresh`` is that on new ones, if it is another.
         offset: added after scaling.
         moment: the treatment, if it is optimizer state that is no copy of a weight.
         state: ``factor``, ``preconditioner`` or ``basis`` of such state; "" if new entries start from zero.
@@ -397,15 +396,13 @@ class Wanted:
     ) -> None:
         self.dtype, self.scale, self.offset, self.moment = dtype, scale, offset, moment
         self.state, self.own, self.fresh = state, own, fresh
-        dims = [_along(dim, rules, consumed, wide_dtype(dtype), moment) for dim in layout.dims]
-        self.dims = dims
+        self.dims = dims = [_along(dim, rules, consumed, wide_dtype(dtype), moment) for dim in layout.dims]
         self.before = tuple(dim.size for dim in dims)
         self.shape = tuple(len(dim.source) for dim in dims)
         self.zero = moment == "drop" and state != UNIT
         grows = self.before != self.shape
         self.whole = bool(state) and grows and not self.zero and not (moment == "copy" and state == MEANS)
-        self.row = _joined(dims[:-1])
-        self.column = dims[-1] if dims else _joined([])
+        self.row, self.column = _joined(dims[:-1]), dims[-1] if dims else _joined([])
         sides = (self.row, self.column)
         still = self.before == self.shape and not any(side.factors for side in sides)
         self.same = still and scale == 1.0 and offset == 0.0 and not self.zero
