@@ -467,10 +467,13 @@ def _state_recipe(
     if kind in (StateKind.SCALAR, StateKind.UNKNOWN) or not grows:
         return recipes.unchanged(Kind.SCALAR if prod(stored.shape) == 1 else Kind.OTHER, slot, stored)
     why = REFUSED.get(base_name(slot), "factored, projected or quantized state of a form that is not known")
+    quantized = stored.dtype == "uint8" and base_name(slot) in ("state1", "state2")
+    first = "make it 32-bit, and 8-bit again afterwards: docs/how-to/optimizers.md has the script; or "
     raise CheckpointError(
         f"optimizer state {slot!r} of {param!r} is {stored.dtype} of shape {stored.shape}, the "
         f"parameter has {weight_shape}. It cannot be widened: {why}",
-        hint="expand a copy of the checkpoint without the optimizer's state, with --init random-copy (what "
+        hint=(first if quantized else "")
+        + "expand a copy of the checkpoint without the optimizer's state, with --init random-copy (what "
         "parts copies is the state), and restart the optimizer; or say what it is: "
         + (ways(slot) if form is not None else f"--state {slot}=carry"),
     )
