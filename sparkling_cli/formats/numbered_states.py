@@ -190,19 +190,16 @@ def _resolve(
     groupings = _groupings(len(problem.groups), names, decay, vocabulary, problem.shapes)
     for place, (label, grouping) in enumerate(groupings):
         outcome: dict[str, str] | str
+        trainers = place == 0 or label == _OLDER_TRAINER
         try:
-            if place == 0:
-                outcome = _assign(problem, grouping)
-            else:
-                older = label == _OLDER_TRAINER
-                outcome = _assign_sized(problem, grouping) if older else _assign_whole(problem, grouping)
+            outcome = _assign(problem, grouping, frozen=place == 0, twins=trainers)
         except _InDoubtError as error:
             outcome = str(error)
             tried = [f"{label}: {outcome}"]
             break
         if isinstance(outcome, str):
             tried.append(f"{label}: {outcome}")
-        elif place == 0 or label == _OLDER_TRAINER:
+        elif trainers:
             return outcome
         else:
             found.setdefault(tuple(sorted(outcome.items())), label)
@@ -299,14 +296,23 @@ def _by_shapes(problem: _Problem, names: Sequence[str]) -> dict[str, str] | str:
     return named if wrong is None else _mismatch(problem, wrong, named[wrong])
 
 
-def _assign(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
+def _assign(problem: _Problem, grouping: Grouping, *, frozen: bool, twins: bool) -> dict[str, str] | str:
     """Numbers to names under a grouping, or why it does not work.
 
-    A group with fewer numbers than names has frozen parameters; which ones must follow from the shapes.
+    Args:
+        problem: the numbers, and the names' shapes.
+        grouping: the names.
+        frozen: a group may have fewer numbers than names; which ones must follow from the shapes.
+        twins: parameters of one shape may be in different groups.
     """
+    home: dict[tuple[int, ...], tuple[int, str]] = {}
+    for index, name in ((index, name) for index, names in enumerate(grouping) for name in names):
+        other, twin = home.setdefault(problem.shapes[name], (index, name))
+        if other != index and not twins:
+            return f"{name!r} and {twin!r} have one shape and would be in different groups"
     pairs = list(enumerate(zip(problem.groups, grouping, strict=True)))
     for index, (numbers, names) in pairs:
-        if len(numbers) > len(names):
+        if len(numbers) > len(names) or (len(numbers) < len(names) and not frozen):
             return f"group {index} has {len(numbers)} parameters, {len(names)} expected"
     named: dict[str, str] = {}
     for index, (numbers, names) in pairs:
@@ -321,25 +327,6 @@ def _assign(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
             return f"group {index} has {len(numbers)} of {len(names)} parameters (frozen ones?): {outcome}"
         named.update(outcome)
     return named
-
-
-def _assign_sized(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
-    """As ``_assign``, but no parameter may be frozen: the groups have the sizes of this grouping."""
-    for index, (numbers, names) in enumerate(zip(problem.groups, grouping, strict=True)):
-        if len(numbers) != len(names):
-            return f"group {index} has {len(numbers)} parameters, {len(names)} expected"
-    return _assign(problem, grouping)
-
-
-def _assign_whole(problem: _Problem, grouping: Grouping) -> dict[str, str] | str:
-    """As ``_assign``, but no parameter may be frozen, and groups must be told apart by shapes alone."""
-    home: dict[tuple[int, ...], tuple[int, str]] = {}
-    for index, names in enumerate(grouping):
-        for name in names:
-            other, twin = home.setdefault(problem.shapes[name], (index, name))
-            if other != index:
-                return f"{name!r} and {twin!r} have one shape and would be in different groups"
-    return _assign_sized(problem, grouping)
 
 
 def _embed(problem: _Problem, numbers: Sequence[str], names: Sequence[str]) -> dict[str, str] | str:
