@@ -106,6 +106,10 @@ class NameTemplate:
         except KeyError as error:
             raise LayoutError(f"no index for {{{error.args[0]}}} of {self.text!r}") from None
 
+    def partly(self, indices: Mapping[str, int]) -> str:
+        """The template with these indices, and placeholders for all others."""
+        return _PLACEHOLDER.sub(lambda match: str(indices.get(match["axis"], match[0])), self.text)
+
     @property
     def placeholders(self) -> tuple[tuple[str, frozenset[int] | None], ...]:
         """Every axis in the name, with the indices that it is restricted to (None: all)."""

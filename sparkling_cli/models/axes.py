@@ -247,8 +247,13 @@ def _grouped(
                 done |= set(same)
                 continue
             name = _fresh(axes, kind if kind in _NAMED else path[-1], path)
-            axes[name] = AxisKey(name, kind, value, (path,))
-            terms[path] = (name,)
+            keys = {path}
+            if kind == "vocab":  # further tables of the same tokens
+                beside = {p for p in sizing if p[:-1] == path[:-1] and kind_of(p[-1]) == kind}
+                keys |= {p for p in beside if sizing[p] == value}
+            axes[name] = AxisKey(name, kind, value, tuple(sorted(keys)))
+            terms.update(dict.fromkeys(keys, (name,)))
+            done |= keys
     return axes, terms
 
 

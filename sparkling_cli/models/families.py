@@ -98,7 +98,8 @@ def hypotheses(found: TinyAxes, model: nn.Module) -> Hypotheses:
                 options[variable] = tuple(fits or [str(n)])
             if options[variable] == (str(n),):
                 for axis in moved:
-                    why = f"a dim of {n} entries answers {moved} to doubled axes"
+                    adds = ", ".join(f"{other} adds {entries}" for other, entries in moved.items())
+                    why = f"in a tiny model its dim of {n} is no product or sum of axes: twice {adds}"
                     unexplained.setdefault(name, {})[axis] = why
             terms.append(variable)
         direction: Variable = ("direction", *key)

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.models.axes import TinyAxes
 from sparkling_cli.models.shrink import forward, run, tokens
-from sparkling_cli.models.skeleton import ModelFactory, build_model
+from sparkling_cli.models.skeleton import ModelFactory, build_model, words_of
 from sparkling_cli.widening.reference import Rules, Wanted, widened_array
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ _KEPT = 2
 
 
 class LogitParity:
-    """One tiny random model and its widened models; build once, then call ``error`` any number of times."""
+    """One tiny random model and its widened models; build once, then call ``error`` any number of times.
+
+    Attributes:
+        raised: what went wrong last on a widened config.
+    """
 
     def __init__(self, found: TinyAxes, *, factory: ModelFactory | None = None, seed: int = 0) -> None:
         import torch
@@ -33,6 +38,7 @@ class LogitParity:
         self.found = found
         self.factory = factory
         self.ids = tokens(found.config)
+        self.raised = ""
         self._wide: dict[tuple[tuple[str, int], ...], nn.Module] = {}
         for dtype in (torch.float64, torch.float32):
             self.dtype = dtype
@@ -79,7 +85,8 @@ class LogitParity:
             model = self.wide(factors)
             self._load(model, layouts, factors, compensations)
             logits = run(model, self._tokens(times)).to(torch.float64)
-        except Exception:  # any model code may raise anything on sizes it does not accept
+        except Exception as error:  # any model code may raise anything on sizes it does not accept
+            self.raised = words_of(error).removeprefix("LayoutError: ")[:200]
             return math.inf
         wanted = self.logits.repeat(times, 1, times)
         if logits.shape != wanted.shape or not bool(torch.isfinite(logits).all()):
@@ -106,7 +113,9 @@ class LogitParity:
         with torch.no_grad():
             for name, target in model.state_dict().items():
                 if target.shape != wide[name].shape:
-                    raise ValueError(f"{name}: {tuple(target.shape)} is not {tuple(wide[name].shape)}")
+                    raise LayoutError(
+                        f"{name} has shape {tuple(target.shape)} there, and not {tuple(wide[name].shape)}"
+                    )
                 target.copy_(wide[name])
 
     def unchanged(self, state: Mapping[str, torch.Tensor]) -> bool:

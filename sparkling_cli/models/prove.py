@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import COUNTED, Role, TensorLayout
@@ -21,6 +21,7 @@ from sparkling_cli.models.families import Family, Hypotheses, Options, _tied_hea
 from sparkling_cli.models.labels import label, texts
 from sparkling_cli.models.parity import LogitParity, widened
 from sparkling_cli.models.search import Outcome, effects, layouts_of, prove
+from sparkling_cli.models.shrink import tried_shapes
 from sparkling_cli.models.sizes import OTHER_MODALITY, kind_of, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, shared_names
 from sparkling_cli.models.stored import ignored_by
@@ -171,11 +172,19 @@ def _proved_alone(
         return AxisVerdict(False, reason.splitlines()[0][:300]), None
     groups = [v for p, v in walk(found.config) if kind_of(p[-1]) == "groups" and type(v) is int and v > 1]
     if name == "experts" and groups:
-        why = f"its router first chooses among {groups[0]} groups of experts: copies would be in other groups"
+        why = "its router first chooses among groups of experts: copies would be in other groups"
         return AxisVerdict(False, why), None
     axes = _along(found, name)
-    for family in (f for f in hyp.families if any(f.involves(a) for a in axes)):
-        unknown = _unprovable(family, hyp, options, axes, unreached, found.sizes)
+    table = _table(parity, axes)
+    if table is not None:
+        why = f"{table} is a table of whole numbers: what it says of new entries cannot be computed"
+        return AxisVerdict(False, why), None
+    moved = [f for f in hyp.families if any(f.involves(a) for a in axes)]
+    if all(set(f.names) <= unreached for f in moved):
+        why = f"nothing can be proved about {moved[0].names[0]}: logits of plain text do not depend on it"
+        return AxisVerdict(False, why), None
+    for family in moved:
+        unknown = _unprovable(parity, family, hyp, options, axes, unreached)
         if unknown is not None:
             return AxisVerdict(False, unknown), None
     comps: list[tuple[Compensation, ...]] = [()]
@@ -194,7 +203,9 @@ def _proved_alone(
             ), None
         reason = f"logits of a tiny random model kept at 2x and 3x (relative error {outcome.error:.1e})"
         return AxisVerdict(True, reason, joint), outcome
-    best = "no hypothesis ran" if math.isinf(outcome.error) else f"best relative error {outcome.error:.1e}"
+    best = f"best relative error {outcome.error:.1e}"
+    if math.isinf(outcome.error):
+        best = parity.raised or "its logits are not finite or have another shape"
     reason = f"none of {outcome.tried} hypotheses keeps the logits of a tiny random model ({best})"
     return AxisVerdict(False, reason, joint), None
 
@@ -206,13 +217,26 @@ def _along(found: TinyAxes, name: str) -> list[str]:
     return [name, *found.coupled] if name == "hidden" else [name]
 
 
+def _table(parity: LogitParity, axes: Sequence[str]) -> str | None:
+    """A tensor of whole numbers that the axes make larger; None if there is none."""
+    found = parity.found
+    tables = [name for name, tensor in parity.state.items() if not tensor.is_floating_point()]
+    if not tables:
+        return None
+    after = found.moved[axes[0]] if len(axes) == 1 else None
+    if after is None:
+        tried = tried_shapes(found.resized(dict.fromkeys(axes, 2)), parity.factory)
+        after = {} if isinstance(tried, str) else tried
+    return next((n for n in tables if n in after and after[n] != found.shapes[n]), None)
+
+
 def _unprovable(
+    parity: LogitParity,
     family: Family,
     hyp: Hypotheses,
     options: Options,
     axes: Sequence[str],
     unreached: frozenset[str],
-    sizes: Mapping[str, int],
 ) -> str | None:
     """Why logits can say nothing about a family, or None.
 
@@ -226,7 +250,7 @@ def _unprovable(
     if not set(family.names) & unreached:
         return None
     for variable in (family.direction, *family.terms):
-        if len(effects(variable, options[variable], [family], axes, sizes)) > 1:
+        if len(effects(variable, options[variable], [family], axes, parity.found.sizes)) > 1:
             tensor = sorted(set(family.names) & unreached)[0]
             return f"nothing can be proved about {tensor}: logits of plain text do not depend on it"
     return None
@@ -298,7 +322,7 @@ def _disk(
         inside = widened(parity.state, layouts, parity.found.sizes, factors, compensations)
         truth = to_disk(parity.wide(factors), inside)
         own = to_disk(parity.model, parity.state)
-        renamed = [_on_disk(c, tensors) for c in compensations]
+        renamed = [one for c in compensations for one in _on_disk(c, tensors)]
         there = widened(own, {t.name: t.layout for t in tensors}, parity.found.sizes, factors, renamed)
         for name, tensor in truth.items():
             if not torch.equal(
@@ -320,6 +344,7 @@ def _source_name(name: str, found: TinyAxes) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", lambda number: str(int(number[0]) % count), name)
 
 
-def _on_disk(c: Compensation, tensors: list[DiskTensor]) -> Compensation:
-    name = next((t.name for t in tensors if t.source == c.tensor), c.tensor)
-    return Compensation(c.axis, name, c.config, c.fan_in, c.power, c.offset)
+def _on_disk(c: Compensation, tensors: list[DiskTensor]) -> list[Compensation]:
+    """The factor under the names of the tensor's parts on disk."""
+    names = [t.name for t in tensors if t.source == c.tensor] or [c.tensor]
+    return [replace(c, tensor=name) for name in names]

@@ -88,7 +88,7 @@ def real_layout(
         if disk is None
         else tuple(TensorPattern(t, _renamed(lay, renames)) for t, lay in disk.items()),
         config=_config_terms(findings.found, real, prefix, renames, axes) | _repeated_counts(config, axes),
-        compensations=_compensations(findings, patterns),
+        compensations=_compensations(findings, patterns, assembly),
         tied=_tied(findings),
         assembly=assembly,
         aliases=_aliases(findings, renames),
@@ -279,21 +279,42 @@ def _tied(findings: Findings) -> tuple[tuple[str, ...], ...]:
     return tuple(groups)
 
 
-def _compensations(findings: Findings, patterns: Sequence[Pattern]) -> tuple[Compensation, ...]:
+def _compensations(
+    findings: Findings, patterns: Sequence[Pattern], assembly: Mapping[str, Sequence[str]]
+) -> tuple[Compensation, ...]:
     """Factors under module names, and again under the names on disk where those differ.
 
+    A factor is one number for a whole tensor of the module, and so for each of its parts on disk.
+
+    Args:
+        findings: of the tiny model.
+        patterns: of the real one.
+        assembly: pattern of the module -> the patterns on disk that make it up, in the real model.
+
     Raises:
-        LayoutError: a factor is on one layer in the middle, or on disk under other names layer by layer.
+        LayoutError: a factor is on one layer in the middle, or on a part of a tensor on disk.
     """
     on_disk = {t.source: t.name for t in findings.disk or ()}
+    parts = {module: tuple(own) for module, own in assembly.items()}
     found: dict[Compensation, None] = {}
     for c in findings.compensations:
         found.update(dict.fromkeys(replace(c, tensor=name) for name in _tensors_of(c, findings, patterns)))
     for c in findings.compensations:
-        if c.tensor and on_disk.get(c.tensor, c.tensor) != c.tensor:
-            if split(c.tensor)[1]:
-                raise LayoutError(f"the factor on {c.tensor!r} is on disk under another name, layer by layer")
+        if not c.tensor or on_disk.get(c.tensor, c.tensor) == c.tensor:
+            continue
+        if not split(c.tensor)[1]:
             found[replace(c, tensor=on_disk[c.tensor])] = None
+            continue
+        for name in _tensors_of(c, findings, patterns):
+            template = next((one for one in parts if one == name or NameTemplate(one).matches(name)), None)
+            if template is None:
+                raise LayoutError(
+                    f"the factor on {c.tensor!r} is on a tensor that is stored with others, as one"
+                )
+            own = NameTemplate(template)
+            at = {} if template == name else dict(zip(own.axes, own.indices(name) or (), strict=True))
+            filled = (NameTemplate(part).partly(at) for part in parts[template])
+            found.update(dict.fromkeys(replace(c, tensor=part) for part in filled))
     return tuple(found)
 
 

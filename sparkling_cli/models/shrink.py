@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.models.sizes import Path, get_path, kind_of, set_path, walk
-from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, text_config
+from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, text_config, words_of
 from sparkling_cli.models.tiny_config import (
     VARIANTS,
     Variant,
@@ -206,4 +206,4 @@ def tried_shapes(config: ConfigDict, factory: ModelFactory | None) -> Shapes | s
     try:
         return shapes(config, factory)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return words_of(error)

@@ -255,6 +255,15 @@ def _has_part(config_class: Any, wanted: Any) -> bool:
     return any(_has_part(part, wanted) for part in parts if part is not config_class)
 
 
+#: what stands before the class's own words where its config refuses a size
+_WRAPPED = re.compile(r"^LayoutError: the class of .*?Class validation error for validator '\w+': ")
+
+
+def words_of(error: Exception) -> str:
+    """What a class raised, in one line and in its own words."""
+    return _WRAPPED.sub("", " ".join(f"{type(error).__name__}: {error}".split()))
+
+
 def build_model(
     config: Mapping[str, Any], *, meta: bool = True, factory: ModelFactory | None = None
 ) -> nn.Module:

@@ -19,6 +19,12 @@ from sparkling_cli.layout.parse import parse_expr
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
 
+#: names of axes that other models have, and the names that their like here may have
+_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("ffn", "expert_ffn", "shared_ffn"), ("expert_ffn", "ffn")),
+    **dict.fromkeys(("heads", "kv_heads", "q_per_kv"), ("heads", "kv_heads")),
+    **dict.fromkeys(("head_dim", "experts", "experts_per_token", "layers", "hidden", "vocab"), ()),
+}
 _HEAD_AXES = frozenset({"heads", "kv_heads", "q_per_kv"})
 #: what people call an axis, beside the config's own keys
 _CALLED = {
@@ -294,6 +300,8 @@ def _unknown(name: str, layout: ModelLayout) -> SpecError:
     plain = name.lower().replace("-", "_")
     axis = _AXIS_CALLED.get(plain) or _AXIS_CALLED.get(plain.replace("_", "").removesuffix("size"), "")
     close = [axis] if axis in offered else difflib.get_close_matches(plain, offered, n=1)
+    if plain in _ELSEWHERE:  # well spelled, of another model
+        close = [other for other in _ELSEWHERE[plain] if other in offered][:1]
     hint = f"did you mean {close[0]!r}?" if close else "choose one of these; sparkling layout CKPT shows each"
     if axis in layout.axes and axis not in offered:
         hint = f"{axis!r} cannot be widened here: {layout.axes[axis].reason or 'not proved'}"

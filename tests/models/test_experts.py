@@ -176,7 +176,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
          "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
          "num_key_value_heads": 4},
         {"axes": BOTH},
-        "2 groups of experts",
+        "first chooses among groups of experts",
     ),
     "per token alone": (CONFIGS["mixtral"], {"axes": BOTH[1:]}, "couples experts_per_token to experts"),
     "other factors": (
