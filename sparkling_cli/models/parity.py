@@ -40,6 +40,7 @@ class LogitParity:
         self.ids = tokens(found.config)
         self.raised = ""
         self._wide: dict[tuple[tuple[str, int], ...], nn.Module] = {}
+        self._held: dict[tuple[tuple[str, int], ...], dict[str, object]] = {}
         for dtype in (torch.float64, torch.float32):
             self.dtype = dtype
             with torch.random.fork_rng(devices=[]):
@@ -62,9 +63,9 @@ class LogitParity:
         key = tuple(sorted(factors.items()))
         if key not in self._wide:
             for other in list(self._wide)[: 1 - _KEPT]:  # each is as large as all that is searched with it
-                del self._wide[other]
+                del self._wide[other], self._held[other]
             model = build_model(self.found.resized(factors), meta=False, factory=self.factory)
-            self._wide[key] = model.to(self.dtype)
+            self._wide[key], self._held[key] = model.to(self.dtype), {}
         return self._wide[key]
 
     def error(
@@ -109,14 +110,22 @@ class LogitParity:
     ) -> None:
         import torch
 
-        wide = widened(self.state, layouts, self.found.sizes, factors, compensations)
+        held = self._held[tuple(sorted(factors.items()))]
+        marks = {name: _mark(name, layouts[name], factors, compensations) for name in self.state}
+        kept = {name for name, _ in model.named_parameters() if held.get(name) == marks[name]}
+        stale = {name: tensor for name, tensor in self.state.items() if name not in kept}
+        wide = widened(stale, layouts, self.found.sizes, factors, compensations)
         with torch.no_grad():
             for name, target in model.state_dict().items():
+                if name in kept:
+                    continue
+                held.pop(name, None)
                 if target.shape != wide[name].shape:
                     raise LayoutError(
                         f"{name} has shape {tuple(target.shape)} there, and not {tuple(wide[name].shape)}"
                     )
                 target.copy_(wide[name])
+                held[name] = marks[name]
 
     def unchanged(self, state: Mapping[str, torch.Tensor]) -> bool:
         """Whether the tiny model gives the same logits with other weights."""
@@ -198,6 +207,13 @@ class LogitParity:
         for parameter in model.parameters():
             parameter.grad = None
         return used
+
+
+def _mark(
+    name: str, layout: TensorLayout, factors: Mapping[str, int], compensations: Sequence[Compensation]
+) -> object:
+    """What a widened tensor follows from: its layout and the factors on it."""
+    return layout.text, *(c for c in compensations if c.tensor == name and c.axis in factors)
 
 
 def widened(

@@ -9,9 +9,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparkling_cli.models.sizes import TINY_SIZES, Path, get_path, kind_of, set_path, tower_outputs, walk
+from sparkling_cli.models.sizes import (
+    OTHER_MODALITY,
+    TINY_SIZES,
+    Path,
+    get_path,
+    kind_of,
+    set_path,
+    tower_outputs,
+    walk,
+)
 from sparkling_cli.models.skeleton import ConfigDict
 
+#: widths inside of towers of other modalities: what text does not reach need not be as large as it is
+_WIDTH, _WIDE = re.compile(r"(input|output|proj\w*)_dim$"), 1024
+#: keys that say from which layer on experts are
 _DENSE_PREFIX = re.compile(r"first_k_dense|num_dense_layers|_layer_start_index$")
 #: Sizes that some default configs leave open although the class needs them.
 _FILLABLE = re.compile(r"_heads$|_head_dim$|_budget$|_ratio$|^clip_qkv$")
@@ -289,6 +301,13 @@ def _integer(
         return min(value, 2 if path[-1].startswith("n") else 1)
     if kind == "rotary":
         return min(value, 4)
+    if (
+        kind is None
+        and value >= _WIDE
+        and _WIDTH.search(path[-1])
+        and OTHER_MODALITY.search(".".join(path[:-1]))
+    ):
+        return _inside_tower(real, path, value, used, nth)
     if kind is None or kind not in variant.sizes or value <= 0:
         return None
     if kind == "kv_heads":
@@ -309,6 +328,19 @@ def _integer(
         used[kind, value] = _another(kind, base, nth.get(kind, 0))
         nth[kind] = nth.get(kind, 0) + 1
     return used[kind, value]
+
+
+def _inside_tower(
+    real: Mapping[str, Any], path: Path, value: int, used: dict[tuple[str, Any], int], nth: dict[str, int]
+) -> int | None:
+    """The tiny value of a width inside a tower that no other name of its config hints at; None to keep it."""
+    beside = [v for p, v in walk(real) if p[:-1] == path[:-1] and p != path and kind_of(p[-1]) is not None]
+    if value in beside:  # it may have to be the same
+        return None
+    if ("tower", value) not in used:
+        used["tower", value] = 64 + 8 * nth.get("tower", 0)
+        nth["tower"] = nth.get("tower", 0) + 1
+    return used["tower", value]
 
 
 def _another(kind: str, base: int, nth: int) -> int:

@@ -1,0 +1,115 @@
+"""Reasons of refusals, and factors on what is stored under other names: small configs of their classes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from sparkling_cli.layout.model import Compensation
+from sparkling_cli.layout.parse import parse_layout
+from sparkling_cli.models.disk import DiskTensor
+from sparkling_cli.models.infer import infer
+from sparkling_cli.models.parity import LogitParity
+from sparkling_cli.models.patterns import patterns_of, split
+from sparkling_cli.models.prove import prove_axes
+from sparkling_cli.models.real_layout import _compensations
+from sparkling_cli.models.shrink import shrink
+from sparkling_cli.models.skeleton import build_model
+
+GEMMA = {
+    "model_type": "gemma4_text", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16,
+    "vocab_size": 211, "vocab_size_per_layer_input": 211, "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_tables_of_the_same_tokens_grow_together() -> None:
+    """Gemma 4 looks tokens up in two tables: a config key each, one axis."""
+    layout = infer(GEMMA)
+    assert layout.axes["vocab"].widenable
+    assert layout.config["vocab_size"] == layout.config["vocab_size_per_layer_input"] == "vocab"
+    tables = [p.name for p in layout.tensors if "vocab" in p.dims.axes()]
+    assert any("per_layer" in name for name in tables)
+
+
+def test_tables_of_different_sizes_are_two_axes() -> None:
+    """A token beyond the second table would have no entry there."""
+    layout = infer({**GEMMA, "model_type": "gemma3n_text", "vocab_size": 230})
+    assert not layout.axes["vocab"].widenable
+
+
+@pytest.mark.slow
+def test_a_table_of_whole_numbers_refuses_its_axes() -> None:
+    """DeepSeek-V4's first layers look experts up by token: what new tokens have there no weight says."""
+    findings = prove_axes(shrink({"model_type": "deepseek_v4"}))
+    for axis in ("vocab", "experts", "experts_per_token"):
+        verdict = findings.verdicts[axis]
+        assert not verdict.proved and "tid2eid is a table of whole numbers" in verdict.reason
+    ratio = findings.verdicts["heavily_compressed_attention"]  # more than the tokens of the proof
+    assert not ratio.proved and "logits of plain text do not depend on it" in ratio.reason
+
+
+def test_what_a_wide_model_holds_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two hypotheses only what differs; the logits are as if all were written."""
+    config = {"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 97}
+    tiny = shrink(config)
+    findings = prove_axes(tiny)
+    parity = LogitParity(findings.found)
+    layouts = {n: lay for f, lay in zip(findings.families, findings.layouts, strict=True) for n in f.names}
+    factors = {"ffn": 2}
+    assert parity.error(layouts, factors) <= parity.tolerance
+    wrong = {n: parse_layout("(2 ffn) <- hidden") if "up_proj" in n else lay for n, lay in layouts.items()}
+    wrong |= {n: parse_layout("ffn -> hidden") for n in layouts if "down_proj" in n}
+    assert parity.error(wrong, factors) > parity.tolerance
+    assert parity.error(layouts, factors) <= parity.tolerance
+    written: list[str] = []
+    monkeypatch.setattr(
+        "sparkling_cli.models.parity.widened", lambda state, *rest: written.extend(state) or dict(state)
+    )
+    assert parity.error(layouts, factors) <= parity.tolerance
+    assert not written
+
+
+def test_a_factor_on_what_has_another_name_in_every_layer() -> None:
+    """On all parts of the tensor, in all layers; on the last layer's norm, on its alone."""
+    shapes = {f"layers.{i}.{part}": 2 for i in range(3) for part in ("q.weight", "norm.weight")}
+    names = {key: [n for n in shapes if n.endswith(key)] for key in ("q.weight", "norm.weight")}
+    text = parse_layout("hidden <- hidden")
+
+    def disk(source: str, *stored: str) -> list[DiskTensor]:
+        return [DiskTensor(name, source, text, {}, at) for at, name in enumerate(stored)]
+
+    findings: Any = SimpleNamespace(
+        compensations=(
+            *(Compensation("hidden", f"layers.{i}.q.weight", power=0.5) for i in range(3)),
+            Compensation("hidden", "layers.2.norm.weight", fan_in=True),
+        ),
+        families=[SimpleNamespace(names=tuple(own)) for own in names.values()],
+        disk=[
+            *(t for i in range(3) for t in disk(f"layers.{i}.q.weight", f"h.{i}.qa", f"h.{i}.qb")),
+            *(t for i in range(3) for t in disk(f"layers.{i}.norm.weight", f"h.{i}.ln")),
+        ],
+    )
+    indices = [split(f"layers.{i}.q.weight")[1] for i in range(8)]
+    patterns = patterns_of({split(own[0])[0]: [(text, indices)] for own in names.values()})
+    own = {"q.weight": ("qa", "qb"), "norm.weight": ("ln",)}
+    assembly = {
+        f"layers.{{layers}}.{key}": tuple(f"h.{{layers}}.{part}" for part in parts)
+        for key, parts in own.items()
+    }
+    found = _compensations(cast(Any, findings), patterns, assembly)
+    assert {(c.tensor, c.power, c.fan_in) for c in found} == {
+        ("layers.{layers}.q.weight", 0.5, False), ("h.{layers}.qa", 0.5, False),
+        ("h.{layers}.qb", 0.5, False), ("layers.7.norm.weight", 0.0, True), ("h.7.ln", 0.0, True),
+    }  # fmt: skip
+
+
+def test_widths_inside_a_tower_are_tiny() -> None:
+    """Llama 4's adapter is 4096 wide by a key of its own: text does not reach it, so it need not be."""
+    own = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": {}, "vision_config": {}}
+    model = build_model(shrink({"model_type": "llama4", **own}))
+    assert max(max(p.shape) for n, p in model.named_parameters() if "vision_adapter" in n) < 1024
