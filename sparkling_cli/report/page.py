@@ -7,6 +7,7 @@ which rows are shown. Equal facts give equal bytes.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from functools import cache
@@ -140,8 +141,8 @@ def _drawing(draw: Callable[..., str]) -> Callable[..., Markup]:
 
 
 def breakable(name: str) -> Markup:
-    """A dotted name that may break behind its dots."""
-    return Markup(str(escape(name)).replace(".", ".<wbr>"))
+    """A dotted name that may break behind its dots; a number does not."""
+    return Markup(re.sub(r"\.(?=[^\W\d]|\{)", ".<wbr>", str(escape(name))))
 
 
 def _short(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log, sqrt
+from math import log, prod, sqrt
 
 from sparkling_cli.report import svg
 from sparkling_cli.results.expansion import TensorChange
@@ -15,8 +15,9 @@ BLOCKS_AT_MOST = 8
 def tensor_block(change: TensorChange) -> str:
     """One tensor to scale: what was there, and behind it the new rows and columns."""
     width, height = 168.0, 132.0
-    rows, columns = _matrix(change.after)
-    old_rows, old_columns = _matrix(change.before)
+    stacked = change.after[:-2] != change.before[:-2]
+    rows, columns = _matrix(change.after, stacked=stacked)
+    old_rows, old_columns = _matrix(change.before, stacked=stacked)
     w, h = _fit(rows, columns, 104.0, 84.0)
     x0, y0 = (width - w) / 2, 24 + (84 - h) / 2
     old_w, old_h = w * old_columns / columns, h * old_rows / rows
@@ -36,11 +37,13 @@ def _factor(scale: tuple[float, float]) -> str:
     return f", ×{significant(low)}…{significant(high)}"
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor; vectors are one column, stacked axes are left out."""
+def _matrix(shape: tuple[int, ...], *, stacked: bool) -> tuple[int, int]:
+    """Rows and columns of a tensor; vectors are one column, stacked axes are left out or below each other."""
     if not shape:
         return 1, 1
-    return (shape[0], 1) if len(shape) == 1 else (shape[-2], shape[-1])
+    if len(shape) == 1:
+        return shape[0], 1
+    return (prod(shape[:-1]) if stacked else shape[-2]), shape[-1]
 
 
 def _fit(rows: int, columns: int, width: float, height: float) -> tuple[float, float]:

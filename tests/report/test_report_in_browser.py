@@ -50,7 +50,7 @@ def test_the_probe_sees_console_messages_and_requests(tmp_path: Path) -> None:
     assert any("127.0.0.1" in url for url in seen.requests)
 
 
-@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("width", [400, 781, 1400])
 @pytest.mark.parametrize("name", REPORTS)
 def test_nothing_is_wider_than_the_window(name: str, width: int, tmp_path: Path) -> None:
     """No sideways scrolling on a phone or on a desk."""

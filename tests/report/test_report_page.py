@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 import pytest
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.report.page import render
-from sparkling_cli.results.expansion import Report
+from sparkling_cli.report.page import breakable, render
+from sparkling_cli.report.tensor_blocks import tensor_block
+from sparkling_cli.results.expansion import Report, TensorChange
 from sparkling_cli.results.numbers import signed
 from sparkling_cli.results.verdict import LOCKED, NO_REWARMUP, READY, offenders, verdict_of_expansion
 from tests.report.samples import activations, learning_rate, report
@@ -251,3 +252,27 @@ def test_missing_parts_are_said() -> None:
     assert "no model can be built" in words
     assert "the baseline is not known" in words
     assert "stay equal" in words
+
+
+def test_names_break_behind_dots_and_numbers_do_not() -> None:
+    """A share at the end of a line stays whole."""
+    assert breakable("model.layers.2.mlp 97.2%") == "model.<wbr>layers.2.<wbr>mlp 97.2%"
+    assert breakable("layers.{layers}.<b>") == "layers.<wbr>{layers}.&lt;b&gt;"
+
+
+def test_new_matrices_of_a_stack_are_drawn() -> None:
+    """Experts that grow are new rows below the old ones; a stack that does not grow is left out."""
+    change = TensorChange(
+        name="experts.up",
+        layout="experts | ffn <- hidden",
+        before=(4, 6, 8),
+        after=(8, 6, 8),
+        new_dims=(0,),
+        role="elementwise",
+        scale=(1.0, 1.0),
+        fill=("copy",),
+        count=1,
+    )
+    for changed, share in ((change, 0.5), (change.model_copy(update={"before": (8, 3, 8)}), 0.5)):
+        sizes = [float(x) for x in re.findall(r'<rect[^>]*height="([\d.]+)"', tensor_block(changed))]
+        assert sizes[1] / sizes[0] == pytest.approx(share, abs=0.01)
