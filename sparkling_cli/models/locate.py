@@ -107,7 +107,9 @@ def packaged_layout(checkpoint: Checkpoint) -> ModelLayout | None:
 
     config = checkpoint.config or {}
     sizing = [
-        ".".join(path) for path, value in walk(config) if kind_of(path[-1]) in _WIDTHS and type(value) is int
+        ".".join(path)
+        for path, value in walk(config)
+        if (kind_of(path[-1]) in _WIDTHS and type(value) is int) or _is_rotary_table(path[-1], value)
     ]
     stored = checkpoint.weights.items()
     own = {name: key for name, key in stored if not is_buffer(name, checkpoint.tensors[key].shape)}
@@ -126,6 +128,11 @@ def packaged_layout(checkpoint: Checkpoint) -> ModelLayout | None:
         if found is not None:
             return found
     return None
+
+
+def _is_rotary_table(key: str, value: object) -> bool:
+    """Whether it has an entry for every rotary frequency: what a head may become depends on its length."""
+    return key.endswith("_factor") and isinstance(value, list)
 
 
 def named_states(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ from sparkling_cli.models.labels import render
 from sparkling_cli.models.patterns import Pattern, fill, numbered, patterns_of, placeholder, split, template
 from sparkling_cli.models.prove import WIDTHS, Findings
 from sparkling_cli.models.real_model import RealModel
-from sparkling_cli.models.shrink import shapes
+from sparkling_cli.models.shrink import Shapes
 from sparkling_cli.models.sizes import (
     OTHER_MODALITY,
     Path,
@@ -43,7 +44,7 @@ from sparkling_cli.models.sizes import (
     tower_widths,
     walk,
 )
-from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, text_prefix
+from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, shared_names, text_prefix
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 
 #: Kinds of axes that never grow; head_dim does not either, but hidden may need it written.
@@ -70,7 +71,8 @@ def real_layout(
     Raises:
         LayoutError: the real model has tensors that the tiny one has no match for.
     """
-    real_shapes = shapes(real, factory)
+    built = build_model(real, factory=factory)
+    real_shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     sizes = real_sizes(findings, real, real_shapes)
     model = RealModel(findings.found, real, real_shapes, sizes, _proved(findings), factory)
     patterns = _patterns(findings, real_shapes, sizes, model)
@@ -89,7 +91,7 @@ def real_layout(
         else tuple(TensorPattern(t, _renamed(lay, renames)) for t, lay in disk.items()),
         config=_config_terms(findings.found, real, prefix, renames, axes) | _repeated_counts(config, axes),
         compensations=_compensations(findings, patterns, assembly),
-        tied=_tied(findings),
+        tied=_tied(findings, shared_names(built)),
         assembly=assembly,
         aliases=_aliases(findings, renames),
         notes=findings.notes,
@@ -102,21 +104,33 @@ def real_layout(
     layout = with_depth(layout, findings, config, real, prefix)
     counts = _repeated_counts(config, axes)  # what the config says itself stands for the class's own name
     own = {key: term for key, term in layout.config.items() if key in counts or term not in counts.values()}
-    return _without_towers(replace(layout, config=own), config, model, prefix)
+    layout = _without_towers(replace(layout, config=own), config, model, prefix)
+    return replace(layout, config={_as_written(key, config): term for key, term in layout.config.items()})
 
 
 def _as_built(layout: ModelLayout, model: RealModel, depth: int) -> ModelLayout:
-    """The layout without axes whose widened config would build another model than the widened tensors."""
+    """The layout without axes whose widened config would build another model than the widened tensors.
+
+    Two that the class refuses one by one may grow together: tables of rotary frequencies, say, are as long as
+    a head, which some configs have as hidden over heads.
+    """
     axes = dict(layout.axes)
+    refused: dict[str, str] = {}
     for name, info in layout.axes.items():
-        if info.widenable:
-            contradiction = model.contradiction(layout, (name, *info.joint), depth)
-            if contradiction is not None:
-                axes[name] = replace(info, widenable=False, reason=contradiction)
+        contradiction = model.contradiction(layout, (name, *info.joint), depth) if info.widenable else None
+        if contradiction is not None:
+            refused[name] = contradiction
+            axes[name] = replace(info, widenable=False, reason=contradiction)
+    alone = [name for name in refused if not layout.axes[name].joint]
+    for one, other in itertools.combinations(alone, 2):
+        paired = axes[one].widenable or axes[other].widenable
+        if not paired and model.contradiction(layout, (one, other), depth) is None:
+            axes[one] = replace(layout.axes[one], joint=(other,))
+            axes[other] = replace(layout.axes[other], joint=(one,))
     for name, info in layout.axes.items():
-        refused = [other for other in info.joint if not axes[other].widenable]
-        if info.widenable and refused:
-            axes[name] = replace(info, widenable=False, reason=axes[refused[0]].reason)
+        held = [other for other in info.joint if not axes[other].widenable]
+        if info.widenable and held:
+            axes[name] = replace(info, widenable=False, reason=axes[held[0]].reason)
     return replace(layout, axes=axes)
 
 
@@ -241,6 +255,16 @@ def _config_terms(
     return terms
 
 
+def _as_written(key: str, config: Mapping[str, Any]) -> str:
+    """A key of the class's own config as the checkpoint's has it, which may be without a table of the class.
+
+    Older configs of models that see have the text's sizes beside ``vision_config``, not in a ``text_config``.
+    """
+    table, _, rest = key.partition(".")
+    flat = rest and table not in config and "hidden_size" in config
+    return rest if flat else key
+
+
 def _repeated_counts(config: Mapping[str, Any], axes: Mapping[str, AxisInfo]) -> dict[str, str]:
     """Config keys that give a count once more: under another name of the class, or beside a text config."""
     found = {}
@@ -266,16 +290,25 @@ def _real_places(path: Path, real: ConfigDict, found: TinyAxes) -> list[Path]:
     ]
 
 
-def _tied(findings: Findings) -> tuple[tuple[str, ...], ...]:
-    """Tied module names, and the names of the same tensors on disk."""
+def _tied(findings: Findings, shared: Iterable[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """Tied module names, and the names of the same tensors on disk.
+
+    Args:
+        findings: of the tiny model, whose ties outside its layers are the real one's.
+        shared: names of the real model that are one tensor; blocks may be shared by other layers than in the
+            tiny one.
+    """
     on_disk = {t.source: t.name for t in findings.disk or ()}
-    groups = []
+    groups = [tuple(group) for group in shared if any(split(name)[1] for name in group)]
     for group in findings.tied:
+        if any(split(name)[1] for name in group):
+            continue
         others = [on_disk[n] for n in group[1:] if on_disk.get(n, n) != n]
         groups.append((*group, *others))
         first = on_disk.get(group[0], group[0])
-        if first != group[0]:
-            groups.append((first, *(on_disk.get(n, n) for n in group[1:])))
+        apart = [on_disk.get(n, n) for n in group[1:] if on_disk.get(n, n) not in group]
+        if first != group[0] and apart:  # a name follows one other, in the module as on disk
+            groups.append((first, *apart))
     return tuple(groups)
 
 

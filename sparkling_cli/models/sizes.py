@@ -47,7 +47,7 @@ _HINTS: tuple[tuple[str, str], ...] = (
     (
         "hidden",
         r"^hidden_size$|^d_model$|^n_embd$|^emb_dim$|^dim$|^model_dim$|^(input_|output_)?"
-        r"embedding_size$|^lru_width$|word_embed_proj_dim|^attention_hidden_size$|^embedding_dim$",
+        r"embedding_size$|^lru_width$|word_embed_proj_dim|^attention_hidden_size$|^embedding_dim$|^embed_dim$",
     ),
 )
 

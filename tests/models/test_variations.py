@@ -16,8 +16,10 @@ import torch
 from training_support import reloaded, state_of, trained
 
 from sparkling_cli import api
+from sparkling_cli.compute.shape import shape_of
 from sparkling_cli.models import sizes
 from sparkling_cli.models.infer import infer
+from sparkling_cli.models.skeleton import build_model
 
 pytestmark = pytest.mark.survey
 
@@ -229,3 +231,39 @@ def test_a_tower_of_the_same_width_holds_hidden(monkeypatch: pytest.MonkeyPatch)
     assert not layout.axes["hidden"].widenable
     assert "out_hidden_size" in layout.axes["hidden"].reason
     assert layout.axes["ffn"].widenable
+
+
+def test_tables_of_a_head_hold_its_width() -> None:
+    """Phi-3 wants tables of hidden over heads entries: hidden and heads grow together, neither alone."""
+    tables = {"type": "longrope", "long_factor": [1.5] * 8, "short_factor": [1.0] * 8}
+    config = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 96, "vocab_size": 61}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config |= {"intermediate_size": 40, "rope_scaling": tables, "original_max_position_embeddings": 64}
+    config |= {"max_position_embeddings": 256, "pad_token_id": 0}
+    layout = infer(config)
+    assert layout.axes["hidden"].widenable and layout.axes["hidden"].joint == ("kv_heads",)
+    assert layout.axes["kv_heads"].joint == ("hidden",)
+    assert "refuses" in layout.axes["q_per_kv"].reason
+    assert layout.axes["ffn"].widenable and not layout.axes["ffn"].joint
+
+
+def test_blocks_that_layers_share_count_once() -> None:
+    """Zamba-2 in a depth that its tiny model does not have: the block that every sixth layer has is one."""
+    kinds = ["mamba", "mamba", "hybrid"] * 4
+    config = {"model_type": "zamba2", "architectures": ["Zamba2ForCausalLM"], "hidden_size": 64}
+    config |= {
+        "num_hidden_layers": 12,
+        "layers_block_type": kinds,
+        "num_attention_heads": 4,
+        "num_mem_blocks": 1,
+    }
+    config |= {
+        "vocab_size": 61,
+        "intermediate_size": 48,
+        "mamba_d_state": 8,
+        "mamba_ngroups": 1,
+        "adapter_rank": 6,
+    }
+    config |= {"n_mamba_heads": 8, "mamba_expand": 2, "use_shared_mlp_adapter": True, "pad_token_id": 0}
+    model = build_model(config)
+    assert shape_of(infer(config), config).count().total == sum(p.numel() for p in model.parameters())
