@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -33,15 +32,13 @@ from sparkling_cli.models.disk import DiskTensor
 from sparkling_cli.models.labels import render
 from sparkling_cli.models.patterns import Pattern, fill, numbered, patterns_of, placeholder, split, template
 from sparkling_cli.models.prove import WIDTHS, Findings
-from sparkling_cli.models.real_model import RealModel
+from sparkling_cli.models.real_model import RealModel, as_built, without_towers
 from sparkling_cli.models.shrink import Shapes
 from sparkling_cli.models.sizes import (
     OTHER_MODALITY,
     Path,
     get_path,
     kind_of,
-    tower_outputs,
-    tower_widths,
     walk,
 )
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, shared_names, text_prefix
@@ -100,60 +97,12 @@ def real_layout(
     )
     layout.check_axes()
     layout.check_shapes(real_shapes, on_disk=False)
-    layout = _as_built(layout, model, len(prefix))
+    layout = as_built(layout, model, len(prefix))
     layout = with_depth(layout, findings, config, real, prefix)
     counts = _repeated_counts(config, axes)  # what the config says itself stands for the class's own name
     own = {key: term for key, term in layout.config.items() if key in counts or term not in counts.values()}
-    layout = _without_towers(replace(layout, config=own), config, model, prefix)
+    layout = without_towers(replace(layout, config=own), config, model, prefix)
     return replace(layout, config={_as_written(key, config): term for key, term in layout.config.items()})
-
-
-def _as_built(layout: ModelLayout, model: RealModel, depth: int) -> ModelLayout:
-    """The layout without axes whose widened config would build another model than the widened tensors.
-
-    Two that the class refuses one by one may grow together: tables of rotary frequencies, say, are as long as
-    a head, which some configs have as hidden over heads.
-    """
-    axes = dict(layout.axes)
-    refused: dict[str, str] = {}
-    for name, info in layout.axes.items():
-        contradiction = model.contradiction(layout, (name, *info.joint), depth) if info.widenable else None
-        if contradiction is not None:
-            refused[name] = contradiction
-            axes[name] = replace(info, widenable=False, reason=contradiction)
-    alone = [name for name in refused if not layout.axes[name].joint]
-    for one, other in itertools.combinations(alone, 2):
-        paired = axes[one].widenable or axes[other].widenable
-        if not paired and model.contradiction(layout, (one, other), depth) is None:
-            axes[one] = replace(layout.axes[one], joint=(other,))
-            axes[other] = replace(layout.axes[other], joint=(one,))
-    for name, info in layout.axes.items():
-        held = [other for other in info.joint if not axes[other].widenable]
-        if info.widenable and held:
-            axes[name] = replace(info, widenable=False, reason=axes[held[0]].reason)
-    return replace(layout, axes=axes)
-
-
-def _without_towers(
-    layout: ModelLayout, config: Mapping[str, Any], model: RealModel, prefix: Path
-) -> ModelLayout:
-    """The layout without growth of hidden where a tower's output is as wide by a number of its own.
-
-    The class would build such a model, and text would run: only images would meet a width that is no more.
-    """
-    hidden = layout.axes.get("hidden")
-    if hidden is None or not hidden.widenable:
-        return layout
-    paths = tower_outputs(config if prefix else model.config, hidden.size)
-    built = [p for p in tower_widths(model.config, hidden.size) if (*prefix, *p) not in paths]
-    paths += [(*prefix, *p) for p in built if model.is_output(p)]
-    for path in paths:
-        if ".".join(path) not in layout.config:
-            reason = f"{'.'.join(path)} = {hidden.size} is the width of what enters the text, and would stay"
-            refused = {n: layout.axes[n] for n in ("hidden", *hidden.joint)}
-            changed = {n: replace(info, widenable=False, reason=reason) for n, info in refused.items()}
-            return replace(layout, axes={**layout.axes, **changed})
-    return layout
 
 
 def _proved(findings: Findings) -> tuple[str, ...]:

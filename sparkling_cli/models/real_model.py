@@ -7,8 +7,11 @@ whether the config that a widening writes builds the model that it writes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
+from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import Expr, TensorLayout, axis_names
@@ -16,7 +19,7 @@ from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.axes import TinyAxes
 from sparkling_cli.models.shrink import Shapes, changed, tried_shapes
-from sparkling_cli.models.sizes import Path, get_path
+from sparkling_cli.models.sizes import Path, get_path, tower_outputs, tower_widths
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 from sparkling_cli.widening.reference import Rules, Wanted
@@ -138,3 +141,51 @@ class RealModel:
             if get_path(self.config, place) is None or any(n in axes for n in names):
                 values[place] = value
         return changed(self.config, values)
+
+
+def as_built(layout: ModelLayout, model: RealModel, depth: int) -> ModelLayout:
+    """The layout without axes whose widened config would build another model than the widened tensors.
+
+    Two that the class refuses one by one may grow together: tables of rotary frequencies, say, are as long as
+    a head, which some configs have as hidden over heads.
+    """
+    axes = dict(layout.axes)
+    refused: dict[str, str] = {}
+    for name, info in layout.axes.items():
+        contradiction = model.contradiction(layout, (name, *info.joint), depth) if info.widenable else None
+        if contradiction is not None:
+            refused[name] = contradiction
+            axes[name] = replace(info, widenable=False, reason=contradiction)
+    alone = [name for name in refused if not layout.axes[name].joint]
+    for one, other in itertools.combinations(alone, 2):
+        paired = axes[one].widenable or axes[other].widenable
+        if not paired and model.contradiction(layout, (one, other), depth) is None:
+            axes[one] = replace(layout.axes[one], joint=(other,))
+            axes[other] = replace(layout.axes[other], joint=(one,))
+    for name, info in layout.axes.items():
+        held = [other for other in info.joint if not axes[other].widenable]
+        if info.widenable and held:
+            axes[name] = replace(info, widenable=False, reason=axes[held[0]].reason)
+    return replace(layout, axes=axes)
+
+
+def without_towers(
+    layout: ModelLayout, config: Mapping[str, Any], model: RealModel, prefix: Path
+) -> ModelLayout:
+    """The layout without growth of hidden where a tower's output is as wide by a number of its own.
+
+    The class would build such a model, and text would run: only images would meet a width that is no more.
+    """
+    hidden = layout.axes.get("hidden")
+    if hidden is None or not hidden.widenable:
+        return layout
+    paths = tower_outputs(config if prefix else model.config, hidden.size)
+    built = [p for p in tower_widths(model.config, hidden.size) if (*prefix, *p) not in paths]
+    paths += [(*prefix, *p) for p in built if model.is_output(p)]
+    for path in paths:
+        if ".".join(path) not in layout.config:
+            reason = f"{'.'.join(path)} = {hidden.size} is the width of what enters the text, and would stay"
+            refused = {n: layout.axes[n] for n in ("hidden", *hidden.joint)}
+            changed = {n: replace(info, widenable=False, reason=reason) for n, info in refused.items()}
+            return replace(layout, axes={**layout.axes, **changed})
+    return layout
