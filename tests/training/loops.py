@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from sparkling_cli.manifest import AxisHistory, Manifest, SourceEntry
 from sparkling_cli.schedule.rewarmup import to_data
-from sparkling_cli.storage.sidecar import MANIFEST, REWARMUP, sidecar_root
+from sparkling_cli.storage.sidecar import CURVE, MANIFEST, REWARMUP, sidecar_root
 from sparkling_cli.training import rewarm
 from tests.training import reference as ref
 
@@ -72,6 +72,7 @@ def write_history(checkpoint: Path) -> None:
     root = sidecar_root(checkpoint)
     (root / MANIFEST).parent.mkdir(parents=True, exist_ok=True)
     (root / MANIFEST).write_text(manifest.model_dump_json())
+    (root / CURVE).write_text("")
     (root / REWARMUP).write_text(json.dumps(to_data(found.rewarmup)))
 
 

@@ -30,6 +30,7 @@ SHARDED = [
     ("flat tensors of any framework", "`rewarm` with `Piece`s", FLOAT64),
     ("DeepSpeed, ZeRO 1, 2 and 3, two processes", ZERO, FLOAT32),
     ("DeepSpeed, ZeRO 2, prepared by accelerate", "`rewarm` with what `prepare` returned", FLOAT32),
+    ("DeepSpeed, ZeRO 2 and 3, under the Trainer, one process", "its callback", FLOAT32),
     ("DeepSpeed, ZeRO 2 and 3 with the optimizer on the CPU", ZERO, FLOAT32),
     ("DeepSpeed, ZeRO 2 and 3 in bfloat16", ZERO, BFLOAT16),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from itertools import pairwise
@@ -188,3 +189,29 @@ def test_zero_equals_separate_parameters_and_itself(runs: Path, case: str) -> No
     assert ref.distance(whole, wanted) < exact.limit
     assert ref.distance(plain, wanted) > 0.05
     assert [name for name, value in whole.items() if not torch.equal(value, legs[name])] == []
+
+
+@pytest.mark.slow
+def test_the_trainer_under_zero_is_the_trainer(tmp_path: Path) -> None:
+    """One process, ZeRO 2 and 3: the parameters of the Trainer without DeepSpeed, and bit for bit resumed."""
+    pytest.importorskip(
+        "deepspeed", reason="pip install deepspeed==0.19.8 hjson py-cpuinfo ninja msgpack einops"
+    )
+    places = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for stage in (0, 2, 3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command = [sys.executable, "-m", "tests.training.trainer_run", str(tmp_path), str(stage)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment |= {**places, "MASTER_PORT": port} if stage else {}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-4000:]
+    alone = torch.load(tmp_path / "trainer-0-whole.pt")
+    for stage in (0, 2, 3):
+        whole, legs, plain = (
+            torch.load(tmp_path / f"trainer-{stage}-{run}.pt") for run in ("whole", "legs", "plain")
+        )
+        assert ref.distance(whole, alone) < loops.FLOAT32.limit
+        assert ref.distance(plain, alone) > 0.01
+        assert all(torch.equal(value, legs[name]) for name, value in whole.items())
