@@ -18,8 +18,9 @@ NOTICE = "<!-- made by docs/generate.py; do not edit -->\n\n"
 
 #: Public objects, by the module that users import them from.
 API = {
-    "sparkling_cli": ("expand", "make_plan", "verify", "inspect", "layout_of", "ExpansionResult"),
-    "sparkling_cli.api": ("open_source", "default_destination", "write_schedule"),
+    "sparkling_cli": ("expand", "make_plan", "plan_run", "verify", "inspect", "layout_of", "write_schedule",
+                      "ExpansionResult"),
+    "sparkling_cli.api": ("open_source", "default_destination"),
     "sparkling_cli.diagnostics.inspect": ("inspect_checkpoint",),
     "sparkling_cli.spec.model": ("ExpansionSpec", "AxisSpec", "RewarmupSpec", "BaselineSpec"),
     "sparkling_cli.results.expansion": ("Report", "LearningRate"),

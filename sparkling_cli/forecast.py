@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.compute.flops import plan_compute
-from sparkling_cli.compute.quantity import parse_moment
+from sparkling_cli.compute.quantity import parse_count, parse_moment
 from sparkling_cli.compute.shape import shape_of
 from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.depth import LAYERS, deeper_layout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.results.commands import Flops, Phase, RunPlan
 from sparkling_cli.spec.model import ExpansionSpec
+from sparkling_cli.spec.options import from_keywords
 from sparkling_cli.spec.sources import axis_with_factor, make_spec
 from sparkling_cli.storage.tensors import ITEM_BYTES
 from sparkling_cli.widening.geometry import Growth
@@ -60,6 +61,54 @@ class Expansion:
 
     tokens: int
     spec: ExpansionSpec
+
+
+def plan_run(
+    source: Path | str,
+    tokens: int | float | str,
+    *,
+    expand_at: int | float | str | None = None,
+    then: Sequence[str] = (),
+    multiple_of: int | None = None,
+    experts_per_token: int | None = None,
+    layout: Path | str | None = None,
+    model: str | None = None,
+    **axes: Any,
+) -> RunPlan:
+    """Parameters and compute of a run that widens half-way, against the wide model from scratch.
+
+    Args:
+        source: a checkpoint, or a ``config.json``; no weight is read.
+        tokens: of the whole run: ``2e11``, ``"200B"``.
+        expand_at: tokens before the expansion: ``1e11``, ``"100B"``, ``"50%"``.
+        then: later expansions: ``"ffn=2,hidden=1.5@150B"``.
+        multiple_of: sizes are rounded up to multiples of it.
+        experts_per_token: where the config does not say it.
+        layout: a layout file instead of inference.
+        model: ``package.module:factory`` of a user's own model.
+        axes: what to widen, as in :func:`sparkling_cli.expand`: ``axis="ffn", factor=2``.
+
+    Raises:
+        SpecError: an axis or a moment is missing or does not fit.
+        CheckpointError, LayoutError: see :func:`subject_of`.
+    """
+    total = parse_count(str(tokens), "--tokens")
+    fields = from_keywords(axes)
+    chosen, more = fields.pop("axes", None), ", ".join(fields)
+    if more:
+        raise SpecError(f"{more}: nothing that the cost of a run depends on", hint="leave it out")
+    expansions = []
+    if chosen:
+        if expand_at is None:
+            raise SpecError("--axis needs a moment: --expand-at is missing", hint="e.g. --expand-at 100B")
+        spec = make_spec({"axes": chosen, "multiple_of": multiple_of}, "options")
+        expansions.append(Expansion(parse_moment(str(expand_at), total, "--expand-at"), spec))
+    elif expand_at is not None:
+        raise SpecError("--expand-at needs an axis to widen", hint="e.g. --axis ffn --factor 2")
+    later = [then] if isinstance(then, str) else then
+    expansions += [parse_then(text, total, multiple_of=multiple_of) for text in later]
+    subject = subject_of(Path(source), layout=None if layout is None else Path(layout), model=model)
+    return forecast(subject, expansions, total, experts_per_token=experts_per_token)
 
 
 def subject_of(source: Path, *, layout: Path | None = None, model: str | None = None) -> Subject:
@@ -185,15 +234,3 @@ def forecast(
         convention=CONVENTION,
         warnings=tuple(dict.fromkeys(warning for warning in warnings if warning is not None)),
     )
-
-
-def first_expansion(
-    axes: Sequence[Mapping[str, Any]], multiple_of: int | None, moment: str, tokens: int
-) -> Expansion:
-    """The expansion that the options before any ``--then`` describe, in a run of so many tokens.
-
-    Raises:
-        SpecError: malformed axes or moment.
-    """
-    spec = make_spec({"axes": list(axes), "multiple_of": multiple_of}, "options")
-    return Expansion(parse_moment(moment, tokens, "--expand-at"), spec)

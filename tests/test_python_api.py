@@ -102,6 +102,25 @@ def test_errors_speak_python(
     assert not re.search(r"(?<!\w)--\w", text) and "Tuple" not in text
 
 
+def test_a_run_is_planned_as_by_the_command(dense_checkpoint: Path) -> None:
+    """Numbers or texts; by hand: twice the ffn for the second half, C = 6 N D."""
+    plan = sparkling_cli.plan_run(str(dense_checkpoint), 2e11, axis="ffn", factor=2, expand_at="50%")
+    assert plan == sparkling_cli.plan_run(dense_checkpoint, "200B", axes={"ffn": 2}, expand_at=1e11)
+    small, wide = (phase.parameters for phase in plan.phases)
+    assert wide - small == 3 * 3 * 96 * 168
+    assert plan.saved == pytest.approx((wide - small) / wide / 2)
+    for given, said in (({"axis": "ffn", "factor": 2}, "expand_at"), ({"seed": 1}, "seed")):
+        with pytest.raises(SparklingError, match=said):
+            sparkling_cli.plan_run(dense_checkpoint, "200B", **given)  # type: ignore[arg-type]
+
+
+def test_a_commands_name_leads_to_the_function() -> None:
+    """Where it has another name here; as it is asked for in a fresh interpreter."""
+    for name, function in (("plan", "make_plan"), ("layout", "layout_of"), ("widen", "expand")):
+        with pytest.raises(AttributeError, match=function):
+            sparkling_cli.__getattr__(name)
+
+
 def test_objects_are_a_line(dense_checkpoint: Path, tmp_path: Path) -> None:
     """A plan, a result, a report, a layout, statistics: short for any model; paths may be text."""
     plan = sparkling_cli.make_plan(str(dense_checkpoint), axis="ffn", factor=2)

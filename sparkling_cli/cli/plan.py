@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 from sparkling_cli.cli import options as opt
 from sparkling_cli.cli.console import output
 from sparkling_cli.cli.options import option
-from sparkling_cli.errors import SpecError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,25 +57,20 @@ def plan(
         sparkling plan ckpt/ --tokens 200B --axis ffn=2 --expand-at 50B \\
             --then ffn=2@100B
     """
-    from sparkling_cli.compute.quantity import parse_count
-    from sparkling_cli.forecast import first_expansion, forecast, parse_then, subject_of
+    from sparkling_cli.forecast import plan_run
     from sparkling_cli.spec.sources import axes_from_options
 
-    total = parse_count(tokens, "--tokens")
     axes = axes_from_options(axis, factor, to, multiple_of)
-    expansions = []
-    if axes:
-        if expand_at is None:
-            raise SpecError("--axis needs a moment: --expand-at is missing", hint="e.g. --expand-at 100B")
-        expansions.append(first_expansion(axes, multiple_of, expand_at, total))
-    elif expand_at is not None:
-        raise SpecError("--expand-at needs an axis to widen", hint="e.g. --axis ffn --factor 2")
-    expansions += [parse_then(text, total, multiple_of=multiple_of) for text in then]
-    found = forecast(
-        subject_of(source, layout=layout, model=model),
-        expansions,
-        total,
+    found = plan_run(
+        source,
+        tokens,
+        expand_at=expand_at,
+        then=then,
+        multiple_of=multiple_of,
         experts_per_token=experts_per_token,
+        layout=layout,
+        model=model,
+        **({"axes": axes} if axes else {}),
     )
     output.data(found)
     for part in _tables(found):
