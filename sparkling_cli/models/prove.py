@@ -168,7 +168,10 @@ def _proved_alone(
         return AxisVerdict(False, "grows with hidden only"), None
     if not grows(found, name):
         raised = found.refused.get(name)
+        other = sorted(found.moved.get(name, found.shapes).keys() ^ found.shapes.keys())
         reason = f"the class refuses twice as many: {raised}" if raised else "doubling it widens no tensor"
+        if other:
+            reason = f"a config with twice as many builds a model with other tensors, e.g. {other[0]}"
         return AxisVerdict(False, reason.splitlines()[0][:300]), None
     groups = [v for p, v in walk(found.config) if kind_of(p[-1]) == "groups" and type(v) is int and v > 1]
     if name == "experts" and groups:

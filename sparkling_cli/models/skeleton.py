@@ -261,7 +261,8 @@ _WRAPPED = re.compile(r"^LayoutError: the class of .*?Class validation error for
 
 def words_of(error: Exception) -> str:
     """What a class raised, in one line and in its own words."""
-    return _WRAPPED.sub("", " ".join(f"{type(error).__name__}: {error}".split()))
+    text = error.message if isinstance(error, SparklingError) else str(error)
+    return _WRAPPED.sub("", " ".join(f"{type(error).__name__}: {text}".split()))
 
 
 def build_model(

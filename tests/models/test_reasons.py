@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
+from sparkling_cli import api
+from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.disk import DiskTensor
@@ -17,6 +21,7 @@ from sparkling_cli.models.prove import prove_axes
 from sparkling_cli.models.real_layout import _compensations
 from sparkling_cli.models.shrink import shrink
 from sparkling_cli.models.skeleton import build_model
+from tests.models.inference_support import shake
 
 GEMMA = {
     "model_type": "gemma4_text", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
@@ -106,6 +111,42 @@ def test_a_factor_on_what_has_another_name_in_every_layer() -> None:
         ("layers.{layers}.q.weight", 0.5, False), ("h.{layers}.qa", 0.5, False),
         ("h.{layers}.qb", 0.5, False), ("layers.7.norm.weight", 0.0, True), ("h.7.ln", 0.0, True),
     }  # fmt: skip
+
+
+PHI = {
+    "model_type": "phi3", "hidden_size": 96, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "partial_rotary_factor": 0.75, "vocab_size": 101,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
+    "max_position_embeddings": 256, "original_max_position_embeddings": 64,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0, 2, 3, 4, 5, 6]},
+}  # fmt: skip
+
+
+def test_lists_by_the_width_of_a_head_couple_hidden_to_heads(tmp_path: Path) -> None:
+    """Phi-4-mini's class holds its rotary factors against hidden over heads: the two grow together."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = shake(AutoModelForCausalLM.from_config(AutoConfig.for_model(**PHI)))
+    model.save_pretrained(tmp_path / "narrow")
+    with pytest.raises(SpecError, match="couples hidden to kv_heads") as caught:
+        api.expand(tmp_path / "narrow", tmp_path / "wide", axes={"hidden": 2}, allow_locked=True)
+    assert "--axis hidden --axis kv_heads --factor 2" in str(caught.value.hint)
+    both = {"hidden": 2, "kv_heads": 2}
+    api.expand(tmp_path / "narrow", tmp_path / "wide", axes=both, allow_locked=True, report="none")
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "wide")
+    ids = torch.arange(100)[None]  # beyond the length from which on the long factors hold
+    torch.testing.assert_close(wide(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_each_head_are_named() -> None:
+    """StableLM's have a module for each head: a wider model has tensors that no old one is."""
+    sizes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    layout = infer({"model_type": "stablelm", "qk_layernorm": True, "vocab_size": 101, **sizes})
+    assert layout.axes["ffn"].widenable
+    for axis in ("hidden", "kv_heads", "q_per_kv"):
+        assert not layout.axes[axis].widenable
+        assert "layernorm.norms" in layout.axes[axis].reason
 
 
 def test_widths_inside_a_tower_are_tiny() -> None:
