@@ -20,6 +20,7 @@ from training_support import reloaded, trained
 
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError, SparklingError, SpecError
+from sparkling_cli.layout.depth import silent_value
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.packaged import packaged_data, packaged_names
 from sparkling_cli.models import infer as infer_module
@@ -323,6 +324,7 @@ def test_a_file_says_what_inference_finds(which: str, tmp_path: Path) -> None:
 
     truth_shapes = dict(ask_model(config, None)["parameters"])
     assert texts(found) == texts(truth)
+    assert [silent_value(found, n) for n in truth_shapes] == [silent_value(truth, n) for n in truth_shapes]
     assert {axis for axis, info in truth.axes.items() if info.widenable} == {
         plain(axis)
         for axis, info in found.axes.items()
