@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import COUNTED, Role, TensorLayout
@@ -25,6 +27,9 @@ from sparkling_cli.models.shrink import tried_shapes
 from sparkling_cli.models.sizes import OTHER_MODALITY, kind_of, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, shared_names
 from sparkling_cli.models.stored import ignored_by
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: Kinds of the axes that people widen; for these the search tries many layouts, for others a few.
 WIDTHS = frozenset({"hidden", "ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "q_per_kv"})
@@ -210,7 +215,21 @@ def _proved_alone(
     if math.isinf(outcome.error):
         best = parity.raised or "its logits are not finite or have another shape"
     reason = f"none of {outcome.tried} hypotheses keeps the logits of a tiny random model ({best})"
+    if name == "hidden":
+        reason += _positions(parity.model, found.config)
     return AxisVerdict(False, reason, joint), None
+
+
+def _positions(model: nn.Module, config: ConfigDict) -> str:
+    """What is known of a class whose positions no weight says, and which change with its width."""
+    kinds = {type(module) for module in model.modules()}
+    if any("sinusoid" in kind.__name__.lower() for kind in kinds):
+        return "; its positions come from a table of sines, whose entries depend on the width"
+    off = any(path[-1] == "alibi" and value is False for path, value in walk(config))
+    homes = {kind.__module__ for kind in kinds if not kind.__module__.startswith("torch.")}
+    if not off and any("alibi" in name.lower() for home in homes for name in dir(sys.modules[home])):
+        return "; its positions come from ALiBi, whose slopes depend on the number of heads"
+    return ""
 
 
 def _along(found: TinyAxes, name: str) -> list[str]:

@@ -154,3 +154,22 @@ def test_widths_inside_a_tower_are_tiny() -> None:
     own = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": {}, "vision_config": {}}
     model = build_model(shrink({"model_type": "llama4", **own}))
     assert max(max(p.shape) for n, p in model.named_parameters() if "vision_adapter" in n) < 1024
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "bloom", "hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 61}, "ALiBi"),
+        (
+            {
+                "model_type": "xglm", "d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4,
+                "vocab_size": 61, "max_position_embeddings": 64,
+            },
+            "a table of sines",
+        ),
+    ],
+)  # fmt: skip
+def test_positions_that_no_weight_says_are_named(config: dict[str, Any], said: str) -> None:
+    """What grows with the width or the heads in the class's own code is the likely reason, and is said."""
+    reason = infer(config).axes["hidden"].reason
+    assert "keeps the logits" in reason and said in reason
