@@ -18,7 +18,7 @@ from sparkling_cli.layout.depth import Order, appended, deeper_config, new_layer
 from sparkling_cli.layout.expr import Axis, Role, TensorLayout, axis_names
 from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.models.patterns import split
-from sparkling_cli.models.shrink import run
+from sparkling_cli.models.shrink import run, tokens
 from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, kind_of, set_path, walk
 from sparkling_cli.models.skeleton import build_model
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 #: A step from silence towards the source, and the largest share of the source's effect that it may have.
 _STEP, _SHARE = 1e-2, 0.1
+#: Further random weights on which silence is tried, and how many times as many tokens.
+_SEEDS, _MORE = (1, 2, 3), 16
+_CHANGES = "a layer whose output projections are zero still changes the logits"
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,35 @@ def find_depth(parity: LogitParity, layouts: Mapping[str, TensorLayout]) -> Dept
         try:
             deeper = _Deeper(parity, layouts, counts, order)
             silent = _found(deeper, layouts)
+            _confirm(parity, layouts, counts, order, silent)
         except Exception as error:  # the class's own code may raise anything
             reasons.append(" ".join(str(error).split())[:200] or type(error).__name__)
             continue
         reason = "new layers leave the logits of a tiny random model as they are, bit for bit"
         return Depth(reason, True, silent, deeper.stacks, counts, name != "even")
     return Depth(reasons[0])
+
+
+def _confirm(
+    parity: LogitParity,
+    layouts: Mapping[str, TensorLayout],
+    counts: Sequence[Path],
+    order: Order,
+    silent: Mapping[str, float],
+) -> None:
+    """The same with other random weights and more tokens: a router chooses other experts then.
+
+    Raises:
+        LayoutError: the logits change.
+    """
+    import torch
+
+    for seed in _SEEDS:
+        other = LogitParity(parity.found, factory=parity.factory, seed=seed)
+        other.ids = torch.cat([tokens(parity.found.config, seed=number) for number in range(_MORE)])
+        other.logits = run(other.model, other.ids).to(torch.float64)
+        if not _Deeper(other, layouts, counts, order).same(silent):
+            raise LayoutError(_CHANGES)
 
 
 def count_keys(config: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -214,7 +240,7 @@ def _found(deeper: _Deeper, layouts: Mapping[str, TensorLayout]) -> dict[str, fl
             if deeper.smooth(chosen):
                 return chosen
     if first is None:
-        raise LayoutError("a layer whose output projections are zero still changes the logits")
+        raise LayoutError(_CHANGES)
     return first
 
 

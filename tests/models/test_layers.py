@@ -335,6 +335,13 @@ def test_what_cannot_be_is_refused(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "deep").exists()
 
 
+def test_experts_that_hand_on_their_input_are_refused() -> None:
+    """Which only tokens that are routed to them can show."""
+    _, layout = small_layout("longcat_flash")
+    assert "still changes the logits" in layout.axes["layers"].reason
+    assert not layout.axes["layers"].widenable
+
+
 def test_copies_of_weights_elsewhere_are_refused(tmp_path: Path) -> None:
     """An average of the weights has no place for new layers."""
     small = trained(CONFIGS["llama"], tmp_path / "small")
