@@ -2,7 +2,8 @@
 
 What is run, in order: every ``console`` block (lines after ``$``), every ``bash`` block and every
 ``python`` block without a title; a ``python`` block with ``title="x.py"`` is saved under that name. A
-block is left out only behind a comment ``<!-- not run: reason -->``.
+block is left out only behind a comment ``<!-- not run: reason -->``. What stands below a command in a
+``console`` block is what it prints, spaces and line ends aside; ``...`` stands for anything.
 """
 
 from __future__ import annotations
@@ -43,8 +44,20 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def commands(block: Block) -> list[str]:
     """The commands of a ``console`` block, continuation lines joined."""
+    return [command for command, _ in session(block)]
+
+
+def session(block: Block) -> list[tuple[str, str]]:
+    """The commands of a ``console`` block, and what is shown below each."""
     joined = re.sub(r"\s*\\\n\s*", " ", block.body)
-    return [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+    parts = re.split(r"^\$ ", joined, flags=re.M)[1:]
+    return [(command, shown.strip()) for command, _, shown in (part.partition("\n") for part in parts)]
+
+
+def prints(shown: str, printed: str) -> bool:
+    """Whether what is shown below a command is in what it printed."""
+    pattern = ".*?".join(re.escape(" ".join(part.split())) for part in shown.split("..."))
+    return re.search(pattern, " ".join(printed.split())) is not None
 
 
 TOOLS = {"sparkling": "-m sparkling_cli", "python": "", "torchrun": "-m torch.distributed.run"}
@@ -86,10 +99,10 @@ def run_page(page: Path, folder: Path) -> int:
             continue
         if block.language == "python":
             (folder / "_block.py").write_text(block.body + "\n")
-            todo = ["python _block.py"]
+            todo = [("python _block.py", "")]
         else:
-            todo = commands(block) if block.language == "console" else [block.body]
-        for command in todo:
+            todo = session(block) if block.language == "console" else [(block.body, "")]
+        for command, shown in todo:
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", command.replace("PYTHONPATH=.", f"PYTHONPATH=.:{ROOT}")],
                 cwd=folder, env=environment, capture_output=True, text=True, timeout=1500, check=False,
@@ -97,6 +110,7 @@ def run_page(page: Path, folder: Path) -> int:
             assert done.returncode == 0, (
                 f"{page.name}: {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
             )
+            assert prints(shown, done.stdout), f"{page.name}: {command} prints\n{done.stdout[-3000:]}"
             assert "\x1b" not in done.stdout, f"{page.name}: {command} prints escape codes into a pipe"
             count += 1
     return count

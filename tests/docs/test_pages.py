@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import ROOT, blocks, commands, run_page
+from tests.docs.blocks import ROOT, blocks, commands, run_page, session
 from tests.docs.runs import AFTER, RUNS
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -117,9 +117,23 @@ def test_the_reader_of_blocks_reads_them_all(tmp_path: Path) -> None:
     )
     found = list(blocks(page))
     assert [b.language for b in found] == ["console", "python", "console"]
-    assert commands(found[0]) == ["one two", "three"]
+    assert session(found[0]) == [("one two", "out"), ("three", "")]
     assert found[1].title == "x.py"
     assert found[2].reason == "needs a thing"
+
+
+def test_another_output_than_shown_fails_its_page(tmp_path: Path) -> None:
+    """Spaces, line ends and what ``...`` stands for are no difference; a number is."""
+    for number, shown in enumerate(("1  2\n3 ... 6", "1 2 4")):
+        page = tmp_path / f"page{number}.md"
+        page.write_text(f"```console\n$ printf '1 2\\n3 4 5 6'\n{shown}\n```\n")
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        if number == 0:
+            assert run_page(page, folder) == 1
+            continue
+        with pytest.raises(AssertionError, match="prints"):
+            run_page(page, folder)
 
 
 def test_a_failing_command_fails_its_page(tmp_path: Path) -> None:
