@@ -98,7 +98,9 @@ def _ratios(
     changed = [entry for entry in entries if rows is None or entry.moved >= ROUNDING]
     shown = changed[:rows]
     titles = (*columns, ">r before", ">r after", ">change")
-    table = table_of(*titles, title=title, caption=f"{len(shown)} of {len(entries)} {caption}")
+    counted = f"{len(shown)} of {len(entries)} {caption}" if shown else caption.partition("\n")[2]
+    table = table_of(*titles, title=title, caption=counted)
+    table.min_width = min(80, max(map(len, counted.splitlines()), default=0))  # a line of it stays one
     prefix = _common_prefix([entry.name for entry in entries])
     for entry in shown:
         far, near = entry.moved > DEVIATION_LIMIT, entry.moved > DEVIATION_LIMIT / 2
