@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from sparkling_cli.errors import SpecError
+from sparkling_cli.errors import MissingDependencyError, SpecError
 from sparkling_cli.models import cache
 from sparkling_cli.results.commands import Architecture, ArchitectureAxis, Architectures
 
@@ -41,10 +41,17 @@ def survey(
 
     Raises:
         SpecError: a model type that the library does not have.
+        MissingDependencyError: there is no such library.
     """
     from sparkling_cli.models.skeleton import causal_lm_names
 
-    names = causal_lm_names()
+    try:
+        names = causal_lm_names()
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"what transformers offers is asked of it, and it cannot be imported: {error}",
+            hint="pip install '.[hf]' in the clone; docs/architectures.md has the list as it was made",
+        ) from error
     unknown = [m for m in model_types or () if m not in names]
     if unknown:
         kinds = {**{name: name for name in names}, **{kind: name for name, kind in names.items()}}

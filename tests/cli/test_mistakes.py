@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from sparkling_cli import expand, verify
 from sparkling_cli.errors import SparklingError
+from sparkling_cli.models.skeleton import causal_lm_names
 from tests.cli.test_expand_command import Command
 
 #: what is typed behind ``sparkling``, in a folder with a checkpoint ``ckpt``, its output ``wide`` and a run
@@ -185,3 +187,14 @@ def test_the_wrong_order_in_python(sparkling: Command) -> None:
     """As on the command line."""
     with pytest.raises(SparklingError, match="the source comes first: sparkling verify ckpt wide"):
         verify("wide", "ckpt")
+
+
+def test_the_list_of_classes_without_transformers(
+    sparkling: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing package is named, with what installs it."""
+    causal_lm_names.cache_clear()
+    for name in ("transformers", "transformers.models.auto.modeling_auto"):
+        monkeypatch.setitem(sys.modules, name, None)
+    done = sparkling("architectures")
+    assert done.code == 9 and "pip install '.[hf]'" in done.err and "Traceback" not in done.err
