@@ -122,6 +122,8 @@ def usage_error(error: Any, words: Sequence[str]) -> UsageError:
         return UsageError(f"there is no option {error.option_name}", hint=_option_meant(error, answer))
     message = error.format_message().rstrip(".")
     message = message[:1].lower() + message[1:]
+    for kind, words in (("integer", "a whole number"), ("number", "a number")):
+        message = re.sub(f"Input should be a valid {kind}.*", f"expected {words}", message)
     example = _example(context)
     if example and type(error).__name__ in ("MissingParameter", "UsageError"):
         answer = f"for example `{example}`; {answer}"

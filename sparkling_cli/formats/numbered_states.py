@@ -71,7 +71,11 @@ def name_in_order(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]],
     try:
         given = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read the parameters' names in {path}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"cannot read the parameters' names in {path}: {why}",
+            hint="give a text file with one name a line, in the order of optimizer.param_groups",
+        ) from None
     bare = bare_names(given)
     names = [bare[name] for name in given]
     problem = _Problem.of(checkpoint, list(shapes.items()))

@@ -66,6 +66,9 @@ MISTAKES = [
     ("expand ckpt --axis ffn=2 --layout none.toml", 5, "sparkling layout CKPT > mine.toml"),
     ("expand ckpt --axis ffn=2 --layout ckpt/config.json", 5, "sparkling layout CKPT > mine.toml"),
     ("architectures LamaForCausalLM", 3, "did you mean 'llama'?"),
+    ("expand ckpt --axis ffn=2 --seed abc", 2, "'--seed': expected a whole number"),
+    ("expand ckpt --axis ffn=2 --rewarmup-steps 10%", 2, "'--rewarmup-steps': expected a whole number"),
+    ("expand ckpt --axis ffn=2 --param-order none.txt", 4, "none.txt: No such file or directory"),
     # places
     ("expand ckpt wide --axis ffn=2", 7, "choose another name, or remove it"),
     ("expand ckpt ckpt/in --axis ffn=2", 7, "choose a place beside it"),
