@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.depth import Order, appended, deeper_config, new_layers, placed, spread, starred
+from sparkling_cli.layout.depth import (
+    Order,
+    appended,
+    deeper_config,
+    new_layers,
+    placed,
+    places_of,
+    spread,
+    starred,
+)
 from sparkling_cli.layout.expr import Axis, Role, TensorLayout, axis_names
 from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.models.patterns import split
@@ -157,6 +166,7 @@ class _Deeper:
         if not self.stacks:
             raise LayoutError("twice as many of them add no tensor")
         self.sources = {name: self._source(name, order) for name in self.state}
+        self._check_whole(order)
         tied = {id(t): n for n, t in parity.model.named_parameters(remove_duplicate=False)}
         shared = [n for n, t in parity.model.named_parameters(remove_duplicate=False) if tied[id(t)] != n]
         if any(_stack(name) in self.stacks for name in shared):
@@ -170,6 +180,19 @@ class _Deeper:
         apart = {key for key, found in texts.items() if len(found) > 1}
         self.kinds = {n: starred(n) if split(n)[0] in apart else split(n)[0] for n in self.new}
         self.load({})
+
+    def _check_whole(self, order: Order) -> None:
+        """Every copy of a layer has all that the layer has.
+
+        Raises:
+            LayoutError: one lacks something.
+        """
+        for name in self.parity.state:
+            stack = _stack(name)
+            number, dot, rest = name.removeprefix(stack).partition(".")
+            for target in places_of(order)[int(number)] if stack in self.stacks else ():
+                if f"{stack}{target}{dot}{rest}" not in self.state:
+                    raise LayoutError(f"layer {target} of the deeper model has nothing like {name}")
 
     def _source(self, name: str, order: Order) -> str:
         own, known = name, self.parity.state

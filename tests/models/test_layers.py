@@ -17,6 +17,7 @@ from fixtures import training
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError, SparklingError, SpecError
 from sparkling_cli.forecast import Expansion, forecast, subject_of
+from sparkling_cli.models.shrink import tokens
 from sparkling_cli.models.skeleton import build_model
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.training.history import read_history
@@ -366,7 +367,7 @@ def test_every_class(model_type: str, tmp_path: Path) -> None:
         assert layers is None or len(layers.reason) > 20
         pytest.skip(f"refused: {layers.reason if layers else 'no layers in its names'}"[:200])
     model: Any = shake(build_model(config, meta=False))
-    ids = torch.randint(5, 50, (2, 9), generator=torch.Generator().manual_seed(3))
+    ids = tokens(config)
     model = in_double(model, ids)
     model.save_pretrained(tmp_path / "small")
     small = Trained(model, {}, tmp_path / "small", {}, ids)
