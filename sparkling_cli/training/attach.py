@@ -126,6 +126,11 @@ def _flat(pieces: Sequence[Piece], history: History) -> list[tuple[Tensor, NewEn
 
 def _optimizers(given: Any, model: Any) -> tuple[list[Optimizer], list[tuple[str, Tensor] | Piece]]:
     """The torch optimizers inside of wrappers, and what of the model they hold."""
+    if isinstance(given, nn.Module) and isinstance(model, Optimizer):
+        raise SpecError(
+            "the model stands in the optimizer's place, and the optimizer in the model's",
+            hint="rewarm(optimizer, model, checkpoint)",
+        )
     single = isinstance(given, (Optimizer, str)) or is_zero(given) or not isinstance(given, Iterable)
     several = [_unwrapped(one) for one in ([given] if single else given)]
     parts: list[tuple[str, Tensor] | Piece] = []
@@ -223,6 +228,11 @@ class Rewarming:
         """See :meth:`metrics`; without the cost of looking at weights."""
         rate, ratio = self._rate_and_ratio()
         return ratio * rate
+
+    def figures(self) -> dict[str, float]:
+        """For a log: the new entries' rate, which costs nothing; with ``measure_every`` all metrics."""
+        measures = any(one.measure_every for one in self._attached)
+        return self.metrics() if measures else {"learning_rate_new": self.learning_rate_new}
 
     def _rate_and_ratio(self) -> tuple[float, float]:
         attached = next((a for a in self._attached if a.params), self._attached[0])

@@ -24,7 +24,7 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Args:
         directory: what ``sparkling expand`` wrote.
-        measure_every: as in :func:`rewarm`; ``update_rms_new`` and ``update_rms_old`` are logged too.
+        measure_every: as in :func:`rewarm`; all of :meth:`Rewarming.metrics` is logged too.
     """
 
     def __init__(self, directory: str | Path, *, measure_every: int | None = None) -> None:
@@ -96,7 +96,7 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Log the new entries' rate too: in the history, and for callbacks after this one."""
         if self.rewarming is None or logs is None or "learning_rate" not in logs:
             return
-        ours = {"learning_rate_new": self.rewarming.learning_rate_new, **self.rewarming.update_rms}
+        ours = self.rewarming.figures()
         logs.update(ours)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(ours)

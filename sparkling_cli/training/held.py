@@ -49,10 +49,8 @@ class Held:
             self.rewarming = None
 
     def figures(self) -> dict[str, float]:
-        """For the framework's logger, at no cost: the new entries' rate, and updates that were measured."""
-        if self.rewarming is None:
-            return {}
-        return {"learning_rate_new": self.rewarming.learning_rate_new, **self.rewarming.update_rms}
+        """For the framework's logger, as :meth:`Rewarming.figures`."""
+        return {} if self.rewarming is None else self.rewarming.figures()
 
     def state_dict(self) -> dict[str, Any]:
         """The step counters, for the framework's checkpoint."""

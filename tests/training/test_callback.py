@@ -143,6 +143,8 @@ def test_tensorboard_has_the_new_entries_rate(wide: Path, tmp_path: Path) -> Non
     assert [e["step"] for e in entries] == list(found)
     # rho is 3: once re-warmed, entries without a past move further than those that have one
     assert entries[-1]["update_rms_new"] > entries[-1]["update_rms_old"] > 0
+    shares = [e.value for e in events.Scalars("train/share_locked")]
+    assert len(shares) == len(entries) and max(shares) < 0.01  # copies part at the first step
     assert [e.value for e in events.Scalars("train/update_rms_old")] == pytest.approx(
         [e["update_rms_old"] for e in entries]
     )

@@ -419,6 +419,13 @@ def test_what_is_no_torch_optimizer_is_refused() -> None:
             rewarm(wrong, net, ref.history())  # type: ignore[arg-type]
 
 
+def test_model_and_optimizer_in_each_others_place() -> None:
+    """Said, with the order that they have."""
+    net, optimizer, _ = ref.expanded(adamw)
+    with pytest.raises(SpecError, match=r"rewarm\(optimizer, model, checkpoint\)"):
+        rewarm(net, optimizer, ref.history())  # type: ignore[arg-type]
+
+
 def test_copies_in_the_hosts_memory_are_refused() -> None:
     """The optimizer of torchao would overwrite the re-warmed entries by its own at the next step."""
     offload = pytest.importorskip("torchao.optim", reason="pip install torchao").CPUOffloadOptimizer
