@@ -75,7 +75,9 @@ def test_no_place_swallows_a_signal(place: str, number: signal.Signals, tmp_path
     command = f"{come}import sys\nsys.path.insert(0, '.')\n{PLACES[place]}\nprint('went on')"
     # in place of the whole command line
     code = f"import sparkling_cli.cli.console as c\nc.run = lambda _: exec({command!r}, {{}})\n"
-    code += "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests may run under nohup
+    # the tests may run under nohup, or in the background of a shell
+    code += "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from sparkling_cli.__main__ import main; main()"
     done = started(code, folder=tmp_path)
     out, err = done.communicate(timeout=60)
