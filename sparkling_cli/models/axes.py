@@ -315,6 +315,8 @@ def _coupled(found: TinyAxes, factory: ModelFactory | None) -> TinyAxes:
     counts = [n for n in options if n in found.axes and not grows(found, n)]
     if not counts:
         return found
+    if counts == ["heads"] and not single and "kv_heads" in found.axes:
+        counts.append("kv_heads")  # a group's heads stand side by side: there are as many more groups
     shapes = tried_shapes(found.resized({"hidden": 2, **dict.fromkeys(counts, 2)}), factory)
     if isinstance(shapes, str):
         return found

@@ -114,7 +114,8 @@ def prove_axes(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Find
     for name in found.coupled:
         hidden = verdicts["hidden"]
         reason = hidden.reason if hidden.proved else f"couples to hidden, which is refused: {hidden.reason}"
-        verdicts[name] = AxisVerdict(hidden.proved, reason, ("hidden",))
+        others = (other for other in found.coupled if other != name)
+        verdicts[name] = AxisVerdict(hidden.proved, reason, ("hidden", *others))
     if PER_TOKEN in found.axes:
         experts = verdicts["experts"]
         verdicts[PER_TOKEN] = AxisVerdict(experts.proved, experts.reason, ("experts",))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sparkling_cli.layout.expr import Role, TensorLayout
+from sparkling_cli.layout.expr import COUNTED, Role, TensorLayout
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.families import Family, Hypotheses, Options, Variable
@@ -159,7 +159,10 @@ def effects(
     axes: Sequence[str],
     sizes: Mapping[str, int],
 ) -> list[tuple[str, ...]]:
-    """Options of a variable that do the same when the axes grow, grouped; order kept."""
+    """Options of a variable that do the same when the axes grow, grouped; order kept.
+
+    What is counted has no factor: its growth tells no directions apart.
+    """
     groups: dict[object, list[str]] = {}
     for option in options:
         groups.setdefault(_effect(variable, option, involved, axes, sizes), []).append(option)
@@ -176,7 +179,7 @@ def _effect(
     if variable[0] == "direction":
         family = next(f for f in involved if f.direction == variable)
         parsed = parse_layout(option.format(*(f"d{i}" for i in range(len(family.shape)))))
-        grown = [any(a in m for a in axes) for m in family.moves]
+        grown = [any(a in m for a in set(axes) - COUNTED) for m in family.moves]
         return tuple(d.role is Role.IN for d, g in zip(parsed.dims, grown, strict=True) if g)
     rules = Rules(sizes, {a: (sizes[a], 3 * sizes[a]) for a in axes})
     return tuple(Wanted(parse_layout(f"scale {option}"), rules, "float64").column.source.tolist())

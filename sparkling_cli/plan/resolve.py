@@ -238,14 +238,17 @@ def _check_widenable(name: str, layout: ModelLayout) -> None:
 def _check_joint(growth: dict[str, Growth], layout: ModelLayout) -> None:
     """Axes that the class couples grow by the same factor."""
     for name, grown in growth.items():
-        for other in layout.axes[name].joint:
+        joint = layout.axes[name].joint
+        for other in joint:
             before, after = _sizes(other, growth, layout)
             if before * grown.target != after * grown.source:
                 factor = grown.target / grown.source
+                asked = " ".join(f"--axis {axis}" for axis in (name, *joint))
                 raise SpecError(
                     f"axes.{name}: {layout.name} couples {name} to {other}; {name} grows "
                     f"{grown.source} -> {grown.target} but {other} {before} -> {after}",
-                    hint=f"widen both by the same factor: --axis {name} --axis {other} --factor {factor:g}",
+                    hint=f"widen {'all' if joint[1:] else 'both'} by the same factor: {asked} "
+                    f"--factor {factor:g}",
                 )
 
 

@@ -148,6 +148,11 @@ FURTHER: Mapping[str, Config] = {
         "model_type": "gpt_oss", **_BASE, **_SLIDING, "head_dim": 10, "num_local_experts": 6,
         "num_experts_per_tok": 2, "intermediate_size": 20,
     },
+    "dbrx, groups beside hidden": {
+        "model_type": "dbrx", "d_model": 72, "n_heads": 6, "n_layers": 2, "vocab_size": 101,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "jamba": {
         "model_type": "jamba", **_BASE, "num_hidden_layers": 4, "attn_layer_period": 4,
         "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4,
