@@ -210,7 +210,7 @@ def _as_written(key: str, config: Mapping[str, Any]) -> str:
     Older configs of models that see have the text's sizes beside ``vision_config``, not in a ``text_config``.
     """
     table, _, rest = key.partition(".")
-    flat = rest and table not in config and "hidden_size" in config
+    flat = rest and table not in config and "hidden_size" in config and not OTHER_MODALITY.search(table)
     return rest if flat else key
 
 

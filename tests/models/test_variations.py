@@ -273,3 +273,16 @@ def test_blocks_that_layers_share_count_once() -> None:
     config |= {"n_mamba_heads": 8, "mamba_expand": 2, "use_shared_mlp_adapter": True, "pad_token_id": 0}
     model = build_model(config)
     assert shape_of(infer(config), config).count().total == sum(p.numel() for p in model.parameters())
+
+
+def test_a_number_of_an_absent_tower_stays_in_its_table() -> None:
+    """Beside the text's flat sizes, a default that the config leaves out is no key of the text's."""
+    config = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+    config |= {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 61}
+    config |= {"num_hidden_layers": 2, "intermediate_size": 48, "image_token_id": 7, "pad_token_id": 0}
+    config |= {"video_token_id": 10, "vision_start_token_id": 8, "vision_end_token_id": 9}
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    layout = infer(config)
+    assert layout.config["hidden_size"] == "hidden"
+    assert layout.config["vision_config.out_hidden_size"] == "hidden"
+    assert "out_hidden_size" not in layout.config
