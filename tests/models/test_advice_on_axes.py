@@ -12,16 +12,14 @@ import os
 import random
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sparkling_cli import api
 from sparkling_cli.errors import LayoutError, SpecError
-from sparkling_cli.models.skeleton import build_model
 from sparkling_cli.plan.resolve import offered_axes
 from sparkling_cli.spec.sources import make_spec
-from tests.models.test_whole_models import CONFIGS, on_disk, write_sparse
+from tests.models.test_whole_models import CONFIGS, sparse
 
 pytestmark = pytest.mark.survey
 
@@ -40,18 +38,6 @@ def chosen() -> list[str]:
     if os.environ.get("SPARKLING_ALL_CONFIGS") or len(names) <= SAMPLE:
         return names
     return sorted(random.Random(14).sample(names, SAMPLE))
-
-
-def sparse(name: str, root: Path) -> None:
-    """A checkpoint of real size whose bytes are no room on the disk."""
-    found = CONFIGS[name]
-    config: dict[str, Any] = json.loads(found.read_text()) if isinstance(found, Path) else found
-    try:
-        model = build_model(config)
-    except LayoutError as error:
-        pytest.skip(f"the class cannot be built: {error}"[:200])
-    write_sparse(root / "model.safetensors", on_disk(model))
-    (root / "config.json").write_text(json.dumps(config))
 
 
 def asked(root: Path, axes: dict[str, dict[str, float]]) -> SpecError | None:

@@ -44,14 +44,7 @@ CONFIGS = {path.stem: path for path in sorted(PUBLISHED.glob("*.json"))} if PUBL
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_class_builds_what_a_plan_says(name: str, tmp_path: Path) -> None:
     """Counts of the source; names, shapes and counts of each widened model, or a refusal with a reason."""
-    found = CONFIGS[name]
-    config: dict[str, Any] = json.loads(found.read_text()) if isinstance(found, Path) else found
-    try:
-        model = build_model(config)
-    except LayoutError as error:
-        pytest.skip(f"the class cannot be built: {error}"[:200])
-    write_sparse(tmp_path / "model.safetensors", on_disk(model))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    config, model = sparse(name, tmp_path)
     try:
         layout = api.layout_of(tmp_path)
     except LayoutError as error:
@@ -77,6 +70,19 @@ def test_the_class_builds_what_a_plan_says(name: str, tmp_path: Path) -> None:
         after = shape_of(layout, config).grown(plan.plan.growth).count()
         assert (after.total, after.active) == counted(wide, experts_per_token(config)), axis
     assert tried or not any(info.widenable for axis, info in layout.axes.items() if axis not in COUNTED)
+
+
+def sparse(name: str, root: Path) -> tuple[dict[str, Any], Any]:
+    """A checkpoint of real size whose bytes are no room on the disk; its config, and its class on meta."""
+    found = CONFIGS[name]
+    config: dict[str, Any] = json.loads(found.read_text()) if isinstance(found, Path) else found
+    try:
+        model = build_model(config)
+    except LayoutError as error:
+        pytest.skip(f"the class cannot be built: {error}"[:200])
+    write_sparse(root / "model.safetensors", on_disk(model))
+    (root / "config.json").write_text(json.dumps(config))
+    return config, model
 
 
 def on_disk(model: Any) -> Shapes:
