@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.interrupts --moments 200``. Moments are counted from the start of the process, so some
 lie in the start of Python itself, before any line of this package: there the signal ends the process as it
-ends every program (code -2 here, 130 in a shell), and nothing has been begun.
+ends every program (code -2 here, 130 in a shell; 1, with a traceback, while `site` runs), and nothing has
+been begun.
 """
 
 from __future__ import annotations
