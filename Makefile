@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev  ## the generated pages of the reference, and the site in out/site
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build
+	$(BIN)/zensical build --strict
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
