@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from sparkling_cli.errors import CheckpointError, SparklingError, SpecError
 from sparkling_cli.formats.gc_pause import collector_paused, collector_running
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 #: makes a progress sink: ``progress(title, total_bytes)`` is entered, and called with byte counts; of a stage
 #: without bytes the total is None. ``progress=True`` is :func:`sparkling_cli.report.progress.shown`.
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
+
+#: what to do: a spec, its fields (``{"axes": {"ffn": 2}}``), or a file of them
+Asked: TypeAlias = ExpansionSpec | Mapping[str, Any] | Path | str
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ def open_source(
 @collector_paused()  # plans of many tensors are many objects
 def make_plan(
     source: Path | str,
-    spec: ExpansionSpec | None = None,
     destination: Path | str | None = None,
+    spec: Asked | None = None,
     *,
     layout: Path | str | None = None,
     model: str | None = None,
@@ -120,8 +123,8 @@ def make_plan(
 
     Args:
         source: the checkpoint.
-        spec: what to do; or its fields as keyword ``options``, as in :func:`expand`.
         destination: the output. Default: beside the source, named after the growth.
+        spec: what to do: a spec, its fields, or a file of them; or keyword ``options``, as in :func:`expand`.
         layout: a layout file instead of inference.
         model: ``package.module:factory`` of a user's own model.
         param_order: a file with the parameters' names, one per line, in the optimizer's order.
@@ -169,7 +172,7 @@ def make_plan(
 def expand(
     source: Path | str,
     destination: Path | str | None = None,
-    spec: ExpansionSpec | None = None,
+    spec: Asked | None = None,
     *,
     layout: Path | str | None = None,
     model: str | None = None,
@@ -187,7 +190,7 @@ def expand(
     Args:
         source: the checkpoint; never written to.
         destination: the output; must not exist. Default: beside the source, named after the growth.
-        spec: what to do; or its fields as keyword ``options``.
+        spec: what to do: a spec, its fields, or a file of them; or keyword ``options``.
         layout: a layout file instead of inference.
         model: ``package.module:factory`` of a user's own model.
         param_order: a file with the parameters' names, one per line, in the optimizer's order.
@@ -220,7 +223,9 @@ def expand(
 
         progress = shown
     if expansion is None:
-        expansion = make_plan(source, spec, layout=layout, model=model, param_order=param_order, **options)
+        expansion = make_plan(
+            source, spec=spec, layout=layout, model=model, param_order=param_order, **options
+        )
     if destination is not None:
         given = replace(expansion.invocation, destination=Path(destination))
         expansion = replace(expansion, destination=Path(destination), invocation=given)
@@ -404,15 +409,21 @@ def layout_of(path: Path | str, *, model: str | None = None) -> ModelLayout:
     return open_source(path, model=model)[1]
 
 
-def _spec(spec: ExpansionSpec | None, options: Mapping[str, Any]) -> ExpansionSpec:
+def _spec(
+    spec: ExpansionSpec | Mapping[str, Any] | Path | str | None, options: Mapping[str, Any]
+) -> ExpansionSpec:
     from sparkling_cli.spec.options import from_keywords
-    from sparkling_cli.spec.sources import make_spec
+    from sparkling_cli.spec.sources import make_spec, read_spec_file
 
     if spec is None:
         return make_spec(from_keywords(options), "options")
     if options:
         raise SpecError(f"give a spec or its fields as options, not both; options: {', '.join(options)}")
-    return spec
+    if isinstance(spec, ExpansionSpec):
+        return spec
+    if isinstance(spec, Mapping):
+        return make_spec(from_keywords(spec), "options")
+    return make_spec(read_spec_file(Path(spec)), str(spec))
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

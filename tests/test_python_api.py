@@ -102,6 +102,16 @@ def test_errors_speak_python(
     assert not re.search(r"(?<!\w)--\w", text) and "Tuple" not in text
 
 
+def test_the_same_is_asked_for_in_several_ways(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """Keywords, a pair in a text, fields, a file of them; ``make_plan`` has the order of ``expand``."""
+    (tmp_path / "spec.yaml").write_text("axes: {ffn: 2}\ncarry: rng_state.pth*\n")
+    fields = {"axis": "ffn", "factor": 2, "carry": "rng_state.pth*"}
+    wanted = sparkling_cli.make_plan(dense_checkpoint, tmp_path / "w", **fields)  # type: ignore[arg-type]
+    assert wanted.destination == tmp_path / "w" and wanted.plan.spec.carry == ("rng_state.pth*",)
+    for asked in (fields, {"axis": "ffn=2", "carry": ["rng_state.pth*"]}, tmp_path / "spec.yaml"):
+        assert sparkling_cli.make_plan(dense_checkpoint, tmp_path / "w", asked).plan.spec == wanted.plan.spec
+
+
 def test_a_run_is_planned_as_by_the_command(dense_checkpoint: Path) -> None:
     """Numbers or texts; by hand: twice the ffn for the second half, C = 6 N D."""
     plan = sparkling_cli.plan_run(str(dense_checkpoint), 2e11, axis="ffn", factor=2, expand_at="50%")

@@ -22,14 +22,19 @@ from sparkling_cli.cli.verify import verify
 
 app = typer.Typer(
     name="sparkling",
-    no_args_is_help=True,
     # plain help: rich's own takes longer to import than everything else together
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     cls=Group,
     # as wide as the terminal, of whatever width
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": console.UNLIMITED},
-    help="Widen a language model in the middle of pre-training, optimizer state included.",
+    help="""Widen a language model in the middle of pre-training, optimizer state included.
+
+    \b
+    To begin with:
+        sparkling expand ckpt/ --axis ffn --factor 2
+        sparkling verify ckpt/ ckpt-ffn2x/
+    """,
     epilog="Exit codes: 0 done, 2 usage, 3 spec, 4 checkpoint, 5 layout, 6 unsafe pickle, 7 output, "
     "8 verification, 9 missing package, 130 interrupted.",
 )

@@ -25,7 +25,17 @@ def choices_of(values: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def checkpoints(incomplete: str) -> list[str]:
-    """Directories, and files that may be checkpoints or configs."""
+    """Directories, and files that may be checkpoints or configs.
+
+    Behind the only one that is left the shell writes a space. If that is a folder of folders, they are
+    offered with it, so that the next Tab goes on.
+    """
+    found = _entries(incomplete)
+    inside = _entries(found[0]) if len(found) == 1 and found[0].endswith("/") else []
+    return found + inside if all(path.endswith("/") for path in inside) else found
+
+
+def _entries(incomplete: str) -> list[str]:
     folder, _, start = incomplete.rpartition("/")
     root = Path(f"{folder}/" if "/" in incomplete else ".").expanduser()
     try:

@@ -248,7 +248,7 @@ def expand(
             check_destination(source, destination)
     with output.progress("planning", None):
         expansion = api.make_plan(
-            source, chosen, destination, layout=layout, model=model, param_order=param_order
+            source, destination, chosen, layout=layout, model=model, param_order=param_order
         )
     check_destination(expansion.plan.source.root, expansion.destination)
     if dry_run:

@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
-from sparkling_cli.errors import UsageError
+from sparkling_cli.errors import ExitCode, UsageError
 
 #: what people call a command that has another name here
 _SYNONYMS = {
@@ -64,6 +65,10 @@ _REST = "Running"
 class Command(TyperCommand):
     """A command whose help lists its options under the headings of their groups, in order of appearance."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Arguments that must be given stand bare, others in brackets."""
+        return [re.sub(r"^\{(\w+)\}$", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, then one section for each group."""
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -78,6 +83,7 @@ class Command(TyperCommand):
                 names = re.sub(r" <[^>]*>$", "", names)  # its type, which the metavar says
                 words = words.removesuffix("  [required]")
             words = re.sub(r"\[default: \((.*?)\)(?:;.*)?\]", r"[default: \1]", words)
+            words = re.sub(r" *\[x>=.*?\]$", "", words)
             sections.setdefault(title, []).append((names, words))
         for title, rows in sections.items():
             with formatter.section(title):
@@ -86,6 +92,13 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """The commands; one that does not exist is answered by the one that was probably meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Nothing at all asks for help."""
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            raise typer.Exit(int(ExitCode.USAGE))
+        return list(super().parse_args(ctx, args))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command of the first word.

@@ -8,6 +8,8 @@ from sparkling_cli.errors import SpecError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _COUNT = re.compile(r"(?P<number>\d[\d_]*(?:\.\d+)?(?:[eE][+]?\d{1,2})?)\s*(?P<unit>[KMBGTkmbgt]?)")
+#: a moment before this share of the run is a slip: steps, or a unit that is missing
+EARLIEST = 1e-4
 _SHARE = re.compile(r"(?P<percent>\d+(?:\.\d+)?)\s*%")
 
 
@@ -35,11 +37,21 @@ def parse_moment(text: str, total: int, what: str) -> int:
     """A count, or a share of the whole run: ``"50%"`` of ``total``.
 
     Raises:
-        SpecError: neither of them.
+        SpecError: neither of them, or no moment inside the run.
     """
     share = _SHARE.fullmatch(text.strip())
     if share is None:
-        return parse_count(text, what)
+        if re.fullmatch(r"0?\.\d+", text.strip()):
+            raise SpecError(
+                f"{what}: {text!r} is not a count", hint=f"a share is written as {100 * float(text):g}%"
+            )
+        count = parse_count(text, what)
+        if count < EARLIEST * total:
+            raise SpecError(
+                f"{what}: {count:,} of {total:,} tokens is the very beginning of the run",
+                hint="it counts tokens, not steps: write it as 100B, or as 50%",
+            )
+        return count
     count = round(float(share["percent"]) / 100 * total)
     if not 0 < count < total:
         raise SpecError(

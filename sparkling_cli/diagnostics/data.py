@@ -72,12 +72,17 @@ def load_tokens(
         seed: of random tokens.
 
     Raises:
-        SpecError: the file holds no usable tokens, or ids outside the vocabulary.
+        SpecError: nothing is asked for; the file holds no usable tokens, or ids outside the vocabulary.
         CheckpointError: text was given and the checkpoint has no tokenizer.
         MissingDependencyError: text was given and transformers is not installed.
     """
     import torch
 
+    if sequences < 1 or length < 2:
+        raise SpecError(
+            f"{sequences} sequences of {length} tokens: nothing to measure on",
+            hint="give at least one sequence of two tokens (--sequences 1 --length 2)",
+        )
     if data is None:
         if tokenizer_directory is None or not _has_tokenizer(tokenizer_directory):
             return _random(vocab, sequences, length, seed, "the checkpoint has no tokenizer")

@@ -97,6 +97,12 @@ def config_object(config: Mapping[str, Any]) -> Any:
         model_type = next(
             (t for name in config.get("architectures") or () if (t := _type_of(name))), model_type
         )
+    if model_type is None:
+        raise LayoutError(
+            "there is no model_type, so this is no config of a transformers class",
+            hint="give the config.json of a checkpoint, a layout file (--layout), or your own model "
+            "(--model package.module:factory)",
+        )
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise LayoutError(
             f"config.json names model_type {model_type!r}, which the installed transformers does not have",

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 
-from sparkling_cli.errors import CheckpointError
+from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.formats.model import Further
 from sparkling_cli.plan.model import CARRIED, Recipe, Row
 from sparkling_cli.results.account import Account, AccountEntry, AccountLine, Fate, Kind
@@ -150,6 +151,35 @@ class Stray:
         if self.error is not None and not given and growing.match(stored.dtype, stored.shape) is None:
             raise self.error
         return self.item
+
+
+def check_carry(carry: Sequence[str], further: Sequence[Further], grown: Iterable[str]) -> None:
+    """Every pattern is of something that can be carried.
+
+    Args:
+        carry: the patterns.
+        further: tensors that are neither weights nor state.
+        grown: names of weights and of state.
+
+    Raises:
+        SpecError: one matches nothing, or nothing but what follows the layout.
+    """
+    there = {item.name: item for item in further if not item.left_out}
+    larger = [name for name, item in there.items() if item.stored is None or prod(item.stored.shape) > 1]
+    for pattern in carry:
+        if any(fnmatchcase(name, pattern) for name in there):
+            continue
+        near = get_close_matches(pattern, larger, n=3)
+        if any(fnmatchcase(name, pattern) for name in grown):
+            hint = "weights follow the layout (--layout), and optimizer state goes by --state NAME=carry"
+        elif near:
+            hint = f"did you mean {' or '.join(map(repr, near))}?"
+        else:
+            hint = f"there is {', '.join(larger[:4]) or 'none'}" + (", ..." if larger[4:] else "")
+        raise SpecError(
+            f"--carry {pattern}: matches nothing; it is for tensors that are neither weights nor moments",
+            hint=hint,
+        )
 
 
 def sort_further(

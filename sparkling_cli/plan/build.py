@@ -26,7 +26,15 @@ from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.parse import parse_layout
-from sparkling_cli.plan.account import Growing, Sorted, Stray, account_of, further_notes, sort_further
+from sparkling_cli.plan.account import (
+    Growing,
+    Sorted,
+    Stray,
+    account_of,
+    check_carry,
+    further_notes,
+    sort_further,
+)
 from sparkling_cli.plan.advice import check_locked, notes_for, small_share
 from sparkling_cli.plan.deepen import deeper_source, is_new
 from sparkling_cli.plan.model import CARRIED, Calibration, Plan, Recipe, Row
@@ -83,7 +91,10 @@ def build_plan(
     rows += _state_rows(checkpoint, recipes, kinds, strays)
     growing = Growing.of(recipes.all)
     among = [stray.judged(growing, spec.carry) for stray in strays]
-    found = sort_further((*checkpoint.further, *among), growing, spec.carry, known.copied)
+    further = (*checkpoint.further, *among)
+    if spec.carry:
+        check_carry(spec.carry, further, {name for row in rows for name in (row.name, row.slot)})
+    found = sort_further(further, growing, spec.carry, known.copied)
     rows += _further_rows(checkpoint, found, recipes)
     check_pairs(checkpoint)
     if not spec.allow_nonfinite:

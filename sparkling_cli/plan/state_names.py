@@ -8,7 +8,7 @@ from functools import cached_property
 from heapq import nlargest
 from math import prod
 
-from sparkling_cli.errors import CheckpointError
+from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.formats.model import Checkpoint, Further
 from sparkling_cli.formats.optimizer_states import (
     OTHERWISE,
@@ -50,8 +50,11 @@ class Known:
         """Kinds of states that the spec gives, or whose name is not in the table; and what was measured.
 
         Raises:
+            SpecError: the spec gives a state that there is none of.
             CheckpointError: neither name nor values say what a state is, or they contradict each other.
         """
+        if self.spec.state:
+            self._check_given()
         given = {slot: _GIVEN[kind] for slot, kind in self.spec.state.items()}
         decay = decay_slope(self.checkpoint.param_groups)
         notes = []
@@ -84,6 +87,18 @@ class Known:
             given[slot] = kind
             notes.append(f"optimizer state {slot!r} is taken for a {kind.value}: {text}")
         return given, notes
+
+    def _check_given(self) -> None:
+        there = sorted(
+            {slot for state in self.checkpoint.states for slot in (*state.tensors, *state.scalars)}
+        )
+        for slot in self.spec.state:
+            if slot not in there:
+                raise SpecError(
+                    f"--state {slot}: there is no optimizer state of that name; there is "
+                    f"{', '.join(there) or 'none at all'}",
+                    hint="give one of these names, or leave it out" if there else "leave it out",
+                )
 
     def _otherwise(self, slot: str) -> str:
         """What a name of the table is in this optimizer, as its options tell; "" if what the table says."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf, isfinite
+from textwrap import shorten
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -32,8 +33,10 @@ class Result(BaseModel):
         for name, value in self:
             if isinstance(value, (tuple, list, dict)):
                 words += [f"{len(value)} {name}"] if value else []
-            elif isinstance(value, (str, int, float)):
-                words.append(f"{name}={value!r:.60}")
+            elif isinstance(value, str):
+                words.append(f"{name}={shorten(value, 60, placeholder=' ...')!r}")
+            elif isinstance(value, (int, float)):
+                words.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(words)})"
 
     def __str__(self) -> str:

@@ -111,6 +111,7 @@ class ExpansionSpec(_Strict):
     ] = False
     carry: Annotated[
         tuple[str, ...],
+        BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
         Field(description="patterns of tensors that stay as they are although their shape is one that grows"),
     ] = ()
     state: Annotated[

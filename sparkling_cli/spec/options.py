@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.spec.model import BaselineSpec, ExpansionSpec, RewarmupSpec
+from sparkling_cli.spec.sources import axis_with_factor
 
 #: model -> field -> its option, in the order in which a command is written
 OPTIONS: Mapping[type[BaseModel], Mapping[str, str]] = {
@@ -63,7 +64,7 @@ def from_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         given: fields of the spec as they are; ``axis``, or ``axes`` of names alone, with ``factor`` or
-            ``to``; and the options of re-warmup and baseline by their own names.
+            ``to`` or ``"ffn=2"``; and the options of re-warmup and baseline by their own names.
 
     Raises:
         SpecError: the axes are given in two ways, or not of this form.
@@ -81,11 +82,12 @@ def from_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
         if "axes" in fields:
             raise SpecError("axis and axes both name what to widen", hint="give one of them")
         names = [axis] if isinstance(axis, str) else list(axis)
-        sizes = {"factor": factor, "to": to}
-        fields["axes"] = [
-            {"axis": name, **{k: _one(v, at, len(names)) for k, v in sizes.items() if v is not None}}
-            for at, name in enumerate(names)
-        ]
+        fields["axes"] = [axis_with_factor(str(name), "axis") for name in names]
+        for at, item in enumerate(fields["axes"]):
+            sizes = {k: _one(v, at, len(names)) for k, v in (("factor", factor), ("to", to)) if v is not None}
+            if sizes and "factor" in item:
+                raise SpecError(f"axis {names[at]!r} has its factor already", hint="give it once")
+            item |= sizes
     elif factor is not None or to is not None:
         raise SpecError("factor and to need an axis", hint='for example axis="ffn", factor=2')
     return fields

@@ -190,6 +190,16 @@ def test_the_shell_is_offered_what_fits(moe_checkpoint: Path, tmp_path: Path) ->
     ]  # fmt: skip
     assert set(complete("sparkling expand ckpt --axis ", tmp_path)) >= {"expert_ffn", "hidden", "heads"}
     assert complete("sparkling expand nowhere --axis f", tmp_path) == ["ffn"]
+    (tmp_path / "runs" / "checkpoint-1").mkdir(parents=True)
+    assert complete("sparkling expand ru", tmp_path) == ["runs/", "runs/checkpoint-1/"]
+
+
+def test_nothing_asks_for_help(sparkling: Command) -> None:
+    """And is no error, though it leaves as a command that was not given."""
+    done = sparkling()
+    assert done.code == 2 and "error" not in done.out + done.err
+    assert "sparkling expand ckpt/ --axis ffn --factor 2" in done.out
+    assert "Usage: sparkling verify [OPTIONS] SRC DST" in sparkling("verify", "--help").out
 
 
 def test_the_recorded_command_of_the_short_form_runs(

@@ -69,6 +69,15 @@ MISTAKES = [
     ("expand ckpt --axis ffn=2 --seed abc", 2, "'--seed': expected a whole number"),
     ("expand ckpt --axis ffn=2 --rewarmup-steps 10%", 2, "'--rewarmup-steps': expected a whole number"),
     ("expand ckpt --axis ffn=2 --param-order none.txt", 4, "none.txt: No such file or directory"),
+    ("expand ckpt --axis ffn=2 --carry none*", 3, "there is rng_state.pth: cpu, rng_state.pth: numpy.1"),
+    ("expand ckpt --axis ffn=2 --carry rng_state.pt:*", 3, "did you mean 'rng_state.pth: cpu'"),
+    ("expand ckpt --axis ffn=2 --carry exp_avg", 3, "optimizer state goes by --state NAME=carry"),
+    ("expand ckpt --axis ffn=2 --carry lm_head.weight", 3, "weights follow the layout"),
+    ("expand ckpt --axis ffn=2 --state momentum=moment", 3, "there is exp_avg, exp_avg_sq, step"),
+    ("plan ckpt --axis ffn=2 --tokens 200B --expand-at 2026", 3, "it counts tokens, not steps"),
+    ("plan ckpt --axis ffn=2 --tokens 200B --expand-at 100", 3, "write it as 100B, or as 50%"),
+    ("plan ckpt --axis ffn=2 --tokens 200B --expand-at 0.5", 3, "a share is written as 50%"),
+    ("plan ckpt/tokenizer.json --axis ffn=2 --tokens 2B --expand-at 1B", 5, "give the config.json"),
     # places
     ("expand ckpt wide --axis ffn=2", 7, "choose another name, or remove it"),
     ("expand ckpt ckpt/in --axis ffn=2", 7, "choose a place beside it"),
@@ -177,6 +186,10 @@ def test_axes_of_a_spec_file_as_factors(sparkling: Command) -> None:
         ({"axis": "ffn", "factor": 2, "dry_run": True}, "make_plan(...) takes the same"),
         ({"axis": "ffn", "factor": 2, "rewarmup_step": 9}, "did you mean rewarmup_steps?"),
         ({"axis": "ffn", "factor": 2, "init": "zero"}, "init: expected"),
+        ({"axis": "ffn=2", "factor": 2}, "give it once"),
+        ({"axes": {"ffn": 2}, "carry": "none*"}, 'carry="none*": matches nothing'),
+        ({"spec": {"axes": {"ffn": 2}}, "rho": 2}, "not both"),
+        ({"spec": "none.yaml"}, "there is no spec file none.yaml"),
     ],
 )
 def test_mistakes_in_python(sparkling: Command, options: dict[str, object], said: str) -> None:

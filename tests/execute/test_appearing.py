@@ -138,7 +138,7 @@ def test_an_output_that_cannot_be_read_back(
     """It is the output's fault, not the source's."""
     source = tmp_path / "checkpoint-3"
     shutil.copytree(tiny_checkpoint("llama"), source)
-    expansion = api.make_plan(source, make_spec({"axes": [{"axis": "ffn", "factor": 2}]}))
+    expansion = api.make_plan(source, spec=make_spec({"axes": [{"axis": "ffn", "factor": 2}]}))
 
     def unreadable(_: Path) -> None:
         raise CheckpointError("model.safetensors: cannot be read: Input/output error")
@@ -196,7 +196,7 @@ def test_a_source_that_changes_behind_the_plan(
     """A trainer that saves over the checkpoint while its layout is inferred: old headers, new tensors."""
     source = tmp_path / "checkpoint-3"
     shutil.copytree(tiny_checkpoint("llama"), source)
-    expansion = api.make_plan(source, make_spec({"axes": [{"axis": "ffn", "factor": 2}]}))
+    expansion = api.make_plan(source, spec=make_spec({"axes": [{"axis": "ffn", "factor": 2}]}))
     (source / "new.txt").write_text("of no matter")
     (source / name).write_bytes((source / name).read_bytes())
     with pytest.raises(CheckpointError, match="was changed while it was read"):
@@ -210,5 +210,5 @@ def test_a_folder_of_something_else_is_not_walked(tmp_path: Path, monkeypatch: p
     walked: list[object] = []
     monkeypatch.setattr(os, "walk", lambda root, **_: walked.append(root) or iter(()))
     with pytest.raises(CheckpointError, match="no known checkpoint format"):
-        api.make_plan(tmp_path, make_spec({"axes": [{"axis": "ffn", "factor": 2}]}, "options"))
+        api.make_plan(tmp_path, spec=make_spec({"axes": [{"axis": "ffn", "factor": 2}]}, "options"))
     assert not walked

@@ -324,7 +324,7 @@ def planned(source: Path, original: Path, **options: Any) -> Expansion:
     layout = next(original.parent.glob("*.toml"), None)
     axes = JOINT if source.is_file() or layout is not None else ("ffn", "hidden")
     asked = {"axes": [{"axis": axis, "factor": 2} for axis in axes], **options}
-    return api.make_plan(source, make_spec(asked), layout=layout)
+    return api.make_plan(source, spec=make_spec(asked), layout=layout)
 
 
 def slow_but(form: str) -> tuple[pytest.MarkDecorator, ...]:

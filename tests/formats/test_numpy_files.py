@@ -24,7 +24,7 @@ def source(dense_checkpoint: Path, tmp_path: Path) -> Path:
 
 def growing(source: Path) -> tuple[int, ...]:
     """The shape of a weight that grows with ffn."""
-    rows = make_plan(source, SPEC).plan.rows
+    rows = make_plan(source, spec=SPEC).plan.rows
     return next(row.source.shape for row in rows if not row.slot and "up_proj" in row.name)
 
 
@@ -42,17 +42,17 @@ def test_arrays_that_would_stay_narrow_are_refused(source: Path, name: str, form
     path.parent.mkdir(exist_ok=True)
     np.save(path, array) if path.suffix == ".npy" else np.savez(path, ema=array)
     with pytest.raises(CheckpointError, match=r"ema\.np[yz].*--carry") as refused:
-        make_plan(source, SPEC)
+        make_plan(source, spec=SPEC)
     assert refused.value.hint is not None
     pattern = refused.value.hint.partition("--carry '")[2].partition("'")[0]
-    make_plan(source, SPEC.model_copy(update={"carry": (pattern,)}))
+    make_plan(source, spec=SPEC.model_copy(update={"carry": (pattern,)}))
 
 
 def test_other_arrays_are_carried_and_accounted_for(source: Path) -> None:
     """Text is no tensor."""
-    before = make_plan(source, SPEC).plan.account
+    before = make_plan(source, spec=SPEC).plan.account
     np.savez(source / "counts.npz", seen=np.arange(7), names=np.array(["a", "bc"]))
-    after = make_plan(source, SPEC).plan.account
+    after = make_plan(source, spec=SPEC).plan.account
     assert (after.tensors, after.bytes_before) == (before.tensors + 1, before.bytes_before + 7 * 8)
 
 
@@ -60,4 +60,4 @@ def test_a_damaged_file_is_not_carried_unseen(source: Path) -> None:
     """What cannot be read is refused."""
     (source / "x.npz").write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(CheckpointError, match=r"x\.npz"):
-        make_plan(source, SPEC)
+        make_plan(source, spec=SPEC)

@@ -111,4 +111,4 @@ def test_adapters_beside_the_weights(tiny_checkpoint: TinyCheckpoint, tmp_path: 
     api.verify(source, tmp_path / "wide")
     (source / "helper" / "adapter_config.json").rename(source / "adapter_config.json")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json(.|\n)*merge_and_unload"):
-        api.make_plan(source, api.ExpansionSpec(axes=FFN))
+        api.make_plan(source, spec=api.ExpansionSpec(axes=FFN))

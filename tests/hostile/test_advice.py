@@ -25,7 +25,7 @@ def source(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> Path:
 
 def planned(source: Path) -> Plan:
     """The plan of an expansion of the MLPs."""
-    return api.make_plan(source, make_spec({"axes": [{"axis": "ffn", "factor": 2}]})).plan
+    return api.make_plan(source, spec=make_spec({"axes": [{"axis": "ffn", "factor": 2}]})).plan
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "config.json", "scheduler.pt"])

@@ -28,7 +28,7 @@ def source(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> Path:
 
 def planned(source: Path, **fields: Any) -> Plan:
     """The plan of an expansion of the MLPs."""
-    return api.make_plan(source, make_spec({"axes": [{"axis": "ffn", "factor": 2}], **fields})).plan
+    return api.make_plan(source, spec=make_spec({"axes": [{"axis": "ffn", "factor": 2}], **fields})).plan
 
 
 def edit_optimizer(source: Path, edit: Callable[[dict[str, Any]], object]) -> None:

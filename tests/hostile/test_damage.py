@@ -210,9 +210,9 @@ def test_damaged_layout_and_spec_files(tiny_checkpoint: TinyCheckpoint, tmp_path
         try:
             with limit():
                 if original is layout:
-                    api.make_plan(source, make_spec({"axes": AXES}), layout=path)
+                    api.make_plan(source, spec=make_spec({"axes": AXES}), layout=path)
                 else:
-                    api.make_plan(source, make_spec(read_spec_file(path), path.name), layout=layout)
+                    api.make_plan(source, spec=make_spec(read_spec_file(path), path.name), layout=layout)
             outcomes["accepted"] += 1
         except SparklingError as error:
             outcomes[type(error).__name__] += 1

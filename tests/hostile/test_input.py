@@ -289,7 +289,7 @@ def test_damaged_dcp_tiling_is_named(tmp_path: Path) -> None:
     metadata.state_dict_metadata[name].chunks *= 2
     path.write_bytes(pickle.dumps(metadata, protocol=4))
     with pytest.raises(CheckpointError, match="do not tile"):
-        api.make_plan(tmp_path / "step-3", api._spec(None, {"axes": [{"axis": "ffn", "factor": 2}]}))
+        api.make_plan(tmp_path / "step-3", spec=api._spec(None, {"axes": [{"axis": "ffn", "factor": 2}]}))
 
 
 def test_module_runs_without_home_or_terminal(source: Path, tmp_path: Path) -> None:

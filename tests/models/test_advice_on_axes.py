@@ -44,7 +44,7 @@ def asked(root: Path, axes: dict[str, dict[str, float]]) -> SpecError | None:
     """What refuses a dry run; None if nothing does."""
     wanted = [{"axis": axis, **size} for axis, size in axes.items()]
     try:
-        api.make_plan(root, make_spec({"axes": wanted, "allow_locked": True}, "test"))
+        api.make_plan(root, spec=make_spec({"axes": wanted, "allow_locked": True}, "test"))
     except SpecError as error:
         return error
     return None

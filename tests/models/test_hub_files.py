@@ -215,7 +215,7 @@ def test_a_layer_that_the_class_would_not_leave_aside_is_still_refused(tmp_path:
 
     source = saved(stablelm(), tmp_path / "small", longer)
     with pytest.raises(SparklingError, match=r"layers\.2"):
-        api.make_plan(source, api.ExpansionSpec.model_validate({"axes": [{"axis": "ffn", "factor": 2}]}))
+        api.make_plan(source, spec=api.ExpansionSpec.model_validate({"axes": [{"axis": "ffn", "factor": 2}]}))
 
 
 def test_a_class_under_a_model_type_of_its_own(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_the_class_builds_what_a_plan_says(name: str, tmp_path: Path) -> None:
         rounded = 64 if all(layout.axes[n].size >= 64 for n in group if n in layout.axes) else 1
         spec = make_spec({"axes": asked, "multiple_of": rounded, "allow_locked": True}, "test")
         try:
-            plan = api.make_plan(tmp_path, spec)
+            plan = api.make_plan(tmp_path, spec=spec)
         except (SpecError, CheckpointError) as error:
             assert error.hint or isinstance(error, SpecError)
             continue

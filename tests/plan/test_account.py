@@ -35,7 +35,7 @@ def asked(source: Path) -> dict[str, Any]:
 
 def planned(source: Path, **options: Any) -> Expansion:
     """The plan of an expansion."""
-    return api.make_plan(source, make_spec({**asked(source), **options}))
+    return api.make_plan(source, spec=make_spec({**asked(source), **options}))
 
 
 @pytest.fixture(scope="module")
