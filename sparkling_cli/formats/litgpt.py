@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside, list_files, literal_file, read_yaml, rewritten_yaml
-from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
-from sparkling_cli.formats.singlefile import find_sections, read_sections, write_sections
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
+from sparkling_cli.formats.singlefile import deeper_sections, find_sections, read_sections, write_sections
 from sparkling_cli.formats.torchfile import read_torch_file
 
 WEIGHTS = "lit_model.pth"
@@ -54,3 +55,7 @@ class LitGptDirectory:
         text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
         config = rewritten_yaml(text, request.config, CONFIG)
         return (*write_sections(checkpoint, request), literal_file(CONFIG, config.encode()))
+
+    def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
+        """See :class:`~sparkling_cli.formats.model.Deepening`."""
+        return deeper_sections(checkpoint, weights, groups)

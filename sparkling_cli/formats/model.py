@@ -47,7 +47,8 @@ class Further(NamedTuple):
         name: its file and its place in it, for people and for ``--carry``.
         file: relative path; "" if the checkpoint is one file.
         key: by which the format can write it with another shape; "" if it can only be copied.
-        stored: dtype, shape, and, where ``key`` is set, its bytes; None of a file that could not be read.
+        stored: dtype, shape, and, where ``key`` is set, its bytes (else where it lies,
+            more or less); None of a file that could not be read.
         left_out: its file, or it alone, is not part of the output.
         weight: its name among the weights, where it lies there.
     """
@@ -142,6 +143,10 @@ class Checkpoint:
         return replace(self, weights=left, further=(*self.further, *apart))
 
 
+#: Each tensor of a deeper model, in the model's order, and the one of the source that it is read from.
+Pairs = Sequence[tuple[str, str]]
+
+
 @runtime_checkable
 class Deepening(Protocol):
     """A format whose files can hold more parameters than the source's."""
@@ -149,16 +154,15 @@ class Deepening(Protocol):
     def deeper(
         self,
         checkpoint: Checkpoint,
-        weights: Mapping[str, tuple[str, ...]],
-        groups: Sequence[Sequence[tuple[str, str]]],
+        weights: Pairs,
+        groups: Sequence[Pairs],
     ) -> Checkpoint:
         """The checkpoint as one of a deeper model, in which tensors are read several times.
 
         Args:
             checkpoint: the source, its states named.
-            weights: weight name -> its names in the deeper model.
-            groups: of the optimizer: each parameter of the deeper model, in order, and the one of the source
-                that its state is read from.
+            weights: of the deeper model.
+            groups: of the optimizer: their parameters.
 
         Raises:
             CheckpointError: its files cannot hold that.

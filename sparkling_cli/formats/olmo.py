@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
+from sparkling_cli.formats.deeper import as_read, deeper_files
 from sparkling_cli.formats.directory import list_files, literal_file, read_yaml, rewritten_yaml
-from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
-from sparkling_cli.formats.statedict import OptimizerTree, weights_in
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
+from sparkling_cli.formats.statedict import OptimizerTree, optimizer_in, weights_in
 from sparkling_cli.formats.statefiles import StateFiles, read_optimizer_file, read_weights_file
-from sparkling_cli.formats.torchfile import read_torch_file
+from sparkling_cli.formats.torchfile import TorchFile, TreePath, read_torch_file
 from sparkling_cli.formats.trainer_facts import curve_facts, optimizer_class
 
 MODEL, OPTIMIZER, TRAIN, CONFIG = "model.pt", "optim.pt", "train.pt", "config.yaml"
@@ -57,33 +59,29 @@ class OlmoStep:
         sizes = config.get("model")
         if not isinstance(sizes, dict):
             raise CheckpointError(f"{root / CONFIG}: there is no block model, the model's sizes, in it")
-        files = {MODEL: read_weights_file(root, MODEL)}
-        weights = weights_in(files[MODEL], ())
-        tree, notes = OptimizerTree(), []
+        files, tree = {MODEL: read_weights_file(root, MODEL)}, OptimizerTree()
         if OPTIMIZER in present:
             files[OPTIMIZER], tree = read_optimizer_file(root, OPTIMIZER)
-        else:
-            notes.append(f"there is no {OPTIMIZER}: weights only")
-        states = StateFiles(files, scalars=tree.scalars)
-        tensors, others = states.found(weights, tree.states)
+        found = _read(root, files, tree, f"{CONFIG}: model")
         facts: dict[str, Any] = {"kind": "OLMo", **_steps(root, present), **_schedule(config)}
-        if tree.states:
-            facts["optimizer_class"] = optimizer_class(tree.states, tree.groups, {})
-        return Checkpoint(
-            root=root,
-            format=self.name,
-            tensors=tensors,
-            weights=weights,
-            states=tree.states,
-            param_groups=tree.groups,
+        if found.states:
+            facts["optimizer_class"] = optimizer_class(found.states, found.param_groups, {})
+        return replace(
+            found,
             config=sizes,
-            config_file=f"{CONFIG}: model",
             carried=tuple(name for name in present if name != CONFIG and name not in files),
-            further=tuple(others),
             facts=facts,
-            notes=tuple(notes),
-            private=states,
+            notes=() if OPTIMIZER in present else (f"there is no {OPTIMIZER}: weights only",),
         )
+
+    def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
+        """See :class:`~sparkling_cli.formats.model.Deepening`."""
+        own: StateFiles = checkpoint.private
+        optimizers: list[tuple[str, TreePath]] = [(OPTIMIZER, ())] if OPTIMIZER in own.files else []
+        files = deeper_files(checkpoint, own.files, (MODEL, ()), optimizers, weights, groups)
+        tree = optimizer_in(files[OPTIMIZER], ()) if optimizers else OptimizerTree()
+        read = _read(checkpoint.root, files, tree, checkpoint.config_file)
+        return as_read(checkpoint, read, files, groups)
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """Both torch files, and the config, whose other lines stay as they are."""
@@ -91,6 +89,24 @@ class OlmoStep:
         text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
         config = rewritten_yaml(text, {f"model.{k}": v for k, v in request.config.items()}, CONFIG)
         return (literal_file(CONFIG, config.encode()), *files.outputs(checkpoint, request))
+
+
+def _read(root: Path, files: Mapping[str, TorchFile], tree: OptimizerTree, config_file: str) -> Checkpoint:
+    """What both torch files hold."""
+    weights = weights_in(files[MODEL], ())
+    states = StateFiles(files, scalars=tree.scalars)
+    tensors, others = states.found(weights, tree.states)
+    return Checkpoint(
+        root=root,
+        format=OlmoStep.name,
+        tensors=tensors,
+        weights=weights,
+        states=tree.states,
+        param_groups=tree.groups,
+        config_file=config_file,
+        further=tuple(others),
+        private=states,
+    )
 
 
 def _steps(root: Path, present: tuple[str, ...]) -> dict[str, int]:

@@ -5,16 +5,16 @@ What a file is follows from what is in it. The file is never unpickled by torch,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError, NoModelError
-from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.formats.deeper import as_read, deeper_files
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
 from sparkling_cli.formats.statedict import (
     OptimizerTree,
-    at,
     is_optimizer,
     is_state_dict,
     joined,
@@ -23,7 +23,7 @@ from sparkling_cli.formats.statedict import (
     without_attribute,
 )
 from sparkling_cli.formats.statefiles import StateFiles
-from sparkling_cli.formats.torchfile import TensorNode, TorchFile, TreePath, plain, read_torch_file
+from sparkling_cli.formats.torchfile import TensorNode, TorchFile, TreePath, at, plain, read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class
 
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "weights")
@@ -80,6 +80,10 @@ class SingleFile:
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """The one output file."""
         return write_sections(checkpoint, request)
+
+    def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
+        """See :class:`~sparkling_cli.formats.model.Deepening`."""
+        return deeper_sections(checkpoint, weights, groups)
 
 
 def find_sections(file: TorchFile) -> Sections:
@@ -217,6 +221,17 @@ def write_sections(checkpoint: Checkpoint, request: OutputRequest) -> tuple[Outp
     request.by_key(file.tensors, file.path.name)
     edits = {name: config_edits(file.tree, parsed.sections, request.config)}
     return parsed.files.outputs(checkpoint, request, edits)
+
+
+def deeper_sections(checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
+    """The checkpoint in a torch file as that of a deeper model."""
+    parsed: Parsed = checkpoint.private
+    (name,) = parsed.files.files
+    optimizers = [(name, path) for path in parsed.sections.optimizers]
+    model = (name, parsed.sections.model)
+    files = deeper_files(checkpoint, parsed.files.files, model, optimizers, weights, groups)
+    read = read_sections(checkpoint.root, checkpoint.format, files[name], parsed.sections)
+    return as_read(checkpoint, read, files, groups)
 
 
 def config_edits(tree: Any, sections: Sections, changes: Mapping[str, Any]) -> dict[TreePath, Any]:

@@ -19,10 +19,10 @@ from sparkling_cli.formats.torchfile import (
     TensorNode,
     TorchFile,
     TreePath,
+    at,
     lay_out,
     plain,
     read_values,
-    step_into,
 )
 
 #: put in front of every name by wrappers; no part of the model
@@ -63,13 +63,6 @@ class OptimizerTree:
             for group in self.groups
         )
         return replace(self, states=states, groups=groups)
-
-
-def at(tree: Any, path: TreePath) -> Any:
-    """The value at a path."""
-    for step in path:
-        tree = step_into(tree, step)
-    return tree
 
 
 def keys_by_path(file: TorchFile) -> dict[TreePath, str]:

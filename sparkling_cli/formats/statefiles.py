@@ -21,14 +21,13 @@ from sparkling_cli.formats.other_files import further_in
 from sparkling_cli.formats.statedict import (
     OptimizerTree,
     Place,
-    at,
     is_optimizer,
     is_state_dict,
     optimizer_in,
     packed,
     with_shapes,
 )
-from sparkling_cli.formats.torchfile import TorchFile, TreePath, read_torch_file
+from sparkling_cli.formats.torchfile import TorchFile, TreePath, at, read_torch_file
 from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor, grown_box
 
 Shape = tuple[int, ...]

@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.deeper import deeper_files, with_names
 from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
 from sparkling_cli.formats.fsdpfile import check_alone, read_copy, with_copies
 from sparkling_cli.formats.gc_pause import collector_paused
-from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
 from sparkling_cli.formats.other_files import tensors_of
 from sparkling_cli.formats.statedict import OptimizerTree, optimizer_in
 from sparkling_cli.formats.statefiles import StateFiles, read_optimizer_file
-from sparkling_cli.formats.torchfile import Holder, TorchFile, with_parameters
+from sparkling_cli.formats.torchfile import TorchFile
 from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
 from sparkling_cli.formats.weightfiles import (
     CANDIDATES,
@@ -132,60 +133,34 @@ class TrainerDirectory:
         with collector_paused():
             return tuple(_outputs(checkpoint, request))
 
-    def deeper(
-        self,
-        checkpoint: Checkpoint,
-        weights: Mapping[str, tuple[str, ...]],
-        groups: Sequence[Sequence[tuple[str, str]]],
-    ) -> Checkpoint:
+    def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
         """See :class:`~sparkling_cli.formats.model.Deepening`."""
         parsed: Parsed = checkpoint.private
-        kept = any("state" in group for group in checkpoint.param_groups)
-        if kept or FSDP_FULL in parsed.files.files:
+        if FSDP_FULL in parsed.files.files:
             raise CheckpointError(
-                f"{checkpoint.root.name}: the optimizer's files hold copies of the weights, which have no "
-                "place for new layers",
+                f"{checkpoint.root.name}: {FSDP_FULL} holds a copy of the weights, in which new layers have "
+                "no place",
                 hint="save without FSDP's full state dicts, or expand a copy without the optimizer's state",
             )
         weight_files = deeper_weights(parsed.weights, weights)
-        files, states = parsed.files, checkpoint.states
-        if states:
-            files, states = _with_parameters(checkpoint, files, groups)
-        moments, others = files.found({}, states)
-        names = {name for own in weights.values() for name in own}
-        own_weights = {name: key for name, key in weight_files.weights.items() if name in names}
-        named = tuple(
-            {**group, "params": [name for name, _ in own]}
-            for group, own in zip(checkpoint.param_groups, groups, strict=True)
-        )
-        return replace(
+        files, tree = parsed.files, OptimizerTree()
+        if checkpoint.states:
+            (name,) = files.files
+            found = deeper_files(checkpoint, files.files, None, [(name, ())], weights, groups)
+            tree = optimizer_in(found[name], ())
+            files = StateFiles(found, scalars=tree.scalars)
+        moments, others = files.found({}, tree.states)
+        names = {name for name, _ in weights}
+        own = {name: key for name, key in weight_files.weights.items() if name in names}
+        deeper = replace(
             checkpoint,
-            tensors={**{key: weight_files.tensors[key] for key in own_weights.values()}, **moments},
-            weights=own_weights,
-            states=states,
-            param_groups=named,
+            tensors={**{key: weight_files.tensors[key] for key in own.values()}, **moments},
+            weights=own,
+            states=tree.states,
             further=(*(item for item in checkpoint.further if item.file not in files.files), *others),
             private=Parsed(weight_files, files),
         )
-
-
-def _with_parameters(
-    checkpoint: Checkpoint, files: StateFiles, groups: Sequence[Sequence[tuple[str, str]]]
-) -> tuple[StateFiles, tuple[ParamState, ...]]:
-    """The optimizer's file with the parameters of a deeper model, and their states by name."""
-    (file,) = files.files.values()
-    pairs = zip(checkpoint.states, optimizer_in(file, ()).states, strict=True)
-    own = {named.param: numbered.param for named, numbered in pairs}
-    idents = {str(ident): ident for ident in file.tree["state"]}
-    holders = [  # what is frozen has no state
-        [Holder(name, idents[own[source]] if source in own else None) for name, source in group]
-        for group in groups
-    ]
-    deeper = with_parameters(file, holders)
-    optimizer = optimizer_in(deeper, ())
-    names = [name for group in groups for name, _ in group]
-    states = tuple(replace(state, param=names[int(state.param)]) for state in optimizer.states)
-    return StateFiles({deeper.relative: deeper}, scalars=optimizer.scalars), states
+        return with_names(deeper, groups)
 
 
 def _outputs(checkpoint: Checkpoint, request: OutputRequest) -> list[OutputFile]:

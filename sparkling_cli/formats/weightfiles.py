@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.deeper import by_source, renamed
 from sparkling_cli.formats.directory import inside, literal_file, read_json
-from sparkling_cli.formats.model import Declared, OutputFile
+from sparkling_cli.formats.model import Declared, OutputFile, Pairs
 from sparkling_cli.formats.safetensors import lay_out_safetensors, read_safetensors
 from sparkling_cli.formats.statedict import bare_names
 from sparkling_cli.formats.torchfile import (
@@ -68,26 +69,23 @@ class WeightFiles:
         return frozenset(self.files) | ({self.index} if self.index else set())
 
 
-def deeper_weights(files: WeightFiles, names: Mapping[str, tuple[str, ...]]) -> WeightFiles:
+def deeper_weights(files: WeightFiles, pairs: Pairs) -> WeightFiles:
     """The files as those of a deeper model, whose tensors are read where those of the shallower one lie.
 
     Args:
         files: the source's.
-        names: weight name -> its names in the deeper model.
+        pairs: each weight of the deeper model and the one of the source that it is read from.
 
     Raises:
         CheckpointError: a wrapper's name stands inside a weight's.
     """
-    bare = bare_names(files.names)
+    bare, names = bare_names(files.names), by_source(pairs)
     found = WeightFiles(files.index, dict(files.index_metadata), files=files.files)
     keys: dict[tuple[str, int], str] = {}
     for name, key in files.names.items():
-        if not name.endswith(bare[name]):
-            raise CheckpointError(f"{name!r} has a wrapper's name inside", hint="save the unwrapped model")
-        wrapper = name.removesuffix(bare[name])
         for copy, other in enumerate(names.get(bare[name], (bare[name],))):
-            own = keys.setdefault((key, copy), wrapper + other)  # tied names share a key
-            found.names[wrapper + other] = own
+            own = keys.setdefault((key, copy), renamed(name, bare[name], other))  # tied names share a key
+            found.names[renamed(name, bare[name], other)] = own
             found.tensors[own] = files.tensors[key]
     if isinstance(found.index_metadata.get("total_parameters"), int):
         sizes = [sum(prod(t.shape) for t in one.tensors.values()) for one in (files, found)]

@@ -43,6 +43,19 @@ def required(data: Mapping[str, Any], config: Mapping[str, Any], where: str) -> 
     return {key: value for key, value in data.items() if key != "requires"}
 
 
+def silenced(data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The file with the tensors that make a new layer silent in a model of this config."""
+    silent, axes = dict(data.get("silent", {})), dict(data["axes"])
+    for key, cases in data.get("silent_if", {}).items():
+        value = str(lookup(config, key)).lower()
+        fitting = [names for values, names in cases.items() if value in values.split(" or ")]
+        silent.update(*fitting)
+        if not fitting:
+            reason = f"what makes a new layer silent is not known where the config's {key} is {value:.60}"
+            axes["layers"] = {**axes["layers"], "widenable": False, "reason": reason}
+    return {k: v for k, v in data.items() if k != "silent_if"} | {"silent": silent, "axes": axes}
+
+
 def check_sizes(data: Mapping[str, Any], sizes: Iterable[str], where: str) -> None:
     """A file of a class knows every config key that sizes something.
 

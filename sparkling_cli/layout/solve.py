@@ -13,6 +13,8 @@ A family's file says what the dims mean; how large they are is the checkpoint's 
 - in a class's file a name occurs in all layers or in none, unless the file says ``mixed_layers``;
 - ``requires`` lists config values that a checkpoint of this family has (of a list, any), where it has the
   key at all; the value ``"none"`` says that the key is not set;
+- ``silent_if`` has, for values of a config key (``"false or none"``: or it is not set), the tensors that make
+  a new layer silent; where none of them fits, the number of layers does not grow;
 - names in one group of ``tied`` whose layouts differ may be tied or not: they are if only one of them is
   stored, or if what is stored is the same. Tied ones have the layout of the table that is looked up in, and
   ``compensate`` with ``fan_in`` holds for them only. ``ties`` names the config key that must agree, with
@@ -47,10 +49,11 @@ from sparkling_cli.layout.presence import (
     present,
     present_numbers,
     required,
+    silenced,
 )
 
 #: Tables and keys that only such files have.
-_OPEN = frozenset({"requires", "classes", "ties", "mixed_layers"})
+_OPEN = frozenset({"requires", "classes", "ties", "mixed_layers", "silent_if"})
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def solve_layout(
     from_dict(_with_placeholders(data), where)  # its own errors first
     check_sizes(data, sizing, where)
     data = _with_ties(required(data, config or {}, where), weights, config or {}, where, alike)
+    data = silenced(data, config or {})
     classes = data.pop("classes", None)
     if classes:
         data["name"] = classes[(config or {})["model_type"]]

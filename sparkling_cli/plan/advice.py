@@ -54,6 +54,11 @@ def notes_for(
         notes.append(_experts_note(growth, layout))
     if LAYERS in growth:
         notes.append(_layers_note(spec, growth[LAYERS]))
+        if LAYERS not in layout.config.values():
+            notes.append(
+                "the checkpoint does not say how many layers there are: build the model with "
+                f"{growth[LAYERS].target}"
+            )
     if "vocab" in growth:
         notes += _vocab_notes(checkpoint, spec, growth["vocab"])
     return (*notes, *_muon_notes(checkpoint, layout, growth))

@@ -38,16 +38,14 @@ def deeper_source(
         raise CheckpointError(
             f"{checkpoint.root.name}: the number of layers does not grow in a checkpoint of format "
             f"{checkpoint.format!r}",
-            hint="expand a directory of transformers' Trainer",
+            hint="expand the directory of transformers' Trainer, a torch file of weights and optimizer, or a "
+            "directory of torch.distributed.checkpoint",
         )
-    table = layout.disk_table
+    table, module = layout.disk_table, layout.module_table
     names = [layout.canonical(name) for name in checkpoint.weights]
     if not all(map(table.has, names)):
-        table = layout.module_table
-    weights = {
-        name: names_of(pattern.template, name, order) if pattern.template.matches(name) else (name,)
-        for name, pattern in zip(checkpoint.weights, table.find_all(names), strict=True)
-    }
+        table = module
+    weights = list(_sequence(list(checkpoint.weights), table, order))
     copy = next((i for i in checkpoint.further if not i.left_out and _of_layer(i.name, table)), None)
     if copy is not None:
         raise CheckpointError(
@@ -55,7 +53,7 @@ def deeper_source(
             hint=f"take it out of a copy of the checkpoint: {copy.file or checkpoint.root.name}",
         )
     groups = groups or [
-        list(_sequence([layout.canonical(str(param)) for param in group.get("params", ())], layout, order))
+        list(_sequence([layout.canonical(str(param)) for param in group.get("params", ())], module, order))
         for group in checkpoint.param_groups
     ]
     return form.deeper(checkpoint, weights, groups)
@@ -82,29 +80,29 @@ def _of_layer(name: str, table: PatternTable) -> bool:
     return False
 
 
-def _sequence(names: Sequence[str], layout: ModelLayout, order: Order) -> Iterator[tuple[str, str]]:
-    """Parameters in a model's order, as the deeper model has them: layer by layer, each as its source's.
+def _sequence(names: Sequence[str], table: PatternTable, order: Order) -> Iterator[tuple[str, str]]:
+    """Tensors in a model's order, as the deeper model has them: layer by layer, each as its source's.
 
     Yields:
         The name of each, and of the one that it comes from.
     """
 
     def place(name: str) -> tuple[str, int | None]:
-        pattern = layout.module_table.find(name)
+        pattern = table.find(name)
         index = _layer(pattern, name)
         return ("" if index is None else pattern.name.partition(f"{{{LAYERS}")[0]), index
 
     for (stack, _), found in groupby(names, lambda name: (place(name)[0], place(name)[1] is None)):
         run = list(found)
-        yield from _stack(run, layout, order) if stack else zip(run, run, strict=True)
+        yield from _stack(run, table, order) if stack else zip(run, run, strict=True)
 
 
-def _stack(run: Iterable[str], layout: ModelLayout, order: Order) -> Iterator[tuple[str, str]]:
+def _stack(run: Iterable[str], table: PatternTable, order: Order) -> Iterator[tuple[str, str]]:
     layers: dict[int, list[str]] = {}
     for name in run:
-        layers.setdefault(_layer(layout.module_table.find(name), name) or 0, []).append(name)
+        layers.setdefault(_layer(table.find(name), name) or 0, []).append(name)
     seen: dict[int, int] = {}
     for source in order:
         copy = seen[source] = seen.get(source, -1) + 1
         for name in layers.get(source, ()):
-            yield names_of(layout.module_table.find(name).template, name, order)[copy], name
+            yield names_of(table.find(name).template, name, order)[copy], name

@@ -110,6 +110,11 @@ def _order(layers: Growth, spec: ExpansionSpec, layout: ModelLayout) -> Order:
             "scaling 'calibrated' fits every block to one of the source, which new layers do not have",
             hint="expand twice: the widths with --scaling calibrated, then --axis layers",
         )
+    if spec.layer_mode == "identity" and not layout.silent:
+        raise SpecError(
+            f"axes.layers: layout {layout.name} does not say which tensors make a layer silent",
+            hint="add them to the layout file under [silent], or pass --layer-mode interleave or stack",
+        )
     behind = spec.layer_mode == "stack" or spec.at == "end" or spec.at == (before - 1,)
     if layout.numbered and not behind:
         raise SpecError(

@@ -19,7 +19,7 @@ pytest.importorskip("transformers", reason="pip install transformers")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [{"ffn": 2}, {"hidden": 2, "ffn": 2}])
+@pytest.mark.parametrize("axes", [{"ffn": 2}, {"hidden": 2, "ffn": 2}, {"layers": 2}])
 def test_resumes_where_it_was(tmp_path: Path, axes: dict[str, float]) -> None:
     """The layout is inferred from config.json; the losses of the next steps start where they were."""
     on_ranks(2, save, str(tmp_path / "checkpoint-3"))

@@ -6,26 +6,30 @@ one format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.dcp import lingua
+from sparkling_cli.formats.dcp.deeper import deeper_directories
 from sparkling_cli.formats.dcp.metadata import METADATA
 from sparkling_cli.formats.dcp.read import (
+    Directory,
     Entry,
     Parsed,
     read_directories,
+    read_entries,
     read_fields,
     read_further,
     read_groups,
     read_states,
 )
 from sparkling_cli.formats.dcp.write import directory_outputs
+from sparkling_cli.formats.deeper import as_read
 from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
-from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
 from sparkling_cli.formats.other_files import tensors_of
 from sparkling_cli.formats.torchfile import read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
@@ -106,12 +110,12 @@ class DcpFormat:
             raise CheckpointError(f"{root} has no {METADATA}")
         folders = tuple(f for f in variant.folders if (root / f / METADATA).is_file())
         _one_model_only(root)
-        directories, entries, roles = read_directories(root, folders)
-        tensors = {name: entries[name].stored() for name in dict.fromkeys(roles.weights.values())}
-        states, state_tensors, scalar_keys = read_states(roles, entries)
+        directories = read_directories(root, folders)
         present = list_files(root)
         config = read_json(root, variant.config) if variant.config in present else None
         within = "" if config is not None else _COMPOSER_CONFIG
+        found = _read(root, directories, variant.config if config else "", within)
+        entries, states = found.private.entries, found.states
         written = {one.folder + METADATA for one in directories}.union(*(one.files() for one in directories))
         if config is not None:
             written.add(variant.config)
@@ -123,37 +127,37 @@ class DcpFormat:
             stale = [name for name in present if name.startswith(lingua.CONSOLIDATED)]
             if stale:
                 notes.append(f"{lingua.CONSOLIDATED} is left out: lingua makes it anew, at the new size")
-        values = read_fields(roles, entries)
-        groups = read_groups(roles, values)
         _add_facts(facts, root, entries, variant.kind)
         if states:
-            facts["optimizer_class"] = optimizer_class(states, groups, facts.get("training_args", {}))
+            facts["optimizer_class"] = optimizer_class(
+                states, found.param_groups, facts.get("training_args", {})
+            )
             if "step" in states[0].scalars:
                 facts.setdefault("global_step", int(states[0].scalars["step"]))
         if not states:
             notes.append("there is no optimizer state in this checkpoint: weights only")
         if config is None and variant.kind == "Trainer with FSDP":
             notes.append("no config.json here: copy the model's config.json beside the FSDP folders")
-        return Checkpoint(
-            root=root,
-            format=self.name,
-            tensors={**tensors, **state_tensors},
-            weights=roles.weights,
-            states=states,
-            param_groups=groups,
+        return replace(
+            found,
             config=config,
             config_file="" if config is None else within.rstrip(".") or variant.config,
             carried=tuple(name for name in present if name not in written and name not in stale),
             further=(
-                *read_further(roles, entries, scalar_keys.values(), values),
+                *found.further,
                 *(item._replace(left_out=True) for name in stale for item in tensors_of(root, name)),
             ),
             facts=facts,
             notes=tuple(notes),
-            private=Parsed(
-                directories, entries, scalar_keys, variant.config if config and not within else "", within
-            ),
         )
+
+    def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
+        """See :class:`~sparkling_cli.formats.model.Deepening`."""
+        parsed: Parsed = checkpoint.private
+        directories, lists = deeper_directories(checkpoint, weights, groups)
+        read = _read(checkpoint.root, directories, parsed.config_file, parsed.within, lists)
+        own = {"", *(file for one in directories for file in one.files())}
+        return as_read(checkpoint, read, own, groups)
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """The ``.distcp`` files, the config, and last every ``.metadata``.
@@ -163,7 +167,7 @@ class DcpFormat:
         """
         parsed: Parsed = checkpoint.private
         declared = request.by_key(parsed.entries, str(checkpoint.root))
-        numbers: dict[str, Any] = {}
+        numbers: dict[str, Any] = dict(parsed.lists)
         by_name = {state.param: number for number, state in enumerate(checkpoint.states)}
         for full, value in request.scalars.items():
             param, _, slot = full.rpartition(".")
@@ -186,6 +190,30 @@ class DcpFormat:
             text = rewritten_json(text, changes, parsed.config_file)
             files.insert(0, literal_file(parsed.config_file, text.encode()))
         return tuple(sorted(files, key=lambda file: file.last))
+
+
+def _read(
+    root: Path,
+    directories: tuple[Directory, ...],
+    config_file: str,
+    within: str,
+    lists: Mapping[str, list[str]] | None = None,
+) -> Checkpoint:
+    """What all directories hold; for the arguments see :class:`~sparkling_cli.formats.dcp.read.Parsed`."""
+    entries, roles = read_entries(root, directories)
+    weights = {name: entries[name].stored() for name in dict.fromkeys(roles.weights.values())}
+    states, tensors, scalar_keys = read_states(roles, entries)
+    values = {**read_fields(roles, entries), **(lists or {})}
+    return Checkpoint(
+        root=root,
+        format=DcpFormat.name,
+        tensors={**weights, **tensors},
+        weights=roles.weights,
+        states=states,
+        param_groups=read_groups(roles, values),
+        further=tuple(read_further(roles, entries, scalar_keys.values(), values)),
+        private=Parsed(directories, entries, scalar_keys, config_file, within, roles, lists or {}),
+    )
 
 
 def _entries_as_config(entries: Mapping[str, Entry], within: str) -> dict[str, Any]:

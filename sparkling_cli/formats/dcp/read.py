@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -155,23 +155,29 @@ class Parsed:
         scalar_keys: number of a state and name -> entry of a one-number tensor.
         config_file: with the model's sizes; "" if it has none of its own.
         within: what the names of entries begin with that are keys of the config.
+        roles: of the entries.
+        lists: entry -> names of parameters that it holds instead of those of the source.
     """
 
     directories: tuple[Directory, ...]
     entries: Mapping[str, Entry]
     scalar_keys: Mapping[tuple[int, str], str]
     config_file: str
-    within: str = ""
+    within: str
+    roles: Roles
+    lists: Mapping[str, list[str]] = field(default_factory=dict)
 
 
-def read_directories(
-    root: Path, folders: tuple[str, ...]
-) -> tuple[tuple[Directory, ...], dict[str, Entry], Roles]:
-    """Every directory, their entries under names that are unique in the checkpoint, and who is who."""
-    directories = tuple(
+def read_directories(root: Path, folders: tuple[str, ...]) -> tuple[Directory, ...]:
+    """Every directory; their entries get names that are unique in the checkpoint."""
+    return tuple(
         Directory(root, folder, read_metadata(root / folder), folder if number else "")
         for number, folder in enumerate(folders)
     )
+
+
+def read_entries(root: Path, directories: tuple[Directory, ...]) -> tuple[dict[str, Entry], Roles]:
+    """The entries of all directories, and who is who."""
     for directory in directories:
         check_metadata(directory.metadata, root / directory.folder / METADATA)
     entries: dict[str, Entry] = {}
@@ -184,7 +190,7 @@ def read_directories(
     for directory in directories:
         directory.files()
     tensors = frozenset(name for name, entry in entries.items() if entry.is_tensor)
-    return directories, entries, find_roles(paths, tensors, str(root))
+    return entries, find_roles(paths, tensors, str(root))
 
 
 def read_states(
@@ -227,7 +233,9 @@ def read_further(
         elif prod(entry.described.size) > 1:
             yield Further(name, "", name, entry.stored())
         else:
-            yield Further(name, "", "", StoredTensor(entry.dtype, tuple(entry.described.size), ()))
+            shape, item = tuple(entry.described.size), entry.item(entry.described.chunks[0].offsets)
+            place = Extent(item.file, item.offset, (0,) * len(shape), shape)  # of its item
+            yield Further(name, "", "", StoredTensor(entry.dtype, shape, (place,)))
 
 
 def read_fields(roles: Roles, entries: Mapping[str, Entry]) -> dict[str, Any]:

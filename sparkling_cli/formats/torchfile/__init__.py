@@ -2,7 +2,7 @@
 
 ``archive`` the zip container, ``opcodes`` and ``unpickle`` the pickle, ``objects`` what it is read into,
 ``file`` reading, ``layout`` with ``repickle`` and ``writer`` the way back, ``new_file`` files from nothing,
-``more`` an optimizer's file with further parameters.
+``more`` a file with further weights and parameters.
 """
 
 from sparkling_cli.formats.torchfile.file import (
@@ -13,25 +13,25 @@ from sparkling_cli.formats.torchfile.file import (
     read_values,
 )
 from sparkling_cli.formats.torchfile.layout import REMOVED, lay_out
-from sparkling_cli.formats.torchfile.more import Holder, with_parameters
+from sparkling_cli.formats.torchfile.more import Holder, More
 from sparkling_cli.formats.torchfile.new_file import lay_out_state_dict
-from sparkling_cli.formats.torchfile.objects import ATTRIBUTES, Call, Ordered, TensorNode, plain, step_into
+from sparkling_cli.formats.torchfile.objects import ATTRIBUTES, Call, Ordered, TensorNode, at, plain
 
 __all__ = [
     "ATTRIBUTES",
     "REMOVED",
     "Call",
     "Holder",
+    "More",
     "Ordered",
     "TensorNode",
     "TorchFile",
     "TreePath",
+    "at",
     "lay_out",
     "lay_out_state_dict",
     "plain",
     "read_attributes",
     "read_torch_file",
     "read_values",
-    "step_into",
-    "with_parameters",
 ]

@@ -19,7 +19,7 @@ from sparkling_cli.formats.torchfile.unpickle import Anything, read_tree
 from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor, is_contiguous
 
 #: Objects that only wrap a tensor: the tensor inside goes by the wrapper's own path.
-_TRANSPARENT = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
+TRANSPARENT = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
 #: Path of a value in the tree: dict keys and list indices as they are.
 TreePath = tuple[Any, ...]
 
@@ -228,7 +228,7 @@ def children(value: Any) -> Iterator[tuple[Any, Any, str | None]]:
             yield "__state__", value.state[0], None
     elif isinstance(value, (list, tuple)):
         yield from ((i, v, None) for i, v in enumerate(value))
-    elif value.function.path in _TRANSPARENT:
+    elif value.function.path in TRANSPARENT:
         yield None, value.args[0] if value.args else None, None
         yield "__rest__", value.args[1:], None
     else:

@@ -52,7 +52,7 @@ def lay_out(
         if node.dtype != dtype:
             raise CheckpointError(f"{where}: {key!r} is {node.dtype}; it cannot be written as {dtype}")
         shapes[id(node)] = tuple(shape)
-    tree = _edited(file.tree, edits or {})
+    tree = edited(file.tree, edits or {})
     kept = {id(value) for _, value in walk(tree)} if edits else None
     plan = _plan_storages(where, file.nodes, file.aliases, shapes, kept, values or {})
     pickled = write_tree(tree, plan.placements, plan.entries, where)
@@ -153,7 +153,7 @@ def serialization_id(pickled: bytes) -> bytes:
     return b"%040d" % (number % 10**40)
 
 
-def _edited(tree: Any, edits: Mapping[TreePath, Any]) -> Any:
+def edited(tree: Any, edits: Mapping[TreePath, Any]) -> Any:
     """A tree with other values; containers on the way are copied, all else is shared with the old one."""
     copies: dict[int, Any] = {}
     root = [tree]

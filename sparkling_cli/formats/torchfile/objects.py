@@ -195,6 +195,13 @@ def step_into(holder: Any, step: Any) -> Any:
     return getattr(holder, FIELDS[step]) if isinstance(holder, Call) else holder[step]
 
 
+def at(tree: Any, path: tuple[Any, ...]) -> Any:
+    """The value at a path."""
+    for step in path:
+        tree = step_into(tree, step)
+    return tree
+
+
 def copied_call(call: Call) -> Call:
     """A call with the same content, whose fields can be changed."""
     copy = _call(type(call), call.function, call.args, call.new)
