@@ -24,7 +24,7 @@ from sparkling_cli.formats.statefiles import (
     read_optimizer_file,
     read_weights_file,
 )
-from sparkling_cli.formats.torchfile import REMOVED, TorchFile
+from sparkling_cli.formats.torchfile import TorchFile
 from sparkling_cli.formats.trainer_facts import curve_facts
 
 _FILE = re.compile(r"(model|optim|meta)_(\d+)(?:_rank(\d+))?\.(?:pt|json)")
@@ -40,8 +40,6 @@ _ADAMW = (
 _MATRICES = "transformer.h."
 #: a parameter of fewer entries has its whole AdamW state on every rank
 _SMALL = 1024
-#: Muon's factored second moment, which is begun anew: its normalization takes the difference out
-_FACTOR = "second_momentum_buffer"
 _EARLIER = "take an earlier step of the run"
 Shape = tuple[int, ...]
 
@@ -130,11 +128,6 @@ class NanochatStep:
             facts["optimizer_class"] = "Muon with AdamW"
             facts.update(_schedule(meta, found.groups))
             notes.append(_resume(meta, step))
-        if found.factors:
-            notes.append(
-                f"{_FACTOR} of {len(found.factors)} group(s) of matrices is left out: nanochat begins it "
-                "anew, and Muon's normalization takes the difference out"
-            )
         else:
             notes.append("there is no optimizer state of this step: weights only")
         later = sorted(set(steps) - {step})
@@ -150,7 +143,7 @@ class NanochatStep:
             config=config,
             config_file=f"{own.meta}: model_config",
             carried=tuple(name for name in list_files(root) if name not in theirs),
-            further=tuple(item._replace(left_out=item.key in found.factors) for item in others),
+            further=tuple(others),
             facts=facts,
             notes=tuple(notes),
             private=Parsed(files, own.meta),
@@ -171,11 +164,7 @@ class NanochatStep:
         if ratio is not None:
             changes["user_config.aspect_ratio"] = ratio
         meta = literal_file(parsed.meta, rewritten_json(text, changes, parsed.meta).encode())
-        edits = {
-            name: {path: REMOVED for path in file.paths.values() if path[-1] == _FACTOR}
-            for name, file in parsed.files.files.items()
-        }
-        return (*parsed.files.outputs(checkpoint, request, edits), meta)
+        return (*parsed.files.outputs(checkpoint, request), meta)
 
 
 def step_of_file(path: Path) -> int | None:
@@ -228,7 +217,6 @@ class _States:
         states: a parameter may have several: small ones have their whole state on every rank.
         groups: with names.
         boxes, scalars: see :class:`~sparkling_cli.formats.statefiles.StateFiles`.
-        factors: keys of factored second moments, which are left out.
     """
 
     shapes: Mapping[str, Shape]
@@ -237,7 +225,6 @@ class _States:
     groups: list[Mapping[str, Any]] = field(default_factory=list)
     boxes: dict[str, tuple[Box, ...]] = field(default_factory=dict)
     scalars: dict[tuple[str, str], tuple[Place, ...]] = field(default_factory=dict)
-    factors: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for rank, (file, tree) in enumerate(self.read):
@@ -321,9 +308,6 @@ class _States:
                     f"expected {(each, *matrix)} or {(each, *factor)}",
                     hint=f"the files are of different runs: {_EARLIER}",
                 )
-            if slot == _FACTOR:
-                self.factors.add(key)
-                continue
             keys = [f"{self.files[0].relative}:{name}.{slot}" for name in names]
             for name, box_key in zip(own, keys[rank * each :], strict=False):
                 slots[name][slot] = box_key

@@ -81,7 +81,7 @@ FURTHER_MOMENTS = frozenset(
 #: means of a second moment over all but the last two dims' other one: Adafactor, CAME, EmoFact
 ROWS = frozenset({"exp_avg_sq_row", "row_var", "exp_avg_res_row", "exp_avg_r"})
 COLUMNS = frozenset({"exp_avg_sq_col", "col_var", "exp_avg_res_col", "exp_avg_c"})
-#: the same, of whichever dim is left: NorMuon
+#: the same, of whichever dim is left: NorMuon (of rows always; nanochat's of the longer side)
 FACTORS = frozenset({"second_momentum_buffer"})
 
 #: matrices on one dim: Shampoo, SOAP, SPlus, Kron
@@ -204,6 +204,18 @@ def form_of(slot: str, shape: Shape, parameter: Shape) -> Form | None:
         kept = tuple(None if size == 1 else dim for dim, size in enumerate(shape))
         return Form(kept) if shape == _sizes(kept, parameter) else None
     return None
+
+
+def turns(slot: str, shape: Shape, parameter: Shape) -> bool:
+    """Whether a factor of columns is one of rows at its parameter's new size: of the longer side, or of both.
+
+    Args:
+        slot: the state's name.
+        shape: of the state as stored; columns alone are kept where they are the longer side.
+        parameter: the parameter's shape after widening.
+    """
+    columns = base_name(slot) in FACTORS and len(shape) == len(parameter) == 2 and shape[0] == 1 < shape[1]
+    return columns and parameter[0] >= parameter[1]
 
 
 def _sizes(dims: tuple[int | None, ...], parameter: Shape) -> Shape:

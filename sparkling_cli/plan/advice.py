@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import log1p, sqrt
 from typing import Any
 
@@ -14,6 +14,7 @@ from sparkling_cli.layout.depth import LAYERS, new_layers
 from sparkling_cli.layout.expr import COUNTED
 from sparkling_cli.layout.model import ModelLayout, entries_of
 from sparkling_cli.layout.names import compress
+from sparkling_cli.plan.model import Row
 from sparkling_cli.plan.symmetry import locked_axes, parting_inits, treatment_of
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
@@ -246,3 +247,16 @@ def symmetry_warning(growth: Mapping[str, Growth], optimizer: str | None) -> str
         f"{cause} copies and their sources get equal updates and stay equal for ever "
         f"(axes {', '.join(locked)})"
     )
+
+
+def turned_notes(rows: Iterable[Row]) -> Iterator[str]:
+    """What became of factors that keep the other side of their matrices than before."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.slot and any(dim.target < dim.source for dim in row.recipe.view):
+            found.setdefault(row.slot, []).append(row.name)
+    for slot, names in found.items():
+        yield (
+            f"{slot} of {len(names)} matrices ({names[0]}, ...) had a mean for every column, and at the new "
+            "sizes has one for every row: each is the mean of all old entries"
+        )

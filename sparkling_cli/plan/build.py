@@ -19,6 +19,7 @@ from sparkling_cli.formats.optimizer_states import (
     is_apart,
     is_named,
     state_kind,
+    turns,
 )
 from sparkling_cli.formats.other_files import OpenFile, lay_out_further
 from sparkling_cli.layout.depth import LAYERS, Order, deeper_config, deeper_layout, silent_value
@@ -35,7 +36,7 @@ from sparkling_cli.plan.account import (
     further_notes,
     sort_further,
 )
-from sparkling_cli.plan.advice import check_locked, notes_for, small_share
+from sparkling_cli.plan.advice import check_locked, notes_for, small_share, turned_notes
 from sparkling_cli.plan.deepen import deeper_source, is_new
 from sparkling_cli.plan.model import CARRIED, Calibration, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
@@ -46,6 +47,7 @@ from sparkling_cli.plan.symmetry import check_pair, treatment_of, with_fills
 from sparkling_cli.results.account import Kind
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
+from sparkling_cli.widening.derived import turned
 from sparkling_cli.widening.geometry import Fill, Growth, Run, Span, Treatment, View, target_shape, view_of
 
 
@@ -99,6 +101,7 @@ def build_plan(
     check_pairs(checkpoint)
     if not spec.allow_nonfinite:
         check_numbers(checkpoint)
+    notes = (*turned_notes(rows), *further_notes(found))
     moments = any(recipe.kind in (Kind.MOMENT, Kind.FACTOR) for recipe in recipes.all)
     warnings = (
         check_locked(given, shallow, spec, growth, moments=moments),
@@ -126,7 +129,7 @@ def build_plan(
         scalars=scalars,
         calibration=calibration,
         account=account_of(rows, found),
-        notes=(*notes_for(given, shallow, spec, growth, renamed), *measured, *further_notes(found)),
+        notes=(*notes_for(given, shallow, spec, growth, renamed), *measured, *notes),
         warnings=tuple(warning for warning in warnings if warning is not None),
         read=read if order else None,
     )
@@ -253,6 +256,9 @@ class _Recipes:
         if mark not in self._made:
             dims = form.layout(pattern.dims, stored.shape)
             view = state_view(self._view(dims, found, copied=True), optimizer, kind, form)
+            after = target_shape(self._view(pattern.dims, found, copied=True))
+            if turns(slot, stored.shape, after):
+                view = turned(stored.shape[1], after[0])
             scaled = optimizer == "asymmetric-scaled" and kind is StateKind.MOMENT
             self._made[mark] = Recipe(
                 kind=Kind.MOMENT if kind is StateKind.MOMENT else Kind.FACTOR,

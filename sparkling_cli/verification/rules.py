@@ -17,7 +17,7 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.formats.optimizer_states import StateKind, form_of, state_kind
+from sparkling_cli.formats.optimizer_states import StateKind, form_of, state_kind, turns
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.names import NameTemplate
@@ -28,7 +28,7 @@ from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.tensors import StoredTensor
 from sparkling_cli.widening.parts import stream_of
-from sparkling_cli.widening.reference import DIAGONAL, MEANS, UNIT, Rules, Wanted, copied_axes
+from sparkling_cli.widening.reference import DIAGONAL, MEANS, TURNED, UNIT, Rules, Wanted, copied_axes
 
 #: what a state of an unknown name was measured to be -> its kind
 #: kinds of state that follow a parameter's dims -> what the reference calls their new entries
@@ -235,6 +235,9 @@ class Derivation:
                 state=_FRESH[kind],
                 own=known[-1] if known else -1,
             )
+            if kind is StateKind.FACTOR:
+                after = self._wanted(pattern.dims, stored.dtype).shape
+                wanted = _turned(wanted, after[0]) if turns(slot, stored.shape, after) else wanted
             return _flattened(wanted, flat=form.flat)
         if kind is StateKind.OTHER and pattern.dims.axes() & set(self.rules.growth):
             raise LayoutError(f"state {slot!r} of {param!r} has another shape than its parameter, which grew")
@@ -357,6 +360,13 @@ def _flattened(wanted: Wanted, *, flat: bool) -> Wanted:
         return wanted
     found = copy(wanted)
     found.before, found.shape = (prod(wanted.before),), (prod(wanted.shape),)
+    return found
+
+
+def _turned(wanted: Wanted, rows: int) -> Wanted:
+    """What a factor of columns must be that has become one of rows."""
+    found = copy(wanted)
+    found.shape, found.state, found.whole, found.same = (rows, 1), TURNED, not wanted.zero, False
     return found
 
 

@@ -9,7 +9,7 @@ from math import fsum
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.widening.entries import as_doubles, draw_into, numpy_dtype
-from sparkling_cli.widening.geometry import Fill, View, ViewDim
+from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
 from sparkling_cli.widening.moments import Moments
 
 if TYPE_CHECKING:
@@ -41,16 +41,15 @@ def derived(view: View, old: Array, dtype: str) -> Array:
     import numpy as np
 
     dims = indices(view)
-    new: Array = old[np.ix_(*(source for source, _ in dims))]
-    for axis, (_, fills) in enumerate(dims):
+    new = old
+    for axis, (source, fills) in enumerate(dims):
         fresh = np.flatnonzero(fills)
-        if not len(fresh):
-            continue
-        fill = Fill(int(fills[fresh[0]]))
-        if fill is Fill.AVERAGE:
-            means = _means(np.moveaxis(new, axis, -1)[..., fills == Fill.COPY], dtype)
+        fill = Fill(int(fills[fresh[0]])) if len(fresh) else Fill.COPY
+        means = _means(np.moveaxis(new, axis, -1), dtype) if fill is Fill.AVERAGE else None
+        new = np.take(new, source, axis)
+        if means is not None:
             np.moveaxis(new, axis, -1)[..., fresh] = means[..., None]
-        elif axis == len(dims) - 1:  # the second dim of the square: both are as one
+        elif len(fresh) and axis == len(dims) - 1:  # the second dim of the square: both are as one
             diagonal = np.diagonal(old, axis1=-2, axis2=-1)
             one = np.ones(diagonal.shape[:-1])
             values = _means(diagonal, dtype) if fill is Fill.DIAGONAL else _rounded(one, dtype)
@@ -58,6 +57,15 @@ def derived(view: View, old: Array, dtype: str) -> Array:
             new[..., :, fresh] = 0
             new[..., fresh, fresh] = values[..., None]
     return new
+
+
+def turned(columns: int, rows: int) -> View:
+    """The view of a factor of columns that shall be one of rows: each is the mean of all old entries.
+
+    Means of rows and of columns have one mean, that of the whole matrix; of single rows no more is known.
+    """
+    new = tuple(Run(row, 0, 1, new=True, fill=Fill.AVERAGE) for row in range(rows))
+    return ViewDim(1, rows, new, 0), ViewDim(columns, 1, new[:1], 1)
 
 
 def indices(view: View) -> list[tuple[Array, Array]]:

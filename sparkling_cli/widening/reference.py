@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 COPY, NOISY, MEAN, RANDOM, ZERO = range(5)
 _FILLS = {"copy": COPY, "mean": MEAN, "random": RANDOM, "zero": ZERO}
 FILL_NAMES = ("copied", "a copy with noise", "a mean", "random", "zero")
-#: kinds of state whose new entries follow from all old ones
-MEANS, DIAGONAL, UNIT = "factor", "preconditioner", "basis"
+#: kinds of state whose new entries follow from all old ones; a factor may have come to be of the other side
+MEANS, DIAGONAL, UNIT, TURNED = "factor", "preconditioner", "basis", "turned factor"
 #: sizes of anonymous factors that stand for gate and up, or q, k and v
 _FUSED = (2, 3)
 

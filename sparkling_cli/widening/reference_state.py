@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.widening.reference import DIAGONAL, MEANS, Wanted
+from sparkling_cli.widening.reference import DIAGONAL, MEANS, TURNED, Wanted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,8 @@ def made(wanted: Wanted, old: Array) -> tuple[Array, Array]:
     """
     import numpy as np
 
+    if wanted.state == TURNED:
+        return np.full(wanted.shape, old.mean()), np.ones(wanted.shape, bool)
     made = old[np.ix_(*(dim.source for dim in wanted.dims))]
     new = np.zeros(wanted.shape, bool)
     if wanted.state == MEANS or len(wanted.before) < 2 or wanted.before[-1] != wanted.before[-2]:

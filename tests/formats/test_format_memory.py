@@ -32,9 +32,9 @@ widenable = false
 widenable = false
 [config]
 [tensors]
-"table.weight" = "vocab -> hidden"
-"h.{layers}.up.weight" = "ffn <- hidden"
-"h.{layers}.down.weight" = "hidden <- ffn"
+"transformer.wte.weight" = "vocab -> hidden"
+"transformer.h.{layers}.up.weight" = "ffn <- hidden"
+"transformer.h.{layers}.down.weight" = "hidden <- ffn"
 """
 _PEAK = """
 def peak():
@@ -62,10 +62,10 @@ for source, target in zip(map(Path, sys.argv[3::2]), map(Path, sys.argv[4::2])):
 def weights(scale: int) -> dict[str, torch.Tensor]:
     """Float32, a third of the checkpoint."""
     hidden, ffn, vocab = 32 * scale, 128 * scale, 190 * scale
-    shapes = {"table.weight": (vocab, hidden)}
+    shapes = {"transformer.wte.weight": (vocab, hidden)}
     for layer in range(LAYERS):
-        shapes[f"h.{layer}.up.weight"] = (ffn, hidden)
-        shapes[f"h.{layer}.down.weight"] = (hidden, ffn)
+        shapes[f"transformer.h.{layer}.up.weight"] = (ffn, hidden)
+        shapes[f"transformer.h.{layer}.down.weight"] = (hidden, ffn)
     return {name: torch.full(shape, 0.5) for name, shape in shapes.items()}
 
 
@@ -179,6 +179,26 @@ def megatron(root: Path, scale: int) -> None:
         torch.save(saved, folder / "model_optim_rng.pt")
 
 
+def nanochat(root: Path, scale: int) -> None:
+    """A step of two ranks: rows of the table's moments, and stacks of the matrices' with their factors."""
+    root.mkdir()
+    model = weights(scale * 5 // 4)  # one moment of a matrix, not two
+    torch.save(model, root / "model_000003.pt")
+    (root / "meta_000003.json").write_text('{"model_config": {}}')
+    (_, table), *matrices = model.items()
+    stacks = [[value for name, value in matrices if kind in name] for kind in ("down", "up")]
+    numbers = [list(range(1, 1 + LAYERS)), list(range(1 + LAYERS, 1 + 2 * LAYERS))]
+    groups = [{"lr": 0.2, "params": params} for params in ([0], *numbers)]
+    for rank in range(2):
+        part = table.tensor_split(2)[rank]
+        state: dict[int, Any] = {0: {"step": 3, "exp_avg": part * 1e-3, "exp_avg_sq": part * 1e-6}}
+        for (first, *_), stack in zip(numbers, stacks, strict=True):
+            stacked = torch.stack(stack[rank * LAYERS // 2 :][: LAYERS // 2])
+            factor = stacked.mean(dim=2 if stacked.shape[1] >= stacked.shape[2] else 1, keepdim=True)
+            state[first] = {"momentum_buffer": stacked * 1e-3, "second_momentum_buffer": factor}
+        torch.save({"state": state, "param_groups": groups}, root / f"optim_000003_rank{rank}.pt")
+
+
 def child(code: str, *arguments: object) -> list[int]:
     """The numbers that a fresh Python prints."""
     done = subprocess.run(
@@ -189,7 +209,7 @@ def child(code: str, *arguments: object) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "make", [single_file, litgpt, trainer, fsdp, dcp, universal, olmo, composer, megatron]
+    "make", [single_file, litgpt, trainer, fsdp, dcp, universal, olmo, composer, megatron, nanochat]
 )
 def test_peak(tmp_path: Path, make: Callable[[Path, int], None]) -> None:
     """``expand`` and ``verify`` of a large checkpoint rise by no more than the budget over a small one's.

@@ -38,6 +38,16 @@ def slots_of(optimizer: MuonAdamW) -> dict[tuple[int, str], torch.Tensor]:
     }
 
 
+def check_factor(old: torch.Tensor, new: torch.Tensor) -> None:
+    """Old means stay, new entries are their mean; where the other side has become the longer one, all are."""
+    side = 1 if new.shape[2] == 1 else 2
+    assert new.shape[0] == old.shape[0] and new.shape[3 - side] == 1
+    kept = old.shape[side] if old.shape[3 - side] == 1 else 0
+    assert kept == 0 or torch.equal(new.narrow(side, 0, kept), old)
+    fresh = new.narrow(side, kept, new.shape[side] - kept)
+    assert torch.allclose(fresh, old.mean(dim=(1, 2), keepdim=True).expand_as(fresh), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("kv_heads", [8, 4])
 def test_widened_and_trained_on(tmp_path: Path, ranks: int, kv_heads: int) -> None:
@@ -49,11 +59,13 @@ def test_widened_and_trained_on(tmp_path: Path, ranks: int, kv_heads: int) -> No
     ids = batch(narrow.config, 99)
     torch.testing.assert_close(model(ids), narrow(ids), rtol=1e-5, atol=1e-5)
     old, new = slots_of(before), slots_of(optimizer)
-    kept = {place for place in old if place[1] != "second_momentum_buffer"}
-    assert new.keys() == kept
-    for number, slot in kept:
-        value, wide = old[number, slot], new[number, slot]
+    assert new.keys() == old.keys()
+    for (number, slot), value in old.items():
+        wide = new[number, slot]
         assert wide.dtype == value.dtype
+        if slot == "second_momentum_buffer":
+            check_factor(value, wide)
+            continue
         rest = wide.clone()
         corner(rest, value.shape).zero_()
         assert torch.equal(corner(wide, value.shape), value) and not rest.any(), (number, slot)
