@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Any
 
 from sparkling_cli.cli import options as opt
 from sparkling_cli.cli.console import output
 from sparkling_cli.cli.options import option
 from sparkling_cli.errors import UsageError
-from sparkling_cli.spec.choices import (
-    InitPair,
-    LayerMode,
-    Names,
-    OptimizerTreatment,
-    ReportKind,
-    Scaling,
-    StateTreatment,
-    VocabFill,
-)
+from sparkling_cli.spec.choices import ReportKind
 
 if TYPE_CHECKING:
     from sparkling_cli.spec.model import ExpansionSpec
@@ -30,8 +19,8 @@ if TYPE_CHECKING:
 KNOWN_AXES = frozenset({"ffn", "hidden", "heads", "kv_heads", "q_per_kv", "vocab", "experts", "expert_ffn"})
 
 
+@opt.takes(*opt.OTHER_FIELDS, *opt.RATE_FIELDS)
 def expand(
-    ctx: typer.Context,
     source: opt.CheckpointArg,
     destination: Annotated[
         Path | None,
@@ -42,108 +31,6 @@ def expand(
     to: opt.ToOption = [],
     multiple_of: opt.MultipleOption = None,
     spec: opt.SpecOption = None,
-    init: Annotated[
-        str | None,
-        option(
-            "--init",
-            opt.METHOD,
-            "New entries of fan-out and fan-in dims.",
-            choices=InitPair,
-            default="copy-copy",
-        ),
-    ] = None,
-    scaling: Annotated[
-        str | None,
-        option(
-            "--scaling",
-            opt.METHOD,
-            "What fan-in matrices are scaled to keep: the RMS (calibrated: fitted on tokens), or the "
-            "function.",
-            choices=Scaling,
-            default="rms",
-        ),
-    ] = None,
-    optimizer: Annotated[
-        str | None,
-        option(
-            "--optimizer",
-            opt.METHOD,
-            "Optimizer state: old entries keep theirs and new ones start at zero; or otherwise.",
-            choices=OptimizerTreatment,
-            default="asymmetric",
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, option("--seed", opt.METHOD, "Seed of random entries.", metavar="NUMBER", default=0)
-    ] = None,
-    vocab_fill: Annotated[
-        str | None,
-        option(
-            "--vocab-fill",
-            opt.METHOD,
-            "New rows of the vocabulary: the mean of all old ones, or otherwise.",
-            choices=VocabFill,
-            default="mean",
-        ),
-    ] = None,
-    vocab_from: Annotated[
-        list[str],
-        option(
-            "--vocab-from",
-            opt.METHOD,
-            "New token ids and the old ones whose mean they get; or one of them, as 512=17,203; may "
-            "be repeated.",
-            metavar="FILE",
-        ),
-    ] = [],
-    router_noise: Annotated[
-        float | None,
-        option(
-            "--router-noise",
-            opt.METHOD,
-            "Noise on the router rows of new experts, by the deviation of the old ones: 0.01.",
-            metavar="SHARE",
-            default=0,
-        ),
-    ] = None,
-    layer_mode: Annotated[
-        str | None,
-        option(
-            "--layer-mode",
-            opt.METHOD,
-            "New layers: add nothing yet (identity), or copy the one before or all before them.",
-            choices=LayerMode,
-            default="identity",
-        ),
-    ] = None,
-    at: Annotated[
-        str | None,
-        option(
-            "--at",
-            opt.METHOD,
-            "Where identity layers go: spread, behind the last, or behind certain ones (3,7,11; the first "
-            "is 0).",
-            metavar="[even|end|LAYERS]",
-            default="even",
-        ),
-    ] = None,
-    allow_locked: Annotated[
-        bool,
-        option(
-            "--allow-locked", opt.METHOD, "Go on where copies would stay equal to their sources for ever."
-        ),
-    ] = False,
-    rho: opt.RhoOption = None,
-    rewarmup_steps: opt.RewarmupStepsOption = None,
-    bias_correction: opt.BiasCorrectionOption = None,
-    schedule: opt.ScheduleOption = None,
-    peak_lr: opt.PeakOption = None,
-    min_lr: opt.MinimumOption = None,
-    warmup_steps: opt.WarmupOption = None,
-    decay_steps: opt.DecayStepsOption = None,
-    decay: opt.DecayOption = None,
-    total_steps: opt.TotalStepsOption = None,
-    expansion_step: opt.ExpansionStepOption = None,
     layout: opt.LayoutOption = None,
     model: opt.ModelOption = None,
     param_order: Annotated[
@@ -155,29 +42,6 @@ def expand(
             metavar="FILE",
         ),
     ] = None,
-    carry: Annotated[
-        list[str],
-        option(
-            "--carry",
-            opt.INPUT,
-            "Tensors that stay as they are although their shape is one that grows: a name, * for any "
-            "part; may be repeated.",
-            metavar="PATTERN",
-        ),
-    ] = [],
-    state: Annotated[
-        list[str],
-        option(
-            "--state",
-            opt.INPUT,
-            "What optimizer state of that name is: widened like the weight, a moment, or left as it "
-            "is; may be repeated.",
-            metavar=f"NAME=[{'|'.join(get_args(StateTreatment))}]",
-        ),
-    ] = [],
-    allow_nonfinite: Annotated[
-        bool, option("--allow-nonfinite", opt.INPUT, "Go on where weights or state hold NaN or Inf.")
-    ] = False,
     dry_run: Annotated[bool, option("--dry-run", opt.OUTPUT, "Print the whole plan; write nothing.")] = False,
     report: Annotated[
         str,
@@ -190,10 +54,6 @@ def expand(
         ),
     ] = "auto",
     data: opt.DataOption = None,
-    names: Annotated[
-        str | None,
-        option("--names", opt.OUTPUT, "Weight names in the output.", choices=Names, default="auto"),
-    ] = None,
     memory: opt.MemoryOption = "1G",
     threads: Annotated[
         int | None,
@@ -202,6 +62,7 @@ def expand(
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
     verbose: opt.VerboseOption = False,
+    **fields: Any,
 ) -> None:
     """Write a wider checkpoint: weights and optimizer state.
 
@@ -220,24 +81,10 @@ def expand(
     from sparkling_cli.execute.commit import check_destination
     from sparkling_cli.report.plan import plan_result
     from sparkling_cli.spec.quantities import LEAST_MEMORY, parse_bytes
-    from sparkling_cli.spec.sources import (
-        axes_from_options,
-        make_spec,
-        means_from_options,
-        merge,
-        read_spec_file,
-        state_from_options,
-    )
+    from sparkling_cli.spec.sources import axes_from_options, make_spec, merge, read_spec_file
 
-    others = {
-        "vocab_from": means_from_options(vocab_from),
-        "allow_locked": allow_locked,
-        "allow_nonfinite": allow_nonfinite,
-        "carry": carry,
-        "state": state_from_options(state),
-        "axes": axes_from_options(axis, factor, to, multiple_of),
-    }
-    over = {**opt.spec_fields(ctx.params), **{name: value for name, value in others.items() if value}}
+    axes = axes_from_options(axis, factor, to, multiple_of)
+    over = {**opt.spec_fields({**fields, "multiple_of": multiple_of}), **({"axes": axes} if axes else {})}
     base = read_spec_file(spec) if spec else {}
     chosen = make_spec(merge(base, over), str(spec) if spec and not over else "options")
     budget = parse_bytes(memory, "--memory", least=LEAST_MEMORY)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
 from sparkling_cli.cli import console
 from sparkling_cli.cli.complete import axes, checkpoints, choices_of
-from sparkling_cli.spec.choices import BaselineType, BiasCorrection, DecayShape
+from sparkling_cli.spec.choices import (
+    BaselineType,
+    BiasCorrection,
+    DecayShape,
+    InitPair,
+    LayerMode,
+    Names,
+    OptimizerTreatment,
+    Scaling,
+    StateTreatment,
+    VocabFill,
+)
 
-GROW, METHOD, RATE = "What to grow", "Method", "Learning rate"
-INPUT, OUTPUT, RUNNING = "Input and layout", "Output and report", "Running"
+#: headings of a command's options, in their order
+PANELS = GROW, METHOD, RATE, INPUT, OUTPUT, RUNNING = (
+    "What to grow", "Method", "Learning rate", "Input and layout", "Output and report", "Running"
+)  # fmt: skip
 
 
 def option(
@@ -138,53 +152,150 @@ MemoryOption = Annotated[
     str, option("--memory", RUNNING, "Memory budget: 512M, 2G.", metavar="BYTES", default="1G")
 ]
 
-RhoOption = Annotated[
-    float | None,
-    option("--rho", RATE, "Re-warmup peak / rate at the expansion.", metavar="RATIO", default=1.3),
-]
-RewarmupStepsOption = Annotated[
-    int | None, option("--rewarmup-steps", RATE, "Length of the re-warmup.", metavar="STEPS", default=250)
-]
-BiasCorrectionOption = Annotated[
-    str | None,
-    option(
-        "--bias-correction",
-        RATE,
-        "Adam's step counter for new entries.",
-        choices=BiasCorrection,
-        default="inherit",
-    ),
-]
-ScheduleOption = Annotated[
-    str | None,
-    option(
-        "--schedule",
-        RATE,
-        "The run's own schedule, where the checkpoint does not say it; with the options below.",
-        choices=BaselineType,
-    ),
-]
-PeakOption = Annotated[float | None, option("--peak-lr", RATE, "Its peak learning rate.", metavar="LR")]
-MinimumOption = Annotated[float | None, option("--min-lr", RATE, "Its final learning rate.", metavar="LR")]
-WarmupOption = Annotated[int | None, option("--warmup-steps", RATE, "Its warmup.", metavar="STEPS")]
-DecayStepsOption = Annotated[int | None, option("--decay-steps", RATE, "Its decay (wsd).", metavar="STEPS")]
-DecayOption = Annotated[
-    str | None,
-    option("--decay", RATE, "The shape of that decay (wsd).", choices=DecayShape, default="cosine"),
-]
-TotalStepsOption = Annotated[int | None, option("--total-steps", RATE, "Its length in all.", metavar="STEPS")]
-ExpansionStepOption = Annotated[
-    int | None, option("--expansion-step", RATE, "Optimizer step of this checkpoint.", metavar="STEP")
-]
 
-
-def spec_fields(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec's fields that have an option of one value each, as far as they were given.
+def _field(
+    panel: str, flag: str, kind: Any, words: str, default: object = None, metavar: str | None = None
+) -> Parameter:
+    """An option that gives a field of the spec, as a command's parameter that is empty where it is not given.
 
     Args:
-        params: of the command, by name.
+        panel: the heading that it stands under.
+        flag: its name.
+        kind: type of its value, or a ``Literal`` of its values.
+        words: its help.
+        default: the spec's, which is shown.
+        metavar: what its value is, where ``kind`` does not say it.
     """
-    from sparkling_cli.spec.options import OPTIONS, from_keywords, keyword_of
+    choices = kind if get_origin(kind) is Literal else None
+    empty: object = {bool: False, list[str]: []}.get(kind)
+    taken = kind if empty is not None else (str if choices else kind) | None
+    given = option(flag, panel, words, choices=choices, metavar=metavar, default=default)
+    name = flag.removeprefix("--").replace("-", "_")
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=empty, annotation=Annotated[taken, given])
 
-    known = [keyword_of(flag) for flags in OPTIONS.values() for flag in flags.values()]
-    return from_keywords({name: params[name] for name in known if params.get(name) is not None})
+
+#: the options of re-warmup and of the run's own schedule
+RATE_FIELDS = (
+    _field(RATE, "--rho", float, "Re-warmup peak / rate at the expansion.", 1.3, "RATIO"),
+    _field(RATE, "--rewarmup-steps", int, "Length of the re-warmup.", 250, "STEPS"),
+    _field(RATE, "--bias-correction", BiasCorrection, "Adam's step counter for new entries.", "inherit"),
+    _field(
+        RATE,
+        "--schedule",
+        BaselineType,
+        "The run's own schedule, where the checkpoint does not say it; with the options below.",
+    ),
+    _field(RATE, "--peak-lr", float, "Its peak learning rate.", metavar="LR"),
+    _field(RATE, "--min-lr", float, "Its final learning rate.", metavar="LR"),
+    _field(RATE, "--warmup-steps", int, "Its warmup.", metavar="STEPS"),
+    _field(RATE, "--decay-steps", int, "Its decay (wsd).", metavar="STEPS"),
+    _field(RATE, "--decay", DecayShape, "The shape of that decay (wsd).", "cosine"),
+    _field(RATE, "--total-steps", int, "Its length in all.", metavar="STEPS"),
+    _field(RATE, "--expansion-step", int, "Optimizer step of this checkpoint.", metavar="STEP"),
+)
+#: the options of every other field that has one, but for the growth itself
+OTHER_FIELDS = (
+    _field(METHOD, "--init", InitPair, "New entries of fan-out and fan-in dims.", "copy-copy"),
+    _field(
+        METHOD,
+        "--scaling",
+        Scaling,
+        "What fan-in matrices are scaled to keep: the RMS (calibrated: fitted on tokens), or the function.",
+        "rms",
+    ),
+    _field(
+        METHOD,
+        "--optimizer",
+        OptimizerTreatment,
+        "Optimizer state: old entries keep theirs and new ones start at zero; or otherwise.",
+        "asymmetric",
+    ),
+    _field(METHOD, "--seed", int, "Seed of random entries.", 0, "NUMBER"),
+    _field(
+        METHOD,
+        "--vocab-fill",
+        VocabFill,
+        "New rows of the vocabulary: the mean of all old ones, or otherwise.",
+        "mean",
+    ),
+    _field(
+        METHOD,
+        "--vocab-from",
+        list[str],
+        "New token ids and the old ones whose mean they get; or one of them, as 512=17,203; may be repeated.",
+        metavar="FILE",
+    ),
+    _field(
+        METHOD,
+        "--router-noise",
+        float,
+        "Noise on the router rows of new experts, by the deviation of the old ones: 0.01.",
+        0,
+        "SHARE",
+    ),
+    _field(
+        METHOD,
+        "--layer-mode",
+        LayerMode,
+        "New layers: add nothing yet (identity), or copy the one before or all before them.",
+        "identity",
+    ),
+    _field(
+        METHOD,
+        "--at",
+        str,
+        "Where identity layers go: spread, behind the last, or behind certain ones (3,7,11; the first is 0).",
+        "even",
+        "[even|end|LAYERS]",
+    ),
+    _field(METHOD, "--allow-locked", bool, "Go on where copies would stay equal to their sources for ever."),
+    _field(
+        INPUT,
+        "--carry",
+        list[str],
+        "Tensors that stay as they are although their shape is one that grows: a name, * for any part; "
+        "may be repeated.",
+        metavar="PATTERN",
+    ),
+    _field(
+        INPUT,
+        "--state",
+        list[str],
+        "What optimizer state of that name is: widened like the weight, a moment, or left as it is; "
+        "may be repeated.",
+        metavar=f"NAME=[{'|'.join(get_args(StateTreatment))}]",
+    ),
+    _field(INPUT, "--allow-nonfinite", bool, "Go on where weights or state hold NaN or Inf."),
+    _field(OUTPUT, "--names", Names, "Weight names in the output.", "auto"),
+)
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def takes(*fields: Parameter) -> Callable[[_Command], _Command]:
+    """A command whose ``**fields`` are these options, each under its heading, behind the command's own."""
+
+    def taking(command: _Command) -> _Command:
+        own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "fields"]
+        panels = (None, *PANELS)
+        every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*own, *fields)]
+        every.sort(key=lambda p: panels.index(p.annotation.__metadata__[0].rich_help_panel))
+        command.__signature__ = signature(command).replace(parameters=every)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in every}
+        return command
+
+    return taking
+
+
+def spec_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command's ``**fields`` say, as fields of the spec."""
+    from sparkling_cli.spec.options import from_keywords
+    from sparkling_cli.spec.sources import means_from_options, state_from_options
+
+    readers = {"vocab_from": means_from_options, "state": state_from_options}
+    return from_keywords(
+        {
+            name: readers[name](value) if name in readers else value
+            for name, value in options.items()
+            if not (value is None or value is False or value == [])
+        }
+    )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from sparkling_cli.cli import options as opt
 from sparkling_cli.cli.console import output
 from sparkling_cli.cli.options import option
@@ -22,8 +20,8 @@ if TYPE_CHECKING:
 ROWS = 14
 
 
+@opt.takes(*opt.RATE_FIELDS)
 def schedule(
-    ctx: typer.Context,
     source: Annotated[Path, opt.checkpoint("Output of `sparkling expand`, or its rewarmup.json.", "CKPT")],
     steps: Annotated[
         str | None,
@@ -38,19 +36,9 @@ def schedule(
             "Add the schedule to an output, or replace it, by the options below; then show it.",
         ),
     ] = False,
-    rho: opt.RhoOption = None,
-    rewarmup_steps: opt.RewarmupStepsOption = None,
-    bias_correction: opt.BiasCorrectionOption = None,
-    schedule: opt.ScheduleOption = None,
-    peak_lr: opt.PeakOption = None,
-    min_lr: opt.MinimumOption = None,
-    warmup_steps: opt.WarmupOption = None,
-    decay_steps: opt.DecayStepsOption = None,
-    decay: opt.DecayOption = None,
-    total_steps: opt.TotalStepsOption = None,
-    expansion_step: opt.ExpansionStepOption = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
+    **fields: Any,
 ) -> None:
     """Show or write the learning rates of old and new entries.
 
@@ -68,10 +56,10 @@ def schedule(
     """
     from sparkling_cli.schedule.rewarmup import read_rewarmup
 
-    fields = opt.spec_fields(ctx.params)
-    if fields and not write:
+    changes = opt.spec_fields(fields)
+    if changes and not write:
         raise SpecError("these options describe a schedule that is to be written", hint="add --write")
-    rewarmup = _written(source, fields) if write else read_rewarmup(source)
+    rewarmup = _written(source, changes) if write else read_rewarmup(source)
     first, last = _range(steps, rewarmup)
     chosen = _chosen(first, last, everything=steps is not None)
     if plot is not None:
