@@ -11,13 +11,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.compute.flops import plan_compute
+from sparkling_cli.compute.flops import plan_compute, run_flops, share_saved
 from sparkling_cli.compute.quantity import parse_count, parse_moment
 from sparkling_cli.compute.shape import shape_of
 from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.depth import LAYERS, deeper_layout
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.results.commands import Flops, Phase, RunPlan
+from sparkling_cli.results.commands import RunPlan
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.options import from_keywords
 from sparkling_cli.spec.sources import axis_with_factor, make_spec
@@ -206,30 +206,17 @@ def forecast(
             layout = deeper_layout(layout, growth[LAYERS].order)
         layout = replace(layout, axes={**layout.axes, **grown})
     shape = shape_of(subject.layout, subject.config, top_k=experts_per_token)
-    compute = plan_compute(shape, steps, tokens)
+    phases = plan_compute(
+        shape, steps, tokens, bytes_per_parameter=subject.weight_bytes + subject.state_bytes
+    )
+    flops = run_flops(phases)
     return RunPlan(
         source=subject.name,
         model=subject.layout.name,
-        tokens=compute.tokens,
-        phases=tuple(
-            Phase(
-                start_tokens=phase.start,
-                stop_tokens=phase.stop,
-                sizes=dict(phase.sizes),
-                parameters=phase.parameters.total,
-                active_parameters=phase.parameters.active,
-                embedding_parameters=phase.parameters.embedding,
-                flops=phase.flops,
-                checkpoint_bytes=round(phase.parameters.total * (subject.weight_bytes + subject.state_bytes)),
-            )
-            for phase in compute.phases
-        ),
-        flops=Flops(
-            small=compute.flops_small,
-            scratch=compute.flops_scratch,
-            progressive=compute.flops_progressive,
-        ),
-        saved=compute.saved,
+        tokens=tokens,
+        phases=phases,
+        flops=flops,
+        saved=share_saved(flops.progressive, flops.scratch),
         bytes_assumed=subject.assumed,
         convention=CONVENTION,
         warnings=tuple(dict.fromkeys(warning for warning in warnings if warning is not None)),

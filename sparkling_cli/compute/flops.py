@@ -7,11 +7,11 @@ model until the expansion and for the wide one after it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
-from sparkling_cli.compute.shape import ModelShape, ParameterCount
+from sparkling_cli.compute.shape import ModelShape
 from sparkling_cli.errors import SpecError
+from sparkling_cli.results.commands import Flops, Phase
 from sparkling_cli.results.numbers import count
 from sparkling_cli.widening.geometry import Growth
 
@@ -21,78 +21,20 @@ def train_flops(active: int, tokens: int) -> int:
     return 6 * active * tokens
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One part of a run, between two expansions.
-
-    Attributes:
-        start: tokens seen before it.
-        stop: tokens seen after it.
-        sizes: axis -> entries, of axes that grow anywhere in the run.
-        parameters: of the model in this phase.
-    """
-
-    start: int
-    stop: int
-    sizes: Mapping[str, int]
-    parameters: ParameterCount
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of this phase."""
-        return train_flops(self.parameters.active, self.stop - self.start)
-
-
-@dataclass(frozen=True)
-class Saving:
-    """Compute of a progressive run against the widest model from scratch, same tokens."""
-
-    progressive: float
-    scratch: float
-
-    @property
-    def saved(self) -> float:
-        """Share of the from-scratch compute that is not spent."""
-        return 1.0 - self.progressive / self.scratch
-
-
-@dataclass(frozen=True)
-class ComputePlan:
-    """A run with zero or more expansions; the first phase is the smallest model."""
-
-    tokens: int
-    phases: tuple[Phase, ...]
-
-    @property
-    def flops_small(self) -> int:
-        """The smallest model on all tokens."""
-        return train_flops(self.phases[0].parameters.active, self.tokens)
-
-    @property
-    def flops_scratch(self) -> int:
-        """The widest model on all tokens."""
-        return train_flops(self.phases[-1].parameters.active, self.tokens)
-
-    @property
-    def flops_progressive(self) -> int:
-        """All phases."""
-        return sum(phase.flops for phase in self.phases)
-
-    @property
-    def saved(self) -> float:
-        """Share of the from-scratch compute that is not spent."""
-        return Saving(self.flops_progressive, self.flops_scratch).saved
-
-
 def plan_compute(
-    shape: ModelShape, expansions: Sequence[tuple[int, Mapping[str, Growth]]], tokens: int
-) -> ComputePlan:
-    """Compute of a run that widens at the given moments.
+    shape: ModelShape,
+    expansions: Sequence[tuple[int, Mapping[str, Growth]]],
+    tokens: int,
+    *,
+    bytes_per_parameter: float = 0.0,
+) -> tuple[Phase, ...]:
+    """The phases of a run that widens at the given moments; the first is of the smallest model.
 
     Args:
         shape: the model at the start.
         expansions: (tokens seen at the expansion, axes that grow), in order.
         tokens: length of the whole run.
+        bytes_per_parameter: of its checkpoints.
 
     Raises:
         SpecError: moments that are not in order or not inside the run; an axis that does not fit.
@@ -110,9 +52,30 @@ def plan_compute(
     for i, (start, stop) in enumerate(pairwise(moments)):
         if i:
             shape = _widened(shape, expansions[i - 1][1])
-        sizes = {axis: shape.sizes[axis] for axis in dict.fromkeys(shown)}
-        phases.append(Phase(start, stop, sizes, shape.count()))
-    return ComputePlan(tokens, tuple(phases))
+        found = shape.count()
+        phases.append(
+            Phase(
+                start_tokens=start,
+                stop_tokens=stop,
+                sizes={axis: shape.sizes[axis] for axis in dict.fromkeys(shown)},
+                parameters=found.total,
+                active_parameters=found.active,
+                embedding_parameters=found.embedding,
+                flops=train_flops(found.active, stop - start),
+                checkpoint_bytes=round(found.total * bytes_per_parameter),
+            )
+        )
+    return tuple(phases)
+
+
+def run_flops(phases: Sequence[Phase]) -> Flops:
+    """Compute of the run, and of its smallest and its widest model on all its tokens."""
+    tokens = phases[-1].stop_tokens
+    return Flops(
+        small=train_flops(phases[0].active_parameters, tokens),
+        scratch=train_flops(phases[-1].active_parameters, tokens),
+        progressive=sum(phase.flops for phase in phases),
+    )
 
 
 def _widened(shape: ModelShape, growth: Mapping[str, Growth]) -> ModelShape:
@@ -122,7 +85,12 @@ def _widened(shape: ModelShape, growth: Mapping[str, Growth]) -> ModelShape:
     return shape.grown(growth)
 
 
-def step_saving(before: int, after: int, expansion_step: int, total_steps: int) -> Saving:
+def share_saved(progressive: float, scratch: float) -> float:
+    """Share of the compute of the widest model from scratch that a progressive run does not spend."""
+    return 1.0 - progressive / scratch
+
+
+def step_saving(before: int, after: int, expansion_step: int, total_steps: int) -> float:
     """The same by steps of equal batch, where the number of tokens is not known.
 
     Args:
@@ -132,4 +100,4 @@ def step_saving(before: int, after: int, expansion_step: int, total_steps: int) 
         total_steps: optimizer steps of the whole run.
     """
     spent = before * expansion_step + after * (total_steps - expansion_step)
-    return Saving(float(spent), float(after * total_steps))
+    return share_saved(float(spent), float(after * total_steps))

@@ -256,8 +256,8 @@ def _slot(name: str, rows: list[Row]) -> StateSlot:
 def _compute(before: int | None, after: int | None, rate: LearningRate | None) -> Compute | None:
     if before is None or after is None or rate is None or not 0 < rate.expansion_step < rate.total_steps:
         return None
-    saving = step_saving(before, after, rate.expansion_step, rate.total_steps)
-    return Compute(expansion_step=rate.expansion_step, total_steps=rate.total_steps, saved=saving.saved)
+    saved = step_saving(before, after, rate.expansion_step, rate.total_steps)
+    return Compute(expansion_step=rate.expansion_step, total_steps=rate.total_steps, saved=saved)
 
 
 def _provenance(plan: Plan, written: Written, previous: Manifest | None) -> Provenance:

@@ -14,7 +14,9 @@ from sparkling_cli.compute import (
     experts_per_token,
     parse_count,
     plan_compute,
+    run_flops,
     shape_of,
+    share_saved,
     step_saving,
     train_flops,
 )
@@ -166,11 +168,11 @@ def test_stages_add_up(width: int, times: int, tokens: int) -> None:
         growths.append({"ffn": Growth(size, 2 * size)})
         size *= 2
     moments = [i * tokens for i in range(1, times + 1)]
-    plan = plan_compute(shape, list(zip(moments, growths, strict=True)), tokens * (times + 1))
+    flops = run_flops(plan_compute(shape, list(zip(moments, growths, strict=True)), tokens * (times + 1)))
     by_hand = sum(6 * (3 * width * 2**i) * tokens for i in range(times + 1))
-    assert plan.flops_progressive == by_hand
-    assert plan.flops_scratch == train_flops(3 * width * 2**times, tokens * (times + 1))
-    assert 0 < plan.saved < 1
+    assert flops.progressive == by_hand
+    assert flops.scratch == train_flops(3 * width * 2**times, tokens * (times + 1))
+    assert 0 < share_saved(flops.progressive, flops.scratch) < 1
 
 
 @pytest.mark.parametrize("moments", [[0], [100], [60, 60], [60, 40], [120]])
@@ -185,8 +187,10 @@ def test_moments_outside_or_out_of_order_are_refused(moments: list[int]) -> None
 def test_saving_by_steps_equals_saving_by_tokens() -> None:
     """With equal batches, steps and tokens give the same share."""
     layout = layout_of({"ffn": 4}, {"up": "scale ffn", "rest": "scale 3"})
-    plan = plan_compute(shape_of(layout), [(600, {"ffn": Growth(4, 8)})], 1000)
-    assert step_saving(7, 11, 60, 100).saved == pytest.approx(plan.saved, rel=1e-12)
+    flops = run_flops(plan_compute(shape_of(layout), [(600, {"ffn": Growth(4, 8)})], 1000))
+    assert step_saving(7, 11, 60, 100) == pytest.approx(
+        share_saved(flops.progressive, flops.scratch), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
