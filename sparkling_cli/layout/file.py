@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
+from sparkling_cli.layout.model import AxisInfo, ModelLayout
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,49 +23,10 @@ FORMAT = 1
 
 #: fields that a layout and its file have alike, in the file's order
 _AS_THEY_ARE = ("notes", "ordered", "numbered", "buffers", "divisible", "ignored", "tied")
-#: JSON and TOML have lists only
-_Names = Annotated[tuple[str, ...], Field(strict=False)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _Axis(_Strict):
-    size: int = Field(ge=1)
-    widenable: bool = True
-    reason: str = "declared by the layout file"
-    joint: tuple[str, ...] = Field(default=(), strict=False)
-    multiple_of: int = Field(default=1, ge=1)
-
-
-class _Compensation(_Strict):
-    axis: str
-    tensor: str = ""
-    config: str = ""
-    fan_in: bool = False
-    power: float = 0.0
-    offset: float = 0.0
-
-
-class _File(_Strict):
-    format: int
-    name: str
-    axes: dict[str, _Axis]
-    tensors: dict[str, str]
-    disk: dict[str, str] | None = None
-    config: dict[str, str] = {}
-    compensate: tuple[_Compensation, ...] = Field(default=(), strict=False)
-    tied: tuple[_Names, ...] = Field(default=(), strict=False)
-    assembly: dict[str, _Names] = {}
-    aliases: dict[str, str] = {}
-    notes: tuple[str, ...] = Field(default=(), strict=False)
-    ordered: bool = False
-    numbered: bool = False
-    buffers: _Names = ()
-    divisible: tuple[Annotated[tuple[str, str], Field(strict=False)], ...] = Field(default=(), strict=False)
-    ignored: _Names = ()
-    silent: dict[str, Annotated[float, Field(strict=False)]] = {}
+#: a model's layout, from its file's JSON
+_LAYOUT = TypeAdapter(ModelLayout)
+#: of an axis of which the file says nothing else
+_DECLARED = {"widenable": True, "reason": "declared by the layout file"}
 
 
 def from_dict(data: Mapping[str, Any], where: str) -> ModelLayout:
@@ -74,26 +35,19 @@ def from_dict(data: Mapping[str, Any], where: str) -> ModelLayout:
     Raises:
         LayoutError: a field is unknown or malformed, a term does not parse, an axis is not declared.
     """
-    try:
-        file = _File.model_validate(data)
+    version, fields = data.get("format"), {key: value for key, value in data.items() if key != "format"}
+    if version != FORMAT:
+        raise LayoutError(f"{where}: format {version!r} is not known; this version reads {FORMAT}")
+    if isinstance(axes := data.get("axes"), Mapping):
+        fields["axes"] = {
+            name: {**_DECLARED, **axis} if isinstance(axis, Mapping) else axis for name, axis in axes.items()
+        }
+    try:  # as JSON, which has no tuples: strict otherwise
+        layout = _LAYOUT.validate_json(json.dumps(fields, default=str))
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(map(str, first["loc"]))
         raise LayoutError(f"{where}: {path}: {first['msg']} (found {first['input']!r:.80})") from None
-    if file.format != FORMAT:
-        raise LayoutError(f"{where}: format {file.format} is not known; this version reads {FORMAT}")
-    layout = ModelLayout(
-        name=file.name,
-        axes={name: AxisInfo(**axis.model_dump()) for name, axis in file.axes.items()},
-        tensors=tuple(TensorPattern(*item) for item in file.tensors.items()),
-        disk=None if file.disk is None else tuple(TensorPattern(*i) for i in file.disk.items()),
-        compensations=tuple(Compensation(**c.model_dump()) for c in file.compensate),
-        config=file.config,
-        assembly=file.assembly,
-        aliases=file.aliases,
-        silent=file.silent,
-        **{name: getattr(file, name) for name in _AS_THEY_ARE},
-    )
     layout.check_axes()
     return layout
 

@@ -10,11 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler, GetPydanticSchema
+from pydantic_core import core_schema
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import PACKINGS, TensorLayout, axis_names, size_of
 from sparkling_cli.layout.names import NameTemplate, skeleton, skeletons
 from sparkling_cli.layout.parse import parse_expr, parse_layout
+
+#: how a layout file is read
+_STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,13 @@ class AxisInfo:
         multiple_of: its size must stay a multiple of this.
     """
 
-    size: int
+    __pydantic_config__: ClassVar = _STRICT
+
+    size: Annotated[int, Field(ge=1)]
     widenable: bool = False
     reason: str = ""
     joint: tuple[str, ...] = ()
-    multiple_of: int = 1
+    multiple_of: Annotated[int, Field(ge=1)] = 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class Compensation:
     compute ``(1 + w)``: the tensor becomes ``c (w + offset) - offset``. With ``config`` set, the factor
     goes into that config number instead of a tensor.
     """
+
+    __pydantic_config__: ClassVar = _STRICT
 
     axis: str
     tensor: str = ""
@@ -70,6 +81,16 @@ class TensorPattern:
     def dims(self) -> TensorLayout:
         """The parsed layout."""
         return parse_layout(self.layout)
+
+
+def _read_patterns(_source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+    """In a file patterns are a table: name template -> layout."""
+    return core_schema.no_info_after_validator_function(
+        lambda table: tuple(TensorPattern(*item) for item in table.items()), handler(dict[str, str])
+    )
+
+
+_Patterns = Annotated[tuple[TensorPattern, ...], GetPydanticSchema(_read_patterns)]
 
 
 def entries_of(pattern: TensorPattern, sizes: Mapping[str, int]) -> int:
@@ -185,12 +206,14 @@ class ModelLayout:
         numbered: what a layer is depends on its number, so new ones can only stand behind the others.
     """
 
+    __pydantic_config__: ClassVar = _STRICT
+
     name: str
     axes: Mapping[str, AxisInfo]
-    tensors: tuple[TensorPattern, ...]
-    disk: tuple[TensorPattern, ...] | None = None
+    tensors: _Patterns
+    disk: _Patterns | None = None
     config: Mapping[str, str] = field(default_factory=dict)
-    compensations: tuple[Compensation, ...] = ()
+    compensations: Annotated[tuple[Compensation, ...], Field(alias="compensate")] = ()
     tied: tuple[tuple[str, ...], ...] = ()
     assembly: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
