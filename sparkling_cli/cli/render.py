@@ -88,8 +88,12 @@ def show_result(output: Output, result: ExpansionResult) -> None:
 
 def _train_on(result: ExpansionResult, where: str) -> list[str]:
     """How the training side takes the output up: by its format, if there is a schedule."""
+    from sparkling_cli.results.verdict import LOCKED
+
     plan = result.expansion.plan
-    if result.report is None or result.report.learning_rate is None:
+    if result.report is None or result.report.verdict.headline == LOCKED:
+        return []
+    if result.report.learning_rate is None:
         return [
             f"no re-warmup: {result.expansion.rewarmup_missing}",
             f"add one  {schedule_command(result.expansion, where)}",

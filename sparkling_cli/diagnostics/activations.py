@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
+from math import inf, nan, sqrt
 from typing import TYPE_CHECKING
 
 from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES, Tokens, load_tokens
@@ -90,12 +91,15 @@ def measure_change(
             tokens = tokens_for(first, data, sequences, length, seed)
         logits: _LogitsMeter | None = _LogitsMeter()
         routers = _RoutingMeter(experts)
+        streams = _StreamMeter(memory // 8 // (first.blocks + 1), places)
+        first.streamed, second.streamed = streams.keep, streams.compare
         each = max(probe.sequence_bytes(tokens.ids.shape[1]) for probe in (first, second))
         batches = batches_of(tokens.ids, each, memory)
         advance = begin("measuring", len(batches) * (first.block_bytes + second.block_bytes))
         first.advance = second.advance = advance
         for batch in batches:
             old, new = first.run(batch), second.run(batch)
+            streams.kept.clear()
             own = first.choices
             routers.add({places.old(n): c for n, c in own.items()} if places else own, second.choices)
             if old.shape[:-1] != new.shape[:-1] or old.shape[-1] > new.shape[-1]:
@@ -112,6 +116,7 @@ def measure_change(
         logit_change=None if logits is None else logits.relative_rms,
         logit_largest=None if logits is None else logits.relative_largest,
         routing=routers.result(),
+        apart=streams.result(),
         carried=carried,
         widened=widened,
         places=places,
@@ -146,6 +151,62 @@ class _LogitsMeter:
     def relative_rms(self) -> float:
         """The value of ||after - before|| / ||before||."""
         return self.difference.rms / self.size.rms if self.size.rms else self.relative_largest
+
+
+class _StreamMeter:
+    """Sums up how far the residual stream moved at every place, in the entries that both models have.
+
+    Those of the first model come first in the second one, so nothing has to be known of what else it has.
+
+    Args:
+        memory: bytes for the stream of one pass at one place; of more tokens an even selection is compared.
+        places: see :func:`measure_change`.
+    """
+
+    def __init__(self, memory: int, places: Places | None = None) -> None:
+        self.kept: dict[tuple[str, str], torch.Tensor] = {}
+        self._memory, self._places = memory, places
+        #: list of blocks -> place -> sums of (after - before)^2, before^2, after^2, after * before
+        self._sums: dict[str, dict[str, torch.Tensor]] = {}
+
+    def keep(self, path: str, name: str, hidden: torch.Tensor) -> None:
+        """The stream at one place of the first model."""
+        positions = hidden.flatten(0, -2)
+        some = min(len(positions), max(1, self._memory // (4 * positions.shape[-1])))
+        place = self._places.old(name) if self._places else name
+        self.kept[path, place] = _spread(positions, some).float()
+
+    def compare(self, path: str, name: str, hidden: torch.Tensor) -> None:
+        """The stream at one place of the second model; behind a new layer, with that before it."""
+        import torch
+
+        before = self.kept.get((path, self._places.behind(name) or name if self._places else name))
+        if before is None or hidden.shape[-1] < before.shape[-1]:
+            return
+        after = _spread(hidden.flatten(0, -2)[:, : before.shape[-1]], len(before)).double()
+        old = before.double()
+        pairs = ((after - old, after - old), (old, old), (after, after), (after, old))
+        sums = torch.stack([(a * b).sum() for a, b in pairs])
+        found = self._sums.setdefault(path, {})
+        found[name] = found[name] + sums if name in found else sums
+
+    def result(self) -> dict[str, tuple[float, float]]:
+        """Place -> RMS of the change / RMS before, and the cosine between before and after."""
+        longest = max(self._sums.values(), key=len, default={})
+        return {
+            name: (
+                sqrt(apart / old) if old else inf if apart else 0.0,
+                dot / sqrt(old * new) if old * new else nan,
+            )
+            for name, (apart, old, new, dot) in ((n, s.tolist()) for n, s in longest.items())
+        }
+
+
+def _spread(positions: torch.Tensor, count: int) -> torch.Tensor:
+    """A copy of so many rows, evenly spread."""
+    import torch
+
+    return positions[torch.linspace(0, len(positions) - 1, count).long()]
 
 
 class _RoutingMeter:

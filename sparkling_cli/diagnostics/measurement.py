@@ -30,6 +30,7 @@ def compare(
     logit_change: float | None = None,
     logit_largest: float | None = None,
     routing: Sequence[Routing] = (),
+    apart: Mapping[str, tuple[float, float]] | None = None,
     carried: Mapping[str, float] | None = None,
     widened: Collection[str] = (),
     places: Places | None = None,
@@ -45,6 +46,7 @@ def compare(
         logit_change: RMS of the logits' change / RMS of the logits before; None for other shapes.
         logit_largest: largest change of a logit / largest logit before.
         routing: of every router.
+        apart: place in the residual stream -> how far it moved there, and its cosine.
         carried: factors that a layer's input got in its weight's stead (a tied head's): the ratio after
             is multiplied by them, so that it is compared as if the weight had taken the factor.
         widened: names of the weights that grew.
@@ -55,6 +57,7 @@ def compare(
     if places is not None:
         before = _placed(before, after, places)
     new_stream = {place.name: place.rms for place in after.stream}
+    moved = apart or {}
     return Activations(
         data=data,
         random_tokens=random,
@@ -68,6 +71,8 @@ def compare(
                 before=place.rms,
                 after=new_stream[place.name],
                 deviation=deviation_of(place.rms, new_stream[place.name]),
+                difference=moved.get(place.name, (None, None))[0],
+                cosine=moved.get(place.name, (None, None))[1],
             )
             for place in before.stream
             if place.name in new_stream

@@ -67,6 +67,9 @@ class Probe:
         self._labels = _labels(self.model, reader.names)
         lists = _block_lists(self.model)
         self.advance: Callable[[int], None] = lambda _count: None
+        #: called with the list of blocks, the place in it and the residual stream there, when it is there
+        self.streamed: Callable[[str, str, torch.Tensor], None] = lambda _path, _name, _hidden: None
+        self.blocks = sum(len(blocks) for _, blocks in lists)
         self.block_bytes = sum(_bytes_of(block) for _, blocks in lists for block in blocks)
         self._watch = StreamWatch(
             self.model, {f"{path}.{i}": block for path, blocks in lists for i, block in enumerate(blocks)}
@@ -219,6 +222,7 @@ class Probe:
         from sparkling_cli.diagnostics.stream import Squares
 
         self._streams.setdefault(path, {}).setdefault(name, Squares()).add(hidden)
+        self.streamed(path, name, hidden)
 
     def _add_loss(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
         from torch.nn import functional

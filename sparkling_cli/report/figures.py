@@ -34,6 +34,21 @@ def residual(measured: Activations) -> Chart | None:
     )
 
 
+def divergence(measured: Activations) -> Chart | None:
+    """How far the residual stream behind every block differs; None where it does not."""
+    points = measured.diverging
+    if not points:
+        return None
+    return Chart(
+        title="How far the residual stream behind each block differs",
+        description=f"{len(points)} blocks; {_ends([p.difference for p in points])} of its RMS before.",
+        series=(Series("difference", "after", _finite((p.layer, p.difference) for p in points)),),
+        x_label="block",
+        y_label="RMS of the change / RMS before",
+        zero=True,
+    )
+
+
 def ratios(
     entries: Sequence[LayerActivation], ratio: str, *, named: bool
 ) -> Iterator[tuple[str, Chart, str]]:

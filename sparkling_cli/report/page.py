@@ -24,7 +24,7 @@ from sparkling_cli.report.tensor_blocks import BLOCKS_AT_MOST, tensor_block
 from sparkling_cli.results import numbers
 from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations
-from sparkling_cli.results.verdict import judged, offenders, sentence
+from sparkling_cli.results.verdict import LOCKED, judged, offenders, sentence
 
 #: Rows of a table of activations, where something moved and where nothing did; report.json has all.
 ROWS_AT_MOST, ROWS_WHEN_CALM = 12, 5
@@ -50,6 +50,7 @@ def render(data: Report) -> bytes:
         verify=shlex.join(["sparkling", "verify", source, output]),
         snippet=snippet(data.provenance.format, output),
         style=Markup(_text("page.css")),  # the package's own
+        locked=data.verdict.headline == LOCKED,
         signs=SIGNS,
         treatments=TREATMENTS,
         limit=DEVIATION_LIMIT,
@@ -76,6 +77,10 @@ def _signal(measured: Activations | None) -> dict[str, Any]:
     if measured is None:
         return {}
     entries = sorted(judged(measured)[0], key=lambda entry: -entry.moved)
+    functions, layers = (
+        [e for e in found if e.moved >= numbers.ROUNDING]
+        for found in (sorted(measured.functions, key=lambda entry: -entry.moved), measured.worst())
+    )
     off = len(offenders(measured))
     rows = ROWS_AT_MOST if off else ROWS_WHEN_CALM
     return {
@@ -83,9 +88,12 @@ def _signal(measured: Activations | None) -> dict[str, Any]:
         "worst": entries[0] if entries else None,
         "off": off,
         "rows": rows,
-        "functions": sorted(measured.functions, key=lambda entry: -entry.moved)[:rows],
-        "layers": measured.worst(ROWS_WHEN_CALM if measured.functions else rows),
+        "functions": functions[:rows],
+        "calm_functions": len(measured.functions) - len(functions),
+        "layers": layers[: ROWS_WHEN_CALM if measured.functions else rows],
+        "calm_layers": len(measured.layers) - len(layers),
         "residual": figures.residual(measured),
+        "divergence": figures.divergence(measured),
         "function_charts": list(figures.ratios(measured.functions, "RMS(f)/RMS(h)", named=True)),
         "layer_charts": list(figures.ratios(measured.layers, "RMS(y)/RMS(x)", named=not measured.functions)),
     }
@@ -141,8 +149,9 @@ def _drawing(draw: Callable[..., str]) -> Callable[..., Markup]:
 
 
 def breakable(name: str) -> Markup:
-    """A dotted name that may break behind its dots; a number does not."""
-    return Markup(re.sub(r"\.(?=[^\W\d]|\{)", ".<wbr>", str(escape(name))))
+    """A text whose dotted names may break behind their dots; a number does not, and no option's name."""
+    text = re.sub(r"\.(?=[^\W\d]|\{)", ".<wbr>", str(escape(name)))
+    return Markup(re.sub(r"(?<!\S)(\(?)(--[a-z-]+)", r'\1<span class="option">\2</span>', text))
 
 
 def _short(name: str) -> str:

@@ -257,6 +257,10 @@ def _stream_caption(found: Activations) -> str:
         return ""
     before, after = ([getattr(p, when) for p in found.residual] for when in ("before", "after"))
     ends = f"{_ends(before, scale=after)} before\n{' ' * len(_DEPTH)}{_ends(after, scale=before)} after"
+    apart = [point.difference for point in found.diverging]
+    if apart:
+        line = sparkline([0.0, *apart])[1:]
+        ends += f"\n{'differs by: ':>{len(_DEPTH)}}{line} {percent(apart[0])} to {percent(apart[-1])}"
     return f"\n{_DEPTH}{ends}"
 
 

@@ -17,6 +17,8 @@ from sparkling_cli.results.base import Change, Number, Result, Rows, Verdict, de
 
 #: A ratio r may move by this share before it is named.
 DEVIATION_LIMIT = 0.10
+#: Streams and logits that differ by less than this share of their RMS are the same up to rounding.
+STREAM_ROUNDING = 1e-4
 
 
 class LayerStat(Result):
@@ -108,10 +110,18 @@ class LayerActivation(Result):
 
 
 class ResidualPoint(Change):
-    """RMS of the residual stream before the first block, or behind one."""
+    """The residual stream before the first block, or behind one: its RMS, and how far it differs.
+
+    ``difference`` is ||after - before|| / ||before|| over the tokens, in the entries that the first model
+    has: zero behind every block where the function is kept; else it tells where it begins to be another.
+    """
 
     name: str
     layer: Annotated[int | None, Field(description="index of the block; null before the first one")]
+    difference: Annotated[
+        Number, Field(description="RMS of the change of the entries that both have / their RMS before")
+    ] = None
+    cosine: Annotated[Number, Field(description="between these entries before and after")] = None
 
 
 class Routing(Result):
@@ -177,6 +187,12 @@ class Activations(Rows):
             )
             for point in self.residual[1:]
         )
+
+    @property
+    def diverging(self) -> tuple[ResidualPoint, ...]:
+        """How far the stream differs behind every block; empty where it does so nowhere beyond rounding."""
+        known = tuple(p for p in self.residual if p.layer is not None and p.difference is not None)
+        return known if any((p.difference or 0.0) > STREAM_ROUNDING for p in known) else ()
 
     @property
     def routed_as_before(self) -> float | None:

@@ -14,7 +14,13 @@ from math import log
 
 from sparkling_cli.results.base import Finding, Level, Verdict
 from sparkling_cli.results.expansion import LearningRate
-from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations, LayerActivation, Symmetry
+from sparkling_cli.results.measured import (
+    DEVIATION_LIMIT,
+    STREAM_ROUNDING,
+    Activations,
+    LayerActivation,
+    Symmetry,
+)
 from sparkling_cli.results.numbers import moved, percent, signed, significant
 
 # The limits of the verdict are ours: the paper compares whole runs and gives none. Each stands between what
@@ -27,8 +33,6 @@ LOSS_TOLERANCE = 0.01
 #: A rise of the loss by more than this share of it is never what the method promises: fractional copies give
 #: up to 6 %, random columns under a tied head more than 300 %.
 LOSS_SHARE = 0.25
-#: Logits that change by less than this share of their RMS are the same up to rounding.
-LOGIT_ROUNDING = 1e-4
 #: Shares of tokens that must go to the same experts: below the first it is noted, below the second warned.
 #: Whole factors keep 100 %; hidden 1.5x keeps 95 % with 1/multiplicity per column and 47 % with one alpha.
 ROUTING_NOTE, ROUTING_LIMIT = 0.99, 0.90
@@ -329,14 +333,20 @@ def _logits(activations: Activations) -> Iterator[Finding]:
     difference = activations.logit_change
     if difference is None:
         return
-    if difference <= LOGIT_ROUNDING:
+    if difference <= STREAM_ROUNDING:
         yield Finding(
             level="good",
             text=f"The function is preserved to rounding: logits differ by {percent(difference)} of their "
             "RMS.",
         )
     else:
-        yield Finding(level="good", text=f"Logits moved by {percent(difference)} of their RMS.")
+        text = f"Logits moved by {percent(difference)} of their RMS"
+        stream = [point for point in activations.diverging if (point.difference or 0.0) > STREAM_ROUNDING]
+        if stream:
+            places = {one.name: percent(one.difference) for one in (stream[0], stream[-1])}
+            words = " and ".join(f"{share} behind {name}" for name, share in places.items())
+            text += f", and the residual stream by {words}"
+        yield Finding(level="good", text=f"{text}.")
 
 
 def _loss(activations: Activations, keeps_function: bool | None) -> Iterator[Finding]:
@@ -390,5 +400,6 @@ def _routing(activations: Activations) -> Iterator[Finding]:
 def sentence(text: str) -> str:
     """A warning or note as a sentence: with a capital, unless it begins with the name of something."""
     first = text.split(" ", 1)[0]
-    start = text[:1].upper() if first.isalpha() and first.islower() else text[:1]
+    word = first.removeprefix("re-").isalpha() and first.islower()
+    start = text[:1].upper() if word else text[:1]
     return start + text[1:].rstrip(".") + "."

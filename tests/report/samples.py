@@ -48,11 +48,13 @@ def entry(name: str, role: str, layer: int, widened: bool, r: float, moved: floa
     )
 
 
-def point(layer: int | None, before: float, after: float) -> ResidualPoint:
+def point(layer: int | None, before: float, after: float, apart: float = 0.0) -> ResidualPoint:
     """A place of the residual stream."""
     name = "embeddings" if layer is None else f"model.layers.{layer}"
-    moved = deviation_of(before, after)
-    return ResidualPoint(name=name, layer=layer, before=before, after=after, deviation=moved)
+    return ResidualPoint(
+        name=name, layer=layer, before=before, after=after, deviation=deviation_of(before, after),
+        difference=apart, cosine=1 - apart**2 / 2,
+    )  # fmt: skip
 
 
 def activations(layers: int = 24, *, off: float = 0.0) -> Activations:
@@ -67,7 +69,9 @@ def activations(layers: int = 24, *, off: float = 0.0) -> Activations:
             entries.append(entry(f"model.layers.{layer}.{block}.{role}", role, layer, widened, r, moved))
             if role in ("o_proj", "down_proj"):
                 functions.append(entry(f"model.layers.{layer}.{block}", block, layer, widened, r, moved))
-    residual = [point(i, 0.1 * 1.25**i, 0.1 * 1.25**i * (1 + off / 4)) for i in range(layers)]
+    residual = [
+        point(i, 0.1 * 1.25**i, 0.1 * 1.25**i * (1 + off / 4), off * i / layers) for i in range(layers)
+    ]
     return Activations(
         data="the bundled text, through the checkpoint's tokenizer",
         random_tokens=False,

@@ -15,7 +15,14 @@ from sparkling_cli.report.page import breakable, render
 from sparkling_cli.report.tensor_blocks import tensor_block
 from sparkling_cli.results.expansion import Report, TensorChange
 from sparkling_cli.results.numbers import signed
-from sparkling_cli.results.verdict import LOCKED, NO_REWARMUP, READY, offenders, verdict_of_expansion
+from sparkling_cli.results.verdict import (
+    LOCKED,
+    NO_REWARMUP,
+    READY,
+    offenders,
+    verdict_of_change,
+    verdict_of_expansion,
+)
 from tests.report.samples import activations, learning_rate, report
 
 VOID = {"meta", "link", "br", "wbr", "img"}
@@ -107,6 +114,34 @@ def test_the_page_shows_what_matters() -> None:
     numbers = ("2,816", "5,632", "408M", "616M", "2.3673", "2.6073", "653", "rng_state.pth", "5f3a90c1")
     for words in (*numbers, worst.name, data.command, *(f.text for f in data.verdict.findings)):
         assert words in shown, words
+
+
+def test_where_the_streams_part_is_drawn() -> None:
+    """Beside the stream's RMS, and in the sentence on the logits; not where the function is kept."""
+    assert "Residual stream, apart" in render(report(good=False)).decode()
+    assert "Residual stream, apart" not in render(report()).decode()
+    verdict = verdict_of_change(activations(off=0.3))
+    assert "the residual stream by 1.2% behind model.layers.1 and 29% behind model.layers.23." in str(verdict)
+
+
+def test_what_did_not_move_is_one_row() -> None:
+    """Of functions and of linear layers; where some moved, the others are."""
+    calm, moved = (render(one).decode() for one in (report(), report(good=False)))
+    assert [re.findall(r">(all \d+|\d+ others)<", page) for page in (calm, moved)] == [
+        ["all 48", "all 168"],
+        [],
+    ]
+    one = activations(off=0.3)
+    still = one.model_copy(update={"functions": (*one.functions[:1], *activations().functions[1:])})
+    assert ">47 others<" in render(report().model_copy(update={"activations": still})).decode()
+
+
+def test_a_locked_output_is_not_to_be_trained_on() -> None:
+    """The page has no line that does."""
+    data = report()
+    locked = data.model_copy(update={"verdict": data.verdict.model_copy(update={"headline": LOCKED})})
+    pages = [render(one).decode() for one in (data, locked)]
+    assert ["from sparkling_cli.training import" in page for page in pages] == [True, False]
 
 
 @pytest.mark.parametrize(
