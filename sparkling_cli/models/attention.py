@@ -6,12 +6,22 @@ not. Function can: the output projection's input is linear in the values, whatev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sparkling_cli.layout.expr import Axis, Expr, Fixed, Product, Role, TensorLayout
-from sparkling_cli.models.families import Family
-from sparkling_cli.models.labels import Part, parent, part_count, render, rows_keep, rows_swap, span
+from sparkling_cli.models.families import Family, Options, Variable
+from sparkling_cli.models.labels import (
+    Part,
+    label,
+    parent,
+    part_count,
+    render,
+    rows_keep,
+    rows_swap,
+    span,
+    texts,
+)
 from sparkling_cli.models.parity import LogitParity
 
 _HIDDEN = Axis("hidden")
@@ -25,7 +35,8 @@ def split_heads(
 ) -> list[TensorLayout]:
     """The layouts with ``(heads head_dim)`` where attention's own dims were called ``hidden``."""
     result = list(layouts)
-    if parity.found.coupled != ("heads",) or "head_dim" not in parity.found.axes:
+    found = parity.found
+    if found.coupled != ("heads",) or "head_dim" not in found.axes or found.blocks != "1":
         return result
     blocks: dict[tuple[str, ...], list[int]] = {}
     for i, family in enumerate(families):
@@ -38,6 +49,26 @@ def split_heads(
                 others = {o: p for o, p in producers.items() if all(i != f for f, _ in p)}
                 _split_block(parity, families, result, others, place)
     return result
+
+
+def split_fused(
+    parity: LogitParity, families: Sequence[Family], options: Options, choice: Mapping[Variable, str]
+) -> dict[Variable, str]:
+    """Of terms that grow alike, where heads become larger, those that tell values from the rest."""
+    found: dict[Variable, str] = {}
+    if "head_dim" not in parity.found.coupled:
+        return found
+    for variable in {term for family in families for term in family.terms}:
+        for option in (
+            options[variable] if len(options[variable]) > 1 and "head_dim" in choice[variable] else ()
+        ):
+            tried = [family for family in families if variable in family.terms]
+            layouts = label(parity, families, texts(families, {**choice, variable: option}), ["head_dim"])
+            own = [lay for f, lay in zip(families, layouts, strict=True) if f in tried]
+            if any("qkv" in lay.text or "v:" in lay.text for lay in own):
+                found[variable] = option
+                break
+    return found
 
 
 def _producers(

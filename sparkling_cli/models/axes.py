@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from sparkling_cli.models.shrink import Shapes, changed, tried_shapes
 from sparkling_cli.models.shrink import shapes as shapes_of
-from sparkling_cli.models.sizes import OTHER_MODALITY, Path, kind_of, tower_outputs, walk
+from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, kind_of, tower_outputs, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 
 #: Kinds whose keys size nothing that could be an axis.
@@ -63,6 +63,7 @@ class TinyAxes:
         moved: axis -> shapes with that axis doubled (absent: the class refuses that).
         refused: axis -> what the class raised.
         coupled: axes that only grow together with hidden.
+        blocks: how many blocks with a share of the heads there are: a number, or the axis of a key.
     """
 
     config: ConfigDict
@@ -72,6 +73,7 @@ class TinyAxes:
     moved: dict[str, Shapes] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     coupled: tuple[str, ...] = ()
+    blocks: str = "1"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -105,6 +107,7 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Tin
     _drop_unread(sizing, idle)
     axes, terms = _grouped(_text_first(sizing, weights), idle)
     _with_towers(axes, terms, config)
+    _with_totals(axes, terms, config)
     found = TinyAxes(config, axes, terms, base)
     for name in list(axes):
         shapes = tried_shapes(found.resized({name: 2}), factory)
@@ -114,7 +117,7 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Tin
             found.moved[name] = shapes
             _rebase(found, name)
     _add_per_token(found)
-    return _coupled(found, factory)
+    return coupled(found, factory)
 
 
 def chooses_experts(key: str) -> bool:
@@ -213,6 +216,16 @@ def _with_towers(axes: dict[str, AxisKey], terms: dict[Path, tuple[str, ...]], c
         terms.update(dict.fromkeys(paths, ("hidden",)))
 
 
+def _with_totals(axes: dict[str, AxisKey], terms: dict[Path, tuple[str, ...]], config: ConfigDict) -> None:
+    """Count a number that is a list's for every layer (``num_attention_heads_per_layer``) among its keys."""
+    for path, names in list(terms.items()):
+        total = (*path[:-1], path[-1].removesuffix("_per_layer"))
+        listed = get_path(config, path)
+        if total not in terms and isinstance(listed, list) and get_path(config, total) == listed[0]:
+            terms[total] = names
+            axes[names[-1]] = replace(axes[names[-1]], keys=(*axes[names[-1]].keys, total))
+
+
 def _grouped(
     sizing: Mapping[Path, int], idle: set[Path]
 ) -> tuple[dict[str, AxisKey], dict[Path, tuple[str, ...]]]:
@@ -305,14 +318,20 @@ def _fresh(axes: Mapping[str, AxisKey], name: str, path: Path) -> str:
     return "_".join(path) + "_" + str(len(axes))
 
 
-def _coupled(found: TinyAxes, factory: ModelFactory | None) -> TinyAxes:
-    """Find head counts without a head_dim of their own: hidden and heads grow together only."""
+def coupled(found: TinyAxes, factory: ModelFactory | None, *, always: bool = False) -> TinyAxes:
+    """Find head counts without a head_dim of their own: hidden and heads grow together only.
+
+    Args:
+        found: the axes.
+        factory: the user's own model.
+        always: also where more heads make some tensor larger (a bias for each).
+    """
     if "hidden" not in found.axes:
         return found
     single = "kv_heads" in found.axes and found.axes["kv_heads"].size == 1
     # One key/value head cannot be doubled along: its group of queries is.
     options = ("heads", "q_per_kv") if single else ("heads", "kv_heads")
-    counts = [n for n in options if n in found.axes and not grows(found, n)]
+    counts = [n for n in options if n in found.axes and (always or not grows(found, n))]
     if not counts:
         return found
     if counts == ["heads"] and not single and "kv_heads" in found.axes:
@@ -322,12 +341,12 @@ def _coupled(found: TinyAxes, factory: ModelFactory | None) -> TinyAxes:
         return found
     own = ("heads",) if "heads" in found.axes else ("kv_heads", "q_per_kv")
     heads = prod(found.axes[n].size for n in own if n in found.axes)
-    if "head_dim" not in found.axes and found.axes["hidden"].size % heads == 0:
-        width = found.axes["hidden"].size // heads
-        found.axes["head_dim"] = AxisKey("head_dim", "head_dim", width, ())
-    moved = {**found.moved, "hidden": shapes}
+    axes = dict(found.axes)
+    if "head_dim" not in axes and axes["hidden"].size % heads == 0:
+        axes["head_dim"] = AxisKey("head_dim", "head_dim", axes["hidden"].size // heads, ())
     refused = {k: v for k, v in found.refused.items() if k != "hidden"}
-    return TinyAxes(found.config, found.axes, found.terms, found.shapes, moved, refused, tuple(counts))
+    moved = {**found.moved, "hidden": shapes}
+    return replace(found, axes=axes, moved=moved, refused=refused, coupled=tuple(counts))
 
 
 def _larger(before: Shapes, after: Shapes) -> bool:

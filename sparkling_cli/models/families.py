@@ -7,7 +7,7 @@ get every direction; fused dims get every order (``terms``). A hypothesis is one
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.names import skeleton
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.axes import TinyAxes, grows
+from sparkling_cli.models.readings import attention_terms
 from sparkling_cli.models.terms import candidates, grouped_candidates
 
 if TYPE_CHECKING:
@@ -85,16 +86,21 @@ def hypotheses(found: TinyAxes, model: nn.Module) -> Hypotheses:
             tuple(tuple(sorted(m.items())) for m in moves[name]),
         )
         grouped.setdefault(key, []).append(name)
+    hidden = found.sizes.get("hidden", 0)
+    fused = any(shape == (3 * hidden, hidden) for shape in found.shapes.values())
     options: Options = {}
     unexplained: dict[str, dict[str, str]] = {}
     families = []
     for key, names in grouped.items():
         name, shape = names[0], found.shapes[names[0]]
         terms = []
-        for n, moved in zip(shape, moves[name], strict=True):
-            variable: Variable = ("term", skeleton(name).rpartition(".")[0], n, tuple(sorted(moved.items())))
+        attention = _attention_dims(found, name, moves[name], fused)
+        for i, (n, moved) in enumerate(zip(shape, moves[name], strict=True)):
+            place = (n, tuple(sorted(moved.items())), *attention[i : i + 1])
+            variable: Variable = ("term", skeleton(name).rpartition(".")[0], *place)
             if variable not in options:
-                fits = _parsed_candidates(n, moved, found, kinds)
+                own = attention_terms(found, n // found.sizes["hidden"]) if True in place[2:] else []
+                fits = own + _parsed_candidates(n, moved, found, kinds)
                 options[variable] = tuple(fits or [str(n)])
             if options[variable] == (str(n),):
                 for axis in moved:
@@ -108,16 +114,34 @@ def hypotheses(found: TinyAxes, model: nn.Module) -> Hypotheses:
     return Hypotheses(tuple(families), options, unexplained)
 
 
+def _attention_dims(
+    found: TinyAxes, name: str, moves: Sequence[Mapping[str, int]], fused: bool
+) -> tuple[bool, ...]:
+    """Which dims of a tensor may be an attention's own, of those that hidden sizes; () if it is no matter.
+
+    They are rows of what makes queries, keys and values, and columns of what uses the values up, which is
+    square; where three are not made as one (``fused``), rows of square ones too.
+    """
+    if not attention_terms(found, 1):
+        return ()
+    hidden, shape = found.sizes["hidden"], found.shapes[name]
+    matrix = found.shapes.get(f"{name.rpartition('.')[0]}.weight", shape)
+    if matrix not in ((hidden, hidden), (3 * hidden, hidden)) or any(set(m) != {"hidden"} for m in moves):
+        return (False,) * len(shape)
+    square = matrix == (hidden, hidden)
+    return (not square or not fused, square)[: len(shape)]
+
+
 def _parsed_candidates(
     n: int, moved: Mapping[str, int], found: TinyAxes, kinds: Mapping[str, str | None]
 ) -> list[str]:
-    texts = candidates(n, moved, found.sizes, kinds)
+    texts = candidates(n, moved, found.sizes, kinds, found.blocks)
     if found.coupled and "hidden" in moved and set(moved) <= {"hidden", "kv_heads"}:
         texts += grouped_candidates(n, found.sizes)
     if moved.get("hidden") == n and not texts:
         rest = {axis: entries for axis, entries in moved.items() if axis != "hidden"}
         for axis in found.coupled:  # of hidden only because the two grow together
-            texts += candidates(n, {axis: n, **rest}, found.sizes, kinds)
+            texts += candidates(n, {axis: n, **rest}, found.sizes, kinds, found.blocks)
     fits = []
     for text in texts:
         try:

@@ -93,7 +93,7 @@ def _label_group(
         return
     consumers = [Part(i, d, 0, families[i].shape[d]) for i, d in ins]
     linear = [rows_keep(parity, families, [*p, *consumers]) for _, _, p in parts]
-    attention = parity.found.axes[axis].kind in ("heads", "kv_heads", "q_per_kv")
+    attention = parity.found.axes[axis].kind in ("heads", "kv_heads", "q_per_kv", "head_dim")
     names = _names(linear, attention, parts, layouts, modules)
     if names is None:
         return

@@ -10,18 +10,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.expr import COUNTED, Role, TensorLayout
+from sparkling_cli.layout.expr import COUNTED, Axis, Expr, Fixed, Product, Role, TensorLayout
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.names import skeleton
 from sparkling_cli.layout.parse import parse_layout
-from sparkling_cli.models.attention import split_heads
-from sparkling_cli.models.axes import FROZEN, PER_TOKEN, TinyAxes, find_axes, grows
+from sparkling_cli.models.attention import split_fused, split_heads
+from sparkling_cli.models.axes import FROZEN, PER_TOKEN, AxisKey, TinyAxes, find_axes, grows
 from sparkling_cli.models.compensate import hypotheses_for
 from sparkling_cli.models.depth import Depth, find_depth
 from sparkling_cli.models.disk import DiskTensor, disk_tensors, to_disk
 from sparkling_cli.models.families import Family, Hypotheses, Options, _tied_heads, hypotheses
-from sparkling_cli.models.labels import label, texts
+from sparkling_cli.models.labels import label, render, texts
 from sparkling_cli.models.parity import LogitParity, widened
+from sparkling_cli.models.readings import further, head_scales, usual
 from sparkling_cli.models.search import Outcome, effects, layouts_of, prove
 from sparkling_cli.models.shrink import tried_shapes
 from sparkling_cli.models.sizes import OTHER_MODALITY, kind_of, walk
@@ -92,15 +93,37 @@ class Findings:
 
 
 def prove_axes(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Findings:
-    """Prove every axis of a tiny config's class.
+    """Prove every axis of a tiny config's class, under the reading of its heads that proves most.
 
     Raises:
         LayoutError: the tiny model cannot be run.
     """
-    found = find_axes(tiny, factory=factory)
-    hyp = hypotheses(found, build_model(tiny, factory=factory))
+    found = usual(find_axes(tiny, factory=factory))
     parity = LogitParity(found, factory=factory)
     unreached = parity.unreached()
+    best = _proved(parity, unreached)
+    for reading in further(found, factory) if _left(best) else ():
+        parity.found = reading
+        other = _proved(parity, unreached)
+        if _left(other) < _left(best):
+            best = other
+        if not _left(best):
+            break
+    return best
+
+
+def _left(findings: Findings) -> int:
+    """How many of the kinds of width that have to do with heads are proved for no axis."""
+    axes, verdicts = findings.found.axes, findings.verdicts
+    proved = {axes[name].kind for name, verdict in verdicts.items() if verdict.proved}
+    return ("hidden" in axes and "hidden" not in proved) + (
+        "heads" in {axis.kind for axis in axes.values()} and "heads" not in proved
+    )
+
+
+def _proved(parity: LogitParity, unreached: frozenset[str]) -> Findings:
+    found = parity.found
+    hyp = hypotheses(found, build_model(found.config, factory=parity.factory))
     verdicts: dict[str, AxisVerdict] = {}
     compensations: tuple[Compensation, ...] = ()
     options = _settled(hyp, unreached)
@@ -120,16 +143,19 @@ def prove_axes(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Find
         experts = verdicts["experts"]
         verdicts[PER_TOKEN] = AxisVerdict(experts.proved, experts.reason, ("experts",))
     choice = {v: o[0] for v, o in options.items()}
-    proved = [n for n, v in verdicts.items() if v.proved]
+    choice |= split_fused(parity, hyp.families, options, choice)
     layouts = split_heads(parity, hyp.families, texts(hyp.families, choice))
-    widths = [n for n in proved if found.axes[n].kind in WIDTHS and n != "hidden"]
+    layouts = _inner_width(parity, layouts, verdicts)
+    proved = [n for n, v in verdicts.items() if v.proved]
+    grown = WIDTHS | ({"head_dim"} if "head_dim" in found.coupled else set())
+    widths = [n for n in proved if parity.found.axes[n].kind in grown and n != "hidden"]
     layouts = label(parity, hyp.families, layouts, widths)
     by_name = {n: lay for f, lay in zip(hyp.families, layouts, strict=True) for n in f.names}
     verdicts = _together(parity, by_name, verdicts, compensations)
     notes = _unreached_notes(hyp, unreached, proved)
     disk = _disk(parity, by_name, verdicts, compensations, notes)
     return Findings(
-        found,
+        parity.found,
         hyp.families,
         tuple(layouts),
         verdicts,
@@ -141,6 +167,51 @@ def prove_axes(tiny: ConfigDict, *, factory: ModelFactory | None = None) -> Find
         ignored_by(parity.model),
         find_depth(parity, by_name),
     )
+
+
+def _inner_width(
+    parity: LogitParity, layouts: Sequence[TensorLayout], verdicts: dict[str, AxisVerdict]
+) -> list[TensorLayout]:
+    """Name what code makes ``n hidden`` wide, by one matrix, and uses up, by another: it is ``ffn``.
+
+    It has no key, and grows with hidden only.
+    """
+    found = parity.found
+    kinds = {axis.kind for axis in found.axes.values()}
+    times = None if kinds & {"ffn", "expert_ffn", "shared_ffn"} else _times_hidden(layouts)
+    hidden = verdicts.get("hidden")
+    if times is None or hidden is None:
+        return list(layouts)
+    ffn = AxisKey("ffn", "ffn", times * found.sizes["hidden"], ())
+    along = ("hidden", *found.coupled)
+    parity.found = replace(found, axes={**found.axes, "ffn": ffn}, coupled=(*found.coupled, "ffn"))
+    for name in along:
+        verdicts[name] = replace(verdicts[name], joint=(*verdicts[name].joint, "ffn"))
+    reason = hidden.reason if hidden.proved else f"couples to hidden, which is refused: {hidden.reason}"
+    verdicts["ffn"] = AxisVerdict(hidden.proved, reason, along)
+    return [_as_inner(layout, times) for layout in layouts]
+
+
+def _times_hidden(layouts: Sequence[TensorLayout]) -> int | None:
+    """The number n of an inner width that is ``(n hidden)``: made by one matrix, used up by another."""
+    found: dict[int, set[Role]] = {}
+    for layout in layouts:
+        for dim in layout.dims if len(layout.dims) == 2 else ():
+            number = _factor_of_hidden(dim.expr)
+            if number is not None:
+                found.setdefault(number, set()).add(dim.role)
+    return next((n for n, directions in found.items() if {Role.OUT, Role.IN} <= directions), None)
+
+
+def _factor_of_hidden(expr: Expr) -> int | None:
+    factors = expr.factors if isinstance(expr, Product) else ()
+    numbers = [f.size for f in factors if isinstance(f, Fixed)]
+    return numbers[0] if len(factors) == 2 and len(numbers) == 1 and Axis("hidden") in factors else None
+
+
+def _as_inner(layout: TensorLayout, times: int) -> TensorLayout:
+    dims = [replace(d, expr=Axis("ffn")) if _factor_of_hidden(d.expr) == times else d for d in layout.dims]
+    return TensorLayout(tuple(dims), render(dims))
 
 
 def _settled(hyp: Hypotheses, unreached: frozenset[str]) -> Options:
@@ -173,12 +244,7 @@ def _proved_alone(
     if name in found.coupled:
         return AxisVerdict(False, "grows with hidden only"), None
     if not grows(found, name):
-        raised = found.refused.get(name)
-        other = sorted(found.moved.get(name, found.shapes).keys() ^ found.shapes.keys())
-        reason = f"the class refuses twice as many: {raised}" if raised else "doubling it widens no tensor"
-        if other:
-            reason = f"a config with twice as many builds a model with other tensors, e.g. {other[0]}"
-        return AxisVerdict(False, reason.splitlines()[0][:300]), None
+        return AxisVerdict(False, _grows_not(found, name).splitlines()[0][:300]), None
     groups = [v for p, v in walk(found.config) if kind_of(p[-1]) == "groups" and type(v) is int and v > 1]
     if name == "experts" and groups:
         why = "its router first chooses among groups of experts: copies would be in other groups"
@@ -199,7 +265,9 @@ def _proved_alone(
     comps: list[tuple[Compensation, ...]] = [()]
     if name == "hidden":
         likeliest = layouts_of(hyp.families, {v: o[0] for v, o in options.items()})
-        comps = hypotheses_for(parity, axes, likeliest)
+        plain = hypotheses_for(parity, axes, likeliest)
+        scales = head_scales(found, _attention_tensors(hyp, options, found.sizes[name]))
+        comps = [(*own, *scale) for own in plain for scale in scales]
     limit = MANY if axis.kind in WIDTHS else FEW
     outcome = prove(parity, hyp, options, axes, comps, limit=limit)
     joint = tuple(axes[1:]) if name == "hidden" else ()
@@ -221,6 +289,13 @@ def _proved_alone(
     return AxisVerdict(False, reason, joint), None
 
 
+def _attention_tensors(hyp: Hypotheses, options: Options, hidden: int) -> list[tuple[str, bool]]:
+    """Tensors that make queries, keys and values as one, and (True) the square ones that use values up."""
+    own = [f for f in hyp.families if any("head_dim" in options[term][0] for term in f.terms)]
+    fitting = [f for f in own if f.shape == (hidden, hidden) or f.shape[0] == 3 * hidden]
+    return [(name, family.shape == (hidden, hidden)) for family in fitting for name in family.names]
+
+
 def _positions(model: nn.Module, config: ConfigDict) -> str:
     """What is known of a class whose positions no weight says, and which change with its width."""
     kinds = {type(module) for module in model.modules()}
@@ -231,6 +306,23 @@ def _positions(model: nn.Module, config: ConfigDict) -> str:
     if not off and any("alibi" in name.lower() for home in homes for name in dir(sys.modules[home])):
         return "; its positions come from ALiBi, whose slopes depend on the number of heads"
     return ""
+
+
+def _grows_not(found: TinyAxes, name: str) -> str:
+    """Why doubling the axis gives no wider model."""
+    shapes = found.moved.get(name)
+    if shapes is None:
+        return f"the class refuses twice as many: {found.refused.get(name)}"
+    other = sorted(shapes.keys() ^ found.shapes.keys())
+    if other:
+        return f"a config with twice as many builds a model with other tensors, e.g. {other[0]}"
+    width = found.axes.get("head_dim")
+    if found.axes[name].kind in ("heads", "kv_heads", "q_per_kv") and (width is None or not width.keys):
+        return "hidden is divided by the number of heads: more of them are smaller, and no tensor is wider"
+    smaller = [n for n, one in found.shapes.items() if one > shapes[n]]
+    if smaller:
+        return f"something is divided by it: twice as many make {smaller[0]} smaller, and widen no tensor"
+    return "no tensor's shape depends on it"
 
 
 def _along(found: TinyAxes, name: str) -> list[str]:

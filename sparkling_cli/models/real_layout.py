@@ -335,7 +335,7 @@ def real_sizes(
     known: dict[str, int] = {}
     values: dict[Path, int] = {}
     layers = chosen_layers(real, layer_count(found.config))
-    for path, names in found.terms.items():
+    for path, names in sorted(found.terms.items(), key=lambda term: len(term[1])):
         value = get_path(real, real_path(path, layers))
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]
@@ -350,7 +350,8 @@ def real_sizes(
     own = ("heads",) if "heads" in known else ("kv_heads", "q_per_kv")
     width = found.axes.get("head_dim")
     if width is not None and not width.keys and known.keys() >= {"hidden", *own}:
-        known["head_dim"] = known["hidden"] // prod(known[n] for n in own)  # as the class works it out
+        heads = prod(known.get(n) or int(n) for n in (found.blocks, *own))
+        known["head_dim"] = known["hidden"] // heads  # as the class works it out
     _check_config(found, values, known)
     equations = []
     by_key = findings.by_skeleton

@@ -25,6 +25,7 @@ _HINTS: tuple[tuple[str, str], ...] = (
     ("token", r"_(token_id|index|token_index|idx)$|_id$"),
     ("positions", r"position_embeddings$|^n_positions$|^n_ctx$|max_.*(length|positions|seq_len)$"),
     ("groups", r"^n_group$|topk_group|expert_group"),
+    ("blocks", r"^o_groups$"),
     ("top_k", r"experts?_per_tok|top_?k|^moe_k$"),
     ("shared_experts", r"shared_experts?$|^n_shared|zero_expert"),
     ("experts", r"^(moe_)?(num|n)_(routed_|local_)?experts$"),
@@ -39,7 +40,7 @@ _HINTS: tuple[tuple[str, str], ...] = (
     ("window", r"window|chunk_size|local_attention|block_size"),
     ("kv_heads", r"key_value_heads|(num_kv|kv_n)_heads|num_query_groups|multi_query_group"),
     ("head_dim", r"head_dim|headdim|d_head$|kv_channels|dim_head|head_size"),
-    ("heads", r"^((num|n)_)?(decoder_|encoder_)?(attention_)?heads?$"),
+    ("heads", r"^((num|n)_)?(decoder_|encoder_)?(attention_)?heads?(_per_layer)?$"),
     (
         "ffn",
         r"intermediate|ffn|feed_forward|^n_inner$|^d_ff$|^dff$|^dim_ff$|^d_inner$|inner_hidden|mlp_dim",
@@ -81,6 +82,7 @@ TINY_SIZES: Mapping[str, int] = {
     "qk_rope": 4,
     "v_dim": 18,
     "window": 8,
+    "blocks": 2,
 }
 
 

@@ -129,25 +129,8 @@ def _absent(findings: Findings) -> list[ArchitectureAxis]:
         if kinds & members:
             continue
         reason = f"no key of its config sizes {'an inner width' if name == 'ffn' else name}"
-        times = _times_hidden(findings) if name == "ffn" else None
-        if times is not None:
-            reason = f"its inner width is {times} x hidden in code, it has no key: it grows with hidden only"
         rows.append(ArchitectureAxis(name=name, role=name, proved=False, reason=reason))
     return rows
-
-
-def _times_hidden(findings: Findings) -> int | None:
-    """The number n of an inner width that is ``(n hidden)``: made by one matrix, used up by another."""
-    from sparkling_cli.layout.expr import Axis, Fixed, Product, Role
-
-    found: dict[int, set[Role]] = {}
-    for layout in findings.layouts:
-        for dim in layout.dims if len(layout.dims) == 2 else ():
-            factors = dim.expr.factors if isinstance(dim.expr, Product) else ()
-            numbers = [f.size for f in factors if isinstance(f, Fixed)]
-            if len(factors) == 2 and len(numbers) == 1 and Axis("hidden") in factors:
-                found.setdefault(numbers[0], set()).add(dim.role)
-    return next((n for n, directions in found.items() if {Role.OUT, Role.IN} <= directions), None)
 
 
 def counts(rows: Iterable[Architecture]) -> dict[str, int]:

@@ -19,7 +19,9 @@ _MAX_PARTS = 4
 Sizes = Mapping[str, int]
 
 
-def candidates(n: int, moves: Mapping[str, int], sizes: Sizes, kinds: Mapping[str, str | None]) -> list[str]:
+def candidates(
+    n: int, moves: Mapping[str, int], sizes: Sizes, kinds: Mapping[str, str | None], blocks: str = "1"
+) -> list[str]:
     """Terms of the layout language that a dim of size ``n`` may have, the likeliest first.
 
     Args:
@@ -27,6 +29,7 @@ def candidates(n: int, moves: Mapping[str, int], sizes: Sizes, kinds: Mapping[st
         moves: axis -> entries that doubling it adds (axes that add none are absent).
         sizes: axis sizes in the tiny model.
         kinds: axis -> hinted kind.
+        blocks: how many blocks heads lie in: a number, or an axis.
 
     Returns:
         Candidates as text; empty where the sizes follow no sum of products.
@@ -40,7 +43,9 @@ def candidates(n: int, moves: Mapping[str, int], sizes: Sizes, kinds: Mapping[st
         return []
     quotient = n // common
     if not partial:
-        return _products(whole, quotient, kinds)
+        return (
+            _products(whole, quotient, kinds) if blocks == "1" else _in_blocks(whole, quotient, sizes, blocks)
+        )
     return _sums(whole, quotient, {a: moves[a] / common for a in partial}, sizes)
 
 
@@ -88,6 +93,16 @@ def _products(whole: Sequence[str], count: int, kinds: Mapping[str, str | None])
     unknown = len(whole) > 1 and any(kinds.get(axis) is None for axis in whole)
     wholes = [list(whole), list(reversed(whole))] if unknown else [list(whole)]
     return [_text([*w[:i], str(count), *w[i:]]) for w in wholes for i in range(len(w) + 1)]
+
+
+def _in_blocks(whole: Sequence[str], count: int, sizes: Sizes, blocks: str) -> list[str]:
+    """A product with blocks of heads: around the heads, or around the channels of each."""
+    number = sizes.get(blocks) or int(blocks)
+    times, odd = divmod(count, number)
+    if odd or not any(axis.endswith("heads") for axis in whole):
+        return _products(whole, count, {})
+    outer = [blocks] if times == 1 else [blocks, str(times)]
+    return [_text([*outer, *whole]), _text([whole[0], *outer, *whole[1:]])]
 
 
 def _sums(whole: Sequence[str], quotient: int, steps: Mapping[str, float], sizes: Sizes) -> list[str]:

@@ -177,6 +177,11 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
     if variant.filled:
         for inner in (v for v in tiny.values() if isinstance(v, dict) and "model_type" in v):
             inner.setdefault("rope_theta", 10000.0)
+        if tiny.get("rope_parameters") == {}:
+            kinds = tiny.get("layer_types") or ()
+            tiny["rope_parameters"] = {
+                kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in kinds
+            }
     main = _main_hidden(real)
     if main is not None:
         for path in tower_outputs(real, get_path(real, main)):
@@ -321,7 +326,7 @@ def _integer(
         derived = _latent_head_dim(real, path, value, variant)
         if derived is not None:
             return derived
-    if kind in ("top_k", "shared_experts", "positions", "window"):
+    if kind in ("top_k", "shared_experts", "positions", "window", "blocks"):
         return min(value, variant.sizes[kind])
     if (kind, value) not in used:
         base = variant.sizes[kind]

@@ -59,12 +59,19 @@ def test_the_survey_lists_proved_axes_and_reasons() -> None:
     assert survey.survey(["gpt2"]) == rows
 
 
-def test_an_axis_that_a_class_does_not_have_has_a_reason() -> None:
-    """GPT-1's inner width is four times hidden in code; no key of its config sizes it."""
+def test_an_inner_width_without_a_key_grows_with_hidden() -> None:
+    """GPT-1's is four times hidden in code: one axis more that grows with it, and is asked for with it."""
     row = survey.survey(["openai-gpt"])[0]
     ffn = next(axis for axis in row.axes if axis.name == "ffn")
-    assert not ffn.proved and "4 x hidden in code" in ffn.reason
-    assert "- **openai-gpt** `ffn`: its inner width is 4 x hidden" in survey.to_markdown([row])
+    assert ffn.proved and set(ffn.joint) == {"hidden", "heads"}
+    assert "| ffn (with hidden, heads) |" in survey.to_markdown([row])
+
+
+def test_an_axis_that_a_class_does_not_have_has_a_reason() -> None:
+    """Mamba has no attention."""
+    row = survey.survey(["mamba"])[0]
+    heads = next(axis for axis in row.axes if axis.name == "heads")
+    assert not heads.proved and heads.reason == "no key of its config sizes heads"
 
 
 def test_a_type_that_the_library_lacks_is_refused() -> None:
