@@ -14,6 +14,7 @@ from sparkling_cli.layout.file import from_dict, to_dict
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_expr
 from sparkling_cli.models import cache
+from sparkling_cli.models.sizes import HEADS
 
 #: Config keys that no tensor's shape and no layer's kind depends on.
 _IRRELEVANT = frozenset(
@@ -21,8 +22,6 @@ _IRRELEVANT = frozenset(
 )
 #: Errors that another machine, or another package, would not have.
 _PASSING = re.compile(r"ImportError|ModuleNotFoundError|MemoryError|No module named|library but it was not")
-#: axes that counts of heads are made of
-_HEADS = frozenset({"heads", "kv_heads", "q_per_kv"})
 
 
 def infer(
@@ -84,7 +83,7 @@ def _divisible(config: Mapping[str, Any], layout: ModelLayout) -> tuple[tuple[st
     found = []
     for key, term in layout.config.items():
         count = config.get(key)
-        if width is None or type(count) is not int or not set(axis_names(parse_expr(term))) <= _HEADS:
+        if width is None or type(count) is not int or not set(axis_names(parse_expr(term))) <= HEADS:
             continue
         groups = layout.axes["kv_heads"].size if "q_per_kv" in layout.axes else 1
         others = [n for n in range(count + groups, 3 * count + 3 * groups, groups) if width.size % n]

@@ -25,7 +25,7 @@ from sparkling_cli.models.parity import LogitParity, widened
 from sparkling_cli.models.readings import further, head_scales, usual
 from sparkling_cli.models.search import Outcome, effects, layouts_of, prove
 from sparkling_cli.models.shrink import tried_shapes
-from sparkling_cli.models.sizes import OTHER_MODALITY, kind_of, walk
+from sparkling_cli.models.sizes import HEADS, OTHER_MODALITY, kind_of, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, shared_names
 from sparkling_cli.models.stored import ignored_by
 
@@ -244,7 +244,9 @@ def _proved_alone(
     if name in found.coupled:
         return AxisVerdict(False, "grows with hidden only"), None
     if not grows(found, name):
-        return AxisVerdict(False, _grows_not(found, name).splitlines()[0][:300]), None
+        why = _grows_not(found, name).splitlines()[0][:300]
+        divides = axis.kind in HEADS and found.coupled
+        return AxisVerdict(False, why + (_positions(parity.model, found.config) if divides else "")), None
     groups = [v for p, v in walk(found.config) if kind_of(p[-1]) == "groups" and type(v) is int and v > 1]
     if name == "experts" and groups:
         why = "its router first chooses among groups of experts: copies would be in other groups"
@@ -317,7 +319,7 @@ def _grows_not(found: TinyAxes, name: str) -> str:
     if other:
         return f"a config with twice as many builds a model with other tensors, e.g. {other[0]}"
     width = found.axes.get("head_dim")
-    if found.axes[name].kind in ("heads", "kv_heads", "q_per_kv") and (width is None or not width.keys):
+    if found.axes[name].kind in HEADS and (width is None or not width.keys):
         return "hidden is divided by the number of heads: more of them are smaller, and no tensor is wider"
     smaller = [n for n, one in found.shapes.items() if one > shapes[n]]
     if smaller:

@@ -52,6 +52,9 @@ _HINTS: tuple[tuple[str, str], ...] = (
     ),
 )
 
+#: Kinds of the axes that counts of heads are made of.
+HEADS = frozenset({"heads", "kv_heads", "q_per_kv"})
+
 #: Parts of a composite config that hold no language model.
 OTHER_MODALITY = re.compile(r"vision|audio|image|img|speech|codec|depth")
 

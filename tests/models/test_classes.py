@@ -119,12 +119,3 @@ def test_hidden_alone_is_refused_where_the_class_couples_it() -> None:
     assert layout.axes["heads"].joint == ("hidden",)
     pattern = layout.module_table.find("transformer.h.0.attn.c_attn.weight")
     assert pattern.layout == "hidden -> (qkv heads head_dim)"
-
-
-def test_heads_are_refused_where_position_biases_depend_on_their_number() -> None:
-    """BLOOM's ALiBi slopes follow the number of heads: widening them changes the function."""
-    config = {"model_type": "bloom", "vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-    layout = infer(config)
-    assert not layout.axes["heads"].widenable
-    assert not layout.axes["hidden"].widenable
-    assert "hypotheses" in layout.axes["hidden"].reason

@@ -157,10 +157,15 @@ def test_widths_inside_a_tower_are_tiny() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("axis", "config", "said"),
     [
-        ({"model_type": "bloom", "hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 61}, "ALiBi"),
         (
+            "heads",
+            {"model_type": "bloom", "hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 61},
+            "ALiBi",
+        ),
+        (
+            "hidden",
             {
                 "model_type": "xglm", "d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4,
                 "vocab_size": 61, "max_position_embeddings": 64,
@@ -169,7 +174,7 @@ def test_widths_inside_a_tower_are_tiny() -> None:
         ),
     ],
 )  # fmt: skip
-def test_positions_that_no_weight_says_are_named(config: dict[str, Any], said: str) -> None:
+def test_positions_that_no_weight_says_are_named(axis: str, config: dict[str, Any], said: str) -> None:
     """What grows with the width or the heads in the class's own code is the likely reason, and is said."""
-    reason = infer(config).axes["hidden"].reason
-    assert "keeps the logits" in reason and said in reason
+    info = infer(config).axes[axis]
+    assert not info.widenable and said in info.reason
