@@ -160,18 +160,35 @@ _OTHER_KINDS = {
     ".h5": ("a Keras or TensorFlow file", "load it with transformers and save_pretrained() it"),
     ".msgpack": ("a Flax file", "load it with transformers and save_pretrained() it"),
 }
-_ADAPTER = (
-    "an adapter (adapter_config.json): what was added to a model, and not the model",
-    "merge it into its base first: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(DIR); "
-    "a merged model has no optimizer state, so see the how-to on --init random-copy",
+_ORBAX = (
+    "a checkpoint of a JAX trainer (Orbax, tensorstore), which is not read",
+    "export it to transformers by the trainer's own script, and expand that with --init random-copy: without "
+    "the optimizer's state",
 )
+#: the same of folders, by a file in them
+_OTHER_FOLDERS = {
+    "adapter_config.json": (
+        "an adapter (adapter_config.json): what was added to a model, and not the model",
+        "merge it into its base first: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(DIR)"
+        "; a merged model has no optimizer state, so see the how-to on --init random-copy",
+    ),
+    "checkpoint_metadata.json": (
+        "a checkpoint of nanotron (checkpoint_metadata.json), whose slices and flat pieces on many ranks are "
+        "not read",
+        "export it by nanotron's examples/llama/convert_nanotron_to_hf.py, expand that with --init "
+        "random-copy (it has no optimizer state), and go back by convert_hf_to_nanotron.py",
+    ),
+    "_CHECKPOINT_METADATA": _ORBAX,
+    "manifest.ocdbt": _ORBAX,
+}
 
 
 def _other_kind(root: Path) -> tuple[str, str] | None:
     """What a path without a checkpoint's files is, where its files' names tell it; and what to do."""
     names = [root.name] if root.is_file() else sorted(path.name for path in root.iterdir())
-    if root.is_dir() and "adapter_config.json" in names:
-        return _ADAPTER
+    told = next((mark for mark in _OTHER_FOLDERS if root.is_dir() and mark in names), None)
+    if told is not None:
+        return _OTHER_FOLDERS[told]
     found = {Path(name).suffix for name in names} & set(_OTHER_KINDS)
     if root.is_file() and not found:
         with root.open("rb") as file:

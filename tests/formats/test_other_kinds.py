@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.detect import open_checkpoint
@@ -35,6 +38,44 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     assert "is an adapter" in refused(tmp_path)
     assert "merge_and_unload()" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mark", "name", "way"),
+    [
+        ("checkpoint_metadata.json", "nanotron", "convert_nanotron_to_hf.py"),
+        ("_CHECKPOINT_METADATA", "JAX", "export it to transformers"),
+        ("manifest.ocdbt", "JAX", "export it to transformers"),
+    ],
+)
+def test_a_trainer_whose_checkpoints_are_not_read(tmp_path: Path, mark: str, name: str, way: str) -> None:
+    """One sentence, and the way out; also where a folder of safetensors or torch files lies in it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / mark).write_text("{}")
+    (tmp_path / "config.yaml").write_text("{}")
+    text = refused(tmp_path)
+    assert f"is a checkpoint of {'a ' if name == 'JAX' else ''}{name}" in text
+    assert way in text and "--init random-copy" in text
+
+
+@dataclass
+class ParamConfig:
+    """What modded-nanogpt keeps of a parameter's options; its script is ``__main__``."""
+
+    label: str
+
+
+def test_state_by_addresses_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """modded-nanogpt's one file: the weights alone can be saved anew and are opened."""
+    model = {"qk_bank": torch.ones(4, 2, 2)}
+    monkeypatch.setattr(ParamConfig, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "ParamConfig", ParamConfig, raising=False)
+    state = {140_000: {"momentum_buffer": torch.ones(4, 2, 2)}}
+    optimizer = {"param_states": state, "param_cfgs": {140_000: ParamConfig("qk_bank")}}
+    torch.save({"step": 1, "code": "", "model": model, "optimizer": optimizer}, tmp_path / "state.pt")
+    assert "modded-nanogpt" in refused(tmp_path / "state.pt")
+    torch.save({"model": model}, tmp_path / "weights.pt")
+    assert list(open_checkpoint(tmp_path / "weights.pt").weights) == ["qk_bank"]
 
 
 def test_a_name_on_the_hub_is_downloaded_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,9 @@ _KNOWN_FAULTS = {
     "torch._utils._rebuild_wrapper_subclass": "it holds a tensor subclass, whose storage format is private",
     "torch._tensor._rebuild_from_type_v2": "it holds a tensor subclass or a tensor with Python attributes",
     "torchao": f"it holds quantized tensor subclasses, which cannot be widened entry by entry{_RESTART}",
+    "__main__.ParamConfig": "modded-nanogpt numbers its optimizer's state by addresses in memory, saves one "
+    'rank\'s part of it, and does not resume from it: torch.save({"model": model.state_dict()}, FILE), and '
+    "expand that with --layout FILE and --init random-copy",
     "galore_torch": _PROJECTED,
     "apollo_torch": _PROJECTED,
     "bitsandbytes": "it holds quantized objects, which cannot be widened entry by entry",
