@@ -208,7 +208,10 @@ def check_locked(
         SpecError: they stay locked, and the spec does not allow it.
     """
     optimizer = spec.optimizer if moments else None
+    stateless = _stateless(checkpoint, layout, growth) if moments else {}
     locked = symmetry_warning(growth, optimizer)
+    if locked is None and locked_axes(stateless, None):
+        locked = symmetry_warning(stateless, None, "the optimizer has no state for any of their parameters:")
     if locked is None or spec.allow_locked:
         return locked
     if not moments and any(set(state.tensors) - {FSDP_COPY} for state in checkpoint.states):
@@ -218,7 +221,7 @@ def check_locked(
             "them"
         )
     ways = []
-    if optimizer is not None:
+    if optimizer is not None and not stateless:
         ways.append("use --optimizer asymmetric (the default)")
     elif checkpoint.format == TRAINER and not checkpoint.states:
         ways.append("copy optimizer.pt into the checkpoint")
@@ -229,19 +232,35 @@ def check_locked(
     raise SpecError(locked, hint="; or ".join(ways))
 
 
-def symmetry_warning(growth: Mapping[str, Growth], optimizer: str | None) -> str | None:
+def _stateless(
+    checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str, Growth]
+) -> dict[str, Growth]:
+    """The axes of whose parameters the optimizer has state of none."""
+    left = dict(growth)
+    for state in checkpoint.states:
+        name = layout.canonical(state.param)
+        if left and set(state.tensors) - {FSDP_COPY} and layout.module_table.has(name):
+            for axis in layout.module_table.find(name).dims.axes() & left.keys():
+                del left[axis]
+    return left
+
+
+def symmetry_warning(
+    growth: Mapping[str, Growth],
+    optimizer: str | None,
+    cause: str = "there is no optimizer state: under a fresh optimizer",
+) -> str | None:
     """The one sentence on copies that no optimizer state tells from their sources; None where they part.
 
     Args:
         growth: of the plan.
         optimizer: what becomes of the state; None where there is none.
+        cause: why there is none.
     """
     locked = locked_axes(growth, optimizer)
     if not locked:
         return None
-    if optimizer is None:
-        cause = "there is no optimizer state: under a fresh optimizer"
-    else:
+    if optimizer is not None:
         cause = f"the optimizer state is {'copied' if optimizer == 'copy' else 'dropped'}:"
     return (
         f"{cause} copies and their sources get equal updates and stay equal for ever "

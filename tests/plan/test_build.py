@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparkling_cli.errors import CheckpointError, LayoutError
+from sparkling_cli.errors import CheckpointError, LayoutError, SpecError
 from sparkling_cli.formats.model import Checkpoint, ParamState
 from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
 from sparkling_cli.plan.build import build_plan
@@ -191,6 +191,17 @@ def test_factored_state_is_refused_only_where_it_grows() -> None:
         plan(broken, ("ffn", 2))
     fine = Checkpoint(**{**vars(source), "states": (ParamState("norm.weight", {"exp_avg_sq_row": "s.row"}),)})
     assert row(plan(fine, ("ffn", 2), allow_locked=True), "s.row").shape == (4, 1)
+
+
+def test_an_axis_of_whose_parameters_none_has_state_is_locked() -> None:
+    """State elsewhere does not part its copies: as where one of several optimizers is left out."""
+    norm = ParamState("norm.weight", {"exp_avg": "s.norm"})
+    source = Checkpoint(**{**vars(checkpoint()), "states": (norm,)})
+    for axes in ([("ffn", 2)], [("ffn", 2), ("hidden", 2)]):
+        with pytest.raises(SpecError, match=r"no state for any of their parameters.*\(axes ffn\)"):
+            plan(source, *axes)
+    assert plan(source, ("ffn", 2), allow_locked=True).warnings
+    assert plan(source, ("hidden", 2)).rows
 
 
 def test_integer_weights_cannot_grow() -> None:
