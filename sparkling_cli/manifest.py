@@ -12,7 +12,6 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,6 +27,7 @@ from sparkling_cli.plan.symmetry import treatment_of, with_fills
 from sparkling_cli.results.account import Account
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
+from sparkling_cli.storage.crc import FileDigest
 from sparkling_cli.storage.sidecar import FOLDER, MANIFEST, sidecar_root
 from sparkling_cli.widening.geometry import Growth, Span
 
@@ -64,20 +64,13 @@ class Stage(_Data):
     calibration_new: dict[str, float] = {}
 
 
-class FileEntry(_Data):
-    """Size and CRC-32 of a file."""
-
-    bytes: int
-    crc32: int
-
-
 class SourceEntry(_Data):
     """What was read: format, the directory's own name, CRC-32 of every tensor and carried file."""
 
     format: str
     name: str
     tensors: dict[str, int]
-    files: dict[str, FileEntry]
+    files: dict[str, FileDigest]
 
 
 class TensorEntry(_Data):
@@ -105,7 +98,7 @@ class Manifest(_Data):
     stages: tuple[Stage, ...]
     source: SourceEntry
     tensors: dict[str, TensorEntry]
-    files: dict[str, FileEntry]
+    files: dict[str, FileDigest]
     account: Account = Account()
 
     def model_layout(self) -> ModelLayout:
@@ -212,14 +205,16 @@ def make_manifest(expansion: Expansion, written: Written, others: Mapping[str, b
             "format": plan.source.format,
             "name": plan.source.root.name,
             "tensors": dict(written.sources),
-            "files": {name: _digest(written, name) for name in plan.source.carried if name in written.files},
+            "files": {
+                name: vars(written.files[name]) for name in plan.source.carried if name in written.files
+            },
         },
         "account": plan.account.model_dump(mode="json"),
     }
     files = {
         "files": {
-            **{name: _digest(written, name) for name in sorted(written.files)},
-            **{name: {"bytes": len(b), "crc32": crc32(b)} for name, b in sorted(others.items())},
+            **{name: vars(written.files[name]) for name in sorted(written.files)},
+            **{name: vars(FileDigest.of(b)) for name, b in sorted(others.items())},
         },
     }
     text = f'{_text(data)[:-1]},"tensors":{tensors},{_text(files)[1:]}\n'
@@ -230,7 +225,7 @@ def with_changes(content: bytes, spec: ExpansionSpec, changed: Mapping[str, byte
     """A manifest with another spec of its last expansion, and other files of the ``sparkling/`` folder."""
     data = json.loads(content)
     data["spec"] = data["stages"][-1]["spec"] = spec.as_data()
-    digests = {name: {"bytes": len(b), "crc32": crc32(b)} for name, b in changed.items()}
+    digests = {name: vars(FileDigest.of(b)) for name, b in changed.items()}
     others = {**{n: d for n, d in data["files"].items() if n.startswith(f"{FOLDER}/")}, **digests}
     own = {name: digest for name, digest in data["files"].items() if name not in others}
     data["files"] = own | dict(sorted(others.items()))
@@ -299,8 +294,3 @@ def _common(recipe: Recipe) -> str:
         "shape": list(recipe.shape),
     }
     return _text(entry)[1:-1]
-
-
-def _digest(written: Written, name: str) -> dict[str, int]:
-    digest = written.files[name]
-    return {"bytes": digest.size, "crc32": digest.crc32}

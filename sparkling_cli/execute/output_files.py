@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -14,17 +13,9 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.job import RowJob
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.storage.byte_ranges import Handles, span_of, write_range
-from sparkling_cli.storage.crc import Span, combine, crc32, zeros
+from sparkling_cli.storage.crc import FileDigest, Span, combine, crc32, zeros
 
 _PIECE = 1 << 19
-
-
-@dataclass(frozen=True)
-class FileDigest:
-    """Size in bytes and CRC-32 of a file."""
-
-    size: int
-    crc32: int
 
 
 def allocate(path: Path, size: int) -> None:
@@ -204,5 +195,5 @@ def _copy(source: int, target: int, size: int, names: tuple[str, str]) -> int:
 
 def digests_text(files: Mapping[str, FileDigest]) -> bytes:
     """Size and CRC-32 of files, one per line, with a last line that guards the others."""
-    lines = "".join(f"{d.crc32:08x} {d.size} {path}\n" for path, d in sorted(files.items()))
+    lines = "".join(f"{d.crc32:08x} {d.bytes} {path}\n" for path, d in sorted(files.items()))
     return f"{lines}{crc32(lines.encode()):08x} {len(lines.encode())} .\n".encode()

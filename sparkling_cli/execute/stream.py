@@ -22,12 +22,12 @@ from sparkling_cli.execute.disk_space import check_room, disk_error
 from sparkling_cli.execute.flush import Flusher
 from sparkling_cli.execute.job import Job, PartResult, make_job
 from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_paths, source_state
-from sparkling_cli.execute.output_files import FileDigest, digests_text
+from sparkling_cli.execute.output_files import digests_text
 from sparkling_cli.execute.pool import Pool
 from sparkling_cli.execute.ranks import Team
 from sparkling_cli.plan.model import Expansion, Plan
 from sparkling_cli.storage.byte_ranges import Handles
-from sparkling_cli.storage.crc import Span, crc32, whole
+from sparkling_cli.storage.crc import FileDigest, Span, whole
 from sparkling_cli.storage.sidecar import DIGESTS, FOLDER
 from sparkling_cli.storage.threads import processors
 
@@ -227,19 +227,18 @@ def _finish(run: _Run, results: list[PartResult], sealed: Collection[tuple[str, 
         handles.close()
     for path in job.plan.source.carried:
         digests[path] = output_files.copy_carried(job.plan.source.root / path, run.staging.data / path)
-        run.progress(digests[path].size)
+        run.progress(digests[path].bytes)
     return Written(tensor_crcs, source_crcs, dict(sorted(digests.items())), run.staging.data)
 
 
 def _add_sidecars(run: _Run, sidecars: Mapping[str, bytes]) -> None:
-    digests = {}
-    for path, content in sidecars.items():
+    for path in sidecars:
         _check_path(path)
         if PurePosixPath(path).parts[0] != FOLDER:
             raise ValueError(f"sidecar file {path!r} does not lie in sparkling/")
-        digests[path] = FileDigest(len(content), crc32(content))
     folder = run.staging.sidecars
-    for path, content in {**sidecars, DIGESTS: digests_text(digests)}.items():
+    digests = digests_text({path: FileDigest.of(content) for path, content in sidecars.items()})
+    for path, content in {**sidecars, DIGESTS: digests}.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)

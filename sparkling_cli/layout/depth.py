@@ -141,21 +141,8 @@ def shallower_layout(layout: ModelLayout, order: Order) -> ModelLayout:
 def _with_layers(
     layout: ModelLayout, size: int, change: Callable[[Collection[int]], Iterable[int]]
 ) -> ModelLayout:
-    def named(text: str) -> str:
-        return renumbered(text, LAYERS, change)
-
-    def patterns(found: Iterable[TensorPattern]) -> tuple[TensorPattern, ...]:
-        return tuple(replace(pattern, name=named(pattern.name)) for pattern in found)
-
-    return replace(
-        layout,
-        axes={**layout.axes, LAYERS: replace(layout.axes[LAYERS], size=size)},
-        tensors=patterns(layout.tensors),
-        disk=None if layout.disk is None else patterns(layout.disk),
-        compensations=tuple(replace(item, tensor=named(item.tensor)) for item in layout.compensations),
-        assembly={named(whole): tuple(map(named, parts)) for whole, parts in layout.assembly.items()},
-        buffers=tuple(map(named, layout.buffers)),
-    )
+    axes = {**layout.axes, LAYERS: replace(layout.axes[LAYERS], size=size)}
+    return replace(layout.renamed(lambda text: renumbered(text, LAYERS, change)), axes=axes)
 
 
 def deeper_patterns(patterns: Iterable[TensorPattern], order: Order) -> tuple[TensorPattern, ...]:

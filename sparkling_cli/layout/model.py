@@ -6,8 +6,8 @@ execution, verification, training) knows the architecture from here alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Annotated, Any, ClassVar
@@ -277,6 +277,21 @@ class ModelLayout:
         expected = self.shape_of(pattern)
         if expected != tuple(shape):
             raise LayoutError(self._mismatch(name, pattern, shape, expected))
+
+    def renamed(self, named: Callable[[str], str]) -> ModelLayout:
+        """The layout with other name templates in place of its own."""
+
+        def patterns(found: Iterable[TensorPattern]) -> tuple[TensorPattern, ...]:
+            return tuple(replace(pattern, name=named(pattern.name)) for pattern in found)
+
+        return replace(
+            self,
+            tensors=patterns(self.tensors),
+            disk=None if self.disk is None else patterns(self.disk),
+            compensations=tuple(replace(item, tensor=named(item.tensor)) for item in self.compensations),
+            assembly={named(whole): tuple(map(named, parts)) for whole, parts in self.assembly.items()},
+            buffers=tuple(map(named, self.buffers)),
+        )
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the module, tied ones once.

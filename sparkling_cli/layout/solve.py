@@ -26,7 +26,7 @@ What comes out is an ordinary layout in which every tensor has been checked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -122,8 +122,10 @@ def solve_layout(
         indices = {**indices_of(tables["tensors"], states), **indices}
     counts = _counts(indices)
     sizes = solve_sizes(equations, {**known, **counts})
-    closed = _in_place(_closed(data, tables, numbers, sizes, where), indices, counts)
-    layout = from_dict(closed, where)
+    layout = from_dict(_closed(data, tables, numbers, sizes, where), where)
+    # patterns stand for the layers that they occur in only
+    parts = layout.assembly
+    layout = layout.renamed(lambda name: narrowed(name, indices, parts.get(name, ()), counts))
     layout.check_shapes(weights, on_disk=True)
     if states:
         layout.check_shapes(states, on_disk=False, complete=False)
@@ -316,25 +318,6 @@ def _check_layers(indices: Indices, where: str) -> None:
                 )
 
 
-def _in_place(closed: dict[str, Any], indices: Indices, counts: Mapping[str, int]) -> dict[str, Any]:
-    """The file with patterns that stand for the layers that they occur in only."""
-    assembly: Mapping[str, Sequence[str]] = closed.get("assembly", {})
-
-    def name_of(pattern: str) -> str:
-        return narrowed(pattern, indices, assembly.get(pattern, ()), counts)
-
-    tables: dict[str, Any] = {
-        table: {name_of(name): text for name, text in closed[table].items()}
-        for table in ("tensors", "disk")
-        if table in closed
-    }
-    parts = {name_of(name): [name_of(part) for part in own] for name, own in assembly.items()}
-    factors = [{**c, "tensor": name_of(c["tensor"])} if "tensor" in c else c for c in closed["compensate"]]
-    buffers = [name_of(name) for name in closed.get("buffers", ()) if name in closed["tensors"]]
-    changed = {"compensate": factors, "assembly": parts, "buffers": buffers}
-    return {**closed, **tables, **{key: value for key, value in changed.items() if value or key in closed}}
-
-
 def _closed(
     data: Mapping[str, Any],
     tables: Mapping[str, Mapping[str, str]],
@@ -362,6 +345,8 @@ def _closed(
             a for table in tables.values() for n in table for a in TensorPattern(n, "").template.axes
         }:
             axis.setdefault("reason", "stored in the tensors' names")
+    if "buffers" in data:
+        closed["buffers"] = [name for name in data["buffers"] if name in tables["tensors"]]
     closed["tied"] = [group for group in data.get("tied", ()) if group[0] in names]
     closed["compensate"] = [
         c

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.depth import LAYERS, starred
-from sparkling_cli.layout.model import AxisInfo, ModelLayout, TensorPattern
+from sparkling_cli.layout.model import AxisInfo, ModelLayout
 from sparkling_cli.models.depth import Depth
 from sparkling_cli.models.disk import DiskTensor
 from sparkling_cli.models.patterns import split
@@ -105,17 +105,7 @@ def _others_apart(layout: ModelLayout, stacks: Iterable[str]) -> ModelLayout:
             return text
         return f"{text[: match.start()]}{{{_OTHER}{match['only'] or ''}}}{text[match.end() :]}"
 
-    def patterns(found: Iterable[TensorPattern]) -> tuple[TensorPattern, ...]:
-        return tuple(TensorPattern(named(pattern.name), pattern.layout) for pattern in found)
-
-    renamed = replace(
-        layout,
-        tensors=patterns(layout.tensors),
-        disk=None if layout.disk is None else patterns(layout.disk),
-        assembly={named(whole): tuple(map(named, parts)) for whole, parts in layout.assembly.items()},
-        buffers=tuple(map(named, layout.buffers)),
-        compensations=tuple(replace(item, tensor=named(item.tensor)) for item in layout.compensations),
-    )
+    renamed = layout.renamed(named)
     if renamed.tensors == layout.tensors:
         return layout
     size = layout.axes[LAYERS].size

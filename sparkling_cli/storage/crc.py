@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 try:
     from isal import isal_zlib
@@ -33,6 +34,21 @@ def crc32(data: Any) -> int:
     """CRC-32 of any contiguous buffer."""
     found: int = _isal.crc32(data) if _isal is not None else zlib.crc32(data)
     return found
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size and CRC-32 of a file."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    bytes: int
+    crc32: int
+
+    @classmethod
+    def of(cls, content: Any) -> FileDigest:
+        """Of a file of that content."""
+        return cls(len(content), crc32(content))
 
 
 def combine(first: int, second: int, length: int) -> int:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.execute.output_files import FileDigest, digests_text
-from sparkling_cli.manifest import FileEntry, Manifest
-from sparkling_cli.storage.crc import Span, crc32
+from sparkling_cli.execute.output_files import digests_text
+from sparkling_cli.manifest import Manifest
+from sparkling_cli.storage.crc import FileDigest, Span, crc32
 
 #: a range of a file that one task reads
 _TASK = 1 << 25
@@ -24,7 +24,7 @@ class FileList:
     ``unwritten`` could be taken for a part of the checkpoint, ``extras`` could not.
     """
 
-    checks: dict[str, FileEntry] = field(default_factory=dict)
+    checks: dict[str, FileDigest] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
     extras: list[str] = field(default_factory=list)
@@ -68,7 +68,7 @@ def with_digests(content: bytes, changed: Mapping[str, bytes]) -> bytes:
     for line in content.decode(errors="replace").splitlines()[:-1]:
         crc, size, path = line.split(" ", 2)
         found[path] = FileDigest(int(size), int(crc, 16))
-    return digests_text({**found, **{path: FileDigest(len(b), crc32(b)) for path, b in changed.items()}})
+    return digests_text({**found, **{path: FileDigest.of(b) for path, b in changed.items()}})
 
 
 def list_files(output: Path, sidecars: Path, manifest: Manifest, skip: Collection[str]) -> FileList:

@@ -19,14 +19,14 @@ from sparkling_cli.formats.optimizer_states import form_of, is_named
 from sparkling_cli.layout.depth import shallower_layout
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.manifest import FileEntry, Manifest, TensorEntry, manifest_of, read_manifest
+from sparkling_cli.manifest import Manifest, TensorEntry, manifest_of, read_manifest
 from sparkling_cli.models.expected import Asking, class_faults, weight_shapes
 from sparkling_cli.models.stored import without_strays
 from sparkling_cli.plan.deepen import deeper_source
 from sparkling_cli.plan.model import CARRIED
 from sparkling_cli.results.commands import Verification
 from sparkling_cli.storage.byte_ranges import Handles, Placement, span_of
-from sparkling_cli.storage.crc import Span, crc32, whole
+from sparkling_cli.storage.crc import FileDigest, Span, crc32, whole
 from sparkling_cli.storage.sidecar import DIGESTS, FOLDER, MANIFEST, sidecar_root
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
 from sparkling_cli.storage.threads import processors, spread
@@ -271,7 +271,7 @@ class _Work:
         self,
         output: Path,
         manifest: Manifest,
-        files: Mapping[str, FileEntry],
+        files: Mapping[str, FileDigest],
         derivation: Derivation,
         origin: _Origin | None,
     ) -> None:
