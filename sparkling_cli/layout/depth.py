@@ -14,7 +14,7 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
-from sparkling_cli.layout.names import NameTemplate, renumbered, skeleton
+from sparkling_cli.layout.names import NUMBER, NameTemplate, renumbered, skeleton
 
 #: Target layer -> the layer that it is read from.
 Order = tuple[int, ...]
@@ -37,7 +37,6 @@ _EACH = re.compile(r"no_rope_layers$")
 _OTHERS = re.compile(
     r"rope_(scaling|parameters)|token|architectures|section|label|languages|limit$|range$|(ssm|mlp)_multipliers$"
 )
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 #: A text with a letter for each layer.
 _LETTERS = re.compile(r"pattern$")
 
@@ -82,7 +81,7 @@ def places_of(order: Order) -> dict[int, tuple[int, ...]]:
 
 def starred(name: str) -> str:
     """A name with ``*`` for its first number, the layer's."""
-    return _NUMBER.sub("*", name, count=1)
+    return NUMBER.sub("*", name, count=1)
 
 
 def silent_value(layout: ModelLayout, name: str) -> float | None:

@@ -17,13 +17,14 @@ from sparkling_cli.layout.parse import fault
 
 _PLACEHOLDER = re.compile(r"\{(?P<axis>[A-Za-z_]\w*)(?:=(?P<only>[\d,\-]+))?\}")
 _FREE = re.compile(r"\{[A-Za-z_]\w*\}")
-_DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
+#: a number in a name, which counts layers or experts
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _NO_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 
 
 def skeleton(name: str) -> str:
     """The name with every run of digits between dots replaced by ``*``; equal for all layers."""
-    return _DIGITS.sub("*", name)
+    return NUMBER.sub("*", name)
 
 
 def skeletons(names: Iterable[str]) -> list[str]:
@@ -168,6 +169,12 @@ def renumbered(text: str, axis: str, change: Callable[[Collection[int]], Iterabl
         return f"{{{axis}={compress(found)}}}" if found else f"{{{axis}}}"
 
     return _PLACEHOLDER.sub(changed, text)
+
+
+def block_of(name: str) -> str:
+    """The block that a tensor works in: its module's parent, or the module of a raw parameter."""
+    owner, _, leaf = name.rpartition(".")
+    return owner.rpartition(".")[0] if leaf in ("weight", "bias") else owner
 
 
 def compress(indices: Iterable[int]) -> str:

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sparkling_cli.layout.expr import Axis, Expr, Fixed, Product, Role, TensorLayout
+from sparkling_cli.layout.names import block_of
 from sparkling_cli.models.families import Family, Options, Variable
 from sparkling_cli.models.labels import (
     Part,
     label,
-    parent,
     part_count,
     render,
     rows_keep,
@@ -40,7 +40,7 @@ def split_heads(
         return result
     blocks: dict[tuple[str, ...], list[int]] = {}
     for i, family in enumerate(families):
-        blocks.setdefault(tuple(sorted({parent(n) for n in family.names})), []).append(i)
+        blocks.setdefault(tuple(sorted({block_of(n) for n in family.names})), []).append(i)
     for members in blocks.values():
         producers = _producers(families, result, members)
         for i in members:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, Product, Role, Sum, TensorLayout, size_of
+from sparkling_cli.layout.names import block_of
 from sparkling_cli.models.families import Family
 from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.models.search import Choice
@@ -39,12 +40,6 @@ def label(
     return result
 
 
-def parent(name: str) -> str:
-    """The block that a tensor works in: its module's parent, or the module of a raw parameter."""
-    owner, _, leaf = name.rpartition(".")
-    return owner.rpartition(".")[0] if leaf in ("weight", "bias") else owner
-
-
 def _groups(
     families: Sequence[Family], layouts: Sequence[TensorLayout], axis: str
 ) -> Iterator[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
@@ -54,7 +49,7 @@ def _groups(
         for d, dim in enumerate(layout.dims):
             if axis not in _axes(dim.expr):
                 continue
-            block = blocks.setdefault(tuple(sorted({parent(n) for n in family.names})), ([], []))
+            block = blocks.setdefault(tuple(sorted({block_of(n) for n in family.names})), ([], []))
             if dim.role in (Role.OUT, Role.BIAS):
                 block[0].append((i, d))
             elif dim.role is Role.IN:

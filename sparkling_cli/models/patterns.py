@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from sparkling_cli.layout.expr import TensorLayout
-from sparkling_cli.layout.names import compress, skeleton
+from sparkling_cli.layout.names import NUMBER, compress, skeleton
 
-_DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
 #: the numbers in a name, from left to right
 Indices = tuple[int, ...]
 
@@ -69,7 +67,7 @@ def _boxes(indices: AbstractSet[Indices]) -> list[tuple[frozenset[int], ...]]:
 
 def split(name: str) -> tuple[str, Indices]:
     """A name's skeleton and the numbers in it."""
-    return skeleton(name), tuple(int(m.group()) for m in _DIGITS.finditer(name))
+    return skeleton(name), tuple(int(m.group()) for m in NUMBER.finditer(name))
 
 
 def numbered(key: str, indices: Indices) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import COUNTED, Axis, Expr, Fixed, Product, Role, TensorLayout
 from sparkling_cli.layout.model import Compensation
-from sparkling_cli.layout.names import skeleton
+from sparkling_cli.layout.names import NUMBER, skeleton
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.attention import split_fused, split_heads
 from sparkling_cli.models.axes import FROZEN, PER_TOKEN, AxisKey, TinyAxes, find_axes, grows
@@ -458,7 +458,7 @@ def _disk(
 def _source_name(name: str, found: TinyAxes) -> str:
     """The tensor on disk whose copy has a name of its own: of an expert that has a number in the name."""
     count = found.sizes.get("experts", 1 << 30)
-    return re.sub(r"(?<![^.])\d+(?![^.])", lambda number: str(int(number[0]) % count), name)
+    return NUMBER.sub(lambda number: str(int(number[0]) % count), name)
 
 
 def _on_disk(c: Compensation, tensors: list[DiskTensor]) -> list[Compensation]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.expr import COUNTED, UNSHAPED, Fixed, Role, axis_names, factors
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.names import block_of
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import FUSED, Fill, Growth, Treatment, fills_on
 
@@ -103,14 +104,8 @@ def _fills(axis: str, layout: ModelLayout, treatment: Treatment) -> list[set[Fil
             out, into = fills_on(pattern.dims, axis, layout.sizes, treatment)
             consumed |= into
             if out:
-                produced.setdefault(_block(pattern.name), set()).update(out)
+                produced.setdefault(block_of(pattern.name), set()).update(out)
     return [*produced.values(), consumed]
-
-
-def _block(name: str) -> str:
-    """The block that a tensor works in: its module's parent, or the module of a raw parameter."""
-    owner, _, leaf = name.rpartition(".")
-    return owner.rpartition(".")[0] if leaf in ("weight", "bias") else owner
 
 
 def locked_axes(growth: Mapping[str, Growth], optimizer: str | None) -> tuple[str, ...]:

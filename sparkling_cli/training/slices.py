@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparkling_cli.layout.regions import Region
+from sparkling_cli.storage.byte_ranges import slabs
 
 Slices = tuple[slice, ...]
 
@@ -106,8 +107,8 @@ def new_entries_of_pieces(pieces: Iterable[tuple[Piece, Region]]) -> NewEntries 
     windows = []
     for piece, region in pieces:
         at = piece.at
-        for box in _boxes(region.view, piece.start, piece.start + piece.numel):
-            part = region.window(box)
+        for first, sizes, _ in slabs(region.view, piece.start, piece.start + piece.numel):
+            part = region.window(tuple((at, at + n) for at, n in zip(first, sizes, strict=True)))
             windows.append(_window(at, part, piece.tensor))
             at += prod(part.shape)
     kept = tuple(window for window in windows if window.stages)
@@ -122,31 +123,6 @@ def _window(start: int | None, region: Region, local: Tensor) -> Window:
         if stage > 0
     }
     return Window(start, region.view, {stage: slices for stage, slices in stages.items() if slices})
-
-
-def _boxes(view: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, int], ...]]:
-    """The entries ``start`` to ``stop`` of a row-major tensor as boxes, each in one piece, in order.
-
-    The rows between the first and the last, and of these two what is left, by the same rule.
-    """
-    if start >= stop:
-        return
-    if len(view) < 2:
-        yield ((start, stop),) if view else ()
-        return
-    inner = prod(view[1:])
-    first, last = -(-start // inner), stop // inner  # whole rows: first <= row < last
-    if first > last:
-        row = start // inner
-        for rest in _boxes(view[1:], start - row * inner, stop - row * inner):
-            yield ((row, row + 1), *rest)
-        return
-    for rest in _boxes(view[1:], start - (first - 1) * inner, inner) if start < first * inner else ():
-        yield ((first - 1, first), *rest)
-    if first < last:
-        yield ((first, last), *((0, size) for size in view[1:]))
-    for rest in _boxes(view[1:], 0, stop - last * inner):
-        yield ((last, last + 1), *rest)
 
 
 def _held(param: Tensor, region: Region) -> Region:

@@ -186,8 +186,6 @@ def _examine_one(subject: Subject, output: Handles, source: Handles | None, know
     wanted, item = subject.wanted, subject.target.item
     if subject.source is None or source is None or wanted.zero:
         return _alone(subject, output)
-    if wanted.same:
-        return _copied(subject, output, source)
     if wanted.whole:
         return _whole(subject, output, source)
     width = len(wanted.column.source)
@@ -224,22 +222,6 @@ def _alone(subject: Subject, output: Handles) -> Found:
         data = _read(output, subject.target, at, min(step, subject.nbytes - at), found.target)
         if subject.wanted.zero and data.any():
             found = found._replace(fault="a dropped tensor is not zero")
-    return found
-
-
-def _copied(subject: Subject, output: Handles, source: Handles) -> Found:
-    import numpy as np
-
-    assert subject.source is not None
-    found = Found([], [], None)
-    step = _ENTRIES * subject.target.item
-    for at in range(0, subject.nbytes, step):
-        size = min(step, subject.nbytes - at)
-        seen = _read(output, subject.target, at, size, found.target)
-        there = _read(source, subject.source, at, size, found.source)
-        if not np.array_equal(seen, there) and found.fault is None:
-            place = (at + int(np.argmax(seen != there))) // subject.target.item
-            found = found._replace(fault=_words(subject, place, COPY))
     return found
 
 
