@@ -123,8 +123,8 @@ def paper_ratios() -> tuple[float, float, float]:
     total = round(200e9 / (768 * 4096))
     baseline = Curve("cosine", 1.9556e-3, 1.9556e-5, 0.0, round(0.03 * total), total)
     rewarmup = add_stage(None, baseline, total // 2, rho=1.3, steps=250)
-    (stage,) = rewarmup.stages
-    found = [rewarmup.ratio(stage, step) for step in range(total // 2, total + 1)]
+    (curve,) = rewarmup.curves
+    found = [curve.ratio(step) for step in range(total // 2, total + 1)]
     old = [baseline(step) for step in range(total // 2, total + 1)]
     summed = sum(ratio * rate for ratio, rate in zip(found, old, strict=True))
     return max(found), sum(found) / len(found), summed / sum(old)

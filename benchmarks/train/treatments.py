@@ -106,6 +106,5 @@ def _spec(treatment: Treatment, widening: Widening, run: Run, seed: int) -> Expa
 
 def _rewarm_everything(wide: Path, run: Run, scheduler: Any) -> None:
     """Put the whole model on the new entries' curve (the paper's Table 7)."""
-    schedule = read_history(wide).rewarmup
-    stage = schedule.stages[-1]
-    scheduler.lr_lambdas = [lambda t: stage.eta_new(t) / run.lr for _ in scheduler.lr_lambdas]
+    curve = read_history(wide).rewarmup.curves[-1]
+    scheduler.lr_lambdas = [lambda t: curve.eta_new(t) / run.lr for _ in scheduler.lr_lambdas]

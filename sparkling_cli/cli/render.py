@@ -51,10 +51,10 @@ def _rewarmup(expansion: Expansion) -> str:
             f"re-warmup  none: {expansion.rewarmup_missing}\n"
             f"           to get one, describe the run's schedule; {EXAMPLE}: {options}"
         )
-    stage = expansion.rewarmup.stages[-1]
+    curve = expansion.rewarmup.curves[-1]
     return (
-        f"re-warmup  of new entries in {stage.steps:,} steps from step {stage.expansion_step:,}, "
-        f"to {stage.rho:g} x {stage.eta_e:.3e} = {stage.peak:.3e}"
+        f"re-warmup  of new entries in {curve.steps:,} steps from step {curve.expansion_step:,}, "
+        f"to {curve.rho:g} x {curve.eta_e:.3e} = {curve.peak:.3e}"
     )
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sparkling_cli.results.commands import Schedule
-    from sparkling_cli.schedule.rewarmup import Rewarmup, Stage
+    from sparkling_cli.schedule.curves import Rewarmed
+    from sparkling_cli.schedule.rewarmup import Rewarmup
 
 #: Rows of the table without ``--steps``.
 ROWS = 14
@@ -71,10 +72,10 @@ def schedule(
         output.note(f"drawn  {plot}")
     output.data(_result(rewarmup, chosen))
     output.show(_table(rewarmup, chosen))
-    stage = rewarmup.stages[-1]
+    curve = rewarmup.curves[-1]
     output.show(
-        f"expansion at step {stage.expansion_step:,} of {rewarmup.baseline.total_steps:,}; new entries to "
-        f"{stage.rho:g} x {stage.eta_e:.3e} = {stage.peak:.3e} in {stage.steps:,} steps"
+        f"expansion at step {curve.expansion_step:,} of {rewarmup.baseline.total_steps:,}; new entries to "
+        f"{curve.rho:g} x {curve.eta_e:.3e} = {curve.peak:.3e} in {curve.steps:,} steps"
     )
 
 
@@ -118,33 +119,31 @@ def _chosen(first: int, last: int, *, everything: bool) -> list[int]:
 
 def _result(rewarmup: Rewarmup, chosen: list[int]) -> Schedule:
     from sparkling_cli.results.commands import CurvePoint, RewarmupStage, Schedule
-    from sparkling_cli.schedule.rewarmup import to_data
 
-    data = to_data(rewarmup)
-    stages = rewarmup.stages
+    curves = rewarmup.curves
     return Schedule(
         expansion_step=rewarmup.expansion_step,
         total_steps=rewarmup.baseline.total_steps,
         baseline=rewarmup.baseline,
         stages=tuple(
-            RewarmupStage(**stored, eta_e=stage.eta_e, peak=stage.peak)
-            for stored, stage in zip(data["stages"], stages, strict=True)
+            RewarmupStage(**stage.model_dump(), eta_e=curve.eta_e, peak=curve.peak)
+            for stage, curve in zip(rewarmup.stages, curves, strict=True)
         ),
         curve=tuple(
             CurvePoint(
                 step=step,
                 old=rewarmup.baseline(step),
-                new=tuple(s.eta_new(step) if step >= s.expansion_step else None for s in stages),
-                ratio=tuple(rewarmup.ratio(s, step) if step >= s.expansion_step else None for s in stages),
+                new=tuple(c.eta_new(step) if step >= c.expansion_step else None for c in curves),
+                ratio=tuple(c.ratio(step) if step >= c.expansion_step else None for c in curves),
             )
             for step in chosen
         ),
     )
 
 
-def _ratio(rewarmup: Rewarmup, stage: Stage, step: int) -> str:
+def _ratio(curve: Rewarmed, step: int) -> str:
     """New over old; nothing where both are zero."""
-    return f"{rewarmup.ratio(stage, step):.3f}" if rewarmup.baseline(step) > 0 else "-"
+    return f"{curve.ratio(step):.3f}" if curve.baseline(step) > 0 else "-"
 
 
 def _table(rewarmup: Rewarmup, chosen: list[int]) -> Table:
@@ -156,14 +155,14 @@ def _table(rewarmup: Rewarmup, chosen: list[int]) -> Table:
     table = table_of(">step", ">old", *(title for name in new for title in (name, ">new / old")))
     for step in chosen:
         cells = []
-        for stage in rewarmup.stages:
-            born = step >= stage.expansion_step
-            cells += [f"{stage.eta_new(step):.4e}", _ratio(rewarmup, stage, step)] if born else ["", ""]
+        for curve in rewarmup.curves:
+            born = step >= curve.expansion_step
+            cells += [f"{curve.eta_new(step):.4e}", _ratio(curve, step)] if born else ["", ""]
         table.add_row(f"{step:,}", f"{rewarmup.baseline(step):.4e}", *cells)
     shapes = [sparkline([rewarmup.baseline(t) for t in chosen], 11)]
-    for stage in rewarmup.stages:
-        alive = [t for t in chosen if t >= stage.expansion_step]
-        shapes += [sparkline([stage.eta_new(t) for t in alive], 11), ""]
+    for curve in rewarmup.curves:
+        alive = [t for t in chosen if t >= curve.expansion_step]
+        shapes += [sparkline([curve.eta_new(t) for t in alive], 11), ""]
     table.add_section()
     table.add_row("", *shapes)
     return table

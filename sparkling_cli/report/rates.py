@@ -19,7 +19,7 @@ def learning_rate_of(rewarmup: Rewarmup, window: tuple[int, int] | None = None) 
         rewarmup: all stages; the last one is the report's.
         window: first and last step of the curves; the whole run by default.
     """
-    stage, baseline = rewarmup.stages[-1], rewarmup.baseline
+    stage, curve, baseline = rewarmup.stages[-1], rewarmup.curves[-1], rewarmup.baseline
     total = baseline.total_steps
     corners = {
         0,
@@ -32,16 +32,16 @@ def learning_rate_of(rewarmup: Rewarmup, window: tuple[int, int] | None = None) 
     first, last = window or (0, total)
     spread = thin(range(first, last + 1), CURVE_POINTS)
     steps = sorted({*spread, *(c for c in corners if first <= c <= last)})
-    curves = [tuple(None if t < s.expansion_step else s.eta_new(t) for t in steps) for s in rewarmup.stages]
+    curves = [tuple(None if t < s.expansion_step else s.eta_new(t) for t in steps) for s in rewarmup.curves]
     return LearningRate(
         baseline=baseline.type,
         expansion_step=stage.expansion_step,
         total_steps=total,
         rho=stage.rho,
         rewarmup_steps=stage.steps,
-        rate_at_expansion=stage.eta_e,
-        peak_new=stage.peak,
-        minimum=stage(total - stage.expansion_step),
+        rate_at_expansion=curve.eta_e,
+        peak_new=curve.peak,
+        minimum=curve(total - stage.expansion_step),
         bias_correction=stage.bias_correction,
         steps=tuple(steps),
         old=tuple(baseline(t) for t in steps),

@@ -17,7 +17,7 @@ from sparkling_cli.results.base import Result
 from sparkling_cli.results.expansion import ExpansionPlan, Report
 from sparkling_cli.results.measured import Inspection
 from sparkling_cli.schedule.curves import Curve
-from sparkling_cli.schedule.rewarmup import StageData
+from sparkling_cli.schedule.rewarmup import Stage
 
 
 class Verification(Result):
@@ -84,7 +84,7 @@ class RunPlan(Result):
     warnings: Annotated[tuple[str, ...], Field(description="of every expansion, as its plan says them")] = ()
 
 
-class RewarmupStage(StageData):
+class RewarmupStage(Stage):
     """One expansion's re-warmup (Eq. 27-28), and the rates that follow."""
 
     eta_e: Annotated[float, Field(description="the old entries' rate at the expansion")]

@@ -164,6 +164,18 @@ class Rewarmed:
         gain = self.rho if since >= self.steps else 1 + (self.rho - 1) * since / self.steps
         return gain * self.baseline(self.expansion_step + since)
 
+    def eta_new(self, step: int) -> float:
+        """The rate at a step of the whole run, te <= step."""
+        return self(step - self.expansion_step)
+
+    def ratio(self, step: int) -> float:
+        """eta_new / eta_old, the factor on the update of the stage's entries; 1 where both are zero.
+
+        ``step`` counts the optimizer steps done: the next one uses this ratio.
+        """
+        old = self.baseline(step)
+        return self.eta_new(step) / old if old > 0 else 1.0
+
     @cached_property
     def _anew(self) -> Curve | None:
         """Eq. 27-28 as they are written: the baseline's own fall, begun anew over what remains."""

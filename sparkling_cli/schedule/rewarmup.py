@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from math import isclose
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,23 +23,28 @@ EARLIER = (1,)
 BiasCorrection = Literal["inherit", "fresh"]
 
 
-@dataclass(frozen=True)
-class Stage(Rewarmed):
-    """One expansion's re-warmup.
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    Attributes:
-        stage: number of the expansion, from 1.
-        bias_correction: ``fresh`` corrects the new entries' first Adam updates.
-        betas: Adam's, at the expansion, if known.
-    """
 
-    stage: int
+class Stage(_Data):
+    """One expansion's re-warmup: all that its curve follows from, given the baseline."""
+
+    stage: Annotated[int, Field(description="number of the expansion, from 1")]
+    expansion_step: Annotated[int, Field(description="optimizer steps done before the expansion (te)")]
+    rho: Annotated[float, Field(description="peak of the new entries' rate / rate at expansion")]
+    steps: Annotated[int, Field(description="re-warmup steps (tau_w)")]
     bias_correction: BiasCorrection = "inherit"
     betas: tuple[float, float] | None = None
 
-    def eta_new(self, step: int) -> float:
-        """The new entries' rate at a step of the whole run, te <= step."""
-        return self(step - self.expansion_step)
+
+class RewarmupFile(_Data):
+    """``sparkling/rewarmup.json``: the closed form; step by step it is in ``rewarmup.csv``."""
+
+    format_version: Literal[2]
+    baseline: Annotated[Curve, Field(description="the old entries' learning rate")]
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1, description="oldest first")]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,19 +54,15 @@ class Rewarmup:
     baseline: Curve
     stages: tuple[Stage, ...]
 
+    @cached_property
+    def curves(self) -> tuple[Rewarmed, ...]:
+        """Of the new entries of every stage."""
+        return tuple(Rewarmed(self.baseline, s.expansion_step, s.rho, s.steps) for s in self.stages)
+
     @property
     def expansion_step(self) -> int:
         """Step of the last expansion."""
         return self.stages[-1].expansion_step
-
-    def ratio(self, stage: Stage, step: int) -> float:
-        """eta_new / eta_old, the factor on the update of the stage's entries; 1 where both are zero.
-
-        ``step`` counts the optimizer steps done: the next one uses this ratio.
-        """
-        old = self.baseline(step)
-        new = stage.eta_new(step)
-        return new / old if old > 0 else 1.0
 
 
 def add_stage(
@@ -83,48 +85,27 @@ def add_stage(
         expansion_step: te.
         rho: peak over eta_e.
         steps: tau_w.
-        bias_correction: see :class:`Stage`.
-        betas: Adam's.
+        bias_correction: ``fresh`` corrects the new entries' first Adam updates.
+        betas: Adam's, at the expansion, if known.
         number: of the expansion; by default one more than the last.
     """
     earlier = () if previous is None else previous.stages
-    made = [replace(stage, baseline=baseline) for stage in earlier]
-    number = number if number is not None else 1 + (earlier[-1].stage if earlier else 0)
-    made.append(Stage(baseline, expansion_step, rho, steps, number, bias_correction, betas))
-    return Rewarmup(baseline, tuple(made))
-
-
-class _Data(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class StageData(_Data):
-    """One expansion's re-warmup: all that its curve follows from, given the baseline."""
-
-    stage: Annotated[int, Field(description="number of the expansion, from 1")]
-    expansion_step: Annotated[int, Field(description="optimizer steps done before the expansion (te)")]
-    rho: Annotated[float, Field(description="peak of the new entries' rate / rate at expansion")]
-    steps: Annotated[int, Field(description="re-warmup steps (tau_w)")]
-    bias_correction: BiasCorrection = "inherit"
-    betas: tuple[float, float] | None = None
-
-
-class RewarmupFile(_Data):
-    """``sparkling/rewarmup.json``: the closed form; step by step it is in ``rewarmup.csv``."""
-
-    format_version: Literal[2]
-    baseline: Annotated[Curve, Field(description="the old entries' learning rate")]
-    stages: Annotated[tuple[StageData, ...], Field(min_length=1, description="oldest first")]
-    notes: tuple[str, ...] = ()
+    made = Stage(
+        stage=number if number is not None else 1 + (earlier[-1].stage if earlier else 0),
+        expansion_step=expansion_step,
+        rho=rho,
+        steps=steps,
+        bias_correction=bias_correction,
+        betas=betas,
+    )
+    return Rewarmup(baseline, (*earlier, made))
 
 
 def to_data(rewarmup: Rewarmup, notes: tuple[str, ...] = ()) -> dict[str, Any]:
     """Plain data for the JSON file."""
-    stages = tuple(
-        StageData(**{name: getattr(stage, name) for name in StageData.model_fields})
-        for stage in rewarmup.stages
+    file = RewarmupFile(
+        format_version=FORMAT, baseline=rewarmup.baseline, stages=rewarmup.stages, notes=notes
     )
-    file = RewarmupFile(format_version=FORMAT, baseline=rewarmup.baseline, stages=stages, notes=notes)
     return file.model_dump(mode="json")
 
 
@@ -145,39 +126,38 @@ def from_data(data: Mapping[str, Any], where: str, *, replacing: bool = False) -
         raise CheckpointError(f"{where} has format_version {version!r}; this version reads {FORMAT}")
     try:
         file = RewarmupFile.model_validate(data if version == FORMAT else _from_version_1(data))
-        baseline = file.baseline
-        stages = tuple(Stage(baseline=baseline, **stage.model_dump()) for stage in file.stages)
+        found = Rewarmup(file.baseline, file.stages)
         if version != FORMAT and not replacing:
-            _check_version_1(data, stages, where)
+            _check_version_1(data, found, where)
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise CheckpointError(f"{where} is damaged: {reason}") from None
-    return Rewarmup(baseline, stages)
+    return found
 
 
 def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
-    fields = StageData.model_fields
+    fields = Stage.model_fields
     stages = [{name: stage[name] for name in fields} for stage in data["stages"]]
     return {"format_version": FORMAT, "baseline": data["baseline"], "stages": stages}
 
 
-def _check_version_1(data: Mapping[str, Any], stages: tuple[Stage, ...], where: str) -> None:
+def _check_version_1(data: Mapping[str, Any], found: Rewarmup, where: str) -> None:
     """Version 1 stored a curve per expansion. Training must not go on with other rates than it began with.
 
     Raises:
         CheckpointError: this version's curve differs (``wsd``; a baseline that changed between expansions).
     """
-    for stored, stage in zip(data["stages"], stages, strict=True):
+    for stored, curve in zip(data["stages"], found.curves, strict=True):
         before = Curve(**stored["curve"])
-        span = stage.baseline.total_steps - stage.expansion_step
+        span = curve.baseline.total_steps - curve.expansion_step
         for since in {0, span, *range(0, span, max(1, span // 997))}:
-            if not isclose(before(since), stage(since), rel_tol=1e-9, abs_tol=1e-9 * stage.peak):
+            if not isclose(before(since), curve(since), rel_tol=1e-9, abs_tol=1e-9 * curve.peak):
                 raise CheckpointError(
                     f"{where}: written by an earlier version, with a curve that this version does not make "
-                    f"(expansion {stage.stage}, {stage.baseline.type})",
+                    f"(expansion {stored['stage']}, {curve.baseline.type})",
                     hint="write it anew: sparkling schedule CKPT --write, with the options that describe the "
                     "run's schedule; or train on with the version that wrote it",
                 )

@@ -137,8 +137,8 @@ def _csv(rewarmup: Rewarmup) -> str:
     rows = [",".join(head)]
     for step in range(rewarmup.expansion_step, rewarmup.baseline.total_steps + 1):
         cells = [str(step), repr(rewarmup.baseline(step))]
-        for stage in rewarmup.stages:
-            cells += [repr(stage.eta_new(step)), repr(rewarmup.ratio(stage, step))]
+        for stage, curve in zip(rewarmup.stages, rewarmup.curves, strict=True):
+            cells += [repr(curve.eta_new(step)), repr(curve.ratio(step))]
             if stage.bias_correction == "fresh":
                 assert stage.betas is not None  # plan_rewarmup refuses fresh without them
                 cells.append(repr(fresh_factor(*stage.betas, step - stage.expansion_step + 1)))

@@ -289,9 +289,7 @@ class _Attached:
         """The rate of the first group with new entries now, and eta_new / eta_old at this step."""
         groups = self.optimizer.param_groups
         rates = [float(g["lr"]) for g in groups if any(id(p) in self.params for p in g["params"])]
-        return (rates or [float(groups[0]["lr"])])[0], self.rewarmup.ratio(
-            self.rewarmup.stages[-1], self.step
-        )
+        return (rates or [float(groups[0]["lr"])])[0], self.rewarmup.curves[-1].ratio(self.step)
 
     @torch.no_grad()
     def before(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -373,7 +371,10 @@ class _Attached:
 
     def _rates(self) -> dict[int, float]:
         """eta_new / eta_old of every stage at this step; stages without a schedule stay at 1."""
-        known = {s.stage: self.rewarmup.ratio(s, self.step) for s in self.rewarmup.stages}
+        known = {
+            s.stage: curve.ratio(self.step)
+            for s, curve in zip(self.rewarmup.stages, self.rewarmup.curves, strict=True)
+        }
         stages = {stage for p in self.params.values() for stage in p.entries.stages}
         return {stage: known.get(stage, 1.0) for stage in stages}
 

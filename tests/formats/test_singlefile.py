@@ -74,7 +74,7 @@ def test_the_schedule_is_nanogpts(tmp_path: Path) -> None:
     for step in range(4, 40):
         assert rewarmup.baseline(step) == pytest.approx(_get_lr(step, config), rel=1e-12)
     assert rewarmup.expansion_step == 4
-    assert rewarmup.stages[0](0) == pytest.approx(_get_lr(4, config), rel=1e-12)
+    assert rewarmup.curves[0](0) == pytest.approx(_get_lr(4, config), rel=1e-12)
 
 
 def test_tied_matrix_stays_one_storage(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_the_ratio_is_no_accident(name: str, kwargs: dict[str, Any], te: int) ->
     if name == "polynomial":
         floor = kwargs.get("lr_end", 1e-7)
     for t in range(te, total):
-        ratio = made.ratio(made.stages[0], t)
+        ratio = made.curves[0].ratio(t)
         if real[t] == 0:
             assert ratio == 1.0
         elif shape is None:
@@ -213,7 +213,7 @@ def test_a_stable_phase_of_a_given_length() -> None:
     assert [made.baseline(t) for t in (4, 5, 6)] == [1e-3] * 3
     assert made.baseline(9) == pytest.approx(0.55e-3)
     assert [made.baseline(t) for t in range(12, 21)] == pytest.approx([1e-4] * 9)
-    ratios = [made.ratio(made.stages[0], t) for t in range(4, 21)]
+    ratios = [made.curves[0].ratio(t) for t in range(4, 21)]
     assert ratios == pytest.approx([1.0, 1.15] + [1.3] * 15)
 
 
@@ -356,12 +356,12 @@ def test_files_hold_the_curve_step_by_step(tmp_path: Path) -> None:
     assert from_data(data, "x") == made
     rows = list(csv.DictReader(io.StringIO(files[CURVE].decode())))
     assert [int(r["step"]) for r in rows] == list(range(50, 201))
-    stage = made.stages[0]
+    curve = made.curves[0]
     for i, row in enumerate(rows):
         t = int(row["step"])
         assert float(row["eta_old"]) == made.baseline(t)
-        assert float(row["eta_new"]) == stage.eta_new(t)
-        assert float(row["ratio"]) == made.ratio(stage, t)
+        assert float(row["eta_new"]) == curve.eta_new(t)
+        assert float(row["ratio"]) == curve.ratio(t)
         assert float(row["correction"]) == fresh_factor(0.9, 0.999, i + 1)
         if float(row["eta_old"]) > 0:
             assert float(row["ratio"]) == float(row["eta_new"]) / float(row["eta_old"])
@@ -380,9 +380,9 @@ def test_a_second_expansion_keeps_the_first_ones_curve() -> None:
     both = add_stage(first, base, 250, rho=1.5, steps=10)
     assert [s.stage for s in both.stages] == [1, 2]
     for t in range(250, 400):
-        assert both.ratio(both.stages[0], t) == first.ratio(first.stages[0], t)
-    assert both.ratio(both.stages[1], 250) == 1.0
-    assert both.stages[1].eta_new(260) == pytest.approx(1.5 * base(250))
+        assert both.curves[0].ratio(t) == first.curves[0].ratio(t)
+    assert both.curves[1].ratio(250) == 1.0
+    assert both.curves[1].eta_new(260) == pytest.approx(1.5 * base(250))
 
 
 def test_users_are_told() -> None:

@@ -114,7 +114,7 @@ def test_the_log_has_the_new_entries_rate(
     for step, entry in history.items():
         assert entry["learning_rate_new"] == seen[step]
         # the entry of step t has what the t-th step used
-        wanted = rewarmup.stages[0].eta_new(step - 1)
+        wanted = rewarmup.curves[0].eta_new(step - 1)
         assert entry["learning_rate_new"] == pytest.approx(wanted, rel=1e-9)
         assert entry["learning_rate"] == pytest.approx(rewarmup.baseline(step - 1), rel=1e-9)
     entries = sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n) // 2
@@ -138,7 +138,7 @@ def test_tensorboard_has_the_new_entries_rate(wide: Path, tmp_path: Path) -> Non
     found = {event.step: event.value for event in events.Scalars("train/learning_rate_new")}
     assert list(found) == list(range(TE + 1, END + 1))
     for step, rate in found.items():
-        assert rate == pytest.approx(rewarmup.stages[0].eta_new(step - 1), rel=1e-6)
+        assert rate == pytest.approx(rewarmup.curves[0].eta_new(step - 1), rel=1e-6)
     entries = [e for e in trainer.state.log_history if "update_rms_new" in e]
     assert [e["step"] for e in entries] == list(found)
     # rho is 3: once re-warmed, entries without a past move further than those that have one
@@ -158,9 +158,9 @@ def test_only_new_entries_move_otherwise(wide: Path, tmp_path: Path) -> None:
     start = {n: p.detach() for n, p in AutoModelForCausalLM.from_pretrained(wide).named_parameters()}
     history = read_history(wide)
     # two steps: the ratio is 1 at step TE; what differs was done by the step after
-    stage = history.rewarmup.stages[0]
-    assert history.rewarmup.ratio(stage, TE) == 1.0
-    assert history.rewarmup.ratio(stage, TE + 1) > 2.0
+    curve = history.rewarmup.curves[0]
+    assert curve.ratio(TE) == 1.0
+    assert curve.ratio(TE + 1) > 2.0
     for name, value in with_hooks.items():
         region = history.region(name, tuple(value.shape))
         new = torch.zeros(region.view, dtype=torch.bool)

@@ -53,7 +53,7 @@ def test_two_stages(axis: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) 
     one, two = read_rewarmup(first), read_rewarmup(second)
     assert [(s.stage, s.expansion_step) for s in two.stages] == [(1, TE1), (2, TE2)]
     for step in range(TE2, END):
-        assert two.ratio(two.stages[0], step) == one.ratio(one.stages[0], step)
+        assert two.curves[0].ratio(step) == one.curves[0].ratio(step)
 
     again = write_schedule(second, rewarmup={"rho": 3.0})
     assert again.stages[0] == two.stages[0] and again.stages[1].rho == 3.0
