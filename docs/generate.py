@@ -173,7 +173,7 @@ def _signature(name: str, thing: Any, *, short: bool = False) -> str:
     except (TypeError, ValueError):
         return name
     parameters = [
-        p.replace(annotation=p.annotation if isinstance(p.annotation, str) else p.empty)
+        p.replace(annotation=_bare(p.annotation) if isinstance(p.annotation, str) else p.empty)
         for p in signature.parameters.values()
         if p.name != "self"
     ]
@@ -184,6 +184,11 @@ def _signature(name: str, thing: Any, *, short: bool = False) -> str:
     inner = ",\n    ".join(str(p).replace("'", "") for p in _starred(parameters))
     tail = "" if result is signature.empty else f" -> {result}"
     return f"{name}(\n    {inner},\n){tail}"
+
+
+def _bare(annotation: str) -> str:
+    """A type without what says how it is validated."""
+    return re.sub(r"Annotated\[(.+?), (?:_[A-Z]+|Field\([^)]*\))\]", r"\1", annotation)
 
 
 def _starred(parameters: Iterable[inspect.Parameter]) -> Iterable[object]:

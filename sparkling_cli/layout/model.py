@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field, GetCoreSchemaHandler, GetPydanticSchema
-from pydantic_core import core_schema
+from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import PACKINGS, TensorLayout, axis_names, size_of
@@ -83,14 +82,14 @@ class TensorPattern:
         return parse_layout(self.layout)
 
 
-def _read_patterns(_source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-    """In a file patterns are a table: name template -> layout."""
-    return core_schema.no_info_after_validator_function(
-        lambda table: tuple(TensorPattern(*item) for item in table.items()), handler(dict[str, str])
-    )
+def _from_table(table: dict[str, str]) -> tuple[TensorPattern, ...]:
+    return tuple(TensorPattern(*item) for item in table.items())
 
 
-_Patterns = Annotated[tuple[TensorPattern, ...], GetPydanticSchema(_read_patterns)]
+#: in a file patterns are a table: name template -> layout
+_TABLE = GetPydanticSchema(
+    lambda _source, handler: handler(Annotated[dict[str, str], AfterValidator(_from_table)])
+)
 
 
 def entries_of(pattern: TensorPattern, sizes: Mapping[str, int]) -> int:
@@ -210,8 +209,8 @@ class ModelLayout:
 
     name: str
     axes: Mapping[str, AxisInfo]
-    tensors: _Patterns
-    disk: _Patterns | None = None
+    tensors: Annotated[tuple[TensorPattern, ...], _TABLE]
+    disk: Annotated[tuple[TensorPattern, ...], _TABLE] | None = None
     config: Mapping[str, str] = field(default_factory=dict)
     compensations: Annotated[tuple[Compensation, ...], Field(alias="compensate")] = ()
     tied: tuple[tuple[str, ...], ...] = ()
