@@ -29,7 +29,7 @@ LEVELS = [
     {"outcome"},
     {"api"},
     {"forecast"},
-    {"cli"},
+    {"cli", "examples"},
     {"__main__"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}

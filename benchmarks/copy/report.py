@@ -33,7 +33,9 @@ How to read it:
 - Memory is the peak resident size of the process, less that of a Python that only imports torch (float32 and
   bfloat16 are widened without importing torch, hence negative figures).
 - Ratios are taken within a round, whose measurements follow each other; medians over the rounds are shown.
+"""
 
+_OTHERS = """
 ## Other tools
 
 No general tool was found that widens a checkpoint with its optimizer state, or that widens the weights of
@@ -75,7 +77,7 @@ def write_report(results: dict[str, Any]) -> str:
         "",
         *_goals(cases, idle),
     ]
-    return _HEAD + "\n".join(lines) + "\n" + _NOTES + _rival(results)
+    return _HEAD + "\n".join([*lines, _NOTES, *_expected(cases), _OTHERS]) + _rival(results)
 
 
 def _line(case: dict[str, Any], idle: int) -> str:
@@ -126,6 +128,42 @@ def _goals(cases: list[dict[str, Any]], idle: int) -> list[str]:
     lines = ["| aim | measured | reached |", "|---|---|---|"]
     words = {None: "not measured", True: "yes", False: "**no**"}
     return [*lines, *(f"| {aim} | {value} | {words[held]} |" for aim, value, held in goals)]
+
+
+def _expected(cases: list[dict[str, Any]]) -> list[str]:
+    """Disk and time by the size of a model, from the largest checkpoint that was measured."""
+    large = max(
+        (case for case in cases if case["case"]["name"] == "few large tensors"),
+        key=lambda case: case["output bytes"],
+    )
+    seconds = wall(large["rounds"], "expand")
+    rate = large["output bytes"] / 1e9 / seconds
+    return expected(large["output bytes"] / large["source bytes"], rate)
+
+
+def expected(growth: float, rate: float) -> list[str]:
+    """The section, for an output that is ``growth`` times its source, written at ``rate`` GB a second."""
+    lines = [
+        "## What to expect",
+        "",
+        "In float32 with AdamW's two moments a parameter takes 12 bytes. With the growth and the rate of the",
+        f"largest checkpoint in the table ({growth:.2f} times, {rate:.1f} GB of output a second),",
+        "that is:",
+        "",
+        "| parameters before | source | output, and free disk needed | `expand --report none` |",
+        "|---|---|---|---|",
+    ]
+    for size, name in ((0.1, "100M"), (1, "1B"), (7, "7B"), (30, "30B"), (70, "70B")):
+        output = 12 * size * growth
+        seconds = output / rate
+        time = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        lines.append(f"| {name} | {12 * size:,.1f} GB | {output:,.1f} GB | {time} |")
+    return [
+        *lines,
+        "",
+        "Memory does not grow with the model: `--memory` bounds it (1 GB if nothing is said). `verify` reads",
+        "both checkpoints and takes about as long. The default report measures activations on top.",
+    ]
 
 
 def _rival(results: dict[str, Any]) -> str:

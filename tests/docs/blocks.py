@@ -1,9 +1,10 @@
 """Code blocks of a documentation page, and a folder to run them in.
 
 What is run, in order: every ``console`` block (lines after ``$``), every ``bash`` block and every
-``python`` block without a title; a ``python`` block with ``title="x.py"`` is saved under that name. A
-block is left out only behind a comment ``<!-- not run: reason -->``. What stands below a command in a
-``console`` block is what it prints, spaces and line ends aside; ``...`` stands for anything.
+``python`` block without a title; a block with ``title="x.py"`` is saved under that name. A block is
+left out only behind a comment ``<!-- not run: reason -->``, and listed in ``test_pages.py``. What
+stands below a command in a ``console`` block is what it prints, spaces and line ends aside; ``...``
+stands for anything. Where that begins with ``error:``, the command fails and says so on stderr.
 """
 
 from __future__ import annotations
@@ -64,9 +65,14 @@ TOOLS = {"sparkling": "-m sparkling_cli", "python": "", "torchrun": "-m torch.di
 
 
 def like_a_clone(folder: Path) -> dict[str, str]:
-    """Give a folder the bundled files and the commands of an installation; the environment for them."""
+    """Give a folder the bundled files beside the commands of an installation; the environment for them."""
     for name in ("fixtures", "docs"):
         (folder / name).symlink_to(ROOT / name)
+    return installed(folder)
+
+
+def installed(folder: Path) -> dict[str, str]:
+    """Give a folder the commands of an installation; the environment for them."""
     tools = folder / ".tools"
     tools.mkdir()
     for name, words in TOOLS.items():
@@ -88,14 +94,16 @@ def script(path: Path, body: str) -> None:
 
 
 def run_page(page: Path, folder: Path) -> int:
-    """Run a page from its first block to its last in a folder that looks like a clone; how many ran."""
-    environment = like_a_clone(folder)
+    """Run a page from its first block to its last in a folder of its own; how many commands ran."""
+    environment = installed(folder)
     count = 0
     for block in blocks(page):
-        if block.reason or block.language not in ("console", "bash", "python"):
+        if block.reason:
             continue
-        if block.title:
+        if block.title and block.language != "diff":
             (folder / block.title).write_text(block.body + "\n")
+            continue
+        if block.language not in ("console", "bash", "python"):
             continue
         if block.language == "python":
             (folder / "_block.py").write_text(block.body + "\n")
@@ -107,10 +115,11 @@ def run_page(page: Path, folder: Path) -> int:
                 ["bash", "-euo", "pipefail", "-c", command.replace("PYTHONPATH=.", f"PYTHONPATH=.:{ROOT}")],
                 cwd=folder, env=environment, capture_output=True, text=True, timeout=1500, check=False,
             )  # fmt: skip
-            assert done.returncode == 0, (
-                f"{page.name}: {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-            )
-            assert prints(shown, done.stdout), f"{page.name}: {command} prints\n{done.stdout[-3000:]}"
+            refused = shown.startswith("error:")
+            said = f"{page.name}: {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            assert (done.returncode != 0) == refused, said
+            assert prints(shown, done.stderr if refused else done.stdout), f"not printed: {shown}\n{said}"
+            assert "Warning" not in done.stderr, said
             assert "\x1b" not in done.stdout, f"{page.name}: {command} prints escape codes into a pipe"
             count += 1
     return count

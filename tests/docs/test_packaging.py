@@ -125,6 +125,20 @@ def test_what_the_package_imports_is_declared() -> None:
                 assert known or top in needed | optional, f"{path.name} imports {top}"
 
 
+def test_the_table_of_versions_is_what_is_declared_and_tried() -> None:
+    """The recipes' table: Pythons and ranges of pyproject.toml; what a test names to be installed."""
+    page = (ROOT / "docs" / "how-to" / "recipes.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([\w ]+) \| (.+) \|$", page.partition("## What goes with what")[2], re.M))
+    assert rows["Python"] == f"{PYTHONS[0]} to {PYTHONS[-1]}"
+    least = {r.name: str(r.specifier).removeprefix(">=") for r in declared("hf")}
+    for row, package in (("torch", "torch"), ("transformers", "transformers"), ("Trainer", "accelerate")):
+        assert f"{least[package]} or later" in rows[row]
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for tried in rows["tested against"].split(", "):
+        name, version = tried.rsplit(" ", 1)
+        assert re.search(rf"pip install [\w-]*{re.escape(name)}=={re.escape(version)}\b", tests, re.I), tried
+
+
 def test_there_is_one_version() -> None:
     """It stands in the package; the build reads it there, and no other file repeats it."""
     assert PROJECT["dynamic"] == ["version"]
@@ -219,10 +233,11 @@ def test_the_wheel_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
     ).stdout  # fmt: skip
     assert origin.startswith(str(site))
     assert "expand" in sparkling("--help")
-    (source,) = (ROOT / "fixtures" / "dense-llama").iterdir()
-    sparkling("expand", str(source), "wide", "--axis", "ffn", "--factor", "2")
+    train = [str(python), "-m", "sparkling_cli.examples.train"]
+    subprocess.run(train, cwd=tmp_path, capture_output=True, check=True, env={"PATH": "/usr/bin:/bin"})
+    sparkling("expand", "example/checkpoint-100", "wide", "--axis", "ffn", "--factor", "2")
     assert (tmp_path / "wide" / "sparkling" / "report.html").stat().st_size > 10_000
-    sparkling("verify", str(source), "wide")
+    sparkling("verify", "example/checkpoint-100", "wide")
 
 
 def test_an_older_transformers_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

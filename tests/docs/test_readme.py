@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.docs.blocks import ROOT, like_a_clone, script
+from tests.docs.blocks import ROOT, blocks, like_a_clone, prints, script, session
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHECKPOINT = "fixtures/dense-llama/checkpoint-600"
@@ -30,21 +30,24 @@ def run(command: str | list[str], folder: Path, environment: dict[str, str], **o
     return done.stdout + done.stderr
 
 
-def lines() -> list[str]:
-    """Every command in the README's blocks, without its remark."""
-    found = re.findall(r"```console\n(.*?)```", README, flags=re.S)
-    return [line.partition(" #")[0].strip() for block in found for line in block.splitlines() if line]
+#: Every command in the README's blocks, without its remark, and what is shown below it.
+SHOWN = {
+    command.partition(" #")[0].strip(): shown
+    for block in blocks(ROOT / "README.md")
+    for command, shown in session(block)
+}
 
 
 def test_the_commands_are_these() -> None:
-    """What is tested below is what stands there."""
-    assert lines() == [
+    """What is tested below is what stands there; the example is trained for pages of docs/."""
+    assert list(SHOWN) == [
         "make demo",
         "make test",
         ". .venv/bin/activate",
         "sparkling expand ckpt/ --axis ffn --factor 2",
         "pip install '.[hf]'",
         "pip install '.[hf,plot]'",
+        "python -m sparkling_cli.examples.train",
         "docker build -t sparkling .",
         'docker run --rm -v "$PWD:/data" sparkling expand /data/ckpt --axis ffn --factor 2',
     ]
@@ -96,7 +99,7 @@ def test_make(tmp_path: Path) -> None:
     for mark in (".installed", ".installed-dev"):
         (tmp_path / ".venv" / mark).touch()
     said = run("make demo", tmp_path, environment)
-    assert "written  out/demo" in said and "bit by bit" in said
+    assert prints(SHOWN["make demo"], said) and "bit by bit" in said
     planned = run("make -n test", tmp_path, environment)
     assert [word for word in ("ruff check", "mypy", "pytest -q") if word in planned] == [
         "ruff check", "mypy", "pytest -q",
@@ -108,7 +111,8 @@ def test_sparkling(tmp_path: Path) -> None:
     """The one of the first screen, and every row of the table."""
     environment = like_a_clone(tmp_path)
     shutil.copytree(ROOT / CHECKPOINT, tmp_path / "ckpt")
-    run("sparkling expand ckpt/ --axis ffn --factor 2", tmp_path, environment)
+    first = "sparkling expand ckpt/ --axis ffn --factor 2"
+    assert prints(SHOWN[first], run(first, tmp_path, environment))
     (made,) = [path.name for path in tmp_path.glob("ckpt-*")]
     rows = re.findall(r"^\| `(sparkling [^`]+)` \|", README, flags=re.M)
     assert [row.split()[1] for row in rows] == [
@@ -126,12 +130,10 @@ def test_sparkling(tmp_path: Path) -> None:
 
 def _job(folder: Path, body: str, edit: tuple[str, str] = ("", "")) -> tuple[subprocess.Popen[str], Path]:
     """The Slurm job with a pipeline of our own in it, and a ``scontrol`` that writes down what it is told."""
-    examples = folder / "docs" / "examples"
-    examples.mkdir(parents=True)
     text = (ROOT / "docs" / "examples" / "pipeline.sbatch").read_text()
     assert edit[0] in text
-    (examples / "pipeline.sbatch").write_text(text.replace(*edit, 1))
-    script(examples / "pipeline.sh", body)
+    (folder / "pipeline.sbatch").write_text(text.replace(*edit, 1))
+    script(folder / "pipeline.sh", body)
     script(folder / "scontrol", f'echo "$@" >> "{folder}/told"')
     environment = {
         **os.environ,
@@ -139,7 +141,7 @@ def _job(folder: Path, body: str, edit: tuple[str, str] = ("", "")) -> tuple[sub
         "SLURM_SUBMIT_DIR": str(folder),
         "SLURM_JOB_ID": "42",
     }
-    job = subprocess.Popen(["bash", str(examples / "pipeline.sbatch")], env=environment, text=True)
+    job = subprocess.Popen(["bash", str(folder / "pipeline.sbatch")], env=environment, text=True)
     return job, folder / "told"
 
 
@@ -198,7 +200,7 @@ def test_the_job_of_several_processes(tmp_path: Path) -> None:
     (line,) = re.findall(r"^#\s+(srun .*)$", text, flags=re.M)
     environment = like_a_clone(tmp_path)
     script(tmp_path / ".tools" / "srun", 'exec "$@"')
-    values = {"half": CHECKPOINT, "wide": "wide", "spec": "docs/examples/expansion.yaml"}
+    values = {"half": CHECKPOINT, "wide": "wide"}
     assert "--nproc-per-node 8" in line
     command = line.replace("--nproc-per-node 8", "--nproc-per-node 2")
     run(["bash", "-euc", command], tmp_path, {**environment, **values}, timeout=500)
