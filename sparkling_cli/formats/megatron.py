@@ -29,11 +29,11 @@ _BY_ROWS = ("word_embeddings.weight", "linear_qkv.weight", "linear_qkv.bias", "o
 _GATED = ("linear_fc1.weight", "linear_fc1.bias")
 _BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 MASTER = "fp32_param"
+#: Megatron's names for the end of a schedule with a constant phase
+_WSD_DECAYS = {"linear": "linear", "cosine": "cosine", "minus_sqrt": "1-sqrt"}
 #: as which "state" a weight is known that is whole on every rank, on the ranks but the first
 _REPLICA = "param"
-_OTHER_FORMAT = (
-    "resume once with --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable, save, and expand that"
-)
+_OTHER_FORMAT = "resume once with --ckpt-format torch_dist, save, and expand that"
 Shape = tuple[int, ...]
 
 
@@ -76,12 +76,7 @@ class MegatronLegacy:
         scalars = {(numbers[param], name): at for (param, name), at in found.scalars.items()}
         ranks = StateFiles({f.relative: f for stage in files for f in stage}, found.boxes, scalars)
         tensors, others = ranks.found(found.weights, found.states)
-        if not args.get("group_query_attention"):
-            args = {key: value for key, value in args.items() if key != "num_query_groups"}
-        tree: Any = files[0][0].tree
-        facts: dict[str, Any] = {"kind": "Megatron, torch format", **_schedule(tree)}
-        if type(tree.get("iteration")) is int:
-            facts["global_step"] = tree["iteration"]
+        facts: dict[str, Any] = {"kind": "Megatron, torch format", **facts_in(files[0][0].tree)}
         if found.states:
             facts["optimizer_class"] = "AdamW"
         notes = [] if found.states else ["there is no optimizer state in these files: weights only"]
@@ -140,11 +135,23 @@ def _ranks(root: Path) -> list[list[str]]:
     return [[there[stage, rank] for rank in range(slices)] for stage in range(stages)]
 
 
-def _arguments(file: TorchFile) -> dict[str, Any]:
-    tree = file.tree if isinstance(file.tree, dict) else {}
-    args = tree.get("args")
+def args_in(tree: Any) -> dict[str, Any] | None:
+    """The arguments of a run as plain data, from what it saved; None if they are not there.
+
+    Groups of keys and values are said only where attention has some: Megatron writes 1 otherwise.
+    """
+    args = tree.get("args") if isinstance(tree, dict) else None
     found = plain(args) if isinstance(args, Call) else None
     if not isinstance(found, dict):
+        return None
+    if not found.get("group_query_attention"):
+        found.pop("num_query_groups", None)
+    return found
+
+
+def _arguments(file: TorchFile) -> dict[str, Any]:
+    found = args_in(file.tree)
+    if found is None:
         raise CheckpointError(
             f"{file.relative}: there are no args in it, by which Megatron says the model's sizes",
             hint="save without --no-save-args, or take an earlier iteration",
@@ -317,28 +324,41 @@ def _named(
     return named
 
 
-def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The schedule, which Megatron counts in samples, in steps."""
-    found = plain(tree.get("opt_param_scheduler"))
-    found = found if isinstance(found, dict) else {}
-    step, done = tree.get("iteration"), found.get("num_steps")
-    peak, floor = found.get("max_lr"), found.get("min_lr")
+def facts_in(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Step and schedule of a run, from what it saved; the schedule is counted in samples there.
+
+    Args:
+        tree: what lies beside the model: ``iteration``, ``opt_param_scheduler``, ``args``.
+    """
+    step = tree.get("iteration")
+    if type(step) is not int:
+        return {}
+    found, args = plain(tree.get("opt_param_scheduler")), args_in(tree) or {}
+    return {"global_step": step, **(_schedule(found, args, step) if isinstance(found, dict) else {})}
+
+
+def _schedule(clock: Mapping[str, Any], args: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The schedule in steps; its peak alone where it is none of this program's curves."""
+    peak, floor, done = (clock.get(name) for name in ("max_lr", "min_lr", "num_steps"))
     if not isinstance(peak, float) or peak <= 0:
         return {}
-    known = found.get("lr_decay_style") in ("cosine", "linear")
-    if (
-        known
-        and isinstance(floor, (int, float))
-        and type(step) is int
-        and type(done) is int
-        and step > 0
-        and done % step == 0
-    ):
-        each = done // step
-        warmup, total = (found.get(name) for name in ("lr_warmup_steps", "lr_decay_steps"))
-        if type(warmup) is int and type(total) is int and total > warmup:
-            style = found["lr_decay_style"]
-            return curve_facts(
-                peak, round(total / each), round(warmup / each), type=style, minimum=float(floor)
-            )
-    return curve_facts(peak)
+    each = done // step if type(done) is int and step > 0 and done % step == 0 else 0
+    style, initial = clock.get("lr_decay_style"), args.get("lr_warmup_init")
+    options: dict[str, Any] = {"type": style}
+    counts = {name: clock.get(f"lr_{name}_steps") for name in ("warmup", "decay")}
+    if style == "WSD":
+        iterations = args.get("lr_wsd_decay_iters")
+        counts["fall"] = iterations * each if type(iterations) is int else args.get("lr_wsd_decay_samples")
+        options = {"type": "wsd", "decay": _WSD_DECAYS.get(str(args.get("lr_wsd_decay_style")))}
+    steps = {
+        name: int(count) // each
+        for name, count in counts.items()
+        if each and isinstance(count, (int, float)) and count % each == 0
+    }
+    known = style in ("cosine", "linear", "constant", "WSD") and None not in options.values()
+    if not known or steps.keys() != counts.keys():
+        return curve_facts(peak)
+    options |= {"decay_steps": steps["fall"]} if "fall" in steps else {}
+    options |= {"minimum": float(floor)} if isinstance(floor, (int, float)) and style != "constant" else {}
+    options |= {"initial": float(initial)} if isinstance(initial, (int, float)) and initial else {}
+    return curve_facts(peak, steps["decay"], steps["warmup"], **options)

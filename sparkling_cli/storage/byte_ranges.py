@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,10 +105,12 @@ class Placement:
             only = self.places[0]
             yield Place(start, stop, only.path, only.offset + start)
             return
-        for place in self.places:
+        first = bisect_right(self.places, start, key=lambda place: place.start) - 1
+        for place in map(self.places.__getitem__, range(max(0, first), len(self.places))):
             low, high = max(start, place.start), min(stop, place.stop)
-            if low < high:
-                yield Place(low, high, place.path, place.offset + low - place.start)
+            if low >= high:
+                break
+            yield Place(low, high, place.path, place.offset + low - place.start)
 
 
 class Handles:

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp_files
 
 from tests.formats.make_dcp import on_ranks
+from tests.formats.make_megatron_dist import Planner
 
 pytestmark = pytest.mark.slow
 
@@ -199,6 +201,22 @@ def nanochat(root: Path, scale: int) -> None:
         torch.save({"state": state, "param_groups": groups}, root / f"optim_000003_rank{rank}.pt")
 
 
+def buckets(root: Path, scale: int) -> None:
+    """Megatron's flat buckets of state, in which parameters are told apart by their masters."""
+    whole = {name: value.add_(number) for number, (name, value) in enumerate(weights(scale).items())}
+    state: dict[str, Any] = {name: value.bfloat16() for name, value in whole.items()}
+    state["optimizer.param_groups.0.lr"] = torch.tensor(1e-3)
+    group = "optimizer.distributed.dp_group_idx_0"
+    for slot in ("param", "exp_avg", "exp_avg_sq"):
+        flat = torch.cat([value.flatten() for value in reversed(whole.values())])
+        state[f"{group}.gbuf_idx_0.dtype_(a, b).bucket_idx_0.{slot}"] = flat
+    state[f"{group}.optimizer/shard_0_1"] = {"param_groups": [{"lr": 1e-3}]}
+    said = {"content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}, "optimizer": {}}
+    root.mkdir()
+    dcp_files.save(state, checkpoint_id=root, planner=Planner(flatten_state_dict=False), no_dist=True)
+    torch.save(said, root / "common.pt")
+
+
 def child(code: str, *arguments: object) -> list[int]:
     """The numbers that a fresh Python prints."""
     done = subprocess.run(
@@ -209,7 +227,8 @@ def child(code: str, *arguments: object) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "make", [single_file, litgpt, trainer, fsdp, dcp, universal, olmo, composer, megatron, nanochat]
+    "make",
+    [single_file, litgpt, trainer, fsdp, dcp, universal, olmo, composer, megatron, nanochat, buckets],
 )
 def test_peak(tmp_path: Path, make: Callable[[Path, int], None]) -> None:
     """``expand`` and ``verify`` of a large checkpoint rise by no more than the budget over a small one's.

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 
-from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.dcp.names import find_roles
 from tests.formats.make_dcp import on_ranks
+from tests.formats.make_megatron import without_cuda
 from tests.formats.widening import check_moments, tensors_of, widen
-
-
-def test_flat_optimizer_is_refused() -> None:
-    """Buckets of the distributed optimizer are not carried along at the old size."""
-    names = ["decoder.w", "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.exp_avg"]
-    with pytest.raises(CheckpointError, match="fully-reshardable"):
-        find_roles({name: (name,) for name in names}, frozenset(names), "x")
 
 
 def test_state_before_parameter() -> None:
@@ -31,20 +21,6 @@ def test_state_before_parameter() -> None:
     roles = find_roles({name: (name,) for name in names}, frozenset(names), "x")
     assert roles.states == {"decoder.w": {"exp_avg": names[1]}}
     assert roles.weights == {"decoder.w": "decoder.w"}
-
-
-class _OnCpu(TorchFunctionMode):
-    """Megatron-core's optimizers ask for CUDA by name; on a CPU they compute the same."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
-        if "cuda" in str(kwargs.get("device", "")):
-            kwargs["device"] = "cpu"
-        if name == "cuda":
-            return args[0]
-        found = func(*args, **kwargs)
-        return found.replace("torch.", "torch.cuda.") if name == "type" and isinstance(found, str) else found
 
 
 def _model(hidden: int, ffn: int, gated: bool) -> Any:
@@ -71,11 +47,9 @@ def _model(hidden: int, ffn: int, gated: bool) -> Any:
 
 def _save_and_load(rank: int, source: str, target: str, gated: bool, result: str) -> None:
     """Save a narrow model, or, if the widened directory is there, load it and compare the logits."""
-    from megatron.core import dist_checkpointing, tensor_parallel
+    from megatron.core import dist_checkpointing
 
-    tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)
-    torch.cuda.synchronize = lambda *_: None  # megatron-core asks for a GPU, and needs none here
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    without_cuda()
     model = _model(48, 40, gated)
     ids = torch.randint(67, (2, 16), generator=torch.Generator().manual_seed(5))
     places = torch.arange(16).expand(2, 16)
@@ -108,22 +82,17 @@ def test_weights(tmp_path: Path, gated: bool) -> None:
 
 def _resume(rank: int, source: str, target: str, sharded: bool, result: str) -> None:
     """Train and save with the optimizer, or, if the widened directory is there, load it and train on."""
-    from megatron.core import dist_checkpointing, tensor_parallel
+    from megatron.core import dist_checkpointing
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)
-    torch.cuda.synchronize = lambda *_: None
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    for kind in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "IntTensor"):
-        setattr(torch.cuda, kind, getattr(torch, kind))
+    without_cuda()
     # torch's Adam counts per parameter; FusedAdam, which Megatron has on a GPU, counts in its groups.
     set_state = DistributedOptimizer._set_main_param_and_optimizer_states
     DistributedOptimizer._set_main_param_and_optimizer_states = lambda self, param, tensors: set_state(
         self, param, {"step": torch.tensor(3.0), **tensors}
     )
-    _OnCpu().__enter__()
     wide = Path(target).exists()
     model = _model(96, 80, True) if wide else _model(48, 40, True)
     options = DistributedDataParallelConfig(use_distributed_optimizer=sharded)

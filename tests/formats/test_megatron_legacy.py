@@ -135,14 +135,19 @@ def folder(rank: int, stage: int, stages: int) -> str:
     return f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if stages > 1 else "")
 
 
-def make_megatron(root: Path, ranks: int, stages: int, *, half: bool = True) -> tuple[Gpt, Namespace]:
-    """Train and save ``iter_0000005``; gives the model that masters make, and its arguments."""
-    torch.manual_seed(0)
-    args = Namespace(
+def new_args() -> Namespace:
+    """Some of the arguments of a run."""
+    return Namespace(
         hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=HEADS, num_query_groups=GROUPS,
         group_query_attention=True, kv_channels=SIZE, num_layers=LAYERS, swiglu=True, num_experts=None,
         params_dtype=torch.bfloat16, untie_embeddings_and_output_weights=True,
     )  # fmt: skip
+
+
+def make_megatron(root: Path, ranks: int, stages: int, *, half: bool = True) -> tuple[Gpt, Namespace]:
+    """Train and save ``iter_0000005``; gives the model that masters make, and its arguments."""
+    torch.manual_seed(0)
+    args = new_args()
     model = Gpt(args)
     optimizer = model.optimizer()
     train(model, optimizer, 0, STEPS)
@@ -268,4 +273,4 @@ def test_almost_one(tmp_path: Path) -> None:
     torch.save({}, root / "mp_rank_00_000" / "distrib_optim.pt")
     with pytest.raises(CheckpointError, match="flat buckets") as refused:
         open_checkpoint(root)
-    assert "--dist-ckpt-optim-fully-reshardable" in str(refused.value.hint)
+    assert "--ckpt-format torch_dist" in str(refused.value.hint)

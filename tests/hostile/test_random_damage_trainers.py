@@ -17,7 +17,14 @@ import torch
 import yaml
 
 from sparkling_cli import api
-from tests.formats import make_nanochat, test_composer, test_lingua, test_megatron_legacy, test_olmo
+from tests.formats import (
+    make_megatron_dist,
+    make_nanochat,
+    test_composer,
+    test_lingua,
+    test_megatron_legacy,
+    test_olmo,
+)
 from tests.hostile.test_random_damage import damaged, outcome
 
 AXES = [{"axis": axis, "factor": 2} for axis in ("hidden", "kv_heads", "ffn")]
@@ -33,6 +40,7 @@ def composer(root: Path) -> None:
 MAKERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "nanochat": (lambda root: make_nanochat.make_nanochat(root, ranks=2), ""),
     "megatron": (lambda root: test_megatron_legacy.make_megatron(root, 2, 1), ""),
+    "megatron, in buckets": (make_megatron_dist.make_megatron_dist, ""),
     "composer": (composer, "ep0-ba5-rank0.pt"),
     "olmo": (test_olmo.make_olmo, ""),
     "lingua": (test_lingua.make_lingua, ""),

@@ -13,7 +13,10 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.dcp import lingua
+from sparkling_cli.formats.dcp.buckets import WAY_OUT
 from sparkling_cli.formats.dcp.deeper import deeper_directories
+from sparkling_cli.formats.dcp.megatron import FILE as COMMON
+from sparkling_cli.formats.dcp.megatron import read_megatron
 from sparkling_cli.formats.dcp.metadata import METADATA
 from sparkling_cli.formats.dcp.read import (
     Directory,
@@ -115,11 +118,14 @@ class DcpFormat:
         config = read_json(root, variant.config) if variant.config in present else None
         within = "" if config is not None else _COMPOSER_CONFIG
         found = _read(root, directories, variant.config if config else "", within)
-        entries, states = found.private.entries, found.states
+        entries, states, megatron = found.private.entries, found.states, found.private.megatron
         written = {one.folder + METADATA for one in directories}.union(*(one.files() for one in directories))
-        if config is not None:
-            written.add(variant.config)
+        written |= {variant.config} if config is not None else set()
+        written |= {COMMON} if megatron is not None else set()
         config = config or _entries_as_config(entries, within) or None
+        config_file = "" if config is None else within.rstrip(".") or variant.config
+        if config is None and megatron is not None:
+            config, config_file = megatron.args, megatron.config_file
         facts, notes = run_facts(root, present)
         stale: list[str] = []
         if variant.kind == LINGUA and config is not None:
@@ -128,6 +134,7 @@ class DcpFormat:
             if stale:
                 notes.append(f"{lingua.CONSOLIDATED} is left out: lingua makes it anew, at the new size")
         _add_facts(facts, root, entries, variant.kind)
+        facts |= megatron.facts if megatron is not None else {}
         if states:
             facts["optimizer_class"] = optimizer_class(
                 states, found.param_groups, facts.get("training_args", {})
@@ -141,7 +148,7 @@ class DcpFormat:
         return replace(
             found,
             config=config,
-            config_file="" if config is None else within.rstrip(".") or variant.config,
+            config_file=config_file,
             carried=tuple(name for name in present if name not in written and name not in stale),
             further=(
                 *found.further,
@@ -154,6 +161,11 @@ class DcpFormat:
     def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
         """See :class:`~sparkling_cli.formats.model.Deepening`."""
         parsed: Parsed = checkpoint.private
+        if parsed.megatron is not None and parsed.megatron.states:
+            raise CheckpointError(
+                f"{checkpoint.root}: layers are not added where the optimizer's state lies in flat buckets",
+                hint=WAY_OUT,
+            )
         directories, lists = deeper_directories(checkpoint, weights, groups)
         read = _read(checkpoint.root, directories, parsed.config_file, parsed.within, lists)
         own = {"", *(file for one in directories for file in one.files())}
@@ -166,13 +178,16 @@ class DcpFormat:
             CheckpointError: the request renames weights, which lie under the module's own names here.
         """
         parsed: Parsed = checkpoint.private
-        declared = request.by_key(parsed.entries, str(checkpoint.root))
+        megatron = parsed.megatron
+        added = megatron.tensors if megatron is not None else {}
+        declared = request.by_key({**parsed.entries, **added}, str(checkpoint.root))
         numbers: dict[str, Any] = dict(parsed.lists)
         by_name = {state.param: number for number, state in enumerate(checkpoint.states)}
         for full, value in request.scalars.items():
             param, _, slot = full.rpartition(".")
             numbers[parsed.scalar_keys[by_name[param], slot]] = value
-        for key, value in request.config.items() if parsed.within else ():
+        within = parsed.within and (megatron is None or megatron.args is None)
+        for key, value in request.config.items() if within else ():
             name = parsed.within + key
             if name not in parsed.entries:
                 raise CheckpointError(
@@ -180,7 +195,15 @@ class DcpFormat:
                     hint=f"put the model's config.json, with {key}, into the folder",
                 )
             numbers[name] = value
-        files = [file for one in parsed.directories for file in directory_outputs(one, declared, numbers)]
+        files = []
+        if megatron is not None:
+            common = megatron.edited({} if parsed.config_file or within else request.config)
+            if megatron.entry:
+                numbers[megatron.entry] = common
+            else:
+                files.append(common)
+        new = megatron.added if megatron is not None else {}
+        files += [f for one in parsed.directories for f in directory_outputs(one, declared, numbers, new)]
         if parsed.config_file:
             text = (checkpoint.root / parsed.config_file).read_text(encoding="utf-8")
             changes = request.config
@@ -204,15 +227,23 @@ def _read(
     weights = {name: entries[name].stored() for name in dict.fromkeys(roles.weights.values())}
     states, tensors, scalar_keys = read_states(roles, entries)
     values = {**read_fields(roles, entries), **(lists or {})}
+    groups = read_groups(roles, values)
+    further = list(read_further(roles, entries, scalar_keys.values(), values))
+    megatron = read_megatron(root, entries, weights)
+    if megatron is not None:
+        states = (*states, *megatron.param_states(roles.weights))
+        tensors |= megatron.tensors
+        groups = groups or megatron.groups
+        further += megatron.further
     return Checkpoint(
         root=root,
         format=DcpFormat.name,
         tensors={**weights, **tensors},
         weights=roles.weights,
         states=states,
-        param_groups=read_groups(roles, values),
-        further=tuple(read_further(roles, entries, scalar_keys.values(), values)),
-        private=Parsed(directories, entries, scalar_keys, config_file, within, roles, lists or {}),
+        param_groups=groups,
+        further=tuple(further),
+        private=Parsed(directories, entries, scalar_keys, config_file, within, roles, lists or {}, megatron),
     )
 
 

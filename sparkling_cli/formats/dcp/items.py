@@ -5,6 +5,7 @@ A tensor item's inner directory says where its raw bytes lie. A bytes item is a 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from zlib import crc32
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checksum, OutputFile
 from sparkling_cli.formats.statedict import PACKED, numbers_of, packed
-from sparkling_cli.formats.torchfile import TorchFile, lay_out, read_torch_file
+from sparkling_cli.formats.torchfile import TorchFile, lay_out, lay_out_tensor, read_torch_file
 from sparkling_cli.formats.torchfile.archive import open_window, read_archive
 
 #: the end of an archive's directory lies in so many last bytes
@@ -29,15 +30,18 @@ class Item(NamedTuple):
     offset: int
     length: int
 
-    def read(self) -> TorchFile:
+    def read(self, allow: Collection[str] = ()) -> TorchFile:
         """The item as a tree; tensor data is not read, and nothing of the pickle is executed.
+
+        Args:
+            allow: more globals that its pickle may name.
 
         Raises:
             CheckpointError: the file is missing or too short, or the item is damaged.
             UnsafePickleError: its pickle names something that is not harmless.
         """
         path = self.root / self.file
-        return read_torch_file(path, self.file, offset=self.offset, length=self.length)
+        return read_torch_file(path, self.file, offset=self.offset, length=self.length, allow=allow)
 
     def carried(self, name: str) -> bytes:
         """All bytes of an item that is carried over, which must be whole.
@@ -105,6 +109,20 @@ def box(item: TorchFile, name: str, key: str, start: tuple[int, ...], shape: tup
     own = tensor_key(item, name)
     file = lay_out(item, {own: (item.tensors[own].dtype, shape)})
     return replace(file, tensors=tuple((key, extent._replace(start=start)) for _, extent in file.tensors))
+
+
+def new_box(file: str, key: str, dtype: str, start: tuple[int, ...], shape: tuple[int, ...]) -> OutputFile:
+    """An item that the source has not, with room for a box of a tensor.
+
+    Args:
+        file: that the item lies in.
+        key: the output tensor's key.
+        dtype: of the tensor.
+        start: the box's first index in the whole tensor.
+        shape: the box's size.
+    """
+    laid = lay_out_tensor(file, key, dtype, shape)
+    return replace(laid, tensors=tuple((key, extent._replace(start=start)) for _, extent in laid.tensors))
 
 
 def shifted(file: OutputFile, offset: int) -> OutputFile:

@@ -28,8 +28,8 @@ _TURNED = ("state.exp_avg.", "state.momentum_buffer.")
 _GROUP = re.compile(r"(?:[^.]+\.)?param_groups\.(?P<group>.+)\.(?P<field>[^.]+)")
 #: by which a checkpoint of composer is known
 _COMPOSER = ("state", "timestamp")
-#: where Megatron's distributed optimizer keeps what it does not save by parameter
-_FLAT = ("optimizer.distributed.", "chained_0.optimizer.distributed.")
+#: what stands before the name of one of several optimizers of Megatron's
+_CHAINED = re.compile(r"chained_\d+\.")
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,6 @@ def find_roles(paths: Mapping[str, Path], tensors: frozenset[str], where: str) -
             groups.setdefault(group["group"], {})[group["field"]] = name
         elif rest is None:
             left[name] = path
-        if name in tensors and not state and name.startswith(_FLAT):
-            raise CheckpointError(
-                f"{where}: {name!r} is a flat part of the optimizer, which holds no parameters by name",
-                hint="resume once with Megatron's --dist-ckpt-optim-fully-reshardable, save, and expand that",
-            )
     bare = bare_names(states) if states else {}
     states = {bare[param]: slots for param, slots in states.items()}
     weights = _weights({n: p for n, p in left.items() if n in tensors}, frozenset(states))
@@ -138,7 +133,7 @@ def _optimizer_rest(path: Path, optimizers: set[str]) -> str | None:
     """What follows the optimizer's own level; None if the entry is not the optimizer's."""
     if len(path) > 1 and path[0] in optimizers:
         return ".".join(path[1:])
-    flat = ".".join(path)
+    flat = _CHAINED.sub("", ".".join(path), count=1)
     first, _, rest = flat.partition(".")
     if first in _OPTIMIZER and (_STATE.fullmatch(rest) or _GROUP.fullmatch(rest)):
         return rest

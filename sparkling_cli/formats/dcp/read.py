@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
+from sparkling_cli.formats.dcp.buckets import FLAT
 from sparkling_cli.formats.dcp.check import check_metadata
 from sparkling_cli.formats.dcp.items import Item, scalar_of, tensor_key
 from sparkling_cli.formats.dcp.metadata import METADATA, read_metadata
@@ -20,6 +21,8 @@ from sparkling_cli.storage.tensors import Extent, StoredTensor
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
+    from sparkling_cli.formats.dcp.megatron import Megatron
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ class Parsed:
         within: what the names of entries begin with that are keys of the config.
         roles: of the entries.
         lists: entry -> names of parameters that it holds instead of those of the source.
+        megatron: what only Megatron's directories have.
     """
 
     directories: tuple[Directory, ...]
@@ -166,6 +170,7 @@ class Parsed:
     within: str
     roles: Roles
     lists: Mapping[str, list[str]] = field(default_factory=dict)
+    megatron: Megatron | None = None
 
 
 def read_directories(root: Path, folders: tuple[str, ...]) -> tuple[Directory, ...]:
@@ -177,7 +182,10 @@ def read_directories(root: Path, folders: tuple[str, ...]) -> tuple[Directory, .
 
 
 def read_entries(root: Path, directories: tuple[Directory, ...]) -> tuple[dict[str, Entry], Roles]:
-    """The entries of all directories, and who is who."""
+    """The entries of all directories, and who is who.
+
+    What Megatron's optimizer keeps flat is none of them: see :mod:`~sparkling_cli.formats.dcp.buckets`.
+    """
     for directory in directories:
         check_metadata(directory.metadata, root / directory.folder / METADATA)
     entries: dict[str, Entry] = {}
@@ -189,7 +197,8 @@ def read_entries(root: Path, directories: tuple[Directory, ...]) -> tuple[dict[s
             paths[directory.prefix + fqn] = tuple(map(str, planned.get(fqn) or (fqn,)))
     for directory in directories:
         directory.files()
-    tensors = frozenset(name for name, entry in entries.items() if entry.is_tensor)
+    paths = {name: path for name, path in paths.items() if not FLAT.fullmatch(name)}
+    tensors = frozenset(name for name in paths if entries[name].is_tensor)
     return entries, find_roles(paths, tensors, str(root))
 
 

@@ -8,11 +8,12 @@ entries, the planner's data) is kept.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli.formats.dcp.items import box, number, shifted
+from sparkling_cli.formats.dcp.buckets import FLAT
+from sparkling_cli.formats.dcp.items import box, new_box, number, shifted
 from sparkling_cli.formats.dcp.metadata import METADATA, dump_metadata
 from sparkling_cli.formats.dcp.read import Directory, Entry
 from sparkling_cli.formats.model import Checksum, Declared, OutputFile
@@ -56,20 +57,26 @@ class _Growing:
 
 
 def directory_outputs(
-    directory: Directory, declared: Mapping[str, Declared], numbers: Mapping[str, Any]
+    directory: Directory,
+    declared: Mapping[str, Declared],
+    numbers: Mapping[str, Any],
+    added: Mapping[str, tuple[str, ...]],
 ) -> tuple[OutputFile, ...]:
     """All files of one DCP directory; ``.metadata`` is the last.
 
     Args:
         directory: the directory.
         declared: name in the checkpoint -> output tensor.
-        numbers: name in the checkpoint -> new value of a one-number tensor, or of a plain value.
+        numbers: name in the checkpoint -> new value of a one-number tensor, or of a plain value, or the whole
+            item as it shall be.
+        added: name of a tensor -> names of tensors of its shape that the output has beside it, where the
+            source has flat ones instead, which are left out.
     """
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
     files: dict[str, _Growing] = {}
-    moved: dict[MetadataIndex, tuple[MetadataIndex, object]] = {}
+    moved: dict[MetadataIndex, list[tuple[MetadataIndex, object]]] = {}
     chunks: dict[str, dict[Shape, ChunkStorageMetadata]] = {}
     storage = directory.metadata.storage_data
     boxes = {
@@ -80,46 +87,64 @@ def directory_outputs(
     for index in sorted(storage, key=lambda i: (str(storage[i].relative_path), storage[i].offset)):
         item = directory.item(index)
         name = directory.prefix + index.fqn
+        if added and FLAT.fullmatch(name):
+            continue
         target = declared.get(name)
-        new_index = index
+        parts: list[tuple[MetadataIndex, OutputFile | bytes]] = []
         if target is not None:
             before = Entry(directory, index.fqn).described.size
             start: Shape = tuple(index.offset or ())
             sizes = boxes[index.fqn, start]
             new_start, new_sizes = grown_box(start, sizes, before, target.shape)
             content: OutputFile | bytes = box(item.read(), index.fqn, target.key, new_start, new_sizes)
-            new_index = MetadataIndex(index.fqn, new_start, index.index)
+            parts.append((MetadataIndex(index.fqn, new_start, index.index), content))
+            for new in added.get(name, ()):
+                content = new_box(item.file, new, declared[new].dtype, new_start, new_sizes)
+                parts.append((MetadataIndex(new, new_start, index.index), content))
             grown = ChunkStorageMetadata(_size(new_start), _size(new_sizes))
             chunks.setdefault(index.fqn, {})[start] = grown
         elif name in numbers:
-            content = number(item.read(), index.fqn, numbers[name])
+            value = numbers[name]
+            whole = isinstance(value, OutputFile)
+            parts.append((index, value if whole else number(item.read(), index.fqn, value)))
         else:
-            content = item.carried(index.fqn)
+            parts.append((index, item.carried(index.fqn)))
         file = files.setdefault(item.file, _Growing(item.file))
-        offset, length = file.add(content)
-        info = _StorageInfo(storage[index].relative_path, offset, length)
-        moved[index] = (new_index, info)
-    metadata = replace_metadata(directory, moved, chunks, declared)
+        for new_index, content in parts:
+            info = _StorageInfo(storage[index].relative_path, *file.add(content))
+            moved.setdefault(index, []).append((new_index, info))
+    metadata = replace_metadata(directory, moved, chunks, declared, added)
     last = OutputFile(directory.folder + METADATA, len(metadata), ((0, metadata),), last=True)
     return (*(file.done() for file in files.values()), last)
 
 
 def replace_metadata(
     directory: Directory,
-    moved: Mapping[MetadataIndex, tuple[MetadataIndex, object]],
+    moved: Mapping[MetadataIndex, Sequence[tuple[MetadataIndex, object]]],
     chunks: Mapping[str, Mapping[Shape, ChunkStorageMetadata]],
     declared: Mapping[str, Declared],
+    added: Mapping[str, tuple[str, ...]],
 ) -> bytes:
     """The new ``.metadata``: as the old one, with new sizes, boxes and places."""
+    import torch
+
     metadata = copy.copy(directory.metadata)
     vars(metadata).pop("all_local_plans", None)  # Megatron's cache of how it saved, by the old sizes
-    metadata.state_dict_metadata = dict(metadata.state_dict_metadata)
+    metadata.state_dict_metadata = {
+        fqn: described
+        for fqn, described in metadata.state_dict_metadata.items()
+        if not (added and FLAT.fullmatch(directory.prefix + fqn))
+    }
     for fqn, grown in chunks.items():
         old = Entry(directory, fqn).described
         boxes = [grown[tuple(chunk.offsets)] for chunk in old.chunks]
         size = _size(declared[directory.prefix + fqn].shape)
         metadata.state_dict_metadata[fqn] = replace(old, size=size, chunks=boxes)
-    metadata.storage_data = dict(moved[index] for index in metadata.storage_data)
+        for new in added.get(directory.prefix + fqn, ()):
+            properties = replace(old.properties, dtype=getattr(torch, declared[new].dtype))
+            metadata.state_dict_metadata[new] = replace(old, properties=properties, size=size, chunks=boxes)
+    places = (moved.get(index, ()) for index in metadata.storage_data)
+    metadata.storage_data = dict(place for several in places for place in several)
     return dump_metadata(metadata)
 
 

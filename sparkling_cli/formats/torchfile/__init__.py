@@ -14,7 +14,7 @@ from sparkling_cli.formats.torchfile.file import (
 )
 from sparkling_cli.formats.torchfile.layout import REMOVED, lay_out
 from sparkling_cli.formats.torchfile.more import Holder, More
-from sparkling_cli.formats.torchfile.new_file import lay_out_state_dict
+from sparkling_cli.formats.torchfile.new_file import lay_out_state_dict, lay_out_tensor
 from sparkling_cli.formats.torchfile.objects import ATTRIBUTES, Call, Ordered, TensorNode, at, plain
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "at",
     "lay_out",
     "lay_out_state_dict",
+    "lay_out_tensor",
     "plain",
     "read_attributes",
     "read_torch_file",

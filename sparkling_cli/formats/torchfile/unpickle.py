@@ -32,6 +32,12 @@ _NUMPY_SCALARS = (
     "float16", "float32", "float64", "bool_", "bool",
 )  # fmt: skip
 _NUMPY_MADE = ("_reconstruct", "scalar")
+_MEGATRON = (
+    "enums.ModelType", "optimizer.optimizer_config.OptimizerConfig",
+    *(f"rerun_state_machine.Rerun{name}" for name in ("Diagnostic", "Mode", "State")),
+    *(f"transformer.enums.{name}" for name in
+      ("AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope")),
+)  # fmt: skip
 _NUMPY_RANDOM = ("mt19937.MT19937", "pcg64.PCG64", "pcg64.PCG64DXSM", "philox.Philox", "sfc64.SFC64")
 
 #: What ``torch.load(weights_only=True)`` accepts by default, less what never occurs in a checkpoint.
@@ -50,7 +56,7 @@ ALLOWED: frozenset[str] = frozenset(
     | {f"torch.per_{name}" for name in ("tensor_affine", "tensor_symmetric", "channel_affine")}
 )  # fmt: skip
 
-#: Plain data of the standard library, NumPy, torch and OmegaConf that trainers keep beside tensors: options,
+#: Plain data of the standard library, NumPy, torch and Megatron that trainers keep beside tensors: options,
 #: times, random states. As every global it becomes a stand-in that is never looked up or called.
 HARMLESS: frozenset[str] = frozenset(
     {f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")}
@@ -61,9 +67,11 @@ HARMLESS: frozenset[str] = frozenset(
     | {f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")}
     | {f"numpy.random._pickle.__{name}_ctor" for name in ("randomstate", "generator", "bit_generator")}
     | {f"numpy.random._{name}" for name in _NUMPY_RANDOM}
+    | {f"megatron.core.{name}" for name in _MEGATRON}
     | {
         "argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "collections.deque",
-        "enum.Enum", "typing.Any", "uuid.UUID", "decimal.Decimal", "fractions.Fraction", "random.Random",
+        "enum.Enum", "signal.Signals", "typing.Any",
+        "uuid.UUID", "decimal.Decimal", "fractions.Fraction", "random.Random",
         "torch.torch_version.TorchVersion",
         "numpy.random.bit_generator.__pyx_unpickle_SeedSequence", "numpy.random.bit_generator.SeedSequence",
     }
