@@ -58,13 +58,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--treatments",
         nargs="+",
-        help="default: all; the small model and the wide one come with them unless --only is given",
+        help="default: all that every axis can have; the small model and the wide one come\n"
+        "with them unless --only is given",
     )
     parser.add_argument("--only", action="store_true", help="the named --treatments and nothing besides")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--beta2", type=float, default=0.95)
     parser.add_argument("--steps", type=int, help="length of a run")
+    parser.add_argument("--until", type=int, help="a measured step at which runs stop for now")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--schedule", choices=["cosine", "wsd"], default="cosine")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -77,9 +79,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def jobs(options: argparse.Namespace) -> list[Job]:
     """All runs in the order in which they are wanted: seed by seed, bases first."""
-    from benchmarks.train.treatments import TREATMENTS
+    from benchmarks.train.treatments import EVERYWHERE
 
-    names = options.treatments or [t for t in TREATMENTS if t != "fresh" or options.beta2 > 0.99]
+    names = options.treatments or [t for t in EVERYWHERE if t != "fresh" or options.beta2 > 0.99]
     if not options.only:
         names = ["small", *names[:2], "wide", *names[2:]]
     plans = [plan.split("/") for plan in options.plan]
@@ -96,7 +98,7 @@ def settings(options: argparse.Namespace) -> Run:
     """The constants of all runs."""
     from benchmarks.train.loop import preset
 
-    given = ("steps", "lr", "beta2", "compile", "schedule", "device")
+    given = ("steps", "lr", "beta2", "compile", "schedule", "device", "until")
     return preset(options.size, **{name: getattr(options, name) for name in given})
 
 

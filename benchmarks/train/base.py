@@ -62,5 +62,6 @@ def scratch(folder: Path, run: Run, text: Text, job: Job, note: Note | None) -> 
         run, text, job.seed, model, forward, opt, scheduler, kept=kept, note=note, at_step=keep
     )
     record = training.finish(training.resume())
-    kept.unlink()
+    if "final" in record:
+        kept.unlink()
     return record

@@ -18,12 +18,14 @@ from typing import Any
 
 from benchmarks.train.loop import Run
 from benchmarks.train.table import Results, closed, load, mean_error, table
+from benchmarks.train.treatments import TREATMENTS
 
 COPY_COPY = "sparkling"
 #: what is compared with copy-copy, and its colour
 OTHERS: Mapping[str, str] = {
     "random-copy": "tab:blue",
     "random-zero": "tab:green",
+    "random-zero-function": "tab:cyan",
     "zero-copy": "tab:olive",
     "naive": "tab:red",
     "small": "tab:gray",
@@ -31,9 +33,20 @@ OTHERS: Mapping[str, str] = {
     "wide-compute": "tab:purple",
 }
 #: the pairs among them
-PAIRS = ("random-copy", "random-zero", "zero-copy")
+PAIRS = ("random-copy", "random-zero", "random-zero-function", "zero-copy")
+#: between copies and random entries; in a table of their own, with a pair to judge by
+BETWEEN = (
+    "random-zero-function",
+    "random-random",
+    *(name for name, treatment in TREATMENTS.items() if treatment.between),
+)
+#: factors that keep r, or the function, exactly; name -> the same run with the method's own factors
+CALIBRATED: Mapping[str, str] = {
+    "function": COPY_COPY,
+    **{name: name.removesuffix("-calibrated") for name in TREATMENTS if name.endswith("-calibrated")},
+}
 #: steps after the expansion in the table of the curve
-MARKS = (50, 250, 500, 1000, 2000, 3000, 4000, 6000, 8000, 10_000, 12_000)
+MARKS = (50, 250, 500, 1000, 2000, 3000, 4000, 6000, 8000, 10_000, 12_000, 20_000, 30_000, 40_000)
 
 
 @dataclass(frozen=True)
@@ -97,13 +110,13 @@ def settings(folder: Path) -> list[Setting]:
     return sorted(found, key=lambda setting: setting.rank)
 
 
-def above(setting: Setting, name: str) -> dict[int, list[float]]:
-    """Steps after the expansion -> differences from copy-copy, one for each seed that has come so far.
+def above(setting: Setting, name: str, other: str = COPY_COPY) -> dict[int, list[float]]:
+    """Steps after the expansion -> differences from another run, one for each seed that has come so far.
 
     Of the loss on the text since the measurement before.
     """
     found: dict[int, list[float]] = {}
-    for seed, ours in sorted(setting.results.runs[COPY_COPY].items()):
+    for seed, ours in sorted(setting.results.runs.get(other, {}).items()):
         theirs = setting.results.runs.get(name, {}).get(seed)
         if theirs is None:
             continue
@@ -128,19 +141,67 @@ def crossing(curve: Mapping[int, Sequence[float]]) -> int | None:
 
 
 def curve_table(setting: Setting) -> str:
-    """How far every run lies above copy-copy along the horizon, and copy-copy's cosine."""
+    """How far every run lies above copy-copy along the horizon, copy-copy's cosine, and where they cross."""
     curves = {name: above(setting, name) for name in OTHERS}
-    curves = {name: curve for name, curve in curves.items() if curve}
-    head = ["after the expansion, up to step", *curves, "cosine of copy-copy's copies there"]
+    cosines = [
+        statistics.fmean(found) if found else None
+        for found in (
+            [log["cosine"][step] for log in setting.results.runs[COPY_COPY].values() if step in log["cosine"]]
+            for step in (str(mark + setting.expansion) for mark in MARKS)
+        )
+    ]
+    lines = _along(
+        curves, {"cosine of copy-copy's copies there": ["—" if c is None else f"{c:.2f}" for c in cosines]}
+    )
+    return "\n".join([*lines, "", *(crossing_stated(n, curves[n]) for n in PAIRS if curves[n])])
+
+
+def between_table(setting: Setting) -> str:
+    """How far what lies between the pairs is above copy-copy along the horizon; "" if nothing was run."""
+    curves = {name: above(setting, name) for name in BETWEEN}
+    if not any(curves[name] for name in BETWEEN[2:]):
+        return ""
+    last = max(step for name in BETWEEN[2:] for step in curves[name])
+    curves = {name: {s: found for s, found in curve.items() if s <= last} for name, curve in curves.items()}
+    return "\n".join(_along(curves, {}))
+
+
+def calibrated_table(found: Sequence[Setting]) -> str:
+    """Where factors were fitted on tokens: how far the run is above that with the method's own factors."""
+    marks = (50, 1000, 10_000)
+    head = [
+        "setting",
+        "factors",
+        "against",
+        *(f"up to step {mark:,}" for mark in marks),
+        "held-out, at the end",
+    ]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    logs = setting.results.runs[COPY_COPY].values()
-    for mark in MARKS:
-        step = str(mark + setting.expansion)
-        cosines = [log["cosine"][step] for log in logs if step in log["cosine"]]
-        if cosines:
+    for setting in found:
+        for name, other in CALIBRATED.items():
+            curve = above(setting, name, other)
+            if curve:
+                cells = [mean_error(curve.get(mark, ())) for mark in marks]
+                cells.append(mean_error(setting.results.paired(name, other)))
+                against = "copy-copy" if other == COPY_COPY else other
+                lines.append(f"| {setting.says} | {name} | {against} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _along(
+    curves: Mapping[str, Mapping[int, Sequence[float]]], more: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Lines of a table, a row for every mark that a run has come to; ``more``: a cell for each mark."""
+    curves = {name: curve for name, curve in curves.items() if curve}
+    head = ["after the expansion, up to step", *curves, *more]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for number, mark in enumerate(MARKS):
+        if any(mark in curve for curve in curves.values()):
             cells = [mean_error(curve.get(mark, ())) for curve in curves.values()]
-            lines.append(f"| {mark:,} | {' | '.join(cells)} | {statistics.fmean(cosines):.2f} |")
-    return "\n".join([*lines, "", *(crossing_stated(name, curves[name]) for name in PAIRS if name in curves)])
+            lines.append(
+                f"| {mark:,} | {' | '.join([*cells, *(cells_of[number] for cells_of in more.values())])} |"
+            )
+    return lines
 
 
 def crossing_stated(name: str, curve: Mapping[int, Sequence[float]]) -> str:
@@ -255,8 +316,12 @@ def main() -> None:
     found = settings(options.results)
     if not found:
         parser.error(f"{options.results}: no finished run of copy-copy to compare with")
-    print(f"## {found[0].says}\n\n{table(found[0].results)}\n\n{curve_table(found[0])}\n")
-    print(f"## All settings\n\n{overview(found)}")
+    for setting in found:
+        print(f"## {setting.says}\n\n{table(setting.results)}\n\n{curve_table(setting)}\n")
+        between = between_table(setting)
+        if between:
+            print(f"### Between the pairs\n\n{between}\n")
+    print(f"## All settings\n\n{overview(found)}\n\n{calibrated_table(found)}")
     if options.figure is not None:
         figure(found, options.figure)
 

@@ -36,6 +36,7 @@ class Run:
 
     ``size`` names the models' widths (``models.SIZES``); lengths are in optimizer steps, a step takes
     rows x length tokens. ``schedule`` is ``cosine``, or ``wsd``: constant, and a cosine over the last fifth.
+    Past ``until`` no run goes; it is no constant of what was measured before it, and another time it may.
     """
 
     size: str = "pilot"
@@ -51,6 +52,7 @@ class Run:
     schedule: str = "cosine"
     tau_w: int = 25
     device: str = "cpu"
+    until: int | None = None
 
     @property
     def label(self) -> str:
@@ -241,7 +243,7 @@ class Training:
         return {"parameters": parameters, "seconds": round(self.seconds), **self.log.rounded()}
 
     def finish(self, step: int) -> dict[str, Any]:
-        """Train from ``step`` (what ``resume`` returned) to the end; the record of it."""
+        """Train from ``step`` (what ``resume`` returned) to the end, or to ``until``; the record of it."""
         run, measured = self.run, self.run.measured(self.start)
         began = time.perf_counter() - self.seconds
         self.model.train()
@@ -255,6 +257,8 @@ class Training:
                     self.note(self.record())
             if self.at_step is not None:
                 self.at_step(step)
+            if step == run.until:
+                return self.record()
             if step == run.steps:
                 self.log.final = heldout_loss(self.model, self.text, run, whole=True)
                 return self.record()

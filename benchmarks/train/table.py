@@ -120,7 +120,7 @@ def plot(results: Results, path: Path) -> None:
                 values[-kept:],
                 style,
                 marker=marker,
-                color=colours[i],
+                color=colours[i % len(colours)],
                 label=name,
                 linewidth=1.4,
             )

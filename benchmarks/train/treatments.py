@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from benchmarks.train import models, optim
 from benchmarks.train.base import checkpoint
+from benchmarks.train.between import change
 from benchmarks.train.data import Text
 from benchmarks.train.jobs import Job, Widening
 from benchmarks.train.loop import Note, Run, Training, load_checkpoint, make_scheduler
@@ -30,17 +32,20 @@ class Treatment:
         says: what it is, for tables.
         options: fields of the expansion spec that differ from the tool's defaults.
         warm: who re-warms: ``new`` entries (the tool's hooks), ``all`` of the model, or ``none``.
+        between: arguments of ``between.change``: what becomes of copies of ``ffn`` after the expansion.
     """
 
     says: str
     options: Mapping[str, Any] = field(default_factory=dict)
     warm: str = "new"
+    between: Mapping[str, float] = field(default_factory=dict)
 
 
 COPIED = {"optimizer": "copy", "allow_locked": True}
 DROPPED = {"optimizer": "drop", "allow_locked": True}
 
-TREATMENTS: Mapping[str, Treatment] = {
+#: what every axis can have
+EVERYWHERE: Mapping[str, Treatment] = {
     "sparkling": Treatment("SPARKLING: copy-copy, RMS scaling, asymmetric reset, re-warmup of new entries"),
     "naive": Treatment("naive copy: function-preserving copies, copied state", COPIED, "none"),
     "drop": Treatment(
@@ -56,6 +61,30 @@ TREATMENTS: Mapping[str, Treatment] = {
     "random-zero": Treatment("SPARKLING with random-zero", {"init": "random-zero"}),
     "fresh": Treatment("SPARKLING with fresh bias correction", {"rewarmup": {"bias_correction": "fresh"}}),
 }
+#: run only where they are named: some are for ``ffn`` alone
+NAMED: Mapping[str, Treatment] = {
+    "function": Treatment("SPARKLING with Net2Net's factors", {"scaling": "function"}),
+    "random-zero-function": Treatment(
+        "SPARKLING with random-zero, function kept", {"init": "random-zero", "scaling": "function"}
+    ),
+    **{
+        f"{name}-calibrated": Treatment(f"{says}, calibrated", {**options, "scaling": "calibrated"})
+        for name, says, options in (
+            ("sparkling", "SPARKLING", {}),
+            ("random-copy", "SPARKLING with random-copy", {"init": "random-copy"}),
+            ("random-zero", "SPARKLING with random-zero", {"init": "random-zero"}),
+        )
+    },
+    **{
+        f"noise-{sigma}": Treatment(f"SPARKLING with noise of {sigma} on copies", between={"noise": sigma})
+        for sigma in (0.1, 0.3, 1.0)
+    },
+    **{
+        f"mix-{share}": Treatment(f"SPARKLING with {share:.0%} of new channels drawn", between={"mix": share})
+        for share in (0.25, 0.5, 0.75)
+    },
+}
+TREATMENTS: Mapping[str, Treatment] = {**EVERYWHERE, **NAMED}
 
 
 def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job, note: Note) -> dict[str, Any]:
@@ -66,13 +95,19 @@ def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job, note: Note) 
     """
     logging.set_verbosity_error()
     treatment, widening = TREATMENTS[job.name], Widening.parse(job.axes)
+    if treatment.between and widening.axes != ("ffn",):
+        raise ValueError(f"{job.name} is for ffn alone, not for {job.axes}")
     work = folder / job.name
     wide, now, kept = work / "expanded", work / "now", work / "kept.pt"
     if not kept.exists():
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         source = checkpoint(base, run.at(widening.share))
-        expand(source, wide, _spec(treatment, widening, run, job.seed), report="none", threads=1)
+        spec = _spec(treatment, widening, run, job.seed)
+        data = _tokens(text, run, work / "tokens.npy") if spec.scaling == "calibrated" else None
+        expand(source, wide, spec, report="none", threads=1, data=data)
+        if treatment.between:
+            change(wide, models.SIZES[job.kind, run.size].ffn, job.seed, **treatment.between)
 
     model = AutoModelForCausalLM.from_pretrained(wide).to(run.device)
     model, forward = models.reusable(model, run.compile)
@@ -92,6 +127,8 @@ def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job, note: Note) 
     elif treatment.warm == "all":
         _rewarm_everything(wide, run, scheduler)
     record = training.finish(step)
+    if "final" not in record:
+        return record
     record["locked"] = round(measure_symmetry(now, wide).locked, 4)  # saved at the last step's measurement
     shutil.rmtree(work)
     return record
@@ -102,6 +139,14 @@ def _spec(treatment: Treatment, widening: Widening, run: Run, seed: int) -> Expa
     options = {k: v for k, v in treatment.options.items() if k != "rewarmup"}
     axes = [{"axis": axis, "factor": widening.factor} for axis in widening.axes]
     return ExpansionSpec(axes=axes, rewarmup=rewarmup, seed=seed, **options)
+
+
+def _tokens(text: Text, run: Run, path: Path) -> Path:
+    """A file of tokens to calibrate on: the end of the training text, which no run comes to."""
+    blocks = len(text.train) // run.length
+    ids = text.train[-min(blocks, 512) * run.length :].view(-1, run.length)
+    np.save(path, ids.numpy().astype(np.uint16))
+    return path
 
 
 def _rewarm_everything(wide: Path, run: Run, scheduler: Any) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from benchmarks.train import corpus, gpu, horizon, table
+from benchmarks.train import between, corpus, gpu, horizon, table
 from benchmarks.train.__main__ import attempt, jobs, parse, store
 from benchmarks.train.base import equal_compute
 from benchmarks.train.data import Text, batch, load_text
@@ -181,6 +183,75 @@ def test_a_run_stopped_anywhere_ends_as_one_in_one_piece(
     assert set(result) == set(whole)
     for job, record in result.items():
         assert {**record, "seconds": 0} == {**whole[job], "seconds": 0}
+
+
+def test_a_run_may_stop_at_a_step_and_go_on(tmp_path: Path) -> None:
+    """What was measured up to there is kept; the end is that of a run that was never stopped."""
+    options, run, text = _small(tmp_path, "whole")
+    for job in jobs(options):
+        attempt(job, options, run, text)
+    whole = store(options, run).read()
+    pieces, _, _ = _small(tmp_path, "pieces")
+    small, sparkling = jobs(pieces)
+    for job, until in ((small, 12), (sparkling, 20)):  # the checkpoint to expand is that of step 12
+        assert attempt(job, pieces, replace(run, until=until), text)
+        record = store(pieces, run).read()[job]
+        assert "final" not in record and max(map(int, record["heldout"])) == until
+    for job in (small, sparkling):
+        assert attempt(job, pieces, run, text)
+        assert {**store(pieces, run).read()[job], "seconds": 0} == {**whole[job], "seconds": 0}
+
+
+@pytest.mark.parametrize(("noise", "mix"), [(0, 0), (0.3, 0), (3, 0), (0, 0.5), (0.5, 0.25)])
+@pytest.mark.parametrize("old", [2000, 3000, 4000])
+def test_alpha_between_the_pairs_keeps_the_size(old: int, noise: float, mix: float) -> None:
+    """Of W x, on features and weights that are what alpha supposes them to be; at 3x, 2x and 1.5x."""
+    new = 6000
+    generator = torch.Generator().manual_seed(old)
+    matrix, features = (torch.randn(old, 64, generator=generator, dtype=torch.float64) for _ in range(2))
+    copies = torch.arange(new - old - round(mix * (new - old))) % old
+
+    def wider(values: torch.Tensor) -> torch.Tensor:
+        numbers = torch.randn(new - old, 64, generator=generator, dtype=torch.float64)
+        kept = (values[copies] + noise * numbers[: len(copies)]) / (1 + noise * noise) ** 0.5
+        return torch.cat([values, kept, numbers[len(copies) :]])
+
+    before, after = matrix.T @ features, wider(matrix).T @ wider(features)
+    ratio = between.alpha(old, new, noise, mix) * after.square().mean().sqrt() / before.square().mean().sqrt()
+    assert float(ratio) == pytest.approx(1, abs=0.04)
+
+
+def test_alpha_between_the_pairs_has_theirs_at_its_ends() -> None:
+    """Eq. 16 for copies, Eq. 14 for random entries."""
+    assert between.alpha(4, 8, 0, 0) == pytest.approx(0.5)
+    assert between.alpha(4, 6, 0, 0) == pytest.approx((1 + 3 * 0.5) ** -0.5)
+    assert between.alpha(4, 8, 0, 1) == pytest.approx(0.5**0.5)
+    assert between.alpha(4, 8, 1e6, 0) == pytest.approx(0.5**0.5)
+
+
+@pytest.mark.parametrize(("noise", "mix", "cosine"), [(0.75, 0.0, 0.8), (0.0, 0.25, 0.75)])
+def test_channels_between_the_pairs_are_what_they_are_called(
+    tmp_path: Path, noise: float, mix: float, cosine: float
+) -> None:
+    """New ones have the old ones' deviation and the correlation asked for; old ones are as they were."""
+    old, new = 600, 1200
+    generator = torch.Generator().manual_seed(0)
+    halves = {
+        f"mlp.{n}_proj.weight": torch.randn(old, 400, generator=generator) for n in ("up", "gate", "down")
+    }
+    copied = {name: torch.cat([half, half]) for name, half in halves.items()}
+    down = "mlp.down_proj.weight"
+    save_file({**copied, down: (copied[down] / 2).T.contiguous()}, tmp_path / "model.safetensors")
+    between.change(tmp_path, old, 5, noise=noise, mix=mix)
+    found = load_file(tmp_path / "model.safetensors")
+    for name, half in halves.items():
+        alpha = between.alpha(old, new, noise, mix) if name == down else 1.0
+        now = (found[name].T if name == down else found[name]) / alpha
+        assert torch.allclose(now[:old], half, atol=1e-6)
+        assert float(now[old:].std() / half.std()) == pytest.approx(1, abs=0.01)
+        cosines = nn.functional.cosine_similarity(now[old:], half)
+        assert float(cosines.mean()) == pytest.approx(cosine, abs=0.01)
+        assert noise or int((cosines > 0.99).sum()) == 450
 
 
 def test_the_checkpoint_of_a_result_made_elsewhere_is_trained_anew(tmp_path: Path) -> None:
