@@ -136,7 +136,7 @@ def make_plan(
     from sparkling_cli.execute.journal import snapshot
     from sparkling_cli.formats.detect import recognized
     from sparkling_cli.formats.trainer_facts import without_outdated
-    from sparkling_cli.outcome import plan_schedule
+    from sparkling_cli.outcome import plan_schedule, settled
     from sparkling_cli.plan.build import build_plan, lay_out
     from sparkling_cli.plan.model import Expansion, Invocation
     from sparkling_cli.report.model_card import with_card
@@ -150,10 +150,15 @@ def make_plan(
     state = snapshot(root)
     checkpoint, found, previous = open_source(source, layout=layout, model=model, param_order=param_order)
     checkpoint, anew = without_outdated(checkpoint)
+    asked, spec = spec.init, settled(spec, checkpoint, found)
     plan = build_plan(checkpoint, found, spec, None if previous is None else previous.originals())
+    if asked != spec.init:
+        plan = replace(plan, notes=(*plan.notes, f"--init {asked} is {spec.init}, --scaling {spec.scaling}"))
     rewarmup, missing = plan_schedule(plan, previous)
     if rewarmup is not None:
-        plan = replace(plan, warnings=plan.warnings + notes(rewarmup), notes=plan.notes + remarks(rewarmup))
+        plan = replace(
+            plan, warnings=plan.warnings + notes(rewarmup), notes=plan.notes + remarks(rewarmup, spec)
+        )
     given = None if destination is None else Path(destination)
     expansion = Expansion(
         plan=plan,

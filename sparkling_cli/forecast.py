@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.depth import LAYERS, deeper_layout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.results.commands import RunPlan
+from sparkling_cli.results.evidence import tokens_note
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.options import from_keywords
 from sparkling_cli.spec.sources import axis_with_factor, make_spec
@@ -210,6 +212,10 @@ def forecast(
         shape, steps, tokens, bytes_per_parameter=subject.weight_bytes + subject.state_bytes
     )
     flops = run_flops(phases)
+    notes = [
+        tokens_note(growth, *((p.stop_tokens - p.start_tokens) / p.active_parameters for p in pair))
+        for (_, growth), pair in zip(steps, pairwise(phases), strict=True)
+    ]
     return RunPlan(
         source=subject.name,
         model=subject.layout.name,
@@ -219,5 +225,6 @@ def forecast(
         saved=share_saved(flops.progressive, flops.scratch),
         bytes_assumed=subject.assumed,
         convention=CONVENTION,
+        notes=tuple(note for note in notes if note is not None),
         warnings=tuple(dict.fromkeys(warning for warning in warnings if warning is not None)),
     )

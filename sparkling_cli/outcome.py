@@ -20,9 +20,13 @@ from sparkling_cli.layout.depth import LAYERS, Places
 from sparkling_cli.manifest import make_manifest
 from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.plan.model import Expansion
+from sparkling_cli.plan.resolve import resolve_growth
+from sparkling_cli.plan.symmetry import check_pair, treatment_of
 from sparkling_cli.report.facts import assemble
+from sparkling_cli.results.evidence import pair_for
 from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.measured import Activations
+from sparkling_cli.schedule.baseline import baseline_of
 from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
 from sparkling_cli.schedule.write import plan_rewarmup, rewarmup_files
 from sparkling_cli.storage.sidecar import (
@@ -37,8 +41,11 @@ from sparkling_cli.storage.sidecar import (
 if TYPE_CHECKING:
     from sparkling_cli.diagnostics.activations import Begin
     from sparkling_cli.execute.stream import Written
+    from sparkling_cli.formats.model import Checkpoint
+    from sparkling_cli.layout.model import ModelLayout
     from sparkling_cli.manifest import Manifest
     from sparkling_cli.plan.model import Plan
+    from sparkling_cli.spec.model import ExpansionSpec
 
 #: under ``--report auto``, activations of an output with more bytes of weights, or more weight tensors
 #: (experts come into memory one by one), are not measured
@@ -46,6 +53,29 @@ AUTO_LIMIT, AUTO_TENSORS = 1 << 30, 10_000
 #: under ``--report auto``, floating-point operations of the forward passes; they take about as long as to
 #: write a GiB
 AUTO_WORK = 5e10
+
+
+def settled(spec: ExpansionSpec, checkpoint: Checkpoint, layout: ModelLayout) -> ExpansionSpec:
+    """The spec, with the pair that ``--init auto`` is for this run and model.
+
+    Raises:
+        SpecError: an axis does not fit.
+    """
+    if spec.init != "auto":
+        return spec
+    try:
+        curve, step = baseline_of(checkpoint, spec.baseline)
+        left = curve.total_steps - step
+    except SpecError:
+        left = None
+    growth = resolve_growth(spec, layout)
+    init, scaling = pair_for(growth, left)
+    found = {"init": init, "scaling": scaling if spec.scaling == "rms" else spec.scaling}
+    try:
+        check_pair(growth, layout, treatment_of(spec.model_copy(update=found)))
+    except SpecError:  # a norm inside the MLP, for one
+        found = {"init": "copy-copy"}
+    return spec.model_copy(update=found)
 
 
 def plan_schedule(plan: Plan, manifest: Manifest | None) -> tuple[Rewarmup | None, str]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from fixtures.tiny import ARCHITECTURES
 from sparkling_cli import api
+from sparkling_cli.errors import SpecError
 from sparkling_cli.results.verdict import offenders, verdict_of_change
 from tests.conftest import TinyCheckpoint
 
@@ -207,6 +208,39 @@ def test_other_widenings_are_reported(
         assert f"{entry.role} in " in verdict.findings[0].text
 
 
+@pytest.mark.parametrize(
+    ("arch", "axis"),
+    [("llama", "ffn"), ("gpt2", "ffn"), ("qwen3_moe", "ffn"), ("llama", "heads"), ("qwen3_moe", "heads")],
+)
+def test_columns_of_zeros_keep_the_logits_over_two_stages(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, arch: str, axis: str
+) -> None:
+    """Whatever the new rows are; a later expansion by copies doubles what there is."""
+    source = tiny_checkpoint(arch)
+    first, second = tmp_path / "first", tmp_path / "second"
+    layout = api.layout_of(source)
+    size = layout.axes[layout.aliases.get("expert_ffn", "ffn")].size + 4
+    asked = [{"axis": axis, **({"to": size} if axis == "ffn" else {"factor": 2})}]
+    api.expand(source, first, axes=asked, init="random-zero", scaling="function", report="none")
+    api.expand(first, second, axes=[{"axis": axis, "factor": 2}], scaling="function", report="none")
+    before = logits(loaded(source))
+    for wide, narrow in ((first, source), (second, first)):
+        assert difference(before, logits(loaded(wide))) < TOLERANCE
+        api.verify(narrow, wide)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_columns_of_zeros_are_refused_behind_a_norm(tiny_checkpoint: TinyCheckpoint, arch: str) -> None:
+    """It would divide by the size of random channels too; what the hint says works."""
+    source = tiny_checkpoint(arch)
+    asked = [{"axis": name, "factor": 2} for name in with_partners(source, "hidden")]
+    with pytest.raises(SpecError, match="norm") as caught:
+        api.make_plan(source, axes=asked, init="random-zero", scaling="function")
+    assert caught.value.hint == "use --scaling calibrated, or --init copy-copy"
+    api.make_plan(source, axes=asked, init="random-zero", scaling="calibrated")
+    api.make_plan(source, axes=asked, init="copy-copy", scaling="function")
+
+
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3_moe"])
 def test_padding_keeps_the_logits_and_every_new_channel_learns(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, arch: str
@@ -216,7 +250,7 @@ def test_padding_keeps_the_logits_and_every_new_channel_learns(
     layout = api.layout_of(source)
     axis = layout.aliases.get("expert_ffn", "ffn")
     size = layout.axes[axis].size + 4  # grouped products want multiples of 16 bytes
-    options = {"init": "random-zero", "scaling": "none", "report": "none"}
+    options = {"init": "random-zero", "scaling": "function", "report": "none"}
     api.expand(source, tmp_path / "padded", axes=[{"axis": axis, "to": size}], **options)
     before, after = loaded(source), loaded(tmp_path / "padded")
     assert difference(logits(before), logits(after)) <= TOLERANCE

@@ -15,7 +15,7 @@ from sparkling_cli.spec.choices import (
     BaselineType,
     BiasCorrection,
     DecayShape,
-    InitPair,
+    Init,
     LayerMode,
     Names,
     OptimizerTreatment,
@@ -195,7 +195,7 @@ RATE_FIELDS = (
 )
 #: the options of every other field that has one, but for the growth itself
 OTHER_FIELDS = (
-    _field(METHOD, "--init", InitPair, "New entries of fan-out and fan-in dims.", "copy-copy"),
+    _field(METHOD, "--init", Init, "New entries of fan-out and fan-in dims.", "copy-copy"),
     _field(
         METHOD,
         "--scaling",

@@ -57,6 +57,7 @@ def plan(
         sparkling plan ckpt/ --tokens 200B --axis ffn=2 --expand-at 50B \\
             --then ffn=2@100B
     """
+    from sparkling_cli.cli.render import show_remarks
     from sparkling_cli.forecast import plan_run
     from sparkling_cli.spec.sources import axes_from_options
 
@@ -75,8 +76,7 @@ def plan(
     output.data(found)
     for part in _tables(found):
         output.show(part)
-    for warning in found.warnings:
-        output.warn(warning)
+    show_remarks(output, found.notes, found.warnings)
 
 
 def _tables(found: RunPlan) -> list[RenderableType]:

@@ -37,7 +37,7 @@ def show_plan(output: Output, expansion: Expansion, planned: ExpansionPlan) -> N
     output.show(Text(f"output  {planned.destination}"), whole=True)
     output.show(f"optimizer state  {planned.spec['optimizer'] if states else 'none'}")
     output.show(Text(_rewarmup(expansion)))
-    _remarks(output, planned.notes, planned.warnings)
+    show_remarks(output, planned.notes, planned.warnings)
     missing = planned.bytes.to_write - planned.bytes.free
     if missing > 0:
         output.warn(f"{nbytes(missing)} more space is needed at {expansion.destination.absolute().parent}")
@@ -74,7 +74,7 @@ def show_result(output: Output, result: ExpansionResult) -> None:
                 output.show(table)
         for line in verdict_lines(result.report.verdict):
             output.show(line)
-    _remarks(output, planned.notes if result.report is None else result.report.notes, ())
+    show_remarks(output, planned.notes if result.report is None else result.report.notes, ())
     where = shlex.quote(str(result.destination))
     source = shlex.quote(str(result.expansion.plan.source.root))
     output.show(Text(f"written  {where}"), whole=True)
@@ -144,7 +144,8 @@ def _kinds(kinds: Iterable[TensorKind], *, everything: bool) -> Table:
     return table
 
 
-def _remarks(output: Output, notes: Iterable[str], warnings: Iterable[str]) -> None:
+def show_remarks(output: Output, notes: Iterable[str], warnings: Iterable[str]) -> None:
+    """What is worth knowing, and what to act on."""
     for note in notes:
         output.note(f"note: {note}")
     for warning in warnings:

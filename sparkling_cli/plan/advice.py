@@ -16,6 +16,7 @@ from sparkling_cli.layout.model import ModelLayout, entries_of
 from sparkling_cli.layout.names import compress
 from sparkling_cli.plan.model import Row
 from sparkling_cli.plan.symmetry import locked_axes, parting_inits, treatment_of
+from sparkling_cli.results.evidence import INNER
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
 
@@ -98,12 +99,6 @@ def _by_shape(group: Mapping[str, Any]) -> bool:
 def _experts_note(growth: Mapping[str, Growth], layout: ModelLayout) -> str:
     """What copies of experts do to routing."""
     times = growth["experts"].target // growth["experts"].source
-    if "experts_per_token" not in layout.axes:
-        return (
-            f"how many experts a token goes to is not in the checkpoint: built with {times} times as many, "
-            f"the model sends it to all {times} copies of each, and computes what it did; with as many as "
-            "before it takes copies of the best alone, and does not"
-        )
     if "experts_per_token" in growth:
         return f"every token goes to all {times} copies of each expert that it went to: the function is kept"
     return (
@@ -161,8 +156,6 @@ def _vocab_notes(checkpoint: Checkpoint, spec: ExpansionSpec, vocab: Growth) -> 
     return notes
 
 
-#: Inner widths of MLPs, by the names that axes have.
-_INNER = ("ffn", "expert_ffn", "shared_ffn")
 #: A smaller share of the parameters of all MLPs is worth a word.
 _SMALL = 0.1
 
@@ -174,7 +167,7 @@ def small_share(layout: ModelLayout, growth: Mapping[str, Growth]) -> str | None
     """
     held = {
         axis: sum(entries_of(p, layout.sizes) for p in layout.tensors if axis in p.dims.axes())
-        for axis in _INNER
+        for axis in INNER
         if axis in layout.axes
     }
     total = sum(held.values())

@@ -56,9 +56,11 @@ def check_pair(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Tre
 
     Raises:
         SpecError: in some block nothing that produces an axis takes the fill asked for, or it is not known
-            what must be spared from zero.
+            what must be spared from zero; or new columns of zeros do not keep the function.
     """
     for axis in (axis for axis in growth if axis not in COUNTED):
+        if treatment.scaling == "function" and treatment.fan_in is Fill.ZERO:
+            _check_apart(axis, layout)
         if treatment.fan_out is Fill.ZERO:
             _check_parts(axis, layout)
         *produced, _ = _fills(axis, layout, treatment)
@@ -72,6 +74,22 @@ def check_pair(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Tre
             "entries would be copies",
             hint=f"use --init random-copy, or copy-copy with the optimizer's state{also}",
         )
+
+
+def _check_apart(axis: str, layout: ModelLayout) -> None:
+    """Old entries of an axis do not see the new ones before the columns that read them.
+
+    A norm on the axis divides by the size of all, and so does the residual stream's, which has tokens'
+    embeddings; a tied head reads it with no columns of its own.
+    """
+    for pattern in layout.tensors:
+        mixed = any(dim.role is Role.SCALE and axis in axis_names(dim.expr) for dim in pattern.dims.dims)
+        if mixed or {axis, "vocab"} <= pattern.dims.axes():
+            raise SpecError(
+                f"axes.{axis}: scaling 'function' does not keep the function under random rows here: "
+                f"{pattern.name} belongs to what goes through a norm together with its old entries",
+                hint="use --scaling calibrated, or --init copy-copy",
+            )
 
 
 def _check_parts(axis: str, layout: ModelLayout) -> None:

@@ -111,7 +111,7 @@ def with_rewarmup(
         before: the one that it replaces.
         growth: of the output's axes.
     """
-    old_warnings, old_notes = ((), ()) if before is None else (notes(before), remarks(before))
+    old_warnings, old_notes = ((), ()) if before is None else (notes(before), remarks(before, spec))
     facts = {name: getattr(report, name) for name in Report.model_fields}
     facts |= {
         "command": with_schedule_options(report.command, spec),
@@ -119,7 +119,7 @@ def with_rewarmup(
         "learning_rate": learning_rate_of(rewarmup),
         "learning_rate_missing": "",
         "warnings": tuple(w for w in report.warnings if w not in old_warnings) + notes(rewarmup),
-        "notes": tuple(n for n in report.notes if n not in old_notes) + remarks(rewarmup),
+        "notes": tuple(n for n in report.notes if n not in old_notes) + remarks(rewarmup, spec),
     }
     return _judged(facts, growth)
 
@@ -162,14 +162,18 @@ def _remedy(growth: Mapping[str, Growth], spec: Mapping[str, Any]) -> str:
 
 
 def keeps_function(growth: Mapping[str, Growth], spec: Mapping[str, Any]) -> bool:
-    """Whether an expansion leaves the model's function as it is: copies, scaled, by whole factors."""
+    """Whether an expansion leaves the model's function as it is.
+
+    Copies, scaled, by whole factors; or new columns of zeros, and the old ones as they are.
+    """
     wide = {axis: grown for axis, grown in growth.items() if axis != LAYERS}
     if LAYERS in growth and spec["layer_mode"] != "identity":
         return False
     whole = all(grown.target % grown.source == 0 for grown in wide.values())
+    silent = spec["scaling"] == "function" and spec["init"].endswith("-zero")
     copied = all(grown.copied for grown in wide.values())
     chosen = "experts" not in growth or "experts_per_token" in growth  # copies with their sources
-    return copied and chosen and (not wide or spec["scaling"] != "none") and whole
+    return chosen and (silent or (copied and (not wide or spec["scaling"] != "none") and whole))
 
 
 def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:

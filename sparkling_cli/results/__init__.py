@@ -2,5 +2,5 @@
 
 ``measured`` activations, weights, symmetry (``inspect``), ``expansion`` a plan and a report (``expand``),
 ``commands`` the other commands and the table of all documents, ``verdict`` what measurements mean in plain
-words, ``numbers`` how numbers are written for people.
+words, ``evidence`` what our own measurements say to a run, ``numbers`` how numbers are written for people.
 """

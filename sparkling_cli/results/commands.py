@@ -81,6 +81,7 @@ class RunPlan(Result):
     saved: Annotated[float, Field(description="share of the from-scratch compute")]
     bytes_assumed: str
     convention: str
+    notes: Annotated[tuple[str, ...], Field(description="how near each expansion is to measured ones")] = ()
     warnings: Annotated[tuple[str, ...], Field(description="of every expansion, as its plan says them")] = ()
 
 

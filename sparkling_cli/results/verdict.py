@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import log
 
 from sparkling_cli.results.base import Finding, Level, Verdict
+from sparkling_cli.results.evidence import COSINE, COSINE_STEPS
 from sparkling_cli.results.expansion import LearningRate
 from sparkling_cli.results.measured import (
     DEVIATION_LIMIT,
@@ -40,8 +41,8 @@ ROUTING_NOTE, ROUTING_LIMIT = 0.99, 0.90
 #: Of new channels, the shares that may be equal to their sources some steps after an expansion: above the
 #: first it is no-go, above the second noted. Measured: none, or all (docs/evidence.md, "In one screen").
 LOCKED_SHARE, FEW_LOCKED = 0.5, 0.05
-#: A cosine above this so many steps after the expansion is noted (docs/evidence.md: 0.97 after 2,000).
-SLOW_COSINE, SLOW_STEPS = 0.995, 2000
+#: A cosine above this, so many steps after the expansion, is noted.
+SLOW_COSINE, SLOW_STEPS = 0.995, COSINE_STEPS
 
 LOCKED = "Locked: copies would stay equal to their sources for ever. Do not train on this output."
 NO_REWARMUP = "No re-warmup: new entries would train at the learning rate of the old ones."
@@ -151,7 +152,11 @@ def _parted(symmetry: Symmetry, steps: int | None) -> Iterator[Finding]:
     yield Finding(
         level="note" if slow else "good",
         text=f"The mean cosine of new channels to their sources is {significant(cosine, 4)}"
-        + (f" after {steps:,} steps; elsewhere it was 0.97 after 2,000 (docs/evidence.md)." if slow else "."),
+        + (
+            f" after {steps:,} steps; elsewhere it was {COSINE:g} after {COSINE_STEPS:,} (docs/evidence.md)."
+            if slow
+            else "."
+        ),
     )
 
 

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError, SpecError
+from sparkling_cli.results.evidence import pair_note
 from sparkling_cli.schedule.baseline import baseline_of
 from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import Rewarmup, add_stage, to_data
@@ -95,8 +96,8 @@ def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
     return tuple(found)
 
 
-def remarks(rewarmup: Rewarmup) -> tuple[str, ...]:
-    """What is worth knowing of a schedule, and calls for no decision."""
+def remarks(rewarmup: Rewarmup, spec: ExpansionSpec) -> tuple[str, ...]:
+    """What is worth knowing of a schedule, and of what was asked for under it, and calls for no decision."""
     stage = rewarmup.stages[-1]
     found = []
     remaining = rewarmup.baseline.total_steps - stage.expansion_step
@@ -113,6 +114,8 @@ def remarks(rewarmup: Rewarmup) -> tuple[str, ...]:
             "copies from their sources sooner, and ended lower where it was measured; should the loss spike, "
             "--bias-correction fresh takes it out"
         )
+    elif stage.betas is not None and (note := pair_note([a.axis for a in spec.axes], spec.init, remaining)):
+        found.append(note)
     return tuple(found)
 
 

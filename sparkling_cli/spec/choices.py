@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 InitPair = Literal["copy-copy", "zero-copy", "random-copy", "random-zero", "random-random"]
+Init = Literal[InitPair, "auto"]
 Scaling = Literal["rms", "function", "none", "calibrated"]
 OptimizerTreatment = Literal["asymmetric", "asymmetric-scaled", "copy", "drop"]
 VocabFill = Literal["mean", "random", "zero"]

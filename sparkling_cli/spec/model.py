@@ -11,7 +11,7 @@ from sparkling_cli.spec.choices import (
     BaselineType,
     BiasCorrection,
     DecayShape,
-    InitPair,
+    Init,
     LayerMode,
     LayerPlace,
     Names,
@@ -21,6 +21,8 @@ from sparkling_cli.spec.choices import (
     VocabFill,
 )
 
+#: initialization pairs under which the function can be kept
+KEEPING = ("copy-copy", "random-zero")
 _TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -86,14 +88,18 @@ class ExpansionSpec(_Strict):
         int | None,
         Field(ge=1, description="round each axis that is not given by its size up to a multiple of this"),
     ] = None
-    init: Annotated[InitPair, Field(description="fan-out - fan-in initialization of new entries")] = (
-        "copy-copy"
-    )
+    init: Annotated[
+        Init,
+        Field(
+            description="fan-out - fan-in initialization of new entries; auto: what was ahead in our "
+            "measurements (docs/evidence.md)"
+        ),
+    ] = "copy-copy"
     scaling: Annotated[
         Scaling,
         Field(
             description="rms: keep RMS (Eq. 14-17); calibrated: and fit it per layer on tokens; function: "
-            "Net2Net's 1/multiplicity; none"
+            "Net2Net's 1/multiplicity, or 1 where new columns are zero; none"
         ),
     ] = "rms"
     optimizer: Annotated[OptimizerTreatment, Field(description="what becomes of optimizer state")] = (
@@ -176,9 +182,10 @@ class ExpansionSpec(_Strict):
             )
         if self.at == ():
             raise ValueError("at: name at least one layer, or even, or end")
-        if self.scaling == "function" and self.init != "copy-copy":
+        if self.scaling == "function" and self.init not in (*KEEPING, "auto"):
             raise ValueError(
-                f"scaling 'function' needs init 'copy-copy', found {self.init!r}: copies alone keep it"
+                f"scaling 'function' needs init {' or '.join(map(repr, KEEPING))}, found {self.init!r}: "
+                "copies of both sides keep it, or new columns of zeros"
             )
         return self
 

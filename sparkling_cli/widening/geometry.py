@@ -217,8 +217,12 @@ class Treatment:
     noisy: bool = False
 
     def alpha(self, growth: Growth) -> float:
-        """The factor on every fan-in column, 1 when scaling is off (``none``)."""
-        return 1.0 if self.scaling == "none" else growth.alpha
+        """The factor on every fan-in column.
+
+        1 when scaling is off (``none``), and where the function is kept by new columns of zeros.
+        """
+        kept = self.scaling == "function" and self.fan_in is Fill.ZERO
+        return 1.0 if self.scaling == "none" or kept else growth.alpha
 
     @property
     def random(self) -> bool:

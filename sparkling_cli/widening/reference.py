@@ -127,14 +127,14 @@ class Rules:
         ``sqrt(sum_j m_j^2 / sum_j M_j^2)`` where all that meets on the axis is copied, original j occurring
         m_j times before and M_j times after (Eq. 16-17 in general), else ``sqrt(d/d')`` (Eq. 14, App. B).
         For scaling ``function``, and ``calibrated`` under copy-copy, Net2Net's ``1/n`` where the source
-        occurs n times; 1 for ``none``, and for the vocabulary, of which one entry at a time is looked up.
+        occurs n times, 1 if new columns are zero; 1 for ``none``, and for the vocabulary: it is looked up.
         """
         import numpy as np
 
         before, after = self.growth[axis]
         origin = self.origin(axis)
         times = np.bincount(origin, minlength=before)
-        if self.scaling == "none" or axis in COUNTED:
+        if self.scaling == "none" or axis in COUNTED or (self.scaling, self.fan_in) == ("function", "zero"):
             return np.ones(after)
         copied = self.fan_out == self.fan_in == "copy"
         if self.scaling == "function" or (self.scaling == "calibrated" and copied):

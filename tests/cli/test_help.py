@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from sparkling_cli.cli.app import app
-from sparkling_cli.spec.choices import InitPair
+from sparkling_cli.spec.choices import Init
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.options import OPTIONS, as_word
 from tests.cli.test_expand_command import Command
@@ -58,7 +58,7 @@ def test_options_stand_in_groups_with_their_choices(sparkling: Command) -> None:
         "Arguments", "What to grow", "Method", "Learning rate", "Input and layout", "Output and report",
         "Running",
     ]  # fmt: skip
-    assert f"[{'|'.join(get_args(InitPair))}]" in text
+    assert f"[{'|'.join(get_args(Init))}]" in text
     for command in COMMANDS:
         assert not re.search(r"<(?:list|str|int|float|path|text)\b", sparkling(command, "--help").out)
 

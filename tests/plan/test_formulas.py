@@ -15,7 +15,7 @@ from fixtures.tiny import CONFIGS
 from sparkling_cli import api
 from sparkling_cli.errors import SpecError
 from sparkling_cli.models.skeleton import build_model
-from sparkling_cli.spec.model import InitPair
+from sparkling_cli.spec.choices import InitPair
 from tests.plan.expander import Widening, expanded
 from tests.plan.test_parting import KINDS
 

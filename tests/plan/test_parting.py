@@ -21,7 +21,7 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.expr import COUNTED
 from sparkling_cli.models.skeleton import build_model
 from sparkling_cli.plan.symmetry import check_pair
-from sparkling_cli.spec.model import InitPair
+from sparkling_cli.spec.choices import InitPair
 from sparkling_cli.widening.geometry import Fill, Growth, Treatment
 
 KINDS: Mapping[str, Mapping[str, Any]] = {

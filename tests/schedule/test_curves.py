@@ -388,9 +388,12 @@ def test_a_second_expansion_keeps_the_first_ones_curve() -> None:
 def test_users_are_told() -> None:
     """Notes on beta2 = 0.999 and on a re-warmup that outlasts the run."""
     short = checkpoint(global_step=150, max_steps=200, schedule=SCHEDULE)
-    planned = plan_rewarmup(short, ExpansionSpec(**SPEC))
+    spec = ExpansionSpec(**SPEC)
+    planned = plan_rewarmup(short, spec)
     said = notes(planned)
-    assert any("beta2 = 0.999" in n and "6.6" in n for n in remarks(planned))  # it calls for no decision
+    assert any(
+        "beta2 = 0.999" in n and "6.6" in n for n in remarks(planned, spec)
+    )  # it calls for no decision
     assert not any("beta2" in n for n in said)
     assert any("only 50 remain" in n for n in said)
 

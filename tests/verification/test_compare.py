@@ -17,6 +17,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "copied": {"axes": [{"axis": "ffn", "factor": 2}]},
     "random": {"axes": [{"axis": "hidden", "factor": 1.5}], "init": "random-copy"},
     "zero": {"axes": [{"axis": "kv_heads", "factor": 2}], "init": "zero-copy"},
+    "silent": {"axes": [{"axis": "ffn", "factor": 1.5}], "init": "random-zero", "scaling": "function"},
     "exact": {
         "axes": [{"axis": "ffn", "to": 230}],
         "scaling": "function",
