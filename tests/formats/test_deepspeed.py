@@ -197,9 +197,14 @@ def test_resumes_where_it_was(tmp_path: Path, stage: int) -> None:
     assert made.train(fresh, WIDE, 1, first=3)[0] == pytest.approx(expected[0], abs=0.02)
 
 
-def _pipeline(root: Path) -> dict[str, torch.Tensor]:
-    """GPT-NeoX's layers after the conversion: a file each, no module, steps that are Python numbers."""
-    hidden, ffn, vocab, heads = 32, 128, 61, 4
+def _pipeline(root: Path, *, gated: bool = False) -> dict[str, torch.Tensor]:
+    """GPT-NeoX's layers after the conversion: a file each, no module, steps that are Python numbers.
+
+    Args:
+        root: where they are written.
+        gated: as of its configs for Llama: RMS norms, SwiGLU, no biases.
+    """
+    hidden, ffn, vocab, heads = 32, 512, 61, 4  # its MLPs' widths are rounded up to 512
     generator = torch.Generator().manual_seed(1)
 
     def made(*shape: int) -> torch.Tensor:
@@ -220,11 +225,17 @@ def _pipeline(root: Path) -> dict[str, torch.Tensor]:
             "attention.dense.bias": made(hidden),
             "mlp.linear1.weight": made(ffn, hidden),
             "mlp.linear1.bias": made(ffn),
-            "mlp.linear2.weight": made(hidden, ffn),
+            "mlp.linear2.weight": made(hidden, ffn // 2 if gated else ffn),
             "mlp.linear2.bias": made(hidden),
         }
     layers[5] = {"norm.weight": made(hidden), "norm.bias": made(hidden)}
     layers[6] = {"final_linear.weight": made(vocab, hidden)}
+    if gated:
+        for number, tensors in layers.items():
+            bare = {name: value for name, value in tensors.items() if not name.endswith("bias")}
+            layers[number] = {
+                name.replace("norm.weight", "norm.scale"): value for name, value in bare.items()
+            }
     root.mkdir()
     weights = {}
     for number, tensors in layers.items():
@@ -237,7 +248,11 @@ def _pipeline(root: Path) -> dict[str, torch.Tensor]:
         for slot, tensor in (("fp32", value), ("exp_avg", 0.1 * value), ("exp_avg_sq", value.square())):
             torch.save({"cat_dim": 0, "param": tensor.clone()}, folder / f"{slot}.pt")
         torch.save(20, folder / "step.pt")
-    args = {"hidden_size": hidden, "num_attention_heads": heads, "num_layers": 2, "intermediate_size": None}
+    args = {  # what its save_ds_checkpoint writes
+        "num_layers": 2, "hidden_size": hidden, "num_attention_heads": heads, "max_position_embeddings": 64,
+        "make_vocab_size_divisible_by": 1, "padded_vocab_size": vocab, "tokenizer_type": "HFTokenizer",
+        "model_parallel_size": 1,
+    }  # fmt: skip
     states = {
         "module": None,
         "param_shapes": [OrderedDict((name, value.shape) for name, value in trained.items())],
@@ -253,32 +268,38 @@ PARTS = ("weight", "bias")
 
 
 def _neox(weights: dict[str, torch.Tensor], ids: torch.Tensor, heads: int) -> torch.Tensor:
-    """Logits of GPT-NeoX's layers (parallel residual, no positions)."""
+    """Logits of GPT-NeoX's layers (parallel residual, no positions), plain or gated."""
     functional = torch.nn.functional
     x = functional.embedding(ids, weights["0.word_embeddings.weight"])
-    size = (x.shape[-1],)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        if f"{name}.scale" in weights:
+            return functional.rms_norm(x, x.shape[-1:], weights[f"{name}.scale"], 1e-8)
+        return functional.layer_norm(x, x.shape[-1:], *(weights[f"{name}.{part}"] for part in PARTS))
+
     for number in (2, 3):
-        w = {
-            name.partition(".")[2]: value for name, value in weights.items() if name.startswith(f"{number}.")
-        }
-        a, b = (
-            functional.layer_norm(x, size, *(w[f"{norm}_layernorm.{part}"] for part in PARTS))
-            for norm in ("input", "post_attention")
-        )
-        qkv = functional.linear(a, *(w[f"attention.query_key_value.{part}"] for part in PARTS))
+        a, b = (norm(x, f"{number}.{name}_layernorm") for name in ("input", "post_attention"))
+        qkv = linear(a, f"{number}.attention.query_key_value")
         q, k, v = qkv.view(*ids.shape, heads, 3, -1).permute(3, 0, 2, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        inner = functional.gelu(functional.linear(b, *(w[f"mlp.linear1.{part}"] for part in PARTS)))
-        x = x + functional.linear(mixed, *(w[f"attention.dense.{part}"] for part in PARTS))
-        x = x + functional.linear(inner, *(w[f"mlp.linear2.{part}"] for part in PARTS))
-    x = functional.layer_norm(x, size, *(weights[f"5.norm.{part}"] for part in PARTS))
-    return functional.linear(x, weights["6.final_linear.weight"])
+        inner = linear(b, f"{number}.mlp.linear1")
+        if f"{number}.input_layernorm.scale" in weights:
+            up, gate = inner.chunk(2, dim=-1)
+            inner = functional.silu(gate) * up
+        else:
+            inner = functional.gelu(inner)
+        x = x + linear(mixed, f"{number}.attention.dense") + linear(inner, f"{number}.mlp.linear2")
+    return linear(norm(x, "5.norm"), "6.final_linear")
 
 
-def test_pipeline_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_pipeline_model(tmp_path: Path, gated: bool) -> None:
     """Recognized without options; the same logits, wide state and numbers; steps that are no tensors."""
-    narrow = _pipeline(tmp_path / "step20_universal")
-    target = widen(tmp_path / "step20_universal", tmp_path / "wide", {"hidden": 2, "heads": 2, "ffn": 2})
+    narrow = _pipeline(tmp_path / "step20_universal", gated=gated)
+    target = widen(tmp_path / "step20_universal", tmp_path / "wide", {**JOINT, "vocab": 2})
     wide, fp32 = {}, {}
     for path in sorted(target.glob("layer_*")):
         number = int(path.name.split("_")[1].partition("-")[0])
@@ -294,9 +315,13 @@ def test_pipeline_model(tmp_path: Path) -> None:
     assert all(torch.equal(wide[name], value) for name, value in fp32.items())
     ids = torch.arange(24).reshape(2, 12)
     exact = [{name: value.double() for name, value in one.items()} for one in (wide, narrow)]
-    torch.testing.assert_close(_neox(exact[0], ids, 8), _neox(exact[1], ids, 4), rtol=1e-5, atol=1e-5)
+    wider = _neox(exact[0], ids, 8)[..., :61]
+    torch.testing.assert_close(wider, _neox(exact[1], ids, 4), rtol=1e-5, atol=1e-5)
     states = torch.load(target / "mp_rank_00_model_states.pt", weights_only=True)
-    assert states["args"]["hidden_size"] == 64 and states["args"]["num_attention_heads"] == 8
+    found = [states["args"][key] for key in ("hidden_size", "num_attention_heads", "padded_vocab_size")]
+    assert found == [64, 8, 122]
+    # the option of the wider run: NeoX takes 2/3 of it for both halves of a gated MLP
+    assert states["args"]["intermediate_size"] == (1536 if gated else 1024)
     assert all(tuple(wide[name].shape) == tuple(shape) for name, shape in states["param_shapes"][0].items())
 
 

@@ -54,7 +54,7 @@ class Olmo(nn.Module):
 
     def __init__(self, sizes: dict[str, int]) -> None:
         super().__init__()
-        width, vocab = sizes["d_model"], sizes["vocab_size"]
+        width, vocab = sizes["d_model"], sizes.get("embedding_size") or sizes["vocab_size"]
         parts = {
             "wte": nn.Embedding(vocab, width),
             "ln_f": nn.RMSNorm(width),
@@ -125,11 +125,11 @@ def test_widened_and_trained_on(tmp_path: Path) -> None:
     """The same logits, every entry of the state, the schedule read, ten more steps in which copies part."""
     source = tmp_path / "step5-unsharded"
     narrow = make_olmo(source)
-    target = widen(source, tmp_path / "wide", AXES, rewarmup={"steps": 4})
+    target = widen(source, tmp_path / "wide", {**AXES, "vocab": 2}, rewarmup={"steps": 4})
     assert open_checkpoint(target).facts["global_step"] == STEPS
     (_, before), (wide, optimizer) = load(source), load(target)
     ids = torch.arange(24).reshape(2, 12)
-    torch.testing.assert_close(wide(ids), narrow(ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(wide(ids)[..., :61], narrow(ids), rtol=1e-5, atol=1e-5)
     old, new = before.state_dict()["state"], optimizer.state_dict()["state"]
     assert old.keys() == new.keys()
     for number, slots in old.items():
@@ -150,7 +150,9 @@ def test_a_tied_head(tmp_path: Path) -> None:
     torch.save(tied, source / "model.pt")
     (source / "optim.pt").unlink()
     options = {"optimizer": "drop", "allow_locked": True}
-    widen(source, tmp_path / "wide", {"ffn": 2}, **options)
+    widen(source, tmp_path / "wide", {"ffn": 2, "vocab": 2}, **options)
+    found = yaml.safe_load((tmp_path / "wide" / "config.yaml").read_text())["model"]
+    assert (found["embedding_size"], found["vocab_size"]) == (122, 61)
     with pytest.raises(SpecError, match="cannot be widened"):
         widen(source, tmp_path / "wider", {"hidden": 2, "kv_heads": 2}, **options)
 
