@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from math import prod
+from math import fsum, prod
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,21 @@ from sparkling_cli.manifest import manifest_of
 from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.plan.symmetry import treatment_of
 from sparkling_cli.results.base import Verdict
-from sparkling_cli.results.measured import Activations, Inspection, Measurement, Symmetry, Weights
+from sparkling_cli.results.measured import (
+    Activations,
+    Inspection,
+    LoggedLoss,
+    Measurement,
+    Symmetry,
+    Weights,
+)
 from sparkling_cli.results.verdict import verdict_of_change, verdict_of_training
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.sidecar import MANIFEST, sidecar_root
+from sparkling_cli.training.expected_loss import LossForecast, losses
+
+#: logged losses that are compared with the forecast, at most
+LAST = 50
 
 
 def inspect_checkpoint(
@@ -67,6 +78,7 @@ def inspect_checkpoint(
     own: Measurement | None = None
     change: Activations | None = None
     symmetry: Symmetry | None = None
+    logged: LoggedLoss | None = None
     tokens, random = "", False
     steps: int | None = None
     if against is not None:
@@ -75,6 +87,7 @@ def inspect_checkpoint(
         found, doubt = _unrelated(checkpoint, other)
         notes += found
         symmetry = _symmetry(path, checkpoint, other)
+        logged = None if symmetry is None else _logged_loss(checkpoint, other)
         now, then = (c.facts.get("global_step") for c in (checkpoint, other))
         steps = now - then if isinstance(now, int) and isinstance(then, int) else None
         if activations:
@@ -109,16 +122,21 @@ def inspect_checkpoint(
         random_tokens=random,
         change=change,
         symmetry=symmetry,
-        verdict=_verdict(symmetry, change, weights, steps),
+        logged_loss=logged,
+        verdict=_verdict(symmetry, logged, change, weights, steps),
     )
 
 
 def _verdict(
-    symmetry: Symmetry | None, change: Activations | None, weights: Weights, steps: int | None
+    symmetry: Symmetry | None,
+    logged: LoggedLoss | None,
+    change: Activations | None,
+    weights: Weights,
+    steps: int | None,
 ) -> Verdict | None:
     """Go or no-go for what was trained on from an expansion; else what a measured change means."""
     if symmetry is not None:
-        return verdict_of_training(symmetry, change, weights.nonfinite, steps)
+        return verdict_of_training(symmetry, logged, change, weights.nonfinite, steps)
     return None if change is None else verdict_of_change(change)
 
 
@@ -201,6 +219,23 @@ def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> Symme
         return None
 
     return measure_symmetry(path, expanded.root)
+
+
+def _logged_loss(checkpoint: Checkpoint, expanded: Checkpoint) -> LoggedLoss | None:
+    """The last losses of a log, against what the log before the expansion lets expect."""
+    log, step = losses(checkpoint.facts.get("log_history", ())), expanded.facts.get("global_step")
+    forecast = LossForecast.of(log, step) if isinstance(step, int) else None
+    if forecast is None:
+        return None
+    last = [(s, loss) for s, loss in log if s > forecast.last][-LAST:]
+    if not last:
+        return None
+    return LoggedLoss(
+        values=len(last),
+        loss=fsum(loss for _, loss in last) / len(last),
+        forecast=fsum(forecast.at(s) for s, _ in last) / len(last),
+        spread=forecast.spread,
+    )
 
 
 def _has_manifest(checkpoint: Checkpoint) -> bool:

@@ -22,15 +22,15 @@ from sparkling_cli.manifest import Manifest, read_manifest
 from sparkling_cli.results.measured import ChannelSymmetry, Symmetry
 from sparkling_cli.storage.read import TensorSource
 from sparkling_cli.storage.tensors import FLOATING
-from sparkling_cli.widening.geometry import Growth, Treatment, ViewDim, view_of
+from sparkling_cli.training.copies import LOCKED, old_entries
+from sparkling_cli.training.moved import Moved, squares
+from sparkling_cli.widening.geometry import Growth, Treatment, View, ViewDim, view_of
 
 if TYPE_CHECKING:
     import torch
 
 #: axes whose new entries are no copies, or copies that get gradients of their own
 APART = frozenset({"vocab"}) | UNSHAPED
-#: a channel counts as locked while its distance from its source is below this share of the source's norm
-LOCKED = 0.01
 
 
 def measure_symmetry(trained: Path | str, expanded: Path | str, *, stage: int | None = None) -> Symmetry:
@@ -48,18 +48,32 @@ def measure_symmetry(trained: Path | str, expanded: Path | str, *, stage: int | 
     layout = manifest.model_layout()
     growth, before = _growth(manifest, layout, stage)
     checkpoint = open_checkpoint(Path(trained))
+    start = open_checkpoint(Path(expanded))
+    shapes = start.shapes
     sums: dict[_Key, torch.Tensor] = {}
-    with TensorSource(checkpoint) as source:
+    moved = Moved()
+    with TensorSource(checkpoint) as source, TensorSource(start) as starts:
         for name, key in checkpoint.weights.items():
             pattern = _dims(name, layout)
             if pattern is None or not pattern.axes() & set(growth):
                 continue
             _check_shape(checkpoint, name, pattern, layout)
             if checkpoint.tensors[key].dtype in FLOATING:
-                _add(sums, name, source.read(key), pattern, before, growth)
+                tensor = source.read(key)
+                _add(sums, name, tensor, pattern, before, growth)
+                if shapes.get(name) == tensor.shape:
+                    update = tensor.float() - starts.weight(name).float()
+                    moved += _moved(update, view_of(pattern, before, growth, Treatment()))
     if not sums:
         raise CheckpointError(f"{trained} holds no weight with a new channel of {', '.join(sorted(growth))}")
-    return Symmetry.of(tuple(_rows(sums)))
+    return Symmetry.of(tuple(_rows(sums)), **moved.rms())
+
+
+def _moved(update: torch.Tensor, view: View) -> Moved:
+    """How far a tensor's new and old entries are from where they began."""
+    old = old_entries(update, view)
+    whole, kept = squares(update), squares(old)
+    return Moved(max(whole - kept, 0.0), update.numel() - old.numel(), kept, old.numel())
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ def run_facts(root: Path, present: Sequence[str]) -> tuple[dict[str, Any], list[
     """Facts and notes from ``trainer_state.json``, ``scheduler.pt`` and ``training_args.bin``.
 
     Facts (each only where it is known): ``global_step``, ``max_steps``, ``base_lrs``, ``last_lrs``,
-    ``last_epoch``, ``training_args`` (a few plain values), ``schedule`` = {``type``, ``warmup_steps``,
-    ``peak``, ``minimum``, ``kwargs``}.
+    ``last_epoch``, ``log_history``, ``training_args`` (a few plain values), ``schedule`` = {``type``,
+    ``warmup_steps``, ``peak``, ``minimum``, ``kwargs``}.
 
     Raises:
         CheckpointError: ``trainer_state.json`` or the scheduler's file is damaged.
@@ -90,6 +90,8 @@ def run_facts(root: Path, present: Sequence[str]) -> tuple[dict[str, Any], list[
         for name in ("global_step", "max_steps"):
             if isinstance(state.get(name), int) and state[name] >= 0:
                 facts[name] = state[name]
+        if isinstance(state.get("log_history"), list):
+            facts["log_history"] = state["log_history"]
     for name in ("scheduler.pt", "scheduler.bin"):
         if name in present:
             facts.update(_scheduler(root, name))

@@ -100,7 +100,6 @@ def _ratios(
     titles = (*columns, ">r before", ">r after", ">change")
     counted = f"{len(shown)} of {len(entries)} {caption}" if shown else caption.partition("\n")[2]
     table = table_of(*titles, title=title, caption=counted)
-    table.min_width = min(80, max(map(len, counted.splitlines()), default=0))  # a line of it stays one
     prefix = _common_prefix([entry.name for entry in entries])
     for entry in shown:
         far, near = entry.moved > DEVIATION_LIMIT, entry.moved > DEVIATION_LIMIT / 2
@@ -240,6 +239,7 @@ def table_of(*columns: str, title: str = "", caption: str = "") -> Table:
         box=None,
         pad_edge=False,
         padding=(0, 1),
+        min_width=min(80, max(map(len, caption.splitlines()), default=0)),  # a line of it stays one
     )
     for column in columns:
         mark = column[:1]

@@ -261,11 +261,20 @@ class Symmetry(Rows):
     cosine: Number
     distance: Number
     locked: Number
+    update_rms_new: Annotated[
+        Number, Field(description="RMS of how far new entries are from where they began; null: not known")
+    ] = None
+    update_rms_old: Annotated[Number, Field(description="the same of old entries of the same tensors")] = None
     layers: tuple[ChannelSymmetry, ...]
 
     @classmethod
-    def of(cls, layers: tuple[ChannelSymmetry, ...]) -> Symmetry:
-        """With means over all new channels."""
+    def of(cls, layers: tuple[ChannelSymmetry, ...], **updates: float) -> Symmetry:
+        """With means over all new channels.
+
+        Args:
+            layers: the rows.
+            updates: ``update_rms_new`` and ``update_rms_old``.
+        """
         total = sum(row.channels for row in layers)
 
         def mean(values: list[float | None]) -> float:
@@ -276,7 +285,27 @@ class Symmetry(Rows):
             distance=mean([row.distance for row in layers]),
             locked=mean([row.locked for row in layers]),
             layers=layers,
+            **updates,
         )
+
+    @property
+    def moved(self) -> float | None:
+        """How far new entries have moved, over how far old ones have; None where nothing has, or is known."""
+        new, old = self.update_rms_new, self.update_rms_old
+        return new / old if new is not None and old else None
+
+
+class LoggedLoss(Result):
+    """The loss in the log of training since an expansion, against a forecast from the log before it."""
+
+    values: Annotated[int, Field(description="logged values that are compared: the last ones")]
+    loss: Annotated[Number, Field(description="their mean")]
+    forecast: Annotated[
+        Number, Field(description="mean of the forecast for their steps, had the run gone on as it was")
+    ]
+    spread: Annotated[
+        Number, Field(description="standard deviation of the log about the forecast before the expansion")
+    ]
 
 
 class Inspection(Result):
@@ -309,6 +338,9 @@ class Inspection(Result):
         Symmetry | None,
         Field(description="null unless this checkpoint was trained on from the other, an expansion's output"),
     ]
+    logged_loss: Annotated[
+        LoggedLoss | None, Field(description="null without a log of both before and after an expansion")
+    ] = None
     verdict: Annotated[Verdict | None, Field(description="what the change means; null without one")]
 
     def __repr__(self) -> str:

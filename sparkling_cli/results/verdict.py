@@ -20,6 +20,7 @@ from sparkling_cli.results.measured import (
     STREAM_ROUNDING,
     Activations,
     LayerActivation,
+    LoggedLoss,
     Symmetry,
 )
 from sparkling_cli.results.numbers import moved, percent, signed, significant
@@ -43,6 +44,11 @@ ROUTING_NOTE, ROUTING_LIMIT = 0.99, 0.90
 LOCKED_SHARE, FEW_LOCKED = 0.5, 0.05
 #: A cosine above this, so many steps after the expansion, is noted.
 SLOW_COSINE, SLOW_STEPS = 0.995, COSINE_STEPS
+
+#: How far new entries are from where they began, over how far old ones are, is usually between these.
+UPDATE_RATIO = (0.5, 4.0)
+#: A logged loss by this share above the line of the run before the expansion is noted.
+LOSS_ABOVE = 0.03
 
 LOCKED = "Locked: copies would stay equal to their sources for ever. Do not train on this output."
 NO_REWARMUP = "No re-warmup: new entries would train at the learning rate of the old ones."
@@ -105,17 +111,22 @@ def verdict_of_change(activations: Activations) -> Verdict:
 
 
 def verdict_of_training(
-    symmetry: Symmetry, change: Activations | None, nonfinite: Sequence[str], steps: int | None
+    symmetry: Symmetry,
+    logged: LoggedLoss | None,
+    change: Activations | None,
+    nonfinite: Sequence[str],
+    steps: int | None,
 ) -> Verdict:
     """Go or no-go, some steps after an expansion: have copies parted, is the loss where it should be.
 
     Args:
-        symmetry: of new channels and their sources.
+        symmetry: of new channels and their sources, and how far new and old entries moved.
+        logged: the log's losses since then, if there is a log.
         change: from the expanded checkpoint to this one, if it was measured.
         nonfinite: names of weights and state with NaN or Inf.
         steps: trained since; None where the checkpoints do not say it.
     """
-    findings = [*_parted(symmetry, steps)]
+    findings = [*_parted(symmetry, steps), *_travelled(symmetry, steps), *_logged(logged)]
     if nonfinite:
         findings.append(
             Finding(level="attention", text=f"NaN or Inf in {len(nonfinite)} tensors: {nonfinite[0]}.")
@@ -158,6 +169,45 @@ def _parted(symmetry: Symmetry, steps: int | None) -> Iterator[Finding]:
             else "."
         ),
     )
+
+
+def _travelled(symmetry: Symmetry, steps: int | None) -> Iterator[Finding]:
+    """Whether new entries train, and no further than old ones by much."""
+    ratio = symmetry.moved
+    if ratio is None or steps == 0:
+        return
+    low, high = UPDATE_RATIO
+    text = f"New entries are {significant(ratio)} times as far from where they began as old ones"
+    if ratio == 0:
+        yield Finding(
+            level="attention", text="New entries have not moved, and old ones have: they are not trained."
+        )
+    elif low <= ratio <= high:
+        yield Finding(level="good", text=f"{text}.")
+    else:
+        yield Finding(
+            level="note", text=f"{text}, where {low:g} to {high:g} is usual: is the re-warmup applied?"
+        )
+
+
+def _logged(logged: LoggedLoss | None) -> Iterator[Finding]:
+    """Whether the log goes on where the run would have gone without the expansion."""
+    if logged is None or logged.loss is None or logged.forecast is None:
+        return
+    above = logged.loss / logged.forecast - 1
+    text = (
+        f"The log's last {logged.values} losses are {logged.loss:.4f} on average, "
+        f"{signed(logged.loss - logged.forecast)} against {logged.forecast:.4f}, the line of the run before "
+        "the expansion"
+    )
+    if above > LOSS_SHARE:
+        yield Finding(level="attention", text=f"{text}: more than {LOSS_SHARE:.0%} above it.")
+    elif above > LOSS_ABOVE:
+        yield Finding(
+            level="note", text=f"{text}: more than {LOSS_ABOVE:.0%} above it; look again some steps later."
+        )
+    else:
+        yield Finding(level="good", text=f"{text}.")
 
 
 def _verdict(findings: list[Finding], headline: str) -> Verdict:

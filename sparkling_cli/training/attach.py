@@ -17,8 +17,8 @@ from sparkling_cli.errors import SparklingError, SpecError
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import Rewarmup
+from sparkling_cli.training.copies import copies
 from sparkling_cli.training.history import History, read_history
-from sparkling_cli.training.locked import share_locked
 from sparkling_cli.training.moved import Moved, moved
 from sparkling_cli.training.slices import (
     NewEntries,
@@ -206,16 +206,16 @@ class Rewarming:
 
         ``learning_rate_new`` is eta_new on the scale of the first parameter group that holds some, and
         ``learning_rate_ratio`` is eta_new / eta_old. Before the first step both are those of the next one.
-        ``share_locked`` is the share of these entries that still equal the entries that they were copied
-        from, in tensors that lie in this process as a whole; it takes a copy of one tensor at a time.
+        ``share_locked`` is the share of these entries that are as near to the entries that they were copied
+        from as 1 % of their tensor's RMS, and ``cosine_of_copies`` the cosine between both, in tensors that
+        lie in this process as a whole; this takes a few copies of one tensor at a time.
         ``update_rms_new`` and ``update_rms_old`` are the root mean squares of the updates of these entries
         and of all others in the same parameters, as far as this process holds them, in the last step that
         ``measure_every`` chose; they are there from that step on.
         """
         rate, ratio = self._rate_and_ratio()
         found = {"learning_rate_new": ratio * rate, "learning_rate_ratio": ratio, **self.update_rms}
-        share = share_locked(self._grown, self.history.layout.sizes, self.history.births)
-        return found if share is None else {**found, "share_locked": share}
+        return {**found, **copies(self._grown, self.history.layout.sizes, self.history.births)}
 
     @property
     def update_rms(self) -> dict[str, float]:

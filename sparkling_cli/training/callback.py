@@ -9,18 +9,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from sparkling_cli.errors import SpecError
-from sparkling_cli.training.attach import Rewarming, rewarm
-from sparkling_cli.training.history import carry_history, read_history
+from sparkling_cli.training.expected_loss import LossForecast, losses
+from sparkling_cli.training.held import Held
+from sparkling_cli.training.history import carry_history
 
 
-class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class SparklingCallback(Held, TrainerCallback, ExportableState):  # type: ignore[misc]
     """``Trainer(..., callbacks=[SparklingCallback("checkpoint-1000-ffn2x")])``.
 
     Order of calls: ``on_train_begin`` attaches the hooks; ``on_save`` copies the expansion's history into
-    every checkpoint, for a second expansion; ``on_log`` adds ``learning_rate_new`` to what is logged;
-    ``on_train_end`` takes the hooks off. The counter of steps is
-    kept in ``trainer_state.json`` and found there on resume, whatever
-    ``restore_callback_states_from_checkpoint`` says.
+    every checkpoint, for a second expansion; ``on_log`` adds ``learning_rate_new`` to what is logged, and
+    ``loss_above_forecast``: the logged loss less that of :class:`LossForecast`, where the log from before the
+    expansion gives one; ``on_train_end`` takes the hooks off. The counter of steps is kept in
+    ``trainer_state.json`` and found there on resume, whatever ``restore_callback_states_from_checkpoint``
+    says.
 
     Args:
         directory: what ``sparkling expand`` wrote.
@@ -28,17 +30,14 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """
 
     def __init__(self, directory: str | Path, *, measure_every: int | None = None) -> None:
+        super().__init__(directory, measure_every=measure_every)
         self.directory = str(directory)
-        self.measure_every = measure_every
-        self.history = read_history(directory)
-        self.rewarming: Rewarming | None = None
-        self.resumed: dict[str, Any] | None = None
+        self.forecast: LossForecast | None = None
 
     def state(self) -> dict[str, Any]:
         """What goes into ``trainer_state.json``."""
-        kept = self.rewarming.state_dict() if self.rewarming is not None else self.resumed
         args = {"directory": self.directory, "measure_every": self.measure_every}
-        return {"args": args, "attributes": {"resumed": kept}}
+        return {"args": args, "attributes": {"resumed": self.state_dict()}}
 
     def on_train_begin(
         self,
@@ -56,26 +55,20 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 f"training begins at step {state.global_step}, the expansion was made at step {te}",
                 hint=f"resume: trainer.train(resume_from_checkpoint={self.directory!r})",
             )
-        if self.rewarming is not None:
-            self.rewarming.remove()
-        self.rewarming = rewarm(
-            optimizer, model, self.history, step=state.global_step, measure_every=self.measure_every
-        )
-        kept = self._kept(state)
-        if kept is not None and min(kept["steps"]) >= te:
-            self.rewarming.load_state_dict(kept)
+        self.resumed = self._stored(state) or self.resumed
+        self.begin([optimizer], model, state.global_step)
+        self.forecast = LossForecast.of(losses(state.log_history), te)
         # a checkpoint from before the expansion does not know this callback, and saving looks it up
         if isinstance(state.stateful_callbacks, dict):
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
-    def _kept(self, state: TrainerState) -> dict[str, Any] | None:
+    def _stored(self, state: TrainerState) -> dict[str, Any] | None:
         """The counters in the checkpoint that the run was resumed from, if this callback wrote it."""
         callbacks: Any = state.stateful_callbacks or {}  # a mapping once it was loaded from a file
         stored = callbacks.get(type(self).__name__)
         if isinstance(stored, list):
             stored = stored[0] if stored else None
-        kept = stored["attributes"]["resumed"] if isinstance(stored, dict) else None
-        return kept if kept is not None else self.resumed
+        return stored["attributes"]["resumed"] if isinstance(stored, dict) else None
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -93,10 +86,12 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Log the new entries' rate too: in the history, and for callbacks after this one."""
+        """Log the figures too: in the history, and for callbacks after this one."""
         if self.rewarming is None or logs is None or "learning_rate" not in logs:
             return
-        ours = self.rewarming.figures()
+        ours = self.figures()
+        if self.forecast is not None and "loss" in logs:
+            ours["loss_above_forecast"] = logs["loss"] - self.forecast.at(state.global_step)
         logs.update(ours)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(ours)
@@ -105,7 +100,4 @@ class SparklingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Take the hooks off."""
-        if self.rewarming is not None:
-            self.resumed = self.rewarming.state_dict()
-            self.rewarming.remove()
-            self.rewarming = None
+        self.end()

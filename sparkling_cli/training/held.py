@@ -25,7 +25,7 @@ class Held:
         self.history = checkpoint if isinstance(checkpoint, History) else read_history(checkpoint)
         self.measure_every = measure_every
         self.rewarming: Rewarming | None = None
-        self.kept: dict[str, Any] = {}
+        self.resumed: dict[str, Any] = {}
 
     def begin(self, optimizers: Any, model: nn.Module, step: int) -> None:
         """Attach to the optimizers, after ``step`` steps or as many as the loaded counters say.
@@ -38,13 +38,13 @@ class Held:
         self.rewarming = rewarm(
             list(optimizers), model, self.history, step=step, measure_every=self.measure_every
         )
-        if self.kept:
-            self.rewarming.load_state_dict(self.kept)
+        if self.resumed and min(self.resumed["steps"]) >= self.history.rewarmup.expansion_step:
+            self.rewarming.load_state_dict(self.resumed)
 
     def end(self) -> None:
         """Take the hooks off."""
         if self.rewarming is not None:
-            self.kept = self.rewarming.state_dict()
+            self.resumed = self.rewarming.state_dict()
             self.rewarming.remove()
             self.rewarming = None
 
@@ -54,10 +54,10 @@ class Held:
 
     def state_dict(self) -> dict[str, Any]:
         """The step counters, for the framework's checkpoint."""
-        return self.kept if self.rewarming is None else self.rewarming.state_dict()
+        return self.resumed if self.rewarming is None else self.rewarming.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`, now or when the run begins."""
-        self.kept = dict(state)
-        if self.rewarming is not None and self.kept:
-            self.rewarming.load_state_dict(self.kept)
+        self.resumed = dict(state)
+        if self.rewarming is not None and self.resumed:
+            self.rewarming.load_state_dict(self.resumed)

@@ -44,13 +44,14 @@ def moved(param: Tensor, before: Tensor, entries: NewEntries, stage: int) -> Mov
     """
     update = before.sub_(local_tensor(param))
     pieces = list(entries.of(update, stage)) if stage in entries.stages else []
-    new = sum(_squares(piece) for piece in pieces)
+    new = sum(squares(piece) for piece in pieces)
     count = sum(piece.numel() for piece in pieces)
     for piece in pieces:
         piece.zero_()
-    return Moved(new, count, _squares(update), update.numel() - count)
+    return Moved(new, count, squares(update), update.numel() - count)
 
 
-def _squares(tensor: Tensor) -> float:
+def squares(tensor: Tensor) -> float:
+    """The sum of the squares of all entries."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return float(torch.linalg.vector_norm(tensor, dtype=dtype)) ** 2

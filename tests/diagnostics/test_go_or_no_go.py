@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from math import log
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,24 @@ def wide(tmp_path_factory: pytest.TempPathFactory, dense_checkpoint: Path) -> Pa
     return target
 
 
-def later(wide: Path, target: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
-    """What a run may have saved 20 steps later: the weights changed in some way."""
+def later(
+    wide: Path, target: Path, change: Callable[[torch.Tensor], torch.Tensor], above: float | None = None
+) -> Path:
+    """What a run may have saved 20 steps later: the weights changed in some way.
+
+    ``above``: the logged loss over 4 - log(step) / 10, which is logged before, as a share of it.
+    """
     shutil.copytree(wide, target)
     weights = load_file(target / "model.safetensors")
     save_file(
         {name: change(w) for name, w in weights.items()}, target / "model.safetensors", {"format": "pt"}
     )
     state = json.loads((target / "trainer_state.json").read_text())
+    if above is not None:
+        line = {step: 4 - log(step) / 10 for step in range(1, 621)}
+        state["log_history"] = [
+            {"step": step, "loss": loss * (1 + above * (step > 600))} for step, loss in line.items()
+        ]
     (target / "trainer_state.json").write_text(json.dumps({**state, "global_step": 620}))
     return target
 
@@ -72,6 +83,46 @@ def test_what_may_go_on(
     assert code == (0 if go else 8)
     assert ("Go: train on." if go else "No-go: do not train on from here.") in shown
     assert words in shown.lower()
+
+
+@pytest.mark.parametrize(
+    ("above", "level"), [(-0.1, "good"), (0.02, "good"), (0.1, "note"), (0.3, "attention")]
+)
+def test_the_log_against_the_line_of_before(wide: Path, tmp_path: Path, above: float, level: str) -> None:
+    """Means of the last twenty steps, of the log and of the line that it was on; far above is no-go."""
+    trained = later(wide, tmp_path / "trained", noise(0.01), above)
+    found = api.inspect(trained, wide, activations=False)
+    wanted = sum(4 - log(step) / 10 for step in range(601, 621)) / 20
+    assert found.logged_loss is not None and found.logged_loss.values == 20
+    assert found.logged_loss.forecast == pytest.approx(wanted, rel=1e-9)
+    assert found.logged_loss.loss == pytest.approx(wanted * (1 + above), rel=1e-9)
+    assert found.verdict is not None
+    (one,) = (finding for finding in found.verdict.findings if "log's last 20 losses" in finding.text)
+    assert one.level == level and found.verdict.headline.startswith("No-go") == (level == "attention")
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "level"),
+    [(1.0, 1.0, "good"), (0.0, 1.0, "attention"), (8.0, 1.0, "note"), (1.0, 8.0, "note")],
+)
+def test_new_entries_against_old_ones(wide: Path, tmp_path: Path, new: float, old: float, level: str) -> None:
+    """How far each are from where they began; new ones that stay there are not trained."""
+    torch.manual_seed(0)
+
+    def change(w: torch.Tensor) -> torch.Tensor:
+        size = torch.full(w.shape, old)
+        for dim in range(w.ndim):
+            if w.shape[dim] == 336:
+                size.narrow(dim, 168, 168).fill_(new)
+        return w + 1e-3 * size * torch.randn_like(w)
+
+    found = api.inspect(later(wide, tmp_path / "trained", change), wide, activations=False)
+    assert found.symmetry is not None
+    assert found.symmetry.update_rms_new == pytest.approx(1e-3 * new, rel=0.01)
+    assert found.symmetry.update_rms_old == pytest.approx(1e-3 * old, rel=0.01)
+    assert found.verdict is not None
+    (one,) = (finding for finding in found.verdict.findings if finding.text.startswith("New entries"))
+    assert one.level == level and found.verdict.headline.startswith("No-go") == (level == "attention")
 
 
 def test_before_the_first_step_there_is_nothing_to_stop(wide: Path) -> None:

@@ -78,6 +78,12 @@ def test_numbers_are_those_of_the_tensors(source: Path, tmp_path: Path) -> None:
     )
     assert rows[0, "ffn"].locked == pytest.approx((distance < LOCKED).double().mean().item())
     assert rows[1, "ffn"].locked == 1.0
+    start = load_file(wide / "model.safetensors")
+    moved = [weights[name] - start[name] for name in weights if "mlp" in name]
+    entries = sum(one.numel() for one in moved) // 2
+    squares = sum(float(one.double().square().sum()) for one in moved)
+    assert report.update_rms_new == pytest.approx((squares / entries) ** 0.5, rel=1e-6)
+    assert report.update_rms_old == 0.0 and report.moved is None
 
 
 def test_experts_are_measured_one_by_one(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:

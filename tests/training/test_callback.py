@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,26 @@ def test_the_log_has_the_new_entries_rate(
     assert line in capsys.readouterr().err
 
 
+def test_the_log_has_the_loss_against_the_runs_line(wide: Path, tmp_path: Path) -> None:
+    """A log of before the expansion that lies on a line gives the line; a short one gives nothing."""
+    source = tmp_path / "wide"
+    shutil.copytree(wide, source)
+    for count in (1, 4):
+        past = [{"step": s, "loss": 5 - log(s), "learning_rate": 0.1} for s in (2, 3, 4)] * count
+        state = json.loads((wide / "trainer_state.json").read_text())
+        (source / "trainer_state.json").write_text(json.dumps({**state, "log_history": past}))
+        model = AutoModelForCausalLM.from_pretrained(source)
+        trainer = build_trainer(
+            model, tmp_path / str(count), max_steps=END, callbacks=(SparklingCallback(source),)
+        )
+        trainer.args.logging_steps = 1
+        trainer.train(resume_from_checkpoint=str(source))
+        found = {e["step"]: e for e in trainer.state.log_history if "loss_above_forecast" in e}
+        assert list(found) == (list(range(TE + 1, END + 1)) if count > 1 else [])
+        for step, entry in found.items():
+            assert entry["loss_above_forecast"] == pytest.approx(entry["loss"] - 5 + log(step))
+
+
 def test_tensorboard_has_the_new_entries_rate(wide: Path, tmp_path: Path) -> None:
     """Placed before the Trainer's own reporters, the callback's figures are in the file that they write."""
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
@@ -144,7 +166,9 @@ def test_tensorboard_has_the_new_entries_rate(wide: Path, tmp_path: Path) -> Non
     # rho is 3: once re-warmed, entries without a past move further than those that have one
     assert entries[-1]["update_rms_new"] > entries[-1]["update_rms_old"] > 0
     shares = [e.value for e in events.Scalars("train/share_locked")]
-    assert len(shares) == len(entries) and max(shares) < 0.01  # copies part at the first step
+    assert len(shares) == len(entries) and shares[0] > shares[-1]  # copies part
+    cosines = [e.value for e in events.Scalars("train/cosine_of_copies")]
+    assert len(cosines) == len(entries) and cosines == sorted(cosines, reverse=True) and cosines[-1] < 1
     assert [e.value for e in events.Scalars("train/update_rms_old")] == pytest.approx(
         [e["update_rms_old"] for e in entries]
     )

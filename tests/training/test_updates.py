@@ -346,7 +346,7 @@ def test_one_line_and_metrics(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"past step {ref.TE + 20}: 1.3 x" in capsys.readouterr().err
 
 
-def test_metrics_have_the_share_of_locked_copies() -> None:
+def test_metrics_have_the_share_of_locked_copies_and_their_cosine() -> None:
     """All of them at first; fewer by what is changed: one new row of ``up.weight``, of all new entries."""
     net = ref.model()
     hidden, ffn = torch.arange(ref.H) % ref.H0, torch.arange(ref.F) % ref.F0
@@ -361,11 +361,18 @@ def test_metrics_have_the_share_of_locked_copies() -> None:
         net.experts.copy_(net.experts[:, blocks][:, :, hidden])
         net.norm.copy_(net.norm[hidden])
     rewarming = rewarm(adamw(net.parameters()), net, ref.history())
-    assert rewarming.metrics()["share_locked"] == 1.0
+    first = rewarming.metrics()
+    assert (first["share_locked"], first["cosine_of_copies"]) == (1.0, pytest.approx(1.0, rel=1e-9))
+    masks = ref.new_masks()
+    sources = {name: p.detach().clone()[masks[name]] for name, p in net.named_parameters() if name in masks}
     with torch.no_grad():
         net.up.weight[ref.F0 + 1] += 1.0
-    new = sum(int(mask.sum()) for mask in ref.new_masks().values())
-    assert rewarming.metrics()["share_locked"] == pytest.approx(1 - ref.H / new, rel=1e-12)
+    found = rewarming.metrics()
+    new = {name: net.get_parameter(name).detach()[masks[name]] for name in sources}
+    assert found["share_locked"] == pytest.approx(1 - ref.H / sum(map(len, new.values())), rel=1e-12)
+    dot, norm = (sum(float(x[n] @ y[n]) for n in new) for x, y in ((sources, new), (sources, sources)))
+    wanted = dot / (norm * sum(float(one @ one) for one in new.values())) ** 0.5
+    assert 0.5 < wanted < 0.99 and found["cosine_of_copies"] == pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", [AdamW, Lion])

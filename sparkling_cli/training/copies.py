@@ -1,0 +1,91 @@
+"""How far copies have parted from their sources: the sign that something is wrong with a resumed run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparkling_cli.layout.expr import TensorLayout
+from sparkling_cli.layout.regions import Births
+from sparkling_cli.training.moved import squares
+from sparkling_cli.training.slices import local_tensor
+from sparkling_cli.widening.derived import indices
+from sparkling_cli.widening.geometry import Growth, Treatment, View, view_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+#: what is closer to its source than this share of the source's size counts as locked: rounding, and a rate of
+#: their own, move copies apart that learn nothing of their own
+LOCKED = 0.01
+
+
+def copies(
+    params: Iterable[tuple[Tensor, TensorLayout]], sizes: dict[str, int], births: Births
+) -> dict[str, float]:
+    """The last expansion's new entries against the entries that they were copied from.
+
+    Args:
+        params: every parameter with new entries, and what its dims mean.
+        sizes: of the axes now.
+        births: axis -> ``[start, stop, stage]``.
+
+    Returns:
+        ``share_locked``, of entries that are closer to their sources than ``LOCKED`` of their tensor's RMS,
+        and ``cosine_of_copies``, over all entries together. Neither where no parameter lies in this process
+        as a whole, or where which entry copies which depends on earlier expansions (fractional growth of an
+        axis that has grown before).
+    """
+    last = max(stage for born in births.values() for _, _, stage in born)
+    growth = {axis: Growth(born[-1][0], born[-1][1]) for axis, born in births.items() if born[-1][2] == last}
+    if any(len(births[axis]) > 2 and g.target % g.source for axis, g in growth.items()):
+        return {}
+    before = {**sizes, **{axis: grown.source for axis, grown in growth.items()}}
+    equal = count = 0
+    new = source = apart = 0.0
+    for param, dims in params:
+        if local_tensor(param) is not param:
+            continue
+        view = view_of(dims, before, growth, Treatment())
+        value = param.detach()
+        copied, old = _taken(value, [_places(one) for one, _ in indices(view)]), old_entries(value, view)
+        count += value.numel() - old.numel()
+        kept, origin, distance = squares(old), squares(copied), copied - value
+        near = LOCKED * sqrt(origin / max(copied.numel(), 1))
+        equal += int((distance.abs() <= near).sum()) - old.numel()
+        new += squares(value) - kept
+        source += origin - kept
+        apart += squares(distance)  # nothing of old entries: they are their own sources
+    if not count:
+        return {}
+    found = {"share_locked": equal / count}
+    norms = sqrt(max(new, 0.0) * max(source, 0.0))
+    return {**found, "cosine_of_copies": (new + source - apart) / 2 / norms} if norms else found
+
+
+def old_entries(tensor: Tensor, view: View) -> Tensor:
+    """What a tensor has of its size before the growth, in its shape then."""
+    import numpy as np
+
+    return _taken(tensor, [np.unique(_places(source)) for source, _ in indices(view)])
+
+
+def _taken(tensor: Tensor, places: Iterable[Array]) -> Tensor:
+    for dim, at in enumerate(places):
+        tensor = tensor.index_select(dim, torch.from_numpy(at).to(tensor.device))
+    return tensor
+
+
+def _places(source: Array) -> Array:
+    """Target index -> the target index of the old entry that it is or copies: the first with its source."""
+    import numpy as np
+
+    _, first, inverse = np.unique(source, return_index=True, return_inverse=True)
+    places: Array = first[inverse]
+    return places
