@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ OTHERS: Mapping[str, str] = {
     "wide": "black",
     "wide-compute": "tab:purple",
 }
+#: the one that ``--init auto`` stands for
+KEPT = "random-zero-function"
 #: the pairs among them
-PAIRS = ("random-copy", "random-zero", "random-zero-function", "zero-copy")
+PAIRS = ("random-copy", "random-zero", KEPT, "zero-copy")
 #: between copies and random entries; in a table of their own, with a pair to judge by
 BETWEEN = (
-    "random-zero-function",
+    KEPT,
     "random-random",
     *(name for name, treatment in TREATMENTS.items() if treatment.between),
 )
@@ -46,7 +48,8 @@ CALIBRATED: Mapping[str, str] = {
     **{name: name.removesuffix("-calibrated") for name in TREATMENTS if name.endswith("-calibrated")},
 }
 #: steps after the expansion in the table of the curve
-MARKS = (50, 250, 500, 1000, 2000, 3000, 4000, 6000, 8000, 10_000, 12_000, 20_000, 30_000, 40_000)
+MARKS = (50, 250, 500, 1000, 2000, 3000, 4000, 6000, 8000, 10_000, 12_000)
+MARKS += (16_000, 20_000, 24_000, 28_000, 32_000)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Setting:
             w.share,
             w.factor != 2,
             w.factor,
+            -len(self.results.runs[COPY_COPY]),
             -self.left,
         )
 
@@ -143,16 +147,7 @@ def crossing(curve: Mapping[int, Sequence[float]]) -> int | None:
 def curve_table(setting: Setting) -> str:
     """How far every run lies above copy-copy along the horizon, copy-copy's cosine, and where they cross."""
     curves = {name: above(setting, name) for name in OTHERS}
-    cosines = [
-        statistics.fmean(found) if found else None
-        for found in (
-            [log["cosine"][step] for log in setting.results.runs[COPY_COPY].values() if step in log["cosine"]]
-            for step in (str(mark + setting.expansion) for mark in MARKS)
-        )
-    ]
-    lines = _along(
-        curves, {"cosine of copy-copy's copies there": ["—" if c is None else f"{c:.2f}" for c in cosines]}
-    )
+    lines = _along(curves, {"cosine of copy-copy's copies there": _cosines_at_marks(setting)})
     return "\n".join([*lines, "", *(crossing_stated(n, curves[n]) for n in PAIRS if curves[n])])
 
 
@@ -164,6 +159,27 @@ def between_table(setting: Setting) -> str:
     last = max(step for name in BETWEEN[2:] for step in curves[name])
     curves = {name: {s: found for s, found in curve.items() if s <= last} for name, curve in curves.items()}
     return "\n".join(_along(curves, {}))
+
+
+def longer_table(found: Sequence[Setting]) -> str:
+    """The lead of what ``auto`` stands for, by the steps that the whole run has left; "" for one length."""
+    main = found[0]
+    same = [s for s in found if replace(s.run, steps=main.run.steps, warmup=main.run.warmup) == main.run]
+    same = [s for s in same if s.results.widening == main.results.widening and above(s, KEPT)]
+    same.sort(key=lambda setting: setting.left)
+    curves = {f"of {s.left:,}": above(s, KEPT) for s in same}
+    more = {f"cosine of copies, of {s.left:,}": _cosines_at_marks(s) for s in same}
+    ends = [*(mean_error(s.results.paired(KEPT, COPY_COPY)) for s in same), *("—" for _ in same)]
+    lines = [*_along(curves, more), f"| held-out, at the end | {' | '.join(ends)} |"]
+    return "\n".join(lines) if len(same) > 1 else ""
+
+
+def _cosines_at_marks(setting: Setting) -> list[str]:
+    """Of copy-copy's copies to their sources, in the mean over seeds."""
+    logs = setting.results.runs[COPY_COPY].values()
+    steps = [str(mark + setting.expansion) for mark in MARKS]
+    found = [[log["cosine"][step] for log in logs if step in log["cosine"]] for step in steps]
+    return [f"{statistics.fmean(values):.2f}" if values else "—" for values in found]
 
 
 def calibrated_table(found: Sequence[Setting]) -> str:
@@ -321,7 +337,7 @@ def main() -> None:
         between = between_table(setting)
         if between:
             print(f"### Between the pairs\n\n{between}\n")
-    print(f"## All settings\n\n{overview(found)}\n\n{calibrated_table(found)}")
+    print(f"## All settings\n\n{overview(found)}\n\n{longer_table(found)}\n\n{calibrated_table(found)}")
     if options.figure is not None:
         figure(found, options.figure)
 
