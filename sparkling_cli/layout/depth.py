@@ -22,9 +22,9 @@ Order = tuple[int, ...]
 LAYERS = "layers"
 
 #: Numbers that say how many of the first layers are of a kind of their own.
-_FIRST = re.compile(r"first_k_dense|num_dense_layers|_layer_start_index$")
+FIRST = re.compile(r"first_k_dense|num_dense_layers|_layer_start_index$")
 #: The same, of classes in which the number may mean nothing.
-_MAYBE_FIRST = re.compile(r"^max_window_layers$")
+_MAYBEFIRST = re.compile(r"^max_window_layers$")
 #: The number of the last layer of a kind.
 _LAST = re.compile(r"_layer_end_index$")
 #: Numbers that say how many of the last layers are of a kind of their own.
@@ -198,10 +198,30 @@ def deeper_config(config: Mapping[str, Any], counts: Collection[str], order: Ord
     return found
 
 
+def lists_layers(key: str, value: Any, layers: int) -> bool:
+    """Whether a list holds layers' numbers, not one entry per layer."""
+    if not isinstance(value, list) or not value or not _INDICES.search(key) or _EACH.search(key):
+        return False
+    whole = all(type(item) is int and 0 <= item < layers for item in value)
+    return whole and sorted(set(value)) == value
+
+
+def by_number(value: Any) -> bool:
+    """Whether this is a table by layers' numbers."""
+    named = isinstance(value, Mapping) and bool(value)
+    return named and all(isinstance(key, str) and key.isdigit() for key in value)
+
+
+def table_of(value: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """A table by layers' numbers for the layers of an order."""
+    width = max(map(len, value))
+    own = {int(number): item for number, item in value.items()}
+    return {str(target).zfill(width): own[source] for target, source in enumerate(order) if source in own}
+
+
 def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
-        numbered = isinstance(value, Mapping) and value and all(str(k).isdigit() for k in value)
-        if isinstance(value, Mapping) and not numbered:
+        if isinstance(value, Mapping) and not by_number(value):
             if "model_type" not in value:
                 yield from _leaves(value, f"{prefix}{key}.")
         else:
@@ -211,27 +231,23 @@ def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 def _grown(dotted: str, value: Any, order: Order) -> Any:
     """A value for the deeper model; the same where it says nothing of single layers."""
     key, before = dotted.rpartition(".")[2], len(set(order))
-    if isinstance(value, Mapping):
-        width = max(map(len, value))
-        own = {int(number): item for number, item in value.items()}
-        return {str(t).zfill(width): own[source] for t, source in enumerate(order) if source in own}
+    if by_number(value):
+        return table_of(value, order)
     if isinstance(value, list) and value:
-        whole = all(type(item) is int and 0 <= item < before for item in value)
-        rising = whole and sorted(set(value)) == value
-        if rising and _INDICES.search(key) and not _EACH.search(key):
+        if lists_layers(key, value, before):
             return [target for target, source in enumerate(order) if source in value]
         return [value[source] for source in order] if len(value) == before > 1 else value
     if isinstance(value, str) and len(value) == before and _LETTERS.search(key):
         return "".join(value[source] for source in order)
     if type(value) is not int:
         return value
-    if _FIRST.search(key):
+    if FIRST.search(key):
         return _first(dotted, value, order) if value > 0 else value
     if _LAST.search(key) and value >= 0:
         return _first(dotted, value + 1, order) - 1
     if _BEHIND.search(key) and value > 0:
         return len(order) - _first(dotted, before - value, order)
-    if _MAYBE_FIRST.search(key) and 0 < value <= before:
+    if _MAYBEFIRST.search(key) and 0 < value <= before:
         kinds = [source < value for source in order]
         return sum(kinds) if kinds == sorted(kinds, reverse=True) else value
     return value

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparkling_cli.layout.depth import FIRST, by_number, lists_layers, table_of
 from sparkling_cli.models.sizes import (
     OTHER_MODALITY,
     TINY_SIZES,
@@ -23,8 +23,6 @@ from sparkling_cli.models.skeleton import ConfigDict
 
 #: widths inside of towers of other modalities: what text does not reach need not be as large as it is
 _WIDTH, _WIDE = re.compile(r"(input|output|proj\w*)_dim$"), 1024
-#: keys that say from which layer on experts are
-_DENSE_PREFIX = re.compile(r"first_k_dense|num_dense_layers|_layer_start_index$")
 #: Sizes that some default configs leave open although the class needs them.
 _FILLABLE = re.compile(r"_heads$|_head_dim$|_budget$|_ratio$|^clip_qkv$")
 
@@ -85,15 +83,6 @@ def layer_count(config: Mapping[str, Any]) -> int:
     return max(counts or lists, default=0)
 
 
-def index_list(path: Path, value: Any, total: int) -> bool:
-    """Whether a list holds layer indices (not one entry per layer)."""
-    if not isinstance(value, list) or not value or not re.search(r"idx|indices|_layers$|layer_ids", path[-1]):
-        return False
-    if not all(type(v) is int and 0 <= v < total for v in value):
-        return False
-    return all(a < b for a, b in itertools.pairwise(value))
-
-
 def layer_table(path: Path) -> int | None:
     """The layer that a key of a table by layer number stands for (``per_layer.05.head_dim``)."""
     return next((int(key) for key in path if key.isdigit()), None)
@@ -105,7 +94,7 @@ def kept_layers(real: Mapping[str, Any]) -> list[int]:
     values: list[list[str]] = [[] for _ in range(total)]
     for path, value in walk(real):
         table = layer_table(path)
-        if index_list(path, value, total):
+        if lists_layers(path[-1], value, total):
             for i in range(total):
                 values[i].append(str(i in value))
         elif isinstance(value, list) and len(value) == total and total > 1:
@@ -146,13 +135,13 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
     nth: dict[str, int] = {}
     for path, value in walk(real):
         key = path[-1]
-        if index_list(path, value, total):
+        if lists_layers(path[-1], value, total):
             set_path(tiny, path, [new for new, old in enumerate(indices) if old in value])
         elif isinstance(value, list) and total > 1 and len(value) == total:
             set_path(tiny, path, [_element(key, value[i], variant) for i in indices])
         elif kind_of(key) == "shared_layers" and isinstance(value, int):
             set_path(tiny, path, sum(i >= total - value for i in indices))
-        elif _DENSE_PREFIX.search(key) and isinstance(value, int) and value > 0:
+        elif FIRST.search(key) and isinstance(value, int) and value > 0:
             set_path(tiny, path, 1)
         elif type(value) is int:
             new = _integer(real, path, value, variant, count, used, nth)
@@ -265,18 +254,10 @@ def _shared_words(a: str, b: str) -> int:
 
 def _renumber(tiny: ConfigDict, indices: list[int]) -> None:
     """Tables by layer number follow the layers that were kept."""
-    for key, value in list(tiny.items()):
-        if not isinstance(value, dict):
-            continue
-        if value and all(isinstance(k, str) and k.isdigit() for k in value):
-            width = max(len(k) for k in value)
-            by_number = {int(k): v for k, v in value.items()}
-            tiny[key] = {
-                str(new).zfill(width): copy.deepcopy(by_number[old])
-                for new, old in enumerate(indices)
-                if old in by_number
-            }
-        else:
+    for key, value in tiny.items():
+        if by_number(value):
+            tiny[key] = copy.deepcopy(table_of(value, indices))
+        elif isinstance(value, dict):
             _renumber(value, indices)
 
 
