@@ -1,11 +1,17 @@
-"""Layout files that come with the package: which one fits a checkpoint."""
+"""Layout files that come with the package: which one fits a checkpoint.
+
+In such a file ``[[variants]]`` are further layouts, each with a name of its own, the entries in which it
+differs from the file's, and in ``without`` the entries that it has not.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import cache
 from importlib.resources import files
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +35,21 @@ if TYPE_CHECKING:
 _NEEDED = re.compile(r'^"([^"]*[^"?])" *=', re.MULTILINE)
 
 
+#: of a file's layout, or of a variant
+_NAME = re.compile(r'^name = "(.+)"$', re.MULTILINE)
+
+
+@cache
+def _texts() -> tuple[str, ...]:
+    """The layout files in the package."""
+    folder = files("sparkling_cli").joinpath("layouts").iterdir()
+    found = sorted((p for p in folder if p.name.endswith(".toml")), key=lambda p: p.name)
+    return tuple(path.read_text(encoding="utf-8") for path in found)
+
+
 def packaged_names() -> tuple[str, ...]:
-    """Names of the layout files in the package, e.g. ``nanogpt``."""
-    found = (p.name for p in files("sparkling_cli").joinpath("layouts").iterdir())
-    return tuple(sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml")))
+    """Names of the layouts in the package, e.g. ``nanogpt``."""
+    return tuple(sorted(name for text in _texts() for name in _NAME.findall(text)))
 
 
 def packaged_data(name: str) -> dict[str, Any]:
@@ -44,11 +61,29 @@ def packaged_data(name: str) -> dict[str, Any]:
     if name not in packaged_names():
         known = ", ".join(packaged_names())
         raise LayoutError(f"no layout file {name!r} comes with the package (there are: {known})")
-    return tomllib.loads(_text(name))
+    return next(data for data in _layouts_in(_text(name)) if data["name"] == name)
 
 
 def _text(name: str) -> str:
-    return files("sparkling_cli").joinpath("layouts", f"{name}.toml").read_text(encoding="utf-8")
+    """The file that has the layout of that name."""
+    return next(text for text in _texts() if name in _NAME.findall(text))
+
+
+def _layouts_in(text: str) -> list[dict[str, Any]]:
+    data = tomllib.loads(text)
+    return [*(_varied(data, one, set(one.pop("without", ()))) for one in data.pop("variants", ())), data]
+
+
+def _varied(base: Mapping[str, Any], changes: Mapping[str, Any], without: Set[str]) -> dict[str, Any]:
+    """A table with other values; whether a name may be missing (``?``) goes with its value."""
+    new = {key.removesuffix("?"): (key, value) for key, value in changes.items()}
+    varied = {}
+    for key, value in base.items():
+        if key not in without:
+            other, given = new.pop(key.removesuffix("?"), (key, value))
+            inner = isinstance(value, Mapping) and isinstance(given, Mapping)
+            varied[other] = _varied(value, {} if given is value else given, without) if inner else given
+    return {**varied, **dict(new.values())}
 
 
 def _may_fit(text: str, kinds: Set[str], model_type: object) -> bool:
@@ -71,7 +106,7 @@ def _may_fit(text: str, kinds: Set[str], model_type: object) -> bool:
 def base_prefixes(model_type: object) -> tuple[str, ...]:
     """Prefixes of the base model's names in the files that are for a model type, with their dot."""
     found = set()
-    for text in map(_text, packaged_names()):
+    for text in _texts():
         first = _NEEDED.search(text, text.index("\n[tensors]\n"))
         if first and "\n[classes]\n" in text and f"\n{model_type} = " in text:
             found.add(first[1].partition(".")[0] + ".")
@@ -126,15 +161,13 @@ def _fitting(
     kinds = set(skeletons(weights))
     fitting: list[ModelLayout] = []
     faults: list[LayoutError] = []
-    for name in packaged_names():
-        text = _text(name)
-        if not _may_fit(text, kinds, (checkpoint.config or {}).get("model_type")):
-            continue
-        data = tomllib.loads(text)
+    model_type = (checkpoint.config or {}).get("model_type")
+    possible = [text for text in _texts() if _may_fit(text, kinds, model_type)]
+    for data in sorted((data for text in possible for data in _layouts_in(text)), key=itemgetter("name")):
         apart = _unknown(data, loose)
         own = {weight: shape for weight, shape in weights.items() if weight not in apart}
         same = _same_weights(checkpoint, alike)
-        where = f"packaged layout {name}"
+        where = f"packaged layout {data['name']}"
         try:
             fitting.append(
                 solve_layout(data, own, states, checkpoint.config, where, alike=same, sizing=sizing)
