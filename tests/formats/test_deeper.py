@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -143,7 +142,6 @@ def test_olmo_s(tmp_path: Path) -> None:
 @contextmanager
 def one_process(folder: Path) -> Iterator[None]:
     """A process group of one."""
-    os.environ["LOCAL_RANK"] = "0"
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     try:
         yield
@@ -161,6 +159,7 @@ def test_torchtitan(tmp_path: Path, family: str, fuse_qkv: bool, monkeypatch: py
     from tests.formats.titan_families import compute_on_cpu
 
     compute_on_cpu(monkeypatch)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with one_process(tmp_path):
         run = made.make_torchtitan(tmp_path / "run", fuse_qkv=fuse_qkv, family=family)
         order = BEHIND if family == "gpt-oss" else SPREAD  # every other layer of it has a window

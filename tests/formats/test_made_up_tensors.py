@@ -111,6 +111,7 @@ def torchtitan(root: Path, _: TinyCheckpoint) -> Path:
         make_torchtitan(root / "run")
     finally:
         dist.destroy_process_group()
+        del os.environ["LOCAL_RANK"]
     return root / "run" / "step-3"
 
 
