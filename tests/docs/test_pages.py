@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +58,28 @@ def test_python_is_saved_and_run(page: Path) -> None:
         later = "\n".join(b.body for b in found[at + 1 :])
         stem = Path(block.title).stem
         assert re.search(rf"^\$ python {stem}\.py|^from {stem} import", later, flags=re.M), block.title
+
+
+def test_the_upload_is_a_command_of_the_hubs(tmp_path: Path) -> None:
+    """Read and understood as far as the network, which it does not get; wrong use would be 2."""
+    page = ROOT / "docs" / "how-to" / "recipes.md"
+    (upload,) = (
+        c for b in blocks(page) if b.language == "console" for c in commands(b) if c.startswith("hf ")
+    )
+    hub = shutil.which("hf", path=str(Path(sys.executable).parent))
+    if hub is None:
+        pytest.skip("pip install huggingface_hub")
+    (tmp_path / "scratch" / "wide").mkdir(parents=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "none"}
+    done = subprocess.run(
+        [hub, *shlex.split(upload)[1:]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "offline mode" in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 def outputs(page: Path) -> set[str]:
