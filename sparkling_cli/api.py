@@ -452,11 +452,13 @@ def in_python(function: _Function) -> _Function:
 
 
 def default_destination(source: Path, plan: Plan) -> Path:
-    """``checkpoint-1000-ffn2x`` beside ``checkpoint-1000``."""
+    """``checkpoint-1000-ffn2x`` beside ``checkpoint-1000``, below the working directory as it was given."""
     parts = []
     for name, grown in sorted(plan.growth.items()):
         parts.append(f"{name}{grown.target / grown.source:.4g}x")
-    source = source.resolve()
+    given, source = source, source.resolve()
+    if not given.is_absolute() and source != (here := Path.cwd()) and source.is_relative_to(here):
+        source = source.relative_to(here)
     suffix = source.suffix if source.is_file() else ""
     stem = source.name[: len(source.name) - len(suffix)]
     return source.with_name(f"{stem}-{'-'.join(parts)}{suffix}")
