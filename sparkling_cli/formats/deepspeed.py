@@ -59,6 +59,11 @@ class UniversalCheckpoint:
                 f"{root} holds ZeRO's flat partitions, in which parameters cannot be told apart",
                 hint="convert it, and expand the result: " + _CONVERT.format(source=root, target=target),
             )
+        if any(_LAYER.fullmatch(path.name) for path in root.glob("layer_*")):
+            raise CheckpointError(
+                f"{root} has a pipeline model's layers, and no zero/ with a folder for each parameter",
+                hint="copy these files beside the result of the conversion, and expand that",
+            )
         if (root / "latest").is_file() and any(root.glob("*/*_model_states.pt")):
             steps = sorted(path.parent.name for path in root.glob("*/*_model_states.pt"))
             raise CheckpointError(
@@ -79,10 +84,15 @@ class UniversalCheckpoint:
             n for n in present if "/" not in n and n.endswith("_model_states.pt") and n not in layers
         )
         split = [name for name, found in layers.items() if int(found[2])]
-        if not models or split or any("mp_rank_00" not in name for name in models):
+        if not models:
+            raise CheckpointError(
+                f"{root / 'mp_rank_00_model_states.pt'} is missing, which the converter copies",
+                hint="copy it from the folder that was converted",
+            )
+        if split or any("mp_rank_00" not in name for name in models):
             raise CheckpointError(
                 f"{root}: expected model states of one tensor-parallel rank, found "
-                f"{', '.join((*models, *split)) or 'none'}",
+                f"{', '.join((*models, *split))}",
                 hint="save and convert the checkpoint without tensor parallelism",
             )
         wanted_files = (*models, *layers, *_parameter_files(present))
@@ -95,6 +105,10 @@ class UniversalCheckpoint:
             )
         else:
             weights = _read_weights(root, files[models[0]], states)
+        known = {state.param for state in states}
+        lost = next((name for name in _param_shapes(tree) if name not in known), None)
+        if lost is not None:
+            raise CheckpointError(f"{root}: zero/{lost} is missing: the conversion was not finished")
         partitioned = all(key.startswith(ZERO) for key in weights.values())
         groups, shared = read_options(root, present, partitioned=partitioned)
         boxes = _flat_boxes(files, _param_shapes(tree), states)
@@ -112,6 +126,11 @@ class UniversalCheckpoint:
             others += shared.further
             found_files = replace(found_files, files={**files, OPTIMIZER: shared.file})
         config = plain(tree["args"]) if isinstance(tree.get("args"), (dict, Call)) else None
+        notes = ['resume with "checkpoint": {"load_universal": true} in DeepSpeed\'s config']
+        if OPTIMIZER not in present:
+            notes.append(
+                f"{OPTIMIZER} is missing, without which DeepSpeed does not load it: convert once more"
+            )
         facts: dict[str, Any] = {"kind": "DeepSpeed Universal Checkpoint", "zero_3": partitioned}
         if type(tree.get("global_steps")) is int:
             facts["global_step"] = tree["global_steps"]
@@ -129,7 +148,7 @@ class UniversalCheckpoint:
             carried=tuple(n for n in present if n not in found_files.files),
             further=tuple(others),
             facts=facts,
-            notes=('resume with "checkpoint": {"load_universal": true} in DeepSpeed\'s config',),
+            notes=tuple(notes),
             private=Parsed(found_files, models, shared),
         )
 

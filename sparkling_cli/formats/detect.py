@@ -102,7 +102,7 @@ def recognized(path: Path | str) -> tuple[Path, Format]:
         for form in formats():
             if form.claims(root) is not None:
                 return root, form
-        inside, other = _checkpoints_in(root), _other_kind(root)
+        inside, other = _checkpoints_in(root) or _checkpoints_in(root / "checkpoints"), _other_kind(root)
     if inside:
         raise CheckpointError(
             f"{root} is a folder of checkpoints: {', '.join(path.name for path in inside[:5])}",
@@ -115,6 +115,12 @@ def recognized(path: Path | str) -> tuple[Path, Format]:
         raise CheckpointError(
             f"{root} is no checkpoint by itself",
             hint=f"it is one file of a checkpoint: give its folder, {whole}",
+        )
+    files = _torch_files_in(root)
+    if files:
+        raise CheckpointError(
+            f"{root} is a folder of torch files: {', '.join(path.name for path in files[:5])}",
+            hint=f"a checkpoint that is one file is given by that file: {files[-1]}",
         )
     raise CheckpointError(
         f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_holds(root)
@@ -226,11 +232,20 @@ def _checkpoints_in(root: Path) -> list[Path]:
         except CheckpointError:
             return False
 
-    def step(path: Path) -> tuple[int, str]:
-        return int("0" + "".join(filter(str.isdigit, path.name))), path.name
-
     found = [path for path in root.iterdir() if path.is_dir() and is_one(path)] if root.is_dir() else []
-    return sorted(found, key=step)
+    return sorted(found, key=_step_of)
+
+
+def _torch_files_in(root: Path) -> list[Path]:
+    """Checkpoints of one file in a folder, the latest step last; none if they are parts of another kind."""
+    from sparkling_cli.formats.singlefile import SUFFIXES
+
+    files = [path for path in root.iterdir() if path.suffix in SUFFIXES] if root.is_dir() else []
+    return [] if any("model_states" in path.name for path in files) else sorted(files, key=_step_of)
+
+
+def _step_of(path: Path) -> tuple[list[int], str]:
+    return [int(number) for number in re.findall(r"\d+", path.name)], path.name
 
 
 def _whole_of(root: Path) -> Path | None:

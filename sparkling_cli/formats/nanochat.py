@@ -85,13 +85,13 @@ class NanochatStep:
             CheckpointError: a step is not whole, or there are several.
         """
         steps = _steps(root)
-        if not any("model" in files for files in steps.values()):
+        if not steps:
             return None
         step = self._chosen(root, steps)
         return f"step {step} of a nanochat run"
 
     def _chosen(self, root: Path, steps: Mapping[int, Mapping[str, Mapping[int, str]]]) -> int:
-        whole = sorted(step for step, files in steps.items() if "model" in files)
+        whole = sorted(step for step, files in steps.items() if "model" in files) or sorted(steps)[-1:]
         if self.step is None and len(whole) > 1:
             raise CheckpointError(
                 f"{root} holds steps {', '.join(map(str, whole))} of a nanochat run",
@@ -168,11 +168,15 @@ class NanochatStep:
 
 
 def step_of_file(path: Path) -> int | None:
-    """The step of a run whose weights or meta file a path is; None of any other path."""
+    """The step of a run whose weights or meta file a path is; None of any other path.
+
+    Weights with no file of a run beside them are a file like any other.
+    """
     found = _FILE.fullmatch(path.name)
     if found is None or found[1] == "optim" or not path.is_file():
         return None
-    return int(found[2]) if {"model", "meta"} <= _steps(path.parent)[int(found[2])].keys() else None
+    run = any(kinds.keys() - {"model"} for kinds in _steps(path.parent).values())
+    return int(found[2]) if run else None
 
 
 def _steps(root: Path) -> dict[int, dict[str, dict[int, str]]]:

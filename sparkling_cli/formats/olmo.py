@@ -63,6 +63,9 @@ class OlmoStep:
         if OPTIMIZER in present:
             files[OPTIMIZER], tree = read_optimizer_file(root, OPTIMIZER)
         found = _read(root, files, tree, f"{CONFIG}: model")
+        notes = [] if OPTIMIZER in present else [f"there is no {OPTIMIZER}: weights only"]
+        if OPTIMIZER in present and TRAIN not in present:
+            notes.append(f"{TRAIN} is missing, without which OLMo does not resume, nor is the step known")
         facts: dict[str, Any] = {"kind": "OLMo", **_steps(root, present), **_schedule(config)}
         if found.states:
             facts["optimizer_class"] = optimizer_class(found.states, found.param_groups, {})
@@ -71,7 +74,7 @@ class OlmoStep:
             config=sizes,
             carried=tuple(name for name in present if name != CONFIG and name not in files),
             facts=facts,
-            notes=() if OPTIMIZER in present else (f"there is no {OPTIMIZER}: weights only",),
+            notes=tuple(notes),
         )
 
     def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:

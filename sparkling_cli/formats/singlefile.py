@@ -5,6 +5,7 @@ What a file is follows from what is in it. The file is never unpickled by torch,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ STEP_KEYS = ("iter_num", "global_step", "step", "iteration", "step_count", "iter
 
 #: suffixes by which torch files go
 SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin"})
+
+
+#: composer's files, of which the first rank's has all but random states
+_RANK = re.compile(r"-rank\d+\.pt$")
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,12 @@ def find_sections(file: TorchFile) -> Sections:
         models = [path for path in models if len(path) == 1]
     if not models and is_state_dict(tree) and all(isinstance(v, TensorNode) for v in tree.values()):
         return Sections("state-dict", (), (), None)
+    first = file.path.with_name(_RANK.sub("-rank0.pt", file.path.name))
+    if not models and first != file.path:
+        raise CheckpointError(
+            f"{file.path.name} has no weights: composer saves them in the first rank's file",
+            hint=f"give {first}" + ("" if first.exists() else ", which is missing here: copy it"),
+        )
     if not models:
         raise NoModelError(
             f"{file.path.name} has no state dict under {', '.join(MODEL_KEYS)}; it has: {_listing(tree)}",

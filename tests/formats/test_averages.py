@@ -1,7 +1,7 @@
 """Averages of the weights, wherever a trainer or its user keeps them: widened as the weights are.
 
-The average is half of every weight. To copy entries, and to scale them by a power of two, are exact: in the output
-too it is half of every weight, bit by bit.
+The average is half of every weight. To copy entries, and to scale them by a power of two, are exact: in the
+output too it is half of every weight, bit by bit.
 """
 
 from __future__ import annotations

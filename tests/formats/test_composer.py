@@ -133,6 +133,21 @@ def test_sharded(tmp_path: Path) -> None:
     check(narrow, saved["state"], torch.load(tmp_path / "whole.pt", weights_only=False)["state"], target)
 
 
+def test_files_that_are_not_the_one(tmp_path: Path) -> None:
+    """A folder of rank files names the latest one, another rank's file the first rank's."""
+    for name in ("ep0-ba5-rank0.pt", "ep1-ba10-rank0.pt"):
+        torch.save({"state": {"model": {"a.weight": torch.zeros(1)}}}, tmp_path / name)
+    with pytest.raises(
+        CheckpointError, match=r"folder of torch files: ep0-ba5-rank0\.pt, ep1-ba10"
+    ) as refused:
+        open_checkpoint(tmp_path)
+    assert str(tmp_path / "ep1-ba10-rank0.pt") in str(refused.value.hint)
+    torch.save({"rng": []}, tmp_path / "ep0-ba5-rank1.pt")
+    with pytest.raises(CheckpointError, match="in the first rank's file") as refused:
+        open_checkpoint(tmp_path / "ep0-ba5-rank1.pt")
+    assert str(refused.value.hint) == f"give {tmp_path / 'ep0-ba5-rank0.pt'}"
+
+
 @pytest.mark.parametrize("lost", ["model", "optimizers"])
 def test_almost_a_rank_file(tmp_path: Path, lost: str) -> None:
     """Without a model it is no checkpoint; without the optimizer it is one of weights, and says so."""

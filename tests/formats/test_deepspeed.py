@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -332,6 +333,26 @@ def test_pipeline_model_without_its_layers(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none has '3\.") as refused:
         open_checkpoint(tmp_path / "step20_universal")
     assert "copy them" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("lost", "fault"),
+    [
+        ("mp_rank_00_model_states.pt", r"mp_rank_00_model_states\.pt is missing"),
+        ("zero/2.mlp.linear1.weight", r"zero/2\.mlp\.linear1\.weight is missing"),
+        ("zero/2.mlp.linear1.weight/fp32.pt", r"zero/2\.mlp\.linear1\.weight has no fp32\.pt"),
+        ("zero", r"a pipeline model's layers, and no zero/"),
+    ],
+)
+def test_almost_a_universal_checkpoint(tmp_path: Path, lost: str, fault: str) -> None:
+    """What is missing is named; without the optimizer's options DeepSpeed would not load it."""
+    root = tmp_path / "step20_universal"
+    _pipeline(root)
+    (root / "zero" / "optimizer_state.pt").unlink()
+    assert any("optimizer_state.pt is missing" in note for note in open_checkpoint(root).notes)
+    (shutil.rmtree if (root / lost).is_dir() else Path.unlink)(root / lost)
+    with pytest.raises(CheckpointError, match=fault):
+        open_checkpoint(root)
 
 
 def test_steps_that_are_python_numbers_restart(tmp_path: Path) -> None:

@@ -175,9 +175,15 @@ def test_a_width_that_no_multiplier_gives(tmp_path: Path) -> None:
     assert load(tmp_path / "wide")[0].layers[0].feed_forward["w1"].weight.shape[0] == 128
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    """A rank's file that was not copied."""
-    make_lingua(tmp_path / "0000000005")
-    (tmp_path / "0000000005" / "__0_0.distcp").unlink()
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is missing"):
-        open_checkpoint(tmp_path / "0000000005")
+@pytest.mark.parametrize("lost", ["__0_0.distcp", "params.json"])
+def test_a_missing_file_is_named(tmp_path: Path, lost: str) -> None:
+    """A rank's file that was not copied, or the sizes; a run's folder names its step."""
+    step = tmp_path / "run" / "checkpoints" / "0000000005"
+    step.parent.mkdir(parents=True)
+    make_lingua(step)
+    with pytest.raises(CheckpointError, match="is a folder of checkpoints: 0000000005") as refused:
+        open_checkpoint(tmp_path / "run")
+    assert str(step) in str(refused.value.hint)
+    (step / lost).unlink()
+    with pytest.raises(CheckpointError, match=rf"{lost} is missing"):
+        open_checkpoint(step)

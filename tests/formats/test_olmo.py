@@ -161,6 +161,9 @@ def test_a_tied_head(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path, lost: str) -> None:
     """And a sharded step says how it is made into one that can be widened."""
     make_olmo(tmp_path / "step5")
+    (tmp_path / "step5" / "train.pt").rename(tmp_path / "train.pt")
+    assert any("train.pt is missing" in note for note in open_checkpoint(tmp_path / "step5").notes)
+    (tmp_path / "train.pt").rename(tmp_path / "step5" / "train.pt")
     (tmp_path / "step5" / lost).unlink()
     with pytest.raises(CheckpointError, match=rf"{lost} is missing"):
         open_checkpoint(tmp_path / "step5")

@@ -113,6 +113,11 @@ class DcpFormat:
             raise CheckpointError(f"{root} has no {METADATA}")
         folders = tuple(f for f in variant.folders if (root / f / METADATA).is_file())
         _one_model_only(root)
+        if variant.kind != LINGUA and (root / lingua.STATE).is_file():
+            raise CheckpointError(
+                f"{root / lingua.CONFIG} is missing, which lingua writes beside {lingua.STATE}",
+                hint="copy it from where the run was: it has the model's sizes",
+            )
         directories = read_directories(root, folders)
         present = list_files(root)
         config = read_json(root, variant.config) if variant.config in present else None
