@@ -35,7 +35,7 @@ class AxisInfo:
         multiple_of: its size must stay a multiple of this.
     """
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     size: Annotated[int, Field(ge=1)]
     widenable: bool = False
@@ -54,7 +54,7 @@ class Compensation:
     goes into that config number instead of a tensor.
     """
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     axis: str
     tensor: str = ""
@@ -205,7 +205,7 @@ class ModelLayout:
         numbered: what a layer is depends on its number, so new ones can only stand behind the others.
     """
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     name: str
     axes: Mapping[str, AxisInfo]

@@ -40,7 +40,7 @@ def crc32(data: Any) -> int:
 class FileDigest:
     """Size and CRC-32 of a file."""
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     bytes: int
     crc32: int
