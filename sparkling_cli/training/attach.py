@@ -17,6 +17,7 @@ from sparkling_cli.errors import SparklingError, SpecError
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import Rewarmup
+from sparkling_cli.training import megatron
 from sparkling_cli.training.copies import copies
 from sparkling_cli.training.history import History, read_history
 from sparkling_cli.training.moved import Moved, moved
@@ -60,11 +61,11 @@ def rewarm(
 
     Args:
         optimizer: the optimizer, or several that share the model's parameters. Any torch optimizer, with
-            any scheduler; wrapped by accelerate too; or a DeepSpeed engine's ``optimizer`` under ZeRO. Call
-            after loading its state, or before: all the same.
-        model: the model, compiled, DDP-wrapped or sharded by ``fully_shard``; or pairs of name and
-            parameter as the optimizer holds them (master weights, say); or, where it holds flat tensors, all
-            :class:`Piece`\ s of parameters in them.
+            any scheduler; wrapped by accelerate too; or a DeepSpeed engine's ``optimizer`` under ZeRO, or
+            Megatron's distributed one. Call after loading its state, or before: all the same.
+        model: the model, compiled, DDP-wrapped or sharded by ``fully_shard``, of Megatron its list of
+            them too; or pairs of name and parameter as the optimizer holds them (master weights, say); or,
+            where it holds flat tensors, all :class:`Piece`\ s of parameters in them.
         checkpoint: what ``sparkling expand`` wrote.
         step: optimizer steps done in the whole run. Default: the last expansion's step, which is right
             when training goes on from the expanded checkpoint itself. After a later one pass the step
@@ -132,14 +133,23 @@ def _optimizers(given: Any, model: Any) -> tuple[list[Optimizer], list[tuple[str
             hint="rewarm(optimizer, model, checkpoint)",
         )
     single = isinstance(given, (Optimizer, str)) or is_zero(given) or not isinstance(given, Iterable)
-    several = [_unwrapped(one) for one in ([given] if single else given)]
+    several = [part for one in ([given] if single else given) for part in megatron.chained(_unwrapped(one))]
     parts: list[tuple[str, Tensor] | Piece] = []
-    if isinstance(model, nn.Module):
-        parts += [piece for one in several if is_zero(one) for piece in pieces_of(one, model)]
-        parts = parts or [*model.named_parameters()]
-    else:
-        parts += model
-    return [_checked(base_of(one) if is_zero(one) else one) for one in several], parts
+    for one in several:
+        if megatron.is_distributed(one):
+            parts += megatron.pieces_of(one, model)
+        elif is_zero(one) and isinstance(model, nn.Module):
+            parts += pieces_of(one, model)
+    if not parts:
+        parts += model.named_parameters() if isinstance(model, nn.Module) else model
+    return [_checked(_base(one)) for one in several], parts
+
+
+def _base(one: Any) -> Any:
+    """The torch optimizer that steps flat tensors inside of a framework's; any other as it is."""
+    if megatron.is_distributed(one):
+        return megatron.base_of(one)
+    return base_of(one) if is_zero(one) else one
 
 
 def _checked(one: Any) -> Optimizer:

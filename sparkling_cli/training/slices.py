@@ -73,6 +73,7 @@ class Piece:
         numel: its entries.
         tensor: the optimizer's, of one dim.
         at: the piece's first entry in it.
+        box: first and last index per dim of the part of the parameter that is flattened; None for all of it.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Piece:
     numel: int
     tensor: Tensor
     at: int
+    box: tuple[tuple[int, int], ...] | None = None
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -105,8 +107,11 @@ def new_entries_of_pieces(pieces: Iterable[tuple[Piece, Region]]) -> NewEntries 
         pieces: all of the same tensor, each with its whole parameter's region.
     """
     windows = []
-    for piece, region in pieces:
-        at = piece.at
+    for piece, whole in pieces:
+        at, region = piece.at, whole
+        if piece.box is not None:
+            bounds = zip(piece.box, piece.shape, strict=True)
+            region = whole.take([None if (a, b) == (0, size) else range(a, b) for (a, b), size in bounds])
         for first, sizes, _ in slabs(region.view, piece.start, piece.start + piece.numel):
             part = region.window(tuple((at, at + n) for at, n in zip(first, sizes, strict=True)))
             windows.append(_window(at, part, piece.tensor))

@@ -106,6 +106,7 @@ NOT_RUN = {
     "how-to/loops.md": [
         "needs frameworks and runs of the reader's own",
         "needs DeepSpeed and a run of the reader's own",
+        "needs Megatron and a run of the reader's own",
     ],
     "how-to/optimizers.md": [
         "needs bitsandbytes, tests/training runs it",

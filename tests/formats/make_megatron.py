@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 HEADS, GROUPS, SIZE, VOCAB, LENGTH = 6, 2, 8, 68, 16
-KINDS = ("dp_reshardable", "fully_reshardable")
+BUCKETS, BY_PARAMETER = "dp_reshardable", "fully_reshardable"
 
 
 class World(NamedTuple):
@@ -63,10 +65,33 @@ class _OnCpu(TorchFunctionMode):
         return found.replace("torch.", "torch.cuda.") if name == "type" and isinstance(found, str) else found
 
 
+def gradient(key: str, shape: tuple[int, ...], step: int) -> torch.Tensor:
+    """Of a whole tensor in a step."""
+    seed = torch.Generator().manual_seed(1000 * step + crc32(key.encode()) % 997)
+    return torch.randn(shape, generator=seed)
+
+
+def ends(part: Any) -> tuple[int, ...]:
+    """Where a part of a whole tensor ends, per dim."""
+    sizes = (1,) * (len(part.global_shape) - len(part.local_shape)) + tuple(part.local_shape)
+    return tuple(start + size for start, size in zip(part.global_offset, sizes, strict=True))
+
+
+def flattened(value: Any) -> list[Any]:
+    """What lies in lists and dictionaries."""
+    if isinstance(value, (dict, list)):
+        return [
+            one for held in (value.values() if isinstance(value, dict) else value) for one in flattened(held)
+        ]
+    return [value]
+
+
 def without_cuda() -> None:
     """Megatron-core asks for a GPU in many places, and needs none."""
     from megatron.core import tensor_parallel
+    from megatron.core.transformer.moe import moe_utils
 
+    moe_utils.te_general_gemm = None  # of TransformerEngine, without which it is looked for all the same
     tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
@@ -104,7 +129,7 @@ class Run:
         if sizes.experts:
             experts = {
                 "num_moe_experts": sizes.experts, "moe_ffn_hidden_size": sizes.ffn, "moe_router_topk": 2,
-                "moe_token_dispatcher_type": "alltoall", "expert_model_parallel_size": world.expert,
+                "moe_token_dispatcher_type": "allgather", "expert_model_parallel_size": world.expert,
             }  # fmt: skip
         dtype = torch.bfloat16 if sizes.bf16 else torch.float32
         config = TransformerConfig(
@@ -135,6 +160,7 @@ class Run:
             clip_grad=0.0,
         )  # fmt: skip
         self.optimizer = get_megatron_optimizer(adam, [self.wrapped])
+        self.parts = [*self._parts(self.model.sharded_state_dict())]
 
     def logits(self, seed: int = 5) -> torch.Tensor:
         """Of some tokens."""
@@ -143,13 +169,25 @@ class Run:
         found: torch.Tensor = self.wrapped(ids, torch.arange(LENGTH).expand(2, LENGTH), mask).float()
         return found
 
-    def step(self, number: int) -> None:
-        """An update by gradients that look like some."""
+    def _parts(self, found: Any) -> Iterator[tuple[Any, Any]]:
+        """Every parameter with what of a whole tensor it is, as Megatron says."""
+        for saved in found.values() if isinstance(found, dict) else found:
+            if isinstance(getattr(saved, "data", None), torch.nn.Parameter):
+                for part in flattened(saved.build()) if hasattr(saved, "build") else [saved]:
+                    yield saved.data, part
+            elif isinstance(saved, (dict, list)):
+                yield from self._parts(saved)
+
+    def step(self, number: int, rate: float | None = None) -> None:
+        """An update by made-up gradients, the same ones however the model is shared out."""
         self.wrapped.zero_grad_buffer()
-        for index, parameter in enumerate(self.wrapped.parameters()):
-            own = 0 if getattr(parameter, "allreduce", True) else 1000 * (1 + self.rank)
-            seed = torch.Generator().manual_seed(100 * number + index + own)
-            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=seed))
+        for parameter, part in self.parts:
+            begin = (part.data.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+            whole = gradient(part.key, tuple(part.global_shape), number)
+            own = whole[tuple(map(slice, part.global_offset, ends(part)))]
+            parameter.main_grad.view(-1)[begin : begin + own.numel()] = own.flatten()
+        for group in self.optimizer.param_groups if rate is not None else ():
+            group["lr"] = rate
         self.optimizer.step()
 
     def state(self, kind: str, *, loading: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -176,7 +214,7 @@ class Run:
         state, said = self.state(kind)
         clock = {
             "max_lr": 1e-2, "min_lr": 1e-3, "lr_warmup_steps": 16, "num_steps": 8 * step,
-            "lr_decay_style": "cosine", "lr_decay_steps": 320,
+            "lr_decay_style": "cosine", "lr_decay_steps": 640,
         }  # fmt: skip
         state |= {"args": self.sizes.args, "checkpoint_version": 3.0, "iteration": step}
         dist_checkpointing.save({**state, "opt_param_scheduler": clock}, path, content_metadata=said)
@@ -186,19 +224,23 @@ class Run:
         from megatron.core import dist_checkpointing
         from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-        # torch's Adam counts per parameter; FusedAdam, which Megatron has on a GPU, counts in its groups.
-        put = DistributedOptimizer._set_main_param_and_optimizer_states
-        DistributedOptimizer._set_main_param_and_optimizer_states = lambda self, param, tensors: put(
-            self, param, {"step": torch.tensor(3.0), **tensors}
-        )
         said = dist_checkpointing.load_content_metadata(path)
         self.step(0)
         state = dist_checkpointing.load(
             self.state(said["distrib_optim_sharding_type"], loading=True)[0], path
         )
+        # torch's Adam counts per parameter; FusedAdam, which Megatron has on a GPU, counts in its groups.
+        put, count = DistributedOptimizer._set_main_param_and_optimizer_states, float(state["iteration"])
+        DistributedOptimizer._set_main_param_and_optimizer_states = lambda self, param, tensors: put(
+            self, param, {**tensors, "step": torch.tensor(count)}
+        )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            self.optimizer.load_state_dict(state["optimizer"])
         DistributedOptimizer._set_main_param_and_optimizer_states = put
+        for one in self.optimizer.chained_optimizers:  # which Megatron gives one counter for all
+            for held in one.optimizer.state.values():
+                held["step"] = torch.tensor(count)
         return state
 
 
@@ -208,7 +250,7 @@ def save_both(rank: int, root: str, world: World, sizes: Sizes, bucket: int | No
     The latter by a run with one bucket: of several that are padded, Megatron shifts what it saves so.
     """
     without_cuda()
-    for kind, size in zip(KINDS, (bucket, None), strict=True):
+    for kind, size in ((BUCKETS, bucket), (BY_PARAMETER, None)):
         run = Run(rank, world, sizes, size)
         for number in range(3):
             run.step(number)
@@ -225,4 +267,4 @@ def load_wide(rank: int, root: str, path: str, world: World, sizes: Sizes, again
     run.load(path)
     if world[1:] == (1, 1, 1) and rank == 0:
         torch.save(run.logits().detach(), f"{root}/wide.pt")
-    run.save(again, "fully_reshardable")
+    run.save(again, BY_PARAMETER)

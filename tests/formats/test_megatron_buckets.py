@@ -12,13 +12,12 @@ from sparkling_cli.formats.dcp.metadata import read_metadata
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.training import rewarm
 from tests.formats.make_dcp import on_ranks
-from tests.formats.make_megatron import KINDS, Sizes, World, load_wide, save_both
+from tests.formats.make_megatron import BUCKETS, BY_PARAMETER, Sizes, World, load_wide, save_both
 from tests.formats.make_megatron_dist import GROUP, load_by_parameter, make_megatron_dist
 from tests.formats.test_megatron_legacy import FFN, HIDDEN, MOMENTS, STEPS, Gpt, train
 from tests.formats.widening import check_moments, tensors_of, widen
 
 AXES = {"hidden": 2, "kv_heads": 2, "ffn": 2}
-BUCKETS, BY_PARAMETER = KINDS
 WORLDS = {
     "one process": (World(), Sizes(bf16=False), None),
     "three processes": (World(3), Sizes(bf16=False), None),
@@ -26,6 +25,7 @@ WORLDS = {
     "tensor parallel": (World(4, tensor=2), Sizes(), None),
     "pipeline": (World(4, pipeline=2), Sizes(), None),
     "experts": (World(2, expert=2), Sizes(experts=4), None),
+    "experts in one process": (World(), Sizes(experts=4, bf16=False), None),
 }
 
 
@@ -42,14 +42,13 @@ def test_as_megatron_has_it(tmp_path: Path, name: str) -> None:
     assert found.keys() == truth.keys()
     for key, tensor in found.items():
         assert torch.equal(tensor, truth[key]), key
-    axes = {"ffn": 2} if sizes.experts else {"hidden": 2, "ffn": 2, "kv_heads": 2}
-    wide = widen(source, tmp_path / "wide", axes, rewarmup={"steps": 4})
+    wide = widen(source, tmp_path / "wide", AXES, rewarmup={"steps": 4})
     new = tensors_of(wide)
     for key, tensor in truth.items():
         if ".exp_avg" in key:
             check_moments({key: tensor}, new, key)
-    grown = sizes._replace(ffn=80, **({} if sizes.experts else {"hidden": 96, "groups": 4}))
-    other = World(2) if world[1:] == (1, 1, 1) else world
+    grown = sizes._replace(ffn=80, hidden=96, groups=4)
+    other = World(2) if world[1:] == (1, 1, 1) and not sizes.experts else world
     on_ranks(other.ranks, load_wide, str(tmp_path), str(wide), other, grown, str(tmp_path / "again"))
     again = tensors_of(tmp_path / "again")
     assert again.keys() == new.keys()

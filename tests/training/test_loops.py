@@ -24,6 +24,7 @@ CASES = [
 ]
 ZERO = "`rewarm` with the engine's `optimizer` and `module`"
 #: what test_sharded and test_zero hold, in several processes
+MEGATRON = "`rewarm` with Megatron's optimizer and its list of models"
 SHARDED = [
     ("FSDP 2 (`fully_shard`), two processes", "`rewarm`", FLOAT64),
     ("tensor parallel and FSDP 2 (a mesh of 2 x 2 processes)", "`rewarm`", FLOAT64),
@@ -33,6 +34,11 @@ SHARDED = [
     ("DeepSpeed, ZeRO 2 and 3, under the Trainer, one process", "its callback", FLOAT32),
     ("DeepSpeed, ZeRO 2 and 3 with the optimizer on the CPU", ZERO, FLOAT32),
     ("DeepSpeed, ZeRO 2 and 3 in bfloat16", ZERO, BFLOAT16),
+    (
+        "Megatron's distributed optimizer in bfloat16; data, tensor, pipeline and expert parallel",
+        MEGATRON,
+        FLOAT32,
+    ),
 ]
 
 
