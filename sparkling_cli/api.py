@@ -234,6 +234,8 @@ def expand(
     if destination is not None:
         given = replace(expansion.invocation, destination=Path(destination))
         expansion = replace(expansion, destination=Path(destination), invocation=given)
+    if data is not None and report == "none" and expansion.plan.spec.scaling != "calibrated":
+        raise SpecError("--data: nothing is measured with --report none", hint="leave out one of them")
     ready = replace(expansion, invocation=replace(expansion.invocation, data=data, report=report))
     reports: list[Report] = []
 

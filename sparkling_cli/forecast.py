@@ -29,6 +29,8 @@ from sparkling_cli.widening.geometry import Growth
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint
 
+#: tokens of a run, at least: fewer are a number without its unit
+FEWEST = 100_000
 #: How parameters are counted, for the reader of the numbers.
 CONVENTION = (
     "C = 6 N D (Eq. 29). N counts every parameter that works on one token: embeddings and norms included, "
@@ -95,6 +97,9 @@ def plan_run(
         CheckpointError, LayoutError: see :func:`subject_of`.
     """
     total = parse_count(str(tokens), "--tokens")
+    if total < FEWEST:
+        hint = f"its unit may be missing: --tokens {total}B" if str(tokens).isdigit() else None
+        raise SpecError(f"--tokens: {total:,} tokens are no run to plan", hint=hint)
     fields = from_keywords(axes)
     chosen, more = fields.pop("axes", None), ", ".join(fields)
     if more:

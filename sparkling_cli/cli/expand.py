@@ -57,7 +57,7 @@ def expand(
     memory: opt.MemoryOption = "1G",
     threads: Annotated[
         int | None,
-        option("--threads", opt.RUNNING, "Worker threads; default: by the machine.", metavar="COUNT"),
+        option("--threads", opt.RUNNING, "Worker threads; default: by the machine.", metavar="COUNT", min=1),
     ] = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,

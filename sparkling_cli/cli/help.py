@@ -32,6 +32,7 @@ _ELSEWHERE = {
     "measures anew",
     "resume train continue run finetune": "training goes on in your own trainer, from the output: `sparkling "
     "expand` prints the line to add to it",
+    "sparkling": "leave out the first word: it is there already",
     "help version": "write it as an option: `sparkling --help`, `sparkling --version`",
     "download pull get": "a model of the Hugging Face hub: hf download NAME --local-dir DIR",
 }
@@ -47,6 +48,17 @@ _ANSWERS = {
     "is there",
     ("--ffn", "--hidden", "--heads", "--kv-heads"): "write --axis ffn=2",
     ("--size",): "did you mean --to?",
+    (
+        "--layers",
+        "--layer",
+        "--only",
+    ): "an axis grows in every layer that has it; more layers: --axis layers=2",
+    ("--dtype", "--precision", "--bf16", "--fp16", "--fp32"): "the output has the types of the source",
+    (
+        "--no-optimizer",
+        "--skip-optimizer",
+        "--reset-optimizer",
+    ): "state that starts from nothing: --optimizer drop, with an --init other than copy-copy",
 }
 #: where the output of a command goes, which is no option
 _TARGET = {
@@ -137,13 +149,14 @@ def usage_error(error: Any, words: Sequence[str]) -> UsageError:
     message = message[:1].lower() + message[1:]
     for kind, words in (("integer", "a whole number"), ("number", "a number")):
         message = re.sub(f"Input should be a valid {kind}.*", f"expected {words}", message)
+    message = re.sub(r"Input should be greater than or equal to (\d+)", r"expected \1 or more", message)
     example = _example(context)
     if example and type(error).__name__ in ("MissingParameter", "UsageError"):
         answer = f"for example `{example}`; {answer}"
     if "unexpected extra argument" in message and path.endswith(" inspect"):
         answer = "a second checkpoint goes by --against: sparkling inspect CKPT --against OTHER"
     elif "unexpected extra argument" in message and path.endswith(" expand"):
-        answer = f"an axis goes by an option: {example}"
+        answer = f"one checkpoint and one output, and an axis goes by an option: {example}"
     return UsageError(message, hint=answer)
 
 
@@ -160,7 +173,7 @@ def _option_meant(error: Any, otherwise: str) -> str:
     if name in _TARGET_FLAGS and context.info_name in _TARGET:
         return _TARGET[context.info_name]
     known = [flag for param in context.command.params for flag in param.opts if flag.startswith("--")]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return _ANSWER_OF.get(name) or (f"did you mean {near[0]}?" if near else otherwise)
 
 

@@ -64,7 +64,7 @@ def check_destination(source: Path, destination: Path) -> Path:
         raise OutputError(f"{parent} is no folder that an output can be put into: {error}") from error
     for base in (standing(parent), standing(real.parent)):  # the first may be a link that leads nowhere
         if not base.is_dir():
-            raise OutputError(f"{base} is not a folder")
+            raise OutputError(f"{base} is not a folder", hint="choose a place in a folder, or beside it")
     if real == origin or origin in real.parents:
         raise OutputError(
             f"the output {destination} lies inside the source {source}", hint="choose a place beside it"

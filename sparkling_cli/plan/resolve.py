@@ -30,7 +30,7 @@ _HEAD_AXES = frozenset({"heads", "kv_heads", "q_per_kv"})
 _CALLED = {
     "ffn": ("mlp", "ff", "dff", "feedforward", "inner", "intermediate", "n_inner", "ffn_dim", "hidden_dim"),
     "hidden": ("width", "dim", "model", "dmodel", "embd", "n_embd", "embed", "embedding", "residual"),
-    "heads": ("head", "n_head", "attention", "attn", "attention_heads", "query_heads"),
+    "heads": ("head", "n_head", "attention", "attn", "self_attn", "attention_heads", "query_heads"),
     "kv_heads": ("kv", "kv_head", "groups", "query_groups", "n_kv_heads"),
     "head_dim": ("head_size", "head_dims", "headdim", "headsize", "d_head", "dim_head"),
     "vocab": ("vocabulary", "tokens", "vocab_dim"),
@@ -122,7 +122,10 @@ def _order(layers: Growth, spec: ExpansionSpec, layout: ModelLayout) -> Order:
             hint=f"put new ones behind them: --at end, --layer-mode stack, or --at {before - 1}",
         )
     if not isinstance(spec.at, str) and max(spec.at) >= before:
-        raise SpecError(f"at: there is no layer {max(spec.at)}: they are 0 to {before - 1}")
+        raise SpecError(
+            f"at: there is no layer {max(spec.at)}: they are 0 to {before - 1}",
+            hint=f"behind the last one: --at {before - 1}",
+        )
     return ordered(before, after, spec.layer_mode, spec.at)
 
 
@@ -307,6 +310,8 @@ def _unknown(name: str, layout: ModelLayout) -> SpecError:
     offered = offered_axes(layout)
     plain = name.lower().replace("-", "_")
     axis = _AXIS_CALLED.get(plain) or _AXIS_CALLED.get(plain.replace("_", "").removesuffix("size"), "")
+    for part in plain.split(".")[-2:]:  # a module's name, or a tensor's
+        axis = axis or _AXIS_CALLED.get(part, "")
     close = [axis] if axis in offered else difflib.get_close_matches(plain, offered, n=1)
     if plain in _ELSEWHERE:  # well spelled, of another model
         close = [other for other in _ELSEWHERE[plain] if other in offered][:1]

@@ -75,6 +75,10 @@ def adam_betas(checkpoint: Checkpoint) -> tuple[float, float] | None:
     return found
 
 
+#: peaks above this many times the rate at the expansion are a slip, or an experiment
+LARGE_RHO = 4.0
+
+
 def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
     """What a user should know about the last stage's schedule."""
     stage = rewarmup.stages[-1]
@@ -86,6 +90,11 @@ def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
         found.append(
             f"re-warmup takes {stage.steps} steps but only {remaining} remain: the new entries' rate never "
             f"{never} (try --rewarmup-steps {max(1, remaining // 10)})"
+        )
+    if stage.rho > LARGE_RHO:
+        found.append(
+            f"rho {stage.rho:g}: new entries would train at {stage.rho:g} times the rate at the expansion, "
+            "where 1.25 to 1.3 was best (App. H)"
         )
     if stage.expansion_step < rewarmup.baseline.warmup_steps and one_fall:
         found.append(

@@ -74,6 +74,8 @@ def _parse(suffix: str, text: str) -> Any:
 
 #: ``ffn:2``, ``ffn*2``, ``ffn 2x``
 _JOINED = re.compile(r"([a-z_]+)\s*[\s:*@x]\s*(\d+(?:\.\d+)?)x?", re.IGNORECASE)
+#: ``ffn2``, ``hidden1.5x``
+_RUN_ON = re.compile(r"([a-z_]+?)_?(\d+(?:\.\d+)?)x?", re.IGNORECASE)
 #: a whole number from here on behind ``--axis NAME=`` is taken for a size that was meant
 _NO_FACTOR = 64
 #: and any number behind ``--factor``
@@ -128,7 +130,9 @@ def axes_from_options(
             return found
         raise SpecError(
             f"each --axis needs --factor or --to, found neither for {names}",
-            hint=f"add --factor 2, or write --axis {bare[0]['axis']}=2",
+            hint=f"write --axis {found_in[1]}={found_in[2]}"
+            if (found_in := _RUN_ON.fullmatch(str(bare[0]["axis"])))
+            else f"add --factor 2, or write --axis {bare[0]['axis']}=2",
         )
     if ratios and targets:
         raise SpecError(
@@ -190,11 +194,16 @@ def _number(value: str | float, where: str, kind: type[_Number]) -> _Number:
         return kind(value)
     except (ValueError, OverflowError):
         what = "a number, such as 2 or 1.5" if kind is float else "a whole number, such as 4096"
-        raise UsageError(f"{where}: expected {what}", hint=_plain_number(str(value))) from None
+        raise UsageError(f"{where}: expected {what}", hint=_plain_number(str(value), kind)) from None
 
 
-def _plain_number(text: str) -> str | None:
-    """The number that a text has in it: ``2x``, ``1,5``, ``4k``."""
+def _plain_number(text: str, kind: type) -> str | None:
+    """The number that a text has in it: ``2x``, ``1,5``, ``4,096``."""
+    if kind is int and re.fullmatch(r"\d{1,3}(,\d{3})+", text.strip()):
+        return f"write {text.strip().replace(',', '')}"
+    if re.fullmatch(r"[2-9],[2-9]", text.strip()):
+        first, second = text.strip().split(",")
+        return f"write {first}.{second}; or for two axes --axis ffn={first} --axis hidden={second}"
     share = re.fullmatch(r"(\d+)\s*%", text.strip())
     if share:
         return f"write {int(share[1]) / 100:g}"

@@ -41,8 +41,11 @@ from sparkling_cli.widening.reference import Wanted
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-def _reversed(source: Path | None, output: Path) -> str | None:
-    """What to say where the two were given in the wrong order."""
+def _meant(source: Path | None, output: Path) -> str | None:
+    """What to say where the two were given in the wrong order, or a part of an output for it."""
+    whole = next((folder for folder in output.parents[:2] if (folder / MANIFEST).is_file()), None)
+    if whole is not None:
+        return f"give the output's folder, {whole}"
     if source is None or manifest_of(source) is None:
         return None
     return f"the source comes first: {shlex.join(['sparkling', 'verify', str(output), str(source)])}"
@@ -77,7 +80,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
     if not (sidecars / MANIFEST).exists():
         raise CheckpointError(
             f"{output} has no manifest ({MANIFEST}), so nothing can be proved",
-            hint=_reversed(source, output)
+            hint=_meant(source, output)
             or "only outputs of `sparkling expand` have one; it may have been moved away from its output",
         )
     faults = check_small_files(sidecars, DIGESTS, MANIFEST)

@@ -92,7 +92,9 @@ def test_examples_work_on_the_bundled_checkpoint(
     for name in ("ckpt", "checkpoint-1000"):
         shutil.copytree(dense_checkpoint, name)
     shutil.copy(dense_checkpoint / "config.json", tmp_path)
-    shutil.copy(ROOT / "docs" / "examples" / "expansion.yaml", tmp_path)
+    (tmp_path / "expansion.yaml").write_text(
+        "axes:\n  - {axis: ffn, factor: 2}\nrewarmup: {rho: 1.3, steps: 10}\n"
+    )
     (tmp_path / "heldout.txt").write_text("Once there was a river. " * 400)
     words = shlex.split(example.partition(" > ")[0])[1:]
     if words[0] == "layout" or "mine.toml" in words:

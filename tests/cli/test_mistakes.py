@@ -27,7 +27,20 @@ MISTAKES = [
     ("inspect ckpt wide", 2, "sparkling inspect CKPT --against OTHER"),
     ("inspect ckpt --against", 2, "see `sparkling inspect --help`"),
     ("expand ckpt ffn 2", 2, "an axis goes by an option: sparkling expand ckpt/ --axis ffn --factor 2"),
+    ("expand ckpt a b --axis ffn=2", 2, "one checkpoint and one output"),
+    ("verify ckpt wide/sparkling", 4, "give the output's folder, wide"),
+    ("schedule wide --rho 2", 3, "add --write"),
+    ("schedule wide --steps 600-620", 3, "--steps 600:620"),
+    ("plan ckpt --tokens 200 --axis ffn=2 --expand-at 50%", 3, "--tokens 200B"),
     # options
+    ("expand ckpt --axis ffn=2 --dryrun", 2, "did you mean --dry-run?"),
+    ("expand ckpt --axis ffn=2 --layers 0,1", 2, "more layers: --axis layers=2"),
+    ("expand ckpt --axis ffn=2 --dtype bf16", 2, "the types of the source"),
+    ("expand ckpt --axis ffn=2 --no-optimizer", 2, "--optimizer drop, with an --init other than copy-copy"),
+    ("expand ckpt --axis ffn=2 --rewarmup 10", 2, "did you mean --rewarmup-steps?"),
+    ("expand ckpt --axis ffn=2 --threads 0", 2, "expected 1 or more"),
+    ("inspect ckpt --sequences 0", 2, "expected 1 or more"),
+    ("sparkling expand ckpt --axis ffn=2", 2, "leave out the first word"),
     ("expand --src ckpt --axis ffn=2", 2, "the checkpoint is the first argument"),
     ("expand ckpt --axis ffn=2 --device cuda", 2, "everything runs on the CPU"),
     ("layout ckpt --out mine.toml", 2, "sparkling layout CKPT > mine.toml"),
@@ -46,7 +59,20 @@ MISTAKES = [
     ("expand ckpt --axis ffn hidden --factor 2", 2, "write --axis ffn --axis hidden"),
     ("expand ckpt --axis ffn --factor 2 3x", 2, "write --axis ffn=3"),
     ("expand ckpt --axis ffn --axis ffn --factor 2", 3, "give it once"),
+    ("expand ckpt --axis ffn2", 3, "write --axis ffn=2"),
+    ("expand ckpt --axis hidden1.5x", 3, "write --axis hidden=1.5"),
+    ("expand ckpt --axis mlp.up_proj=2", 3, "did you mean 'ffn'?"),
+    ("expand ckpt --axis model.layers.0.self_attn=2", 3, "did you mean 'heads'?"),
+    ("expand ckpt --axis hidden,ffn=2", 3, "--axis hidden --axis ffn=2"),
+    ("expand ckpt --axis ffn --to 168", 3, "--to 336"),
+    ("expand ckpt --axis heads=1.5", 3, "--axis heads --to 8"),
+    ("expand ckpt --axis layers=2 --at 5", 3, "--at 2"),
+    ("expand ckpt --axis ffn=2 --at 1", 3, "add --axis layers --factor 2"),
+    ("expand ckpt --axis ffn=2 --vocab-from 512=1", 3, "add --axis vocab --to SIZE"),
     # factors
+    ("expand ckpt --axis ffn --factor 2,3", 2, "--axis ffn=2 --axis hidden=3"),
+    ("expand ckpt --axis ffn --factor 1,5", 2, "write 1.5"),
+    ("expand ckpt --axis ffn --to 4,096", 2, "write 4096"),
     ("expand ckpt --axis ffn --factor 200%", 2, "write 2"),
     ("expand ckpt --axis ffn --factor 4096", 3, "for a size: --to 4096"),
     (
@@ -78,7 +104,13 @@ MISTAKES = [
     ("plan ckpt --axis ffn=2 --tokens 200B --expand-at 100", 3, "write it as 100B, or as 50%"),
     ("plan ckpt --axis ffn=2 --tokens 200B --expand-at 0.5", 3, "a share is written as 50%"),
     ("plan ckpt/tokenizer.json --axis ffn=2 --tokens 2B --expand-at 1B", 5, "give the config.json"),
+    ("expand ckpt --axis ffn=2 --init copy_copy", 3, "did you mean 'copy-copy'?"),
+    ("expand ckpt --axis ffn=2 --memory lots", 3, "512M or 2G"),
+    ("expand ckpt --axis ffn=2 --data notes.txt --report none", 3, "leave out one of them"),
+    ("expand ckpt --axis ffn=2 --total-steps 500", 3, "the length of the run that goes on"),
     # places
+    ("expand ckpt notes.txt/out --axis ffn=2", 7, "choose a place in a folder"),
+    ("expand run/checkpoint-700 --axis ffn=2", 4, "did you mean run/checkpoint-600?"),
     ("expand ckpt wide --axis ffn=2", 7, "choose another name, or remove it"),
     ("expand ckpt ckpt/in --axis ffn=2", 7, "choose a place beside it"),
     ("expand ckptt --axis ffn=2", 4, "did you mean ckpt?"),
@@ -124,6 +156,7 @@ def sparkling(
     shutil.copytree(dense_checkpoint, "ckpt")
     Path("run").mkdir()
     Path("empty").mkdir()
+    Path("notes.txt").write_text("some text\n" * 100)
     Path("run/checkpoint-500").symlink_to(tmp_path / "ckpt")
     Path("run/checkpoint-600").symlink_to(tmp_path / "ckpt")
     command = Command(monkeypatch, capsys)
@@ -143,6 +176,14 @@ def test_each_message_leads_on(sparkling: Command) -> None:
             wrong.append((typed, done.code, message))
     assert not wrong
     assert sorted(Path().iterdir()) == before
+
+
+def test_what_is_likely_a_slip_is_warned_of(sparkling: Command) -> None:
+    """A peak of 13 times the rate; and what a message about state says to type is right."""
+    done = sparkling("expand", "ckpt", "--axis", "ffn=2", "--rho", 13, "--dry-run")
+    assert done.code == 0 and "1.25 to 1.3 was best" in " ".join(done.err.split())
+    options = ("--axis", "ffn=2", "--optimizer", "drop", "--init", "zero-copy", "--dry-run")
+    assert sparkling("expand", "ckpt", *options).code == 0
 
 
 @pytest.mark.parametrize(
