@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,9 @@ import torch
 import torch.distributed as dist
 
 from sparkling_cli.formats.dcp.names import find_roles
+from sparkling_cli.formats.megatron import facts_in
+from sparkling_cli.formats.torchfile import read_torch_file
+from sparkling_cli.schedule.curves import Curve
 from tests.formats.make_dcp import on_ranks
 from tests.formats.make_megatron import without_cuda
 from tests.formats.widening import check_moments, tensors_of, widen
@@ -148,3 +153,41 @@ def test_optimizer(tmp_path: Path, sharded: bool) -> None:
     before, after = torch.load(tmp_path / "old.pt"), torch.load(tmp_path / "new.pt")
     assert after[0] == pytest.approx(before[0], abs=1e-5)
     assert after[1] == pytest.approx(before[1], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("style", "ending"),
+    [
+        ("cosine", None),
+        ("linear", None),
+        ("constant", None),
+        ("WSD", "linear"),
+        ("WSD", "cosine"),
+        ("WSD", "minus_sqrt"),
+    ],
+)
+def test_schedule(tmp_path: Path, style: str, ending: str | None) -> None:
+    """The curve that is read gives the rates of Megatron's own scheduler, which counts samples."""
+    pytest.importorskip("megatron.core", reason="pip install megatron-core==0.16.1")
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    each, step = 8, 11
+    scheduler = OptimizerParamScheduler(
+        SimpleNamespace(param_groups=[{}]), init_lr=1e-5, max_lr=1e-3, min_lr=1e-4,
+        lr_warmup_steps=10.0 * each, lr_decay_steps=100 * each, lr_decay_style=style,
+        start_wd=0.1, end_wd=0.1, wd_incr_steps=100, wd_incr_style="constant",
+        wsd_decay_steps=30 * each, lr_wsd_decay_style=ending,
+    )  # fmt: skip
+    scheduler.step(each * step)
+    args = Namespace(lr_warmup_init=1e-5, lr_wsd_decay_iters=30, lr_wsd_decay_style=ending)
+    saved = {"args": args, "iteration": step, "opt_param_scheduler": scheduler.state_dict()}
+    torch.save(saved, tmp_path / "common.pt")
+    facts = facts_in(read_torch_file(tmp_path / "common.pt", "common.pt").tree)
+    found = facts["schedule"]
+    curve = Curve(
+        **{"minimum": 0.0, "initial": 0.0, **found["kwargs"]}, peak=found["peak"],
+        warmup_steps=found["warmup_steps"], total_steps=facts["max_steps"],
+    )  # fmt: skip
+    for at in range(101):
+        scheduler.num_steps = each * at
+        assert curve(at) == pytest.approx(scheduler.get_lr({}), rel=1e-12), at
