@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
+from math import frexp, ldexp, prod, sqrt
 from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema
@@ -51,7 +51,8 @@ class Compensation:
     The factor is ``(d'/d)**power``, and, if ``fan_in``, also the axis's fan-in factor, entry by entry:
     for a tied head the final norm carries what the shared matrix cannot. ``offset`` is 1 for norms that
     compute ``(1 + w)``: the tensor becomes ``c (w + offset) - offset``. With ``config`` set, the factor
-    goes into that config number instead of a tensor.
+    goes into that config number instead of a tensor. ``rounded`` is for classes that keep ``sqrt(d)`` in
+    bfloat16, whatever the model's dtype: the factor is then ``(R(sqrt(d')) / R(sqrt(d)))**(2 power)``.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -62,6 +63,19 @@ class Compensation:
     fan_in: bool = False
     power: float = 0.0
     offset: float = 0.0
+    rounded: bool = False
+
+    def scale(self, before: int, after: int) -> float:
+        """The factor when the axis grows, without its fan-in factor."""
+        if not self.rounded:
+            return float((after / before) ** self.power)
+        return float((_bfloat16(sqrt(after)) / _bfloat16(sqrt(before))) ** (2 * self.power))
+
+
+def _bfloat16(number: float) -> float:
+    """The nearest number with eight significant bits, the even one of two."""
+    mantissa, exponent = frexp(number)
+    return ldexp(round(ldexp(mantissa, 8)), exponent - 8)
 
 
 @dataclass(frozen=True)

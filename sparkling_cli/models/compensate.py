@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.layout.expr import TensorLayout
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Compensations = tuple[Compensation, ...]
+#: An exponent that is measured is at most so far from the true one.
+_EXACT = 1e-4
 _POWERS = (0.0, 0.5, -0.5, 1.0, -1.0)
 
 
@@ -42,10 +44,12 @@ def hypotheses_for(
     norm = final_norm(parity)
     embedding = embedding_name(parity.model)
     found: list[Compensations] = []
-    for embed_power in _embedding_powers(parity, axes, layouts, embedding):
+    for embed_power, rounded in _embedding_powers(parity, axes, layouts, embedding):
         undo = -embed_power if tied else 0.0
         scaled = {embedding, *_tied_heads(parity.model)} if tied else {embedding}
-        on_embedding = [Compensation(axis, n, power=embed_power) for n in sorted(scaled) if embed_power]
+        on_embedding = [
+            Compensation(axis, n, power=embed_power, rounded=rounded) for n in sorted(scaled) if embed_power
+        ]
         # What is measured under a layout that is not the true one may be no multiplier at all.
         inside = dict.fromkeys((_inside(parity, axes, layouts, on_embedding), ()))
         for head_power in _POWERS if norm else (0.0,):
@@ -53,7 +57,8 @@ def hypotheses_for(
                 for within in inside:
                     comps = [*on_embedding, *within]
                     if norm and (tied or head_power + undo):
-                        comps += _on_norm(norm, axis, tied, head_power + undo, offset)
+                        on_norm = _on_norm(norm, axis, tied, head_power + undo, offset)
+                        comps += [replace(c, rounded=rounded and not head_power) for c in on_norm]
                     if tuple(comps) not in found:
                         found.append(tuple(comps))
     if () not in found:
@@ -170,14 +175,14 @@ def _inputs(model: nn.Module, ids: torch.Tensor) -> list[_Input]:
 
 def _embedding_powers(
     parity: LogitParity, axes: Sequence[str], layouts: Mapping[str, TensorLayout], embedding: str
-) -> list[float]:
-    """Exponents p of (d'/d)^p that may undo a multiplier on the embedding, the likeliest first.
+) -> list[tuple[float, bool]]:
+    """Exponents p of (d'/d)^p that may undo a multiplier on the embedding, and whether it is rounded.
 
     Measured where the first layer is entered and where the embedding is left, as a norm may stand
     between the two.
     """
     if not embedding:
-        return [0.0]
+        return [(0.0, False)]
     first = next((n for n, _ in parity.model.named_modules() if n.endswith(".0") and n.count(".") <= 3), None)
     owner = embedding.rpartition(".")[0]
     found = [_power(parity, axes, layouts, first, True)] if first else []
@@ -187,19 +192,23 @@ def _embedding_powers(
 
 def _power(
     parity: LogitParity, axes: Sequence[str], layouts: Mapping[str, TensorLayout], module: str, entering: bool
-) -> float:
-    """Exponent that keeps the RMS of what enters or leaves a module when the axes grow; in halves."""
+) -> tuple[float, bool]:
+    """Exponent that keeps the RMS of what enters or leaves a module when the axes grow; in halves.
+
+    And whether it does so only to bfloat16's rounding.
+    """
     before = _rms_at(parity.model, parity.ids, module, entering)
     powers = []
     for factor in (2, 3):
         if math.isinf(parity.error(layouts, dict.fromkeys(axes, factor))):
-            return 0.0
+            return 0.0, False
         after = _rms_at(parity.wide(dict.fromkeys(axes, factor)), parity.ids, module, entering)
         if before <= 0 or after <= 0:
-            return 0.0
+            return 0.0, False
         powers.append(math.log(before / after) / math.log(factor))
     near = round(2 * powers[0]) / 2
-    return near if all(abs(p - near) < 0.02 for p in powers) and abs(near) <= 1 else 0.0
+    furthest = max(abs(p - near) for p in powers)
+    return (near, furthest > _EXACT) if furthest < 0.02 and abs(near) <= 1 else (0.0, False)
 
 
 def _rms_at(model: nn.Module, ids: torch.Tensor, module: str, entering: bool) -> float:

@@ -142,6 +142,9 @@ def _parsed_candidates(
         rest = {axis: entries for axis, entries in moved.items() if axis != "hidden"}
         for axis in found.coupled:  # of hidden only because the two grow together
             texts += candidates(n, {axis: n, **rest}, found.sizes, kinds, found.blocks)
+    if moved.get("hidden") == n and len(moved) > 1:
+        for axis in (a for a in found.coupled if found.axes[a].kind is None):  # the product is divided by it
+            texts = [f"({axis} {n // found.sizes[axis]})"]
     fits = []
     for text in texts:
         try:

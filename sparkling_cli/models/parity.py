@@ -233,7 +233,7 @@ def widened(
         scale, offset, consumed = 1.0, 0.0, set()
         for c in compensations:
             if c.tensor == name and c.axis in growth:
-                scale *= factors[c.axis] ** c.power
+                scale *= c.scale(*growth[c.axis])
                 if c.fan_in:
                     consumed.add(c.axis)
                 offset = c.offset

@@ -261,7 +261,7 @@ def _proved_alone(
         why = f"nothing can be proved about {moved[0].names[0]}: logits of plain text do not depend on it"
         return AxisVerdict(False, why), None
     for family in moved:
-        unknown = _unprovable(parity, family, hyp, options, axes, unreached)
+        unknown = _unprovable(parity, family, hyp, options, axes, unreached, found.config)
         if unknown is not None:
             return AxisVerdict(False, unknown), None
     comps: list[tuple[Compensation, ...]] = [()]
@@ -301,11 +301,14 @@ def _attention_tensors(hyp: Hypotheses, options: Options, hidden: int) -> list[t
 def _positions(model: nn.Module, config: ConfigDict) -> str:
     """What is known of a class whose positions no weight says, and which change with its width."""
     kinds = {type(module) for module in model.modules()}
-    if any("sinusoid" in kind.__name__.lower() for kind in kinds):
+    own = [kind for kind in kinds if not kind.__module__.startswith("torch.")]
+    names = {kind.__name__ for kind in own}.union(
+        *(dir(sys.modules[k.__module__]) for k in own), *map(vars, own)
+    )
+    if any("sinusoid" in n.lower() or n in ("positional_encoding", "positional_embedding") for n in names):
         return "; its positions come from a table of sines, whose entries depend on the width"
     off = any(path[-1] == "alibi" and value is False for path, value in walk(config))
-    homes = {kind.__module__ for kind in kinds if not kind.__module__.startswith("torch.")}
-    if not off and any("alibi" in name.lower() for home in homes for name in dir(sys.modules[home])):
+    if not off and any("alibi" in name.lower() for name in names):
         return "; its positions come from ALiBi, whose slopes depend on the number of heads"
     return ""
 
@@ -321,7 +324,9 @@ def _grows_not(found: TinyAxes, name: str) -> str:
     width = found.axes.get("head_dim")
     if found.axes[name].kind in HEADS and (width is None or not width.keys):
         return "hidden is divided by the number of heads: more of them are smaller, and no tensor is wider"
-    smaller = [n for n, one in found.shapes.items() if one > shapes[n]]
+    smaller = [
+        n for n, one in found.shapes.items() if any(a > b for a, b in zip(one, shapes[n], strict=True))
+    ]
     if smaller:
         return f"something is divided by it: twice as many make {smaller[0]} smaller, and widen no tensor"
     return "no tensor's shape depends on it"
@@ -347,6 +352,17 @@ def _table(parity: LogitParity, axes: Sequence[str]) -> str | None:
     return next((n for n in tables if n in after and after[n] != found.shapes[n]), None)
 
 
+def _worked_out(config: ConfigDict) -> str:
+    """What to do where the config tells the class to round a width, after a rule of its own."""
+    keys = [path[-1] for path, value in walk(config) if path[-1].startswith("block_auto_adjust") and value]
+    if not keys:
+        return ""
+    return (
+        f"; the class works the width out, as {keys[0]} is true: the same model with {keys[0]} = false, "
+        "intermediate_size = the width that its tensors have, and no block_ff_dim in its config.json widens"
+    )
+
+
 def _unprovable(
     parity: LogitParity,
     family: Family,
@@ -354,6 +370,7 @@ def _unprovable(
     options: Options,
     axes: Sequence[str],
     unreached: frozenset[str],
+    config: ConfigDict,
 ) -> str | None:
     """Why logits can say nothing about a family, or None.
 
@@ -363,7 +380,7 @@ def _unprovable(
     for tensor in family.names:
         why = [w for a, w in hyp.unexplained.get(tensor, {}).items() if a in axes]
         if why:
-            return f"{tensor}: {why[0]}"
+            return f"{tensor}: {why[0]}{_worked_out(config)}"
     if not set(family.names) & unreached:
         return None
     for variable in (family.direction, *family.terms):

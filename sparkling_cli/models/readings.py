@@ -34,6 +34,10 @@ def usual(found: TinyAxes) -> TinyAxes:
 
 def further(found: TinyAxes, factory: ModelFactory | None) -> Iterator[TinyAxes]:
     """Other readings of the same keys, for a class whose heads the usual one does not explain."""
+    along = tuple(_divisors(found)) if not found.coupled and "hidden" in found.axes else ()
+    shapes = tried_shapes(found.resized(dict.fromkeys(("hidden", *along), 2)), factory) if along else ""
+    if not isinstance(shapes, str):
+        yield replace(found, coupled=along, moved={**found.moved, "hidden": shapes})
     if found.blocks != "1" or "heads" not in found.axes or "kv_heads" in found.axes:
         return
     if not found.coupled and "head_dim" not in found.axes:
@@ -48,6 +52,19 @@ def further(found: TinyAxes, factory: ModelFactory | None) -> Iterator[TinyAxes]
         shapes = tried_shapes(found.resized({"hidden": 2}), factory)
         if not isinstance(shapes, str):
             yield replace(found, coupled=("head_dim",), moved={**found.moved, "hidden": shapes})
+
+
+def _divisors(found: TinyAxes) -> Iterator[str]:
+    """Axes that may have to grow with hidden: counts that a width is divided by, and multiples of hidden."""
+    hidden = found.axes["hidden"]
+    for name, axis in found.axes.items():
+        shapes = found.moved.get(name)
+        if axis.kind == "hidden" and axis != hidden and axis.size % hidden.size == 0:
+            yield name
+        elif axis.kind is None and shapes is not None and shapes.keys() == found.shapes.keys():
+            pairs = [pair for key in shapes for pair in zip(found.shapes[key], shapes[key], strict=True)]
+            if any(before == 2 * after for before, after in pairs):
+                yield name
 
 
 def _in_blocks(found: TinyAxes, blocks: str, number: int) -> TinyAxes:

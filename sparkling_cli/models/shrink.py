@@ -93,6 +93,18 @@ def shrink(config: Mapping[str, Any], *, factory: ModelFactory | None = None) ->
     )
 
 
+def tiny_configs(real: ConfigDict) -> Iterator[ConfigDict]:
+    """Tiny configs of a class that build and run, whatever they can be told apart by; for what is known."""
+    for variant in VARIANTS:
+        for tiny in _with_layers(real, variant):
+            try:
+                run(build_model(tiny, meta=False), tokens(tiny))
+            except Exception:  # any model code may raise anything
+                continue
+            yield tiny
+            break
+
+
 def layer_kinds(model: nn.Module) -> frozenset[frozenset[str]]:
     """The distinct sets of parameter names below one numbered layer, numbers blanked."""
     layers: dict[str, set[str]] = {}

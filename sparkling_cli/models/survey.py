@@ -30,6 +30,24 @@ COLUMNS: tuple[tuple[str, frozenset[str]], ...] = (
 )
 
 
+#: What a class has not that has no key for a column.
+_ABSENT = {"ffn": "an inner width", "heads": "heads: its mixers have none"}
+
+#: What is known of classes whose refusal no measurement explains.
+_KNOWN = {
+    "gemma4_assistant": "it drafts with the keys and values of the model that it assists, and text alone "
+    "does not run it; its default config contradicts itself",
+    "gemma4_unified_assistant": "it drafts with the keys and values of the model that it assists, and text "
+    "alone does not run it",
+    "prophetnet": "its class reads the position biases of heads and tokens in each other's order: with more "
+    "heads, or another order of them, every head gets other biases",
+    "reformer": "it hashes what it attends to by random rotations, and its positions are concatenated of two "
+    "tables that share hidden between them",
+    "blt": "its bytes are grouped by the entropies of a model of its own; four stacks of other widths read "
+    "each other, and no small instance of them was found that runs",
+}
+
+
 def survey(
     model_types: Sequence[str] | None = None, *, progress: Callable[[str], None] | None = None
 ) -> tuple[Architecture, ...]:
@@ -64,8 +82,6 @@ def survey(
     rows = []
     for model_type in model_types if model_types is not None else sorted(names):
         row = _cached_row(model_type, names[model_type])
-        if not any(axis.proved and axis.name == "hidden" for axis in row.axes):
-            row = row.model_copy(update={"layout_file": axes_in_file(model_type)})
         rows.append(row)
         if progress is not None:
             proved = [a.name for a in row.axes if a.proved]
@@ -74,23 +90,31 @@ def survey(
 
 
 def _cached_row(model_type: str, class_name: str) -> Architecture:
-    key = cache.key_of("survey", model_type)
+    from sparkling_cli.layout.packaged import packaged_data
+    from sparkling_cli.models.packaged_proof import file_of
+
+    file = file_of(model_type)
+    key = cache.key_of("survey", model_type, packaged_data(file) if file else None)
     stored = cache.load("survey", key)
     if stored is not None:
         return Architecture.model_validate(stored)
-    row = _judged_row(model_type, class_name)
+    row = _with_file(_judged_row(model_type, class_name))
     cache.store("survey", key, row.model_dump(mode="json"))
     return row
 
 
-def axes_in_file(model_type: str) -> tuple[str, ...]:
-    """Axes that can be widened by a layout file of the package that is for this model type."""
-    from sparkling_cli.layout.packaged import packaged_data, packaged_names
+def _with_file(row: Architecture) -> Architecture:
+    """The row with what a layout file of the package proves in columns in which inference proves nothing."""
+    from sparkling_cli.models.packaged_proof import proved_by_file
 
-    for data in map(packaged_data, packaged_names()):
-        if model_type in data.get("classes", {}):
-            return tuple(name for name, axis in data["axes"].items() if axis.get("widenable"))
-    return ()
+    missing = [roles for _, roles in COLUMNS if not row.proved(roles)]
+    found = proved_by_file(row.model_type) if missing else []
+    new = [axis for axis in found if axis.name not in {a.name for a in row.axes if a.proved}]
+    answered = {axis.name for axis in new}.union(
+        *(roles for roles in missing if any(axis.role in roles for axis in new))
+    )
+    kept = [axis for axis in row.axes if axis.proved or not {axis.name, axis.role} & answered]
+    return row.model_copy(update={"axes": (*new, *kept), "failure": "" if new else row.failure})
 
 
 def _judged_row(model_type: str, class_name: str) -> Architecture:
@@ -128,7 +152,7 @@ def _absent(findings: Findings) -> list[ArchitectureAxis]:
     for name, members in COLUMNS:
         if kinds & members:
             continue
-        reason = f"no key of its config sizes {'an inner width' if name == 'ffn' else name}"
+        reason = f"no key of its config sizes {_ABSENT.get(name, name)}"
         rows.append(ArchitectureAxis(name=name, role=name, proved=False, reason=reason))
     return rows
 
@@ -161,7 +185,6 @@ def to_table(rows: Sequence[Architecture]) -> Table:
     for row in rows:
         refused = [f"{a.name}: {a.reason}" if few else a.name for a in row.axes if not a.proved]
         proved = [_axis_cell(a) for a in row.axes if a.proved]
-        proved += [f"by a layout file: {', '.join(row.layout_file)}"] if row.layout_file else []
         reasons = ("\n" if few else ", ").join(refused)
         table.add_row(row.model_type, ", ".join(proved), row.failure or reasons)
     return table
@@ -178,7 +201,8 @@ def to_markdown(rows: Sequence[Architecture]) -> str:
         f"{', '.join(cache.versions()[1:3])}; a test fails when it is stale. "
         f"{len(rows)} model types, {len(classes)} classes. Each was judged on a tiny random instance of its "
         "default config: an axis is *proved* if widening it 2x and 3x keeps the logits, and refused with the "
-        "reason otherwise. A checkpoint's own config is judged in the same way when it is widened, unless a "
+        "reason otherwise. What inference cannot explain may be in a layout file of the package, and is "
+        "proved in the same way. A checkpoint's own config is judged so too when it is widened, unless a "
         "layout file of the package fits it.",
         "",
         "Classes with the axis proved: " + ", ".join(f"{n} {c}" for n, c in totals.items()) + ".",
@@ -198,30 +222,26 @@ def _table_line(row: Architecture) -> str:
     for _, roles in COLUMNS:
         axes = [a for a in row.axes if a.role in roles]
         proved = [_axis_cell(a) for a in axes if a.proved]
-        shown = proved or [f"{name} (layout file)" for name in row.layout_file if name in roles]
-        cells.append(", ".join(shown) or ("refused" if axes or row.failure else "none"))
+        cells.append(", ".join(proved) or ("refused" if axes or row.failure else "none"))
     core = frozenset().union(*(roles for _, roles in COLUMNS))
     others = [_axis_cell(a) for a in row.axes if a.proved and a.role not in core]
-    others += [f"{name} (layout file)" for name in row.layout_file if name not in core]
     return f"| {row.model_type} | {row.class_name} | {' | '.join(cells)} | {', '.join(others)} |"
 
 
 def _axis_cell(axis: ArchitectureAxis) -> str:
-    return f"{axis.name} (with {', '.join(axis.joint)})" if axis.joint else axis.name
+    said = [f"with {', '.join(axis.joint)}"] if axis.joint else []
+    said += ["layout file"] if axis.layout_file else []
+    return f"{axis.name} ({'; '.join(said)})" if said else axis.name
 
 
 def _refusals(row: Architecture) -> list[str]:
     """Lines for what the class refuses, leaving out axes that are no widths anywhere."""
     from sparkling_cli.models.axes import FROZEN
 
+    known = _KNOWN.get(row.model_type)
+    lines = [f"- **{row.model_type}**: {known}"] if known else []
     if row.failure:
-        return [f"- **{row.model_type}**: {row.failure}"]
-    lines = []
-    if row.layout_file:
-        lines = [
-            f"- **{row.model_type}**: its checkpoints get a layout file of the package, which is held to the "
-            f"class by tests and widens {', '.join(row.layout_file)}; what follows is about inference."
-        ]
+        return [*lines, f"- **{row.model_type}**: {row.failure}"]
     for axis in row.axes:
         if not axis.proved and axis.reason not in FROZEN.values():
             lines.append(f"- **{row.model_type}** `{axis.name}`: {' '.join(axis.reason.split())}")

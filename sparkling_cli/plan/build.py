@@ -320,7 +320,7 @@ class _Recipes:
         scale, offset = fitted, 0.0
         for item in compensations:
             grown = self.growth.get(item.axis)
-            power = 1.0 if grown is None else (grown.target / grown.source) ** item.power
+            power = 1.0 if grown is None else item.scale(grown.source, grown.target)
             scale *= power
             if item.offset:
                 alpha = self.treatment.alpha(grown) if grown is not None and item.fan_in else 1.0
@@ -548,7 +548,7 @@ def _config(checkpoint: Checkpoint, layout: ModelLayout, recipes: _Recipes) -> d
             if not isinstance(old, (int, float)):
                 raise LayoutError(f"config key {item.config!r} must be a number to be scaled, found {old!r}")
             grown = growth[item.axis]
-            factor = (grown.target / grown.source) ** item.power
+            factor = item.scale(grown.source, grown.target)
             changed[item.config] = float(changed.get(item.config, old)) * (  # type: ignore[arg-type]
                 factor * (recipes.treatment.alpha(grown) if item.fan_in else 1.0)
             )
@@ -591,7 +591,7 @@ def carried_factors(
             consumed=frozenset({item.axis}),
         )
         squares = sum(run.length * run.scale**2 for run in view[0].runs)
-        factor = sqrt(squares / grown.target) * (grown.target / grown.source) ** item.power
+        factor = sqrt(squares / grown.target) * item.scale(grown.source, grown.target)
         for group in layout.tied:
             for name in group:
                 module = name.removesuffix(".weight")

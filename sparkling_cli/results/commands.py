@@ -127,6 +127,10 @@ class ArchitectureAxis(Result):
     joint: Annotated[
         tuple[str, ...], Field(description="axes that grow by the same factor along with it")
     ] = ()
+    layout_file: Annotated[
+        str,
+        Field(description="the layout file of the package that it is proved by, where it is not inferred"),
+    ] = ""
 
 
 class Architecture(Result):
@@ -138,9 +142,6 @@ class Architecture(Result):
     failure: Annotated[str, Field(description="why no tiny model could be run; empty where one was")] = ""
     experts: Annotated[bool, Field(description="whether the class has routed experts")] = False
     notes: tuple[str, ...] = ()
-    layout_file: Annotated[
-        tuple[str, ...], Field(description="axes widened by a layout file of the package, asked first")
-    ] = ()
 
     def proved(self, roles: Iterable[str]) -> tuple[str, ...]:
         """Names of the proved axes of some kinds of width."""

@@ -15,11 +15,13 @@ from functools import cached_property
 from math import ceil, isclose, prod
 from typing import Any
 
+import numpy as np
+
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.formats.optimizer_states import StateKind, form_of, state_kind, turns
 from sparkling_cli.layout.expr import TensorLayout
-from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.model import Compensation, ModelLayout
 from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.manifest import Manifest
@@ -279,7 +281,7 @@ class Derivation:
         for template, item in self._items:
             if template.matches(name):
                 before, after = self.rules.growth.get(item.axis, (1, 1))
-                power = (after / before) ** item.power
+                power = _multiplier(item, before, after)
                 scale *= power
                 fan_in = item.fan_in and item.axis in self.rules.growth
                 if fan_in:
@@ -327,7 +329,7 @@ class Derivation:
         for item in self.layout.compensations:
             if item.config and item.axis in self.rules.growth and self.spec.scaling != "none":
                 old, new = self.rules.growth[item.axis]
-                own = (new / old) ** item.power
+                own = _multiplier(item, old, new)
                 own *= float(self.rules.factors(item.axis)[0]) if item.fan_in else 1.0
                 factors[item.config] = factors.get(item.config, 1.0) * own
         for key, factor in factors.items():
@@ -337,6 +339,16 @@ class Derivation:
             ):
                 found.append(f"the config says {key} = {seen!r}, {old_value} times {factor:g} is expected")
         return found
+
+
+def _multiplier(item: Compensation, before: int, after: int) -> float:
+    """A factor that follows from an axis's sizes; of roots in bfloat16, from the bits of these."""
+    if not item.rounded:
+        return float((after / before) ** item.power)
+    bits = np.sqrt(np.array([before, after], np.float64)).astype(np.float32).view(np.uint32)
+    upper = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
+    old, new = upper.astype(np.uint32).view(np.float32).astype(np.float64)
+    return float((new / old) ** (2 * item.power))
 
 
 def _layers(spec: ExpansionSpec, growth: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:

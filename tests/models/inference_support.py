@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.model import Compensation, ModelLayout
 from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.models.infer import infer
 from sparkling_cli.models.shrink import shrink
@@ -51,9 +51,17 @@ def widen_state(
         copies = Treatment(vocab=Fill.COPY)
         view = view_of(pattern.dims, layout.sizes, growth, copies, consumed=consumed)
         offset = max((c.offset for c in own), default=0.0)
-        scale = math.prod(factors[c.axis] ** c.power for c in own)
+        scale = math.prod(multiplier(c, growth[c.axis].source, growth[c.axis].target) for c in own)
         result[name] = widen_tensor(tensor + offset, view, scale=scale, offset=-offset)
     return result
+
+
+def multiplier(factor: Compensation, before: int, after: int) -> float:
+    """What a tensor is multiplied by when an axis grows; roots in bfloat16 are torch's own."""
+    if not factor.rounded:
+        return float((after / before) ** factor.power)
+    roots = torch.tensor([before, after], dtype=torch.float64).sqrt().bfloat16().double()
+    return float((roots[1] / roots[0]) ** (2 * factor.power))
 
 
 def widened_config(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sparkling_cli.errors import LayoutError, SpecError
-from sparkling_cli.models import cache, survey
+from sparkling_cli.models import cache, packaged_proof, survey
 from sparkling_cli.models import infer as module
 
 CONFIG: dict[str, Any] = {
@@ -71,7 +71,29 @@ def test_an_axis_that_a_class_does_not_have_has_a_reason() -> None:
     """Mamba has no attention."""
     row = survey.survey(["mamba"])[0]
     heads = next(axis for axis in row.axes if axis.name == "heads")
-    assert not heads.proved and heads.reason == "no key of its config sizes heads"
+    assert not heads.proved and heads.reason == "no key of its config sizes heads: its mixers have none"
+
+
+def test_what_a_layout_file_proves_is_counted_and_marked() -> None:
+    """Helium's hidden and heads are not inferred; its file is tried on a tiny model, and named."""
+    row = survey.survey(["helium"])[0]
+    found = {axis.name: axis for axis in row.axes if axis.layout_file}
+    assert found.keys() == {"hidden", "kv_heads"} and all(axis.proved for axis in found.values())
+    assert survey.counts([row]) == {"ffn": 1, "hidden": 1, "heads": 1}
+    page = survey.to_markdown([row])
+    assert "| hidden (with kv_heads; layout file) | kv_heads (with hidden; layout file) |" in page
+
+
+def test_a_file_that_is_wrong_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys' channels outside their heads: what is left is what has nothing to do with them."""
+    data = packaged_proof.packaged_data("helium")
+    wrong = {
+        **data["tensors"],
+        "model.layers.{layers}.self_attn.k_proj.weight": "(head_dim kv_heads) <- hidden",
+    }
+    monkeypatch.setattr(packaged_proof, "packaged_data", lambda name: {**data, "tensors": wrong})
+    monkeypatch.setattr(packaged_proof, "file_of", lambda model_type: "helium")
+    assert {axis.name for axis in packaged_proof.proved_by_file("helium")} == {"ffn"}
 
 
 def test_a_type_that_the_library_lacks_is_refused() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inference_support import small_config
+from inference_support import multiplier, small_config
 from training_support import (
     Origin,
     Tensors,
@@ -158,7 +158,11 @@ def of_activations(small: Trained, wide: torch.nn.Module, layout: ModelLayout) -
     """
     before, after = outputs_by_module(small.model, small.ids), outputs_by_module(wide, small.ids)
     factored = {c.tensor.rpartition(".")[0] for c in layout.compensations if c.fan_in}
-    powers = [(NameTemplate(c.tensor), c.power) for c in layout.compensations if c.power and not c.fan_in]
+    factors = [
+        (NameTemplate(c.tensor), multiplier(c, layout.sizes[c.axis], 2 * layout.sizes[c.axis]))
+        for c in layout.compensations
+        if c.power and not c.fan_in
+    ]
     passed_on = {before[name].data_ptr() for name in factored if name in before}
     for name, output in before.items():
         if name not in after:
@@ -168,6 +172,6 @@ def of_activations(small: Trained, wide: torch.nn.Module, layout: ModelLayout) -
             continue
         now = after[name]
         limit = RMS if now.numel() in (output.numel(), 2 * output.numel()) else MIXED_RMS
-        expected = [1.0, *(2**p for t, p in powers if t.matches(f"{name}.weight"))]
+        expected = [1.0, *(by for t, by in factors if t.matches(f"{name}.weight"))]
         if min(abs(rms(now) / rms(output) / by - 1) for by in expected) > limit:
             yield f"{name}: RMS {rms(output):.4g} becomes {rms(now):.4g}"

@@ -77,6 +77,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 40,
         "attn_layer_indices": [1],
     },
+    "xlstm": {
+        "model_type": "xlstm",
+        "architectures": ["xLSTMForCausalLM"],
+        **SIZES,
+        "hidden_size": 48,
+        "num_heads": 4,
+        "ffn_round_up_to_multiple_of": 1,
+    },
     "helium": {
         "model_type": "helium",
         "architectures": ["HeliumForCausalLM"],
@@ -171,7 +179,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "granitemoehybrid without attention": {**GRANITE, "layer_types": ["linear_attention"] * 3},
 }
 #: Classes that inference cannot explain: their files are held to the code alone.
-NOT_INFERRED = {"mamba2", "bamba", "helium", "granitemoehybrid"}
+NOT_INFERRED = {"mamba2", "bamba", "helium", "granitemoehybrid", "xlstm"}
 #: Classes of which a file is for tied models only, or for untied ones only.
 ALWAYS = {"gemma": True, "gemma2": True, "gemma3_text": True, "gpt_neox": False}
 #: A config, and whether its embedding is tied to its head.

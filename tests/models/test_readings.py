@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparkling_cli import api
 from sparkling_cli.errors import SpecError
@@ -29,6 +30,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 24,
     },
+    "zamba": {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "vocab_size": 61,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "mamba_dt_rank": 3,
+        "mamba_d_state": 5,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
 }
 GROWN = {
     "codegen": ("hidden", "heads"),
@@ -36,6 +48,7 @@ GROWN = {
     "mpt": ("hidden", "head_dim", "ffn"),
     "diffllama": ("heads",),
     "laguna": ("kv_heads", "q_per_kv"),
+    "zamba": ("hidden", "attention_hidden_size", "n_mamba_heads"),
 }
 
 
@@ -72,3 +85,34 @@ def test_zero_fill_of_larger_heads_leaves_queries_and_keys_as_copies(tmp_path: P
     rows = wide.transformer.h[0].self_attention.query_key_value.weight.detach().reshape(4, 3, 16, 64)
     assert bool((rows[:, :2, 8:, :32] == rows[:, :2, :8, :32]).all())
     assert bool(rows[:, :2].any()) and not bool(rows[:, 2, 8:].any())
+
+
+def test_a_root_in_bfloat16_is_undone_as_it_is_rounded(tmp_path: Path) -> None:
+    """RecurrentGemma multiplies embeddings by sqrt(hidden) in bfloat16, whatever its weights are in."""
+    config = {
+        "model_type": "recurrent_gemma",
+        "architectures": ["RecurrentGemmaForCausalLM"],
+        "hidden_size": 40,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 61,
+        "lru_width": 40,
+        "attention_window_size": 16,
+    }
+    model: Any = shake(build_model(config, meta=False))
+    model.save_pretrained(tmp_path / "small")
+    result = api.expand(
+        tmp_path / "small",
+        tmp_path / "wide",
+        axes={"hidden": 2, "heads": 2},
+        report="none",
+        allow_locked=True,
+    )
+    wide = type(model).from_pretrained(result.destination)
+    factor = torch.tensor(40.0).sqrt().bfloat16().float() / torch.tensor(80.0).sqrt().bfloat16().float()
+    table = model.model.embed_tokens.weight.detach()
+    torch.testing.assert_close(wide.model.embed_tokens.weight.detach()[:, :40], table * factor)
+    ids = torch.arange(7, 16)[None]
+    torch.testing.assert_close(wide(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert api.verify(tmp_path / "small", result.destination).derived

@@ -178,3 +178,21 @@ def test_positions_that_no_weight_says_are_named(axis: str, config: dict[str, An
     """What grows with the width or the heads in the class's own code is the likely reason, and is said."""
     info = infer(config).axes[axis]
     assert not info.widenable and said in info.reason
+
+
+def test_a_width_that_the_class_works_out_widens_once_it_is_written(tmp_path: Path) -> None:
+    """LFM2's key is made two thirds and rounded; the hint, followed to the letter, gives the same model."""
+    config = {
+        "model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], "hidden_size": 64, "vocab_size": 61,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "block_ff_dim": 100,
+        "block_multiple_of": 8, "layer_types": ["conv", "full_attention"],
+    }  # fmt: skip
+    info = infer(config).axes["ffn"]
+    assert not info.widenable
+    assert "block_auto_adjust_ff_dim = false" in info.reason and "no block_ff_dim" in info.reason
+    width = build_model(config).model.layers[0].feed_forward.w1.weight.shape[0]
+    written = {**config, "block_auto_adjust_ff_dim": False, "intermediate_size": width}
+    del written["block_ff_dim"]
+    assert build_model(written).model.layers[0].feed_forward.w1.weight.shape[0] == width
+    layout = infer(written)
+    assert layout.axes["ffn"].widenable and layout.config["intermediate_size"] == "ffn"
