@@ -14,12 +14,12 @@ INNER = ("ffn", "expert_ffn", "shared_ffn")
 BETA2 = 0.95
 #: Steps after the expansion -> by how many nats per byte ``random-zero`` that keeps the function ended below
 #: ``copy-copy``, in the mean over seeds; it was below it wherever it was measured.
-AHEAD = {12_000: 0.013, 20_000: 0.006}
+AHEAD = {12_000: 0.013, 20_000: 0.006, 32_000: 0.006}
 STEPS = max(AHEAD)
 #: The cosine of ``copy-copy``'s copies to their sources, after so many steps.
 COSINE, COSINE_STEPS = 0.97, 2000
-#: Tokens per parameter of the small model before the expansion, and of the wide one after it.
-TOKENS_BEFORE, TOKENS_AFTER = 50, 38
+#: Tokens per parameter of the small model before the expansion, and of the wide one after it: least and most.
+TOKENS_BEFORE, TOKENS_AFTER = (50, 133), (38, 102)
 
 
 def pair_for(axes: Iterable[str], left: int | None) -> tuple[str, str]:
@@ -65,7 +65,8 @@ def tokens_note(axes: Iterable[str], before: float, after: float) -> str | None:
     """
     if not set(axes) <= set(INNER):
         return None
+    measured = ", ".join("{} to {}".format(*ends) for ends in (TOKENS_BEFORE, TOKENS_AFTER))
     return (
         f"{before:.3g} tokens per parameter before the expansion of {', '.join(axes)}, {after:.3g} after it; "
-        f"which pair to take was measured at {TOKENS_BEFORE} and {TOKENS_AFTER} (docs/evidence.md)"
+        f"which pair to take was measured at {measured} (docs/evidence.md)"
     )
