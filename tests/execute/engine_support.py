@@ -170,7 +170,7 @@ def output_bytes(root: Path, plan: Plan, files: tuple[OutputFile, ...]) -> dict[
 
 def no_sidecar(written: Written) -> dict[str, bytes]:
     """A small file that depends on what was written."""
-    digests = {path: [d.size, d.crc32] for path, d in written.files.items()}
+    digests = {path: [d.bytes, d.crc32] for path, d in written.files.items()}
     return {"sparkling/manifest.json": json.dumps([digests, dict(written.tensors)]).encode()}
 
 

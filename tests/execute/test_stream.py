@@ -76,7 +76,7 @@ def test_bytes_checksums_digests(tmp_path: Path, threads: int, monkeypatch: pyte
     assert on_disk == {*written.files, "sparkling/manifest.json", "sparkling/files.crc32"}
     for path, digest in written.files.items():
         content = (tmp_path / "dst" / path).read_bytes()
-        assert (digest.size, digest.crc32) == (len(content), crc32(content)), path
+        assert (digest.bytes, digest.crc32) == (len(content), crc32(content)), path
     for file in files:
         content = (tmp_path / "dst" / file.path).read_bytes()
         for checksum in file.checksums:
