@@ -211,6 +211,17 @@ def test_what_is_missing_is_named(single: tuple[Path, GPT], tmp_path: Path) -> N
     assert f"choose one: {source.parent}" in str(caught.value.hint)
 
 
+def test_metadata_without_its_field_is_damaged(tmp_path: Path) -> None:
+    """A flipped bit in the field's name leaves an object that lacks it."""
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    found = Metadata({})
+    del found.__dict__["state_dict_metadata"]
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(found))
+    with pytest.raises(CheckpointError, match="expected DCP's Metadata"):
+        open_checkpoint(tmp_path)
+
+
 def test_no_weights(tmp_path: Path) -> None:
     """Only an optimizer: the entries are listed."""
     state = {"optimizer": {"state": {"w": {"exp_avg": torch.ones(2)}}}}

@@ -115,7 +115,7 @@ def read_metadata(directory: Path) -> Metadata:
         raise CheckpointError(
             f"{path} is damaged: {type(error).__name__}: {error}", hint="copy the checkpoint again"
         ) from None
-    if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, dict):
+    if not isinstance(found, Metadata) or not isinstance(getattr(found, "state_dict_metadata", None), dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, expected DCP's Metadata")
     if not isinstance(found.storage_data, dict):
         raise CheckpointError(
