@@ -235,7 +235,8 @@ def _stateless(
     checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str, Growth]
 ) -> dict[str, Growth]:
     """The axes of whose parameters the optimizer has state of none."""
-    left = dict(growth)
+    sized = {axis for pattern in layout.tensors for axis in pattern.dims.axes()}  # the rest are mere numbers
+    left = {axis: grown for axis, grown in growth.items() if axis in sized}
     for state in checkpoint.states:
         name = layout.canonical(state.param)
         if left and set(state.tensors) - {FSDP_COPY} and layout.module_table.has(name):

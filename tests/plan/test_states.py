@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_copies_follow_the_weight(
     api.verify(source, tmp_path / "wide")
     wide = load_file(tmp_path / "wide" / "model.safetensors")[DOWN].float()
     assert torch.equal(of_down(tmp_path / "wide", names, slot), wide)
-    said = [note for note in result.expansion.plan.notes if slot in note]
+    said = [note for note in result.expansion.plan.notes if re.search(rf"\b{slot}\b", note)]
     assert bool(said) is (slot == "of_nobody_yet")
 
 
