@@ -40,7 +40,8 @@ def check_numbers(checkpoint: Checkpoint) -> None:
 def check_pairs(checkpoint: Checkpoint) -> None:
     """Where an optimizer keeps both of Adam's moments, each of its parameters has both or neither.
 
-    Groups with the same options are one optimizer's; several may be mixed in a checkpoint.
+    Groups with the same options are one optimizer's; several may be mixed in a checkpoint. What is in none
+    (DeepSpeed's Universal Checkpoints have none) is one optimizer's too.
 
     Raises:
         CheckpointError: a parameter has one of them alone.
@@ -52,7 +53,9 @@ def check_pairs(checkpoint: Checkpoint) -> None:
         states = (by_param[name] for name in _params(group.get("params")) if name in by_param)
         states = (state for state in states if not _FACTORED & state.tensors.keys())
         groups.setdefault(options, []).extend(states)
-    for members in groups.values():
+    grouped = {state.param for members in groups.values() for state in members}
+    alone = [s for s in by_param.values() if s.param not in grouped and not _FACTORED & s.tensors.keys()]
+    for members in (*groups.values(), alone):
         pairs = [[slot for slot in _PAIR if slot in state.tensors] for state in members]
         if list(_PAIR) not in pairs:
             continue

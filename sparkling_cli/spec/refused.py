@@ -53,6 +53,7 @@ def explain(error: ValidationError, where: str) -> str:
     """What is wrong, one line for each field: where it stands, what was expected and what was found."""
     lines = []
     found_in = {str(item["loc"][0]) for item in error.errors() if len(item["loc"]) > 1}
+    unknown = [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]
     for item in error.errors():
         if item["type"] == "too_short" and str(item["loc"][0]) in found_in:
             continue  # what it should hold is wrong, which is said
@@ -61,6 +62,11 @@ def explain(error: ValidationError, where: str) -> str:
         message = message.replace("Input should be ", "expected ")
         if item["type"] == "extra_forbidden":
             message = f"no such field; fields here: {', '.join(_fields(location))}"
+            beside = [name for *above, name in unknown if above == list(location[:-1])]
+            if len(beside) > 2:
+                first = f"{_place(location, where).removesuffix(': ')} and {len(beside) - 1} more: "
+                lines += [first + message.replace("field;", "fields;")] if beside[0] == location[-1] else []
+                continue
         found = (
             ""
             if item["type"] in ("extra_forbidden", "missing", "value_error")
@@ -72,11 +78,14 @@ def explain(error: ValidationError, where: str) -> str:
 
 def hint(error: ValidationError, where: str) -> str | None:
     """What was probably meant, where that can be said."""
-    return next((found for item in error.errors() for found in _hints(item, where)), None)
+    items = sorted(error.errors(), key=lambda item: item["loc"] != ("model_type",))
+    return next((found for item in items for found in _hints(item, where)), None)
 
 
 def _hints(item: Any, where: str) -> Iterator[str]:
     location, given = item["loc"], str(item["input"])
+    if item["type"] == "extra_forbidden" and location == ("model_type",):
+        yield f"this is a model's config; a spec says what to widen: {_EXAMPLE}"
     if item["type"] == "extra_forbidden":
         yield from _hints_of_a_name(str(location[-1]), location, where)
     if item["type"] == "literal_error":

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from sparkling_cli.api import make_plan
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.detect import open_checkpoint
 from tests.formats.make_nanogpt import GPT, GPTConfig, batch, scatter, train
@@ -353,6 +354,16 @@ def test_almost_a_universal_checkpoint(tmp_path: Path, lost: str, fault: str) ->
     (shutil.rmtree if (root / lost).is_dir() else Path.unlink)(root / lost)
     with pytest.raises(CheckpointError, match=fault):
         open_checkpoint(root)
+
+
+@pytest.mark.parametrize("lost", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_of_one_parameter_is_missing(lost: str, tmp_path: Path) -> None:
+    """Universal Checkpoints keep a file for every moment; one that is not there is named."""
+    root = tmp_path / "step20_universal"
+    _pipeline(root)
+    (root / "zero" / "2.mlp.linear1.weight" / f"{lost}.pt").unlink()
+    with pytest.raises(CheckpointError, match=rf"but no '{lost}', which \d+ other"):
+        make_plan(root, axis="ffn", factor=2)
 
 
 def test_steps_that_are_python_numbers_restart(tmp_path: Path) -> None:

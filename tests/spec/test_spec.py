@@ -46,6 +46,10 @@ def test_the_same_spec_from_three_kinds_of_file(tmp_path: Path, suffix: str, tex
         ({"axes": []}, ["axes"]),
         ({"axes": [{"axis": "ffn", "factor": 2}], "scalng": "rms"}, ["scalng", "no such field", "scaling"]),
         ({"axes": [{"axis": "ffn", "factor": 2, "size": 8}]}, ["size", "no such field", "to"]),
+        (
+            {"model_type": "llama", "a": 1, "b": 2, "c": 3},
+            ["model_type and 3 more: no such fields"],
+        ),
         ({"axes": [{"axis": "ffn", "factor": 2}], "rewarmup": {"r": 1}}, ["rewarmup.r", "rho"]),
         ({"axes": [{"axis": "ffn", "factor": 2}], "init": "copy"}, ["init", "copy-copy", "'copy'"]),
         ({"axes": [{"axis": "ffn", "factor": float("nan")}]}, ["axes.0.factor"]),
