@@ -181,7 +181,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 #: Classes that inference cannot explain: their files are held to the code alone.
 NOT_INFERRED = {"mamba2", "bamba", "helium", "granitemoehybrid", "xlstm"}
 #: Classes of which a file is for tied models only, or for untied ones only.
-ALWAYS = {"gemma": True, "gemma2": True, "gemma3_text": True, "gpt_neox": False}
+ALWAYS = {"gemma": True, "gemma2": True, "gemma3_text": True, "gpt_neox": False, "xlstm": False}
 #: A config, and whether its embedding is tied to its head.
 MODELS = [
     pytest.param(which, tied, id=f"{which}{', tied' if tied else ''}")
