@@ -91,7 +91,11 @@ def check_published(config: dict[str, Any], tmp_path: Path) -> None:
             small.folder, target, axes=asked, allow_locked=True, names="disk", report="none", threads=1
         )
         wide, info = type(small.model).from_pretrained(
-            target, output_loading_info=True, dtype=torch.float64, attn_implementation="eager"
+            target,
+            output_loading_info=True,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
