@@ -25,9 +25,12 @@ def required(data: Mapping[str, Any], config: Mapping[str, Any], where: str) -> 
     Raises:
         NamesDifferError: one does not.
     """
-    for key, value in data.get("requires", {}).items():
+    for name, value in data.get("requires", {}).items():
+        key = name.removesuffix("!")
         found = lookup(config, key)
         possible = value if isinstance(value, list) else [value]
+        if found is None and name != key:
+            raise NamesDifferError(f"{where} is for {key} = {value!r}, the checkpoint has no {key}")
         if found is not None and (value == "none" or found not in possible):
             raise NamesDifferError(f"{where} is for {key} = {value!r}, the checkpoint has {found!r}")
     classes = data.get("classes", {})

@@ -12,7 +12,7 @@ A family's file says what the dims mean; how large they are is the checkpoint's 
   layout's; such a file knows every config key of a width that the checkpoint has;
 - in a class's file a name occurs in all layers or in none, unless the file says ``mixed_layers``;
 - ``requires`` lists config values that a checkpoint of this family has (of a list, any), where it has the
-  key at all; the value ``"none"`` says that the key is not set;
+  key at all (and it has to, where the key ends in ``!``); the value ``"none"`` says that the key is not set;
 - ``silent_if`` has, for values of a config key (``"false or none"``: or it is not set), the tensors that make
   a new layer silent; where none of them fits, the number of layers does not grow;
 - names in one group of ``tied`` whose layouts differ may be tied or not: they are if only one of them is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -41,7 +42,14 @@ from sparkling_cli.models.sizes import (
     kind_of,
     walk,
 )
-from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, shared_names, text_prefix
+from sparkling_cli.models.skeleton import (
+    ConfigDict,
+    ModelFactory,
+    build_model,
+    shared_names,
+    text_config,
+    text_prefix,
+)
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 
 #: Kinds of axes that never grow; head_dim does not either, but hidden may need it written.
@@ -102,7 +110,8 @@ def real_layout(
     counts = _repeated_counts(config, axes)  # what the config says itself stands for the class's own name
     own = {key: term for key, term in layout.config.items() if key in counts or term not in counts.values()}
     layout = without_towers(replace(layout, config=own), config, model, prefix)
-    return replace(layout, config={_as_written(key, config): term for key, term in layout.config.items()})
+    terms = {_as_written(key, config): term for key, term in layout.config.items()}
+    return replace(layout, config={**terms, **_earlier_names(terms, config, real)})
 
 
 def _proved(findings: Findings) -> tuple[str, ...]:
@@ -212,6 +221,21 @@ def _as_written(key: str, config: Mapping[str, Any]) -> str:
     table, _, rest = key.partition(".")
     flat = rest and table not in config and "hidden_size" in config and not OTHER_MODALITY.search(table)
     return rest if flat else key
+
+
+def _earlier_names(
+    terms: Mapping[str, str], config: Mapping[str, Any], real: Mapping[str, Any]
+) -> dict[str, str]:
+    """Keys of older versions that the class takes for one of its own: it is twice as large if they are."""
+    found = {}
+    for key, term in terms.items():
+        others = [k for k, value in config.items() if type(value) is int and k not in (*real, *terms)]
+        for other in others if key in real and key not in config else ():
+            if config[other] == real[key]:
+                with suppress(LayoutError):
+                    if text_config({**config, other: 2 * config[other]}).get(key) == 2 * config[other]:
+                        found[other] = term
+    return found
 
 
 def _repeated_counts(config: Mapping[str, Any], axes: Mapping[str, AxisInfo]) -> dict[str, str]:

@@ -82,7 +82,7 @@ def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth
         raise SpecError(
             "layer_mode and at: the number of layers does not grow", hint="add --axis layers --factor 2"
         )
-    _check_joint(growth, layout)
+    _check_joint(growth, layout, spec.multiple_of)
     _check_divisible(growth, layout)
     return growth
 
@@ -243,7 +243,7 @@ def _check_widenable(name: str, layout: ModelLayout) -> None:
         )
 
 
-def _check_joint(growth: dict[str, Growth], layout: ModelLayout) -> None:
+def _check_joint(growth: dict[str, Growth], layout: ModelLayout, multiple_of: int | None) -> None:
     """Axes that the class couples grow by the same factor."""
     for name, grown in growth.items():
         joint = layout.axes[name].joint
@@ -252,11 +252,12 @@ def _check_joint(growth: dict[str, Growth], layout: ModelLayout) -> None:
             if before * grown.target != after * grown.source:
                 factor = grown.target / grown.source
                 asked = " ".join(f"--axis {axis}" for axis in (name, *joint))
+                apart = ", without --multiple-of, which rounds each by itself" if multiple_of else ""
                 raise SpecError(
                     f"axes.{name}: {layout.name} couples {name} to {other}; {name} grows "
                     f"{grown.source} -> {grown.target} but {other} {before} -> {after}",
                     hint=f"widen {'all' if joint[1:] else 'both'} by the same factor: {asked} "
-                    f"--factor {factor:g}",
+                    f"--factor {factor:g}{apart}",
                 )
 
 

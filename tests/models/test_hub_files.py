@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from training_support import reloaded, trained
 
 from sparkling_cli import api
 from sparkling_cli.errors import SparklingError
@@ -230,3 +231,20 @@ def test_a_class_under_a_model_type_of_its_own(tmp_path: Path) -> None:
         assert json.loads(path.read_text())["model_type"] == "kimi_k2"
         path.write_text(path.read_text().replace("kimi_k2", "deepseek_v3"))
     check_same_logits(type(model), source, tmp_path / "wide")
+
+
+def test_a_size_under_the_name_that_older_versions_wrote(tmp_path: Path) -> None:
+    """BLOOM's ``n_embed`` goes before ``hidden_size``: as it was, the class would build the old width."""
+    config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61}
+    small = trained(config, tmp_path / "small")
+    path = small.folder / "config.json"
+    written = json.loads(path.read_text())
+    written["n_embed"] = written.pop("hidden_size")
+    path.write_text(json.dumps(written))
+    axes = dict.fromkeys(("hidden", "head_dim", "ffn"), 2)
+    api.expand(small.folder, tmp_path / "wide", axes=axes, report="none", threads=1)
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["n_embed"] == 64
+    models = [reloaded(small, folder) for folder in (small.folder, tmp_path / "wide")]
+    with torch.no_grad():
+        before, after = (model(input_ids=small.ids, use_cache=False).logits for model in models)
+    assert float((after - before).abs().max() / before.abs().max()) < 1e-5
