@@ -46,16 +46,25 @@ def required(data: Mapping[str, Any], config: Mapping[str, Any], where: str) -> 
     return {key: value for key, value in data.items() if key != "requires"}
 
 
-def silenced(data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The file with the tensors that make a new layer silent in a model of this config."""
-    silent, axes = dict(data.get("silent", {})), dict(data["axes"])
+def by_config(data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The file with what depends on the config's values: which axes grow, what makes a new layer silent."""
+
+    def value_of(key: str) -> str:
+        return str(lookup(config, key)).lower()
+
+    axes = {}
+    for name, axis in data["axes"].items():
+        wrong = [
+            f"the config's {key} is {value_of(key):.60}: known for {values}"
+            for key, values in axis.get("where", {}).items()
+            if value_of(key) not in values.split(" or ")
+        ]
+        kept = {key: value for key, value in axis.items() if key != "where"}
+        axes[name] = {**kept, "widenable": False, "reason": wrong[0]} if wrong else kept
+    silent = dict(data.get("silent", {}))
     for key, cases in data.get("silent_if", {}).items():
-        value = str(lookup(config, key)).lower()
-        fitting = [names for values, names in cases.items() if value in values.split(" or ")]
-        silent.update(*fitting)
-        if not fitting:
-            reason = f"what makes a new layer silent is not known where the config's {key} is {value:.60}"
-            axes["layers"] = {**axes["layers"], "widenable": False, "reason": reason}
+        for values, names in cases.items():
+            silent.update(names if value_of(key) in values.split(" or ") else {})
     return {k: v for k, v in data.items() if k != "silent_if"} | {"silent": silent, "axes": axes}
 
 

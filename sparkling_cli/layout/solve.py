@@ -13,8 +13,8 @@ A family's file says what the dims mean; how large they are is the checkpoint's 
 - in a class's file a name occurs in all layers or in none, unless the file says ``mixed_layers``;
 - ``requires`` lists config values that a checkpoint of this family has (of a list, any), where it has the
   key at all (and it has to, where the key ends in ``!``); the value ``"none"`` says that the key is not set;
-- ``silent_if`` has, for values of a config key (``"false or none"``: or it is not set), the tensors that make
-  a new layer silent; where none of them fits, the number of layers does not grow;
+- an axis grows where its ``where`` holds: config key -> the values (``"false or none"``: or it is not set);
+- ``silent_if`` has, for such values of a config key, the tensors that make a new layer silent;
 - names in one group of ``tied`` whose layouts differ may be tied or not: they are if only one of them is
   stored, or if what is stored is the same. Tied ones have the layout of the table that is looked up in, and
   ``compensate`` with ``fan_in`` holds for them only. ``ties`` names the config key that must agree, with
@@ -42,6 +42,7 @@ from sparkling_cli.layout.presence import (
     Shapes,
     assembled,
     axes_in,
+    by_config,
     check_sizes,
     indices_of,
     lookup,
@@ -49,7 +50,6 @@ from sparkling_cli.layout.presence import (
     present,
     present_numbers,
     required,
-    silenced,
 )
 
 #: Tables and keys that only such files have.
@@ -99,7 +99,7 @@ def solve_layout(
     from_dict(_with_placeholders(data), where)  # its own errors first
     check_sizes(data, sizing, where)
     data = _with_ties(required(data, config or {}, where), weights, config or {}, where, alike)
-    data = silenced(data, config or {})
+    data = by_config(data, config or {})
     classes = data.pop("classes", None)
     if classes:
         data["name"] = classes[(config or {})["model_type"]]
@@ -223,7 +223,12 @@ def _with_placeholders(data: Mapping[str, Any]) -> dict[str, Any]:
     plain = dict(data)
     axes = plain.get("axes")
     if isinstance(axes, Mapping):
-        plain["axes"] = {n: {"size": 1, **a} if isinstance(a, Mapping) else a for n, a in axes.items()}
+        plain["axes"] = {
+            name: {"size": 1, **{k: v for k, v in axis.items() if k != "where"}}
+            if isinstance(axis, Mapping)
+            else axis
+            for name, axis in axes.items()
+        }
     for table in ("tensors", "disk", "config"):
         if isinstance(plain.get(table), Mapping):
             plain[table] = {str(name).rstrip("?+"): text for name, text in plain[table].items()}
@@ -259,9 +264,15 @@ def _with_ties(
                 continue
             # the embedding's layout: its first dim is looked up in
             shared = min(texts.values(), key=lambda text: parse_layout(text).dims[0].role is not Role.IN)
-            absent = {name: f"{name}?" for name in group if name not in stored}
+            # of tied names one has state; there may be a table for weights, which are stored once or twice
+            absent = {key: set(group) - set(stored) for key in tables} | (
+                {"tensors": set(group)} if "disk" in tables else {}
+            )
             tables = {
-                key: {absent.get(n, n): shared if n in group else text for n, text in table.items()}
+                key: {
+                    f"{name}?" if name in absent[key] else name: shared if name in group else text
+                    for name, text in table.items()
+                }
                 for key, table in tables.items()
             }
         groups.append(group)

@@ -99,6 +99,12 @@ def _by_shape(group: Mapping[str, Any]) -> bool:
 def _experts_note(growth: Mapping[str, Growth], layout: ModelLayout) -> str:
     """What copies of experts do to routing."""
     times = growth["experts"].target // growth["experts"].source
+    if "experts_per_token" not in layout.axes:
+        return (
+            f"how many experts a token goes to is not in the checkpoint: built with {times} times as many, "
+            f"the model sends it to all {times} copies of each, and computes what it did; with as many as "
+            "before it takes copies of the best alone, and does not"
+        )
     if "experts_per_token" in growth:
         return f"every token goes to all {times} copies of each expert that it went to: the function is kept"
     return (

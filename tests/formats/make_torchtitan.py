@@ -27,6 +27,7 @@ class Sizes:
     expert_dim: int = 24
     shared_dim: int = 32
     experts: int = 4
+    top_k: int = 2
     vision_ffn: int = 20
 
 
@@ -92,7 +93,7 @@ def _qwen3(sizes: Sizes, fuse_qkv: bool, *, tied: bool = False, experts: bool = 
             **common,
             moe_hidden_dim=sizes.expert_dim,
             num_experts=sizes.experts,
-            top_k=2,
+            top_k=sizes.top_k,
             moe_comm_backend="standard",
         )
     else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sparkling_cli.errors import SpecError
 from tests.formats.widening import check_moments, widen
 
 pytest.importorskip("olmo_core", reason="pip install ai2-olmo-core==3.0.0")
@@ -50,6 +52,8 @@ def test_resumes_where_it_was(tmp_path: Path, changes: dict[str, Any], axes: dic
         ({}, {"hidden": 2, "expert_ffn": 2, "shared_ffn": 2}),
         ({"use_head_qk_norm": False, "reordered_norm": True}, {"expert_ffn": 3}),
         ({"use_head_qk_norm": False, "shared_expert_hidden_size": None}, {"ffn": 2, "kv_heads": 2}),
+        ({"shared_expert_hidden_size": None}, {"experts": 2, "experts_per_token": 2}),
+        ({"shared_expert_hidden_size": None}, {"experts": 3, "experts_per_token": 3, "hidden": 2, "ffn": 2}),
     ],
 )
 def test_experts(
@@ -84,6 +88,19 @@ def test_dense_beside_experts(
     """Hybrid blocks, a dense MLP and experts side by side; the same two kernels are stood in for."""
     _on_cpu(monkeypatch)
     _check(tmp_path, {**HYBRID, **changes}, axes, scaling=scaling)
+
+
+def test_number_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared experts weigh 1/(top_k + 1) in OLMo-core: refused where top_k grows, widened where it stays."""
+    _on_cpu(monkeypatch)
+    make_olmo_core(tmp_path / "step3", EXPERTS, tmp_path / "work")
+    with pytest.raises(SpecError, match=r"shared_mlp is .*known for none"):
+        widen(tmp_path / "step3", tmp_path / "no", {"experts": 2, "experts_per_token": 2})
+    target = widen(tmp_path / "step3", tmp_path / "wide" / "step3", {"experts": 2})
+    resumed, _ = resume_olmo_core(target, tmp_path / "work")
+    found = json.loads((target / "config.json").read_text())["model"]["block"]["feed_forward_moe"]
+    assert (found["num_experts"], found["router"]["top_k"]) == (8, 2)
+    train(resumed, 1)
 
 
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,9 @@ def test_resumes_where_it_was(tmp_path: Path, axes: dict[str, float], wide: Size
             {"hidden": 2, "ffn": 2, "expert_ffn": 2, "shared_ffn": 3},
             {"dim": 96, "hidden_dim": 80, "expert_dim": 48, "shared_dim": 96},
         ),
+        ("qwen3-moe", {"experts": 2}, {"experts": 8, "top_k": 4}),
+        ("gpt-oss", {"experts": 2, "hidden": 2}, {"experts": 8, "top_k": 4, "dim": 96}),
+        ("qwen3.5-moe", {"experts": 2}, {"experts": 8, "top_k": 4}),
         ("gpt-oss", {"ffn": 2}, {"expert_dim": 48}),
         ("gpt-oss", {"hidden": 2, "expert_ffn": 3}, {"dim": 96, "expert_dim": 72}),
         ("gpt-oss", {"kv_heads": 2, "q_per_kv": 2}, {"n_heads": 24, "n_kv_heads": 4}),
@@ -200,7 +203,7 @@ def test_weights_only(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPat
     run.manager.save(4, last_step=True)
     target = tmp_path / "wide" / "step-4"
     target.parent.mkdir()
-    widen(tmp_path / "run" / "step-4", target, {"hidden": 2, "ffn": 2})
+    widen(tmp_path / "run" / "step-4", target, {"hidden": 2, "ffn": 2}, allow_locked=True)
     resumed = Run(tmp_path / "wide", Sizes(dim=96, hidden_dim=80, expert_dim=48), family=family)
     import torch.distributed.checkpoint as dcp
 

@@ -51,7 +51,7 @@ def gpt_oss(sizes: Any, fuse_qkv: bool) -> tuple[Any, list[Any]]:
         n_layers=sizes.layers,
         hidden_dim=sizes.expert_dim,
         num_experts=sizes.experts,
-        top_k=2,
+        top_k=sizes.top_k,
         load_balance_coeff=1e-3,
         attn_backend="flex",
         moe_comm_backend="standard",
@@ -188,7 +188,7 @@ def qwen3_5(sizes: Any, *, experts: bool) -> tuple[Any, list[Any], Any]:
             **common,
             moe_hidden_dim=sizes.expert_dim,
             num_experts=sizes.experts,
-            top_k=2,
+            top_k=sizes.top_k,
             shared_expert_hidden_dim=sizes.shared_dim,
         )
     else:
