@@ -149,8 +149,8 @@ def _drawing(draw: Callable[..., str]) -> Callable[..., Markup]:
 
 
 def breakable(name: str) -> Markup:
-    """A text whose dotted names may break behind their dots; a number does not, and no option's name."""
-    text = re.sub(r"\.(?=[^\W\d]|\{)", ".<wbr>", str(escape(name)))
+    """A text whose dotted names may break behind their dots; a number, an option and a page do not."""
+    text = re.sub(r"\.(?!md\b)(?=[^\W\d]|\{)", ".<wbr>", str(escape(name)))
     return Markup(re.sub(r"(?<!\S)(\(?)(--[a-z-]+)", r'\1<span class="option">\2</span>', text))
 
 

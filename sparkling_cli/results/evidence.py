@@ -46,12 +46,15 @@ def pair_note(axes: Iterable[str], init: str, left: int) -> str | None:
     if init != "copy-copy" or not set(axes) <= set(INNER):
         return None
     beyond = "" if left <= STEPS else "; more steps were not measured"
-    ends = ", ".join(f"{lead:g} nats per byte after {steps:,}" for steps, lead in AHEAD.items())
+    leads, ends = (
+        f"{', '.join(words[:-1])} and {words[-1]}"
+        for words in ([f"{lead:g}" for lead in AHEAD.values()], [f"{steps:,}" for steps in AHEAD])
+    )
     return (
         f"{left:,} steps remain. In small models under a cosine --init random-zero with --scaling function "
-        f"was ahead of copy-copy at every step measured, and ended ahead by {ends}{beyond}. In the paper's "
-        "model copy-copy ended ahead of zero-copy by 0.0001 and of random-copy by 0.0018, after 32,000 "
-        "(docs/evidence.md)"
+        f"was ahead of copy-copy at every step measured, and ended ahead by {leads} nats per byte after "
+        f"{ends}{beyond}. In the paper's model copy-copy ended ahead of zero-copy by 0.0001 and of "
+        "random-copy by 0.0018, after 32,000 (docs/evidence.md)"
     )
 
 

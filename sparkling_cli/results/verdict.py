@@ -388,7 +388,9 @@ def _logits(activations: Activations) -> Iterator[Finding]:
     difference = activations.logit_change
     if difference is None:
         return
-    if difference <= STREAM_ROUNDING:
+    if difference == 0:
+        yield Finding(level="good", text="The function is preserved: every logit is equal to the last bit.")
+    elif difference <= STREAM_ROUNDING:
         yield Finding(
             level="good",
             text=f"The function is preserved to rounding: logits differ by {percent(difference)} of their "
