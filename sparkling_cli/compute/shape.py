@@ -26,7 +26,7 @@ from sparkling_cli.layout.model import ModelLayout, TensorPattern, entries_of
 from sparkling_cli.widening.geometry import Growth
 
 #: Config keys that say how many experts work on one token. Each is what one or more model families of
-#: transformers call it; the meaning is the same, so no architecture is named.
+#: transformers, or a trainer, call it; the meaning is the same, so no architecture is named.
 EXPERTS_PER_TOKEN_KEYS = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -37,6 +37,7 @@ EXPERTS_PER_TOKEN_KEYS = (
     "num_selected_experts",
     "expert_top_k",
     "router_top_k",
+    "moe_router_topk",
     "top_k",
 )
 

@@ -49,22 +49,25 @@ def required(data: Mapping[str, Any], config: Mapping[str, Any], where: str) -> 
 def by_config(data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """The file with what depends on the config's values: which axes grow, what makes a new layer silent."""
 
-    def value_of(key: str) -> str:
-        return str(lookup(config, key)).lower()
+    def fits(key: str, values: str) -> bool:
+        found = lookup(config, key)
+        own = {str(one).lower() for one in (found if isinstance(found, list) and found else [found])}
+        others = values.removeprefix("all but ")
+        return own.isdisjoint(others.split(" or ")) if others != values else own <= {*values.split(" or ")}
 
     axes = {}
     for name, axis in data["axes"].items():
         wrong = [
-            f"the config's {key} is {value_of(key):.60}: known for {values}"
+            f"the config's {key} is {str(lookup(config, key)).lower():.60}: known for {values}"
             for key, values in axis.get("where", {}).items()
-            if value_of(key) not in values.split(" or ")
+            if not fits(key, values)
         ]
         kept = {key: value for key, value in axis.items() if key != "where"}
         axes[name] = {**kept, "widenable": False, "reason": wrong[0]} if wrong else kept
     silent = dict(data.get("silent", {}))
     for key, cases in data.get("silent_if", {}).items():
         for values, names in cases.items():
-            silent.update(names if value_of(key) in values.split(" or ") else {})
+            silent.update(names if fits(key, values) else {})
     return {k: v for k, v in data.items() if k != "silent_if"} | {"silent": silent, "axes": axes}
 
 

@@ -35,6 +35,8 @@ class Sizes(NamedTuple):
     groups: int = GROUPS
     experts: int = 0
     bf16: bool = True
+    topk: int = 2
+    router: tuple[tuple[str, Any], ...] = ()
 
     @property
     def args(self) -> Namespace:
@@ -46,6 +48,7 @@ class Sizes(NamedTuple):
             num_attention_heads=HEADS // GROUPS * self.groups, group_query_attention=True,
             kv_channels=SIZE, num_layers=2, swiglu=True,
             num_experts=self.experts or None, moe_ffn_hidden_size=self.ffn if self.experts else None,
+            moe_router_topk=self.topk, **dict(self.router),
             params_dtype=torch.bfloat16 if self.bf16 else torch.float32, attention_backend=AttnBackend.auto,
             untie_embeddings_and_output_weights=True, lr_warmup_init=0.0,
         )  # fmt: skip
@@ -128,8 +131,10 @@ class Run:
         experts: dict[str, Any] = {}
         if sizes.experts:
             experts = {
-                "num_moe_experts": sizes.experts, "moe_ffn_hidden_size": sizes.ffn, "moe_router_topk": 2,
+                "num_moe_experts": sizes.experts, "moe_ffn_hidden_size": sizes.ffn,
+                "moe_router_topk": sizes.topk,
                 "moe_token_dispatcher_type": "allgather", "expert_model_parallel_size": world.expert,
+                **dict(sizes.router),
             }  # fmt: skip
         dtype = torch.bfloat16 if sizes.bf16 else torch.float32
         config = TransformerConfig(
@@ -149,6 +154,9 @@ class Run:
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
         )  # fmt: skip
+        for name, buffer in self.model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.normal_(std=0.2)
         options = DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, bucket_size=bucket,
             overlap_grad_reduce=bucket is not None,

@@ -18,13 +18,15 @@ from tests.training import reference as ref
 
 FIRST, STEPS, TAU, RHO = 3, 50, 6, 1.3
 PEAK, MINIMUM, WARMUP, TOTAL = 1e-2, 1e-3, 2, 80
-FFN = 40
+FFN, EXPERTS = 40, 4
+FFN_2 = {"ffn": 2.0}
 MASTERS = "optimizer.state.param."
 WORLDS = {
-    "two processes": (World(2), Sizes(), 5000),
-    "tensor parallel": (World(4, tensor=2), Sizes(), None),
-    "pipeline": (World(2, pipeline=2), Sizes(), None),
-    "experts": (World(2, expert=2), Sizes(experts=4), None),
+    "two processes": (World(2), Sizes(), 5000, FFN_2),
+    "tensor parallel": (World(4, tensor=2), Sizes(), None, FFN_2),
+    "pipeline": (World(2, pipeline=2), Sizes(), None, FFN_2),
+    "experts": (World(2, expert=2), Sizes(experts=EXPERTS), None, FFN_2),
+    "more experts": (World(2, expert=2), Sizes(experts=EXPERTS), None, {"experts": 2.0}),
 }
 
 
@@ -45,9 +47,10 @@ def new_rate(step: int) -> float:
 def run_legs(rank: int, root: str, path: str, name: str, stops: tuple[int, ...]) -> None:
     """Train on from a widened directory, in as many runs one after the other as there are stops."""
     without_cuda()
-    first, (world, sizes, bucket) = FIRST, WORLDS[name]
+    first, (world, sizes, bucket, axes) = FIRST, WORLDS[name]
+    grown = {axis: int(getattr(sizes, axis) * factor) for axis, factor in axes.items()}
     for number, last in enumerate(stops):
-        run = Run(rank, world, sizes._replace(ffn=2 * FFN), bucket)
+        run = Run(rank, world, sizes._replace(**grown), bucket)
         run.load(path)
         chain = run.optimizer.chained_optimizers
         several = [rewarm(o, [run.wrapped], f"{root}/wide", step=first, announce=False) for o in chain]
@@ -59,7 +62,7 @@ def run_legs(rank: int, root: str, path: str, name: str, stops: tuple[int, ...])
         run.save(path, BUCKETS, last)
 
 
-def reference(path: Path) -> dict[str, torch.Tensor]:
+def reference(path: Path, axes: dict[str, float]) -> dict[str, torch.Tensor]:
     """The same steps with old and new entries as separate parameters of torch's own AdamW."""
     found = tensors_of(path)
     weights = {k.removeprefix(MASTERS): value.clone() for k, value in found.items() if k.startswith(MASTERS)}
@@ -67,7 +70,10 @@ def reference(path: Path) -> dict[str, torch.Tensor]:
     parts, moments = {}, {}
     for key, value in weights.items():
         new = torch.zeros(value.shape, dtype=torch.bool)
-        if "linear_fc1.weight" in key:
+        if "experts" in axes:
+            if ".mlp.experts." in key or ".router." in key:
+                new[:, EXPERTS:] = True
+        elif "linear_fc1.weight" in key:
             new[..., FFN : 2 * FFN, :] = new[..., 3 * FFN :, :] = True
         elif "linear_fc2" in key:
             new[..., FFN:] = True
@@ -97,9 +103,9 @@ def reference(path: Path) -> dict[str, torch.Tensor]:
 def test_equal_to_separate_parameters(tmp_path: Path, name: str) -> None:
     """Fifty steps to the rounding of float32; left after twenty and taken up again, bit for bit."""
     pytest.importorskip("megatron.core", reason="pip install megatron-core==0.16.1")
-    world, sizes, bucket = WORLDS[name]
+    world, sizes, bucket, axes = WORLDS[name]
     on_ranks(world.ranks, save_both, str(tmp_path), world, sizes, bucket)
-    wide = widen(tmp_path / BUCKETS, tmp_path / "wide", {"ffn": 2}, rewarmup={"steps": TAU, "rho": RHO})
+    wide = widen(tmp_path / BUCKETS, tmp_path / "wide", axes, rewarmup={"steps": TAU, "rho": RHO})
     last = FIRST + STEPS
     found = {}
     for stops in ((last,), (FIRST + 20, last)):
@@ -108,7 +114,7 @@ def test_equal_to_separate_parameters(tmp_path: Path, name: str) -> None:
     for key, value in found[1].items():
         assert torch.equal(found[2][key], value), key
     before = tensors_of(wide)
-    for key, value in reference(wide).items():
+    for key, value in reference(wide, axes).items():
         moved = (value - before[MASTERS + key]).abs().max()
         assert (found[1][MASTERS + key] - value).abs().max() <= 1e-5 * moved, key
         assert torch.equal(found[1][key], found[1][MASTERS + key].bfloat16()), key

@@ -16,7 +16,7 @@ from sparkling_cli.formats.dcp import lingua
 from sparkling_cli.formats.dcp.buckets import WAY_OUT
 from sparkling_cli.formats.dcp.deeper import deeper_directories
 from sparkling_cli.formats.dcp.megatron import FILE as COMMON
-from sparkling_cli.formats.dcp.megatron import read_megatron
+from sparkling_cli.formats.dcp.megatron import pieces_of, read_megatron
 from sparkling_cli.formats.dcp.metadata import METADATA
 from sparkling_cli.formats.dcp.read import (
     Directory,
@@ -208,7 +208,11 @@ class DcpFormat:
             else:
                 files.append(common)
         new = megatron.added if megatron is not None else {}
-        files += [f for one in parsed.directories for f in directory_outputs(one, declared, numbers, new)]
+        own = (name for name in checkpoint.weights.values() if name in declared)
+        sizes = {name: (checkpoint.tensors[name].shape, declared[name].shape) for name in own}
+        pieces = pieces_of(parsed.entries, sizes) if megatron is not None else {}
+        for one in parsed.directories:
+            files += directory_outputs(one, declared, numbers, new, pieces)
         if parsed.config_file:
             text = (checkpoint.root / parsed.config_file).read_text(encoding="utf-8")
             changes = request.config

@@ -7,8 +7,10 @@ does with ``--dist-ckpt-optim-fully-reshardable``: it loads either, by what the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,10 @@ _LAYOUT, _KIND = "param_state_sharding_type", "distrib_optim_sharding_type"
 _BY_PARAMETER, _IN_BUCKETS = "fully_reshardable", "dp_reshardable"
 #: the state that masters are, of either optimizer
 _MASTERS = (MASTER, "fp32_param")
+#: what a module saves beside its tensors: the place among the layers, and experts, and how many there are
+_PIECE = re.compile(
+    r"(?P<module>.+)(?P<what>\._extra_state/shard_)(?P<at>\d+(?:\.\d+)*)_(?P<of>\d+(?:\.\d+)*)"
+)
 #: what the optimizer says of its buckets, which are none in the output
 _SIZES = ("per_bucket_numel", "per_bucket_numel_unpadded")
 
@@ -174,6 +180,34 @@ class Megatron:
 def state_entry(weight: str, slot: str) -> str:
     """The entry of a weight's state, where it lies by parameter."""
     return f"optimizer.state.{slot}.{weight}"
+
+
+def pieces_of(
+    entries: Iterable[str], shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+) -> dict[str, tuple[str, ...]]:
+    """What modules save beside their tensors, once for each layer and expert.
+
+    Args:
+        entries: names of all.
+        shapes: of the weights by entry, in the source and in the output.
+
+    Returns:
+        Entry -> its names in the output: its own place, and those of what is copied from it.
+    """
+    stacks = {entry.rpartition(".")[0]: both for entry, both in shapes.items()}
+    found = {}
+    for entry in entries:
+        piece = _PIECE.fullmatch(entry)
+        if piece is None or piece["module"] not in stacks:
+            continue
+        at, of = (tuple(map(int, piece[part].split("."))) for part in ("at", "of"))
+        old, new = (shape[: len(of)] for shape in stacks[piece["module"]])
+        if old != of:  # of the whole model
+            continue
+        places = product(*(range(own, after, before) for own, before, after in zip(at, of, new, strict=True)))
+        own = piece["module"] + piece["what"]
+        found[entry] = tuple(f"{own}{'.'.join(map(str, p))}_{'.'.join(map(str, new))}" for p in places)
+    return found
 
 
 def read_megatron(

@@ -61,6 +61,7 @@ def directory_outputs(
     declared: Mapping[str, Declared],
     numbers: Mapping[str, Any],
     added: Mapping[str, tuple[str, ...]],
+    pieces: Mapping[str, tuple[str, ...]],
 ) -> tuple[OutputFile, ...]:
     """All files of one DCP directory; ``.metadata`` is the last.
 
@@ -71,6 +72,7 @@ def directory_outputs(
             item as it shall be.
         added: name of a tensor -> names of tensors of its shape that the output has beside it, where the
             source has flat ones instead, which are left out.
+        pieces: name of an object -> its names in the output, where they are others.
     """
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -108,12 +110,14 @@ def directory_outputs(
             whole = isinstance(value, OutputFile)
             parts.append((index, value if whole else number(item.read(), index.fqn, value)))
         else:
-            parts.append((index, item.carried(index.fqn)))
+            data = item.carried(index.fqn)
+            names = pieces.get(name, (index.fqn,))
+            parts += [(MetadataIndex(fqn, index.offset, index.index), data) for fqn in names]
         file = files.setdefault(item.file, _Growing(item.file))
         for new_index, content in parts:
             info = _StorageInfo(storage[index].relative_path, *file.add(content))
             moved.setdefault(index, []).append((new_index, info))
-    metadata = replace_metadata(directory, moved, chunks, declared, added)
+    metadata = replace_metadata(directory, moved, chunks, declared, added, pieces)
     last = OutputFile(directory.folder + METADATA, len(metadata), ((0, metadata),), last=True)
     return (*(file.done() for file in files.values()), last)
 
@@ -124,6 +128,7 @@ def replace_metadata(
     chunks: Mapping[str, Mapping[Shape, ChunkStorageMetadata]],
     declared: Mapping[str, Declared],
     added: Mapping[str, tuple[str, ...]],
+    pieces: Mapping[str, tuple[str, ...]],
 ) -> bytes:
     """The new ``.metadata``: as the old one, with new sizes, boxes and places."""
     import torch
@@ -131,9 +136,10 @@ def replace_metadata(
     metadata = copy.copy(directory.metadata)
     vars(metadata).pop("all_local_plans", None)  # Megatron's cache of how it saved, by the old sizes
     metadata.state_dict_metadata = {
-        fqn: described
+        name: described
         for fqn, described in metadata.state_dict_metadata.items()
         if not (added and FLAT.fullmatch(directory.prefix + fqn))
+        for name in pieces.get(directory.prefix + fqn, (fqn,))
     }
     for fqn, grown in chunks.items():
         old = Entry(directory, fqn).described
