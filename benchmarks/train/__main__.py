@@ -20,7 +20,7 @@ from benchmarks.train.jobs import SCRATCH, Job, Store, Widening, locked, sources
 
 if TYPE_CHECKING:
     from benchmarks.train.data import Text
-    from benchmarks.train.loop import Run
+    from benchmarks.train.loop import Note, Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--size",
         default="quick",
-        choices=["micro", "quick", "pilot", "horizon", "gpu"],
+        choices=["micro", "quick", "pilot", "horizon", "large", "gpu"],
         help="widths, lengths",
     )
     parser.add_argument(
@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             "dense/muon/ffn",
         ],
         help="kind/optimizer/axes, e.g. moe/adamw/ffn+hidden; with a factor: ffn*1.5; with the share of the\n"
-        "run before the expansion (0.25, 0.5, 0.75): ffn@0.25",
+        "run before the expansion (0.25, 0.5, 0.75): ffn@0.25; in two stages: ffn,ffn@0.75",
     )
     parser.add_argument(
         "--treatments",
@@ -69,6 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--until", type=int, help="a measured step at which runs stop for now")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--schedule", choices=["cosine", "wsd"], default="cosine")
+    parser.add_argument("--weight-decay", type=float, dest="decay", help="of matrices; default: 0.1")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="torch.compile (worth it for long runs)")
     parser.add_argument("--report", type=Path, help="write the tables into this Markdown file")
@@ -98,7 +99,7 @@ def settings(options: argparse.Namespace) -> Run:
     """The constants of all runs."""
     from benchmarks.train.loop import preset
 
-    given = ("steps", "lr", "beta2", "compile", "schedule", "device", "until")
+    given = ("steps", "lr", "beta2", "compile", "schedule", "decay", "device", "until")
     return preset(options.size, **{name: getattr(options, name) for name in given})
 
 
@@ -133,19 +134,19 @@ def done(job: Job, results: Store) -> bool:
 
 def attempt(job: Job, options: argparse.Namespace, run: Run, text: Text) -> bool:
     """Run one job; False where it has to wait for the checkpoint that it starts from."""
-    from benchmarks.train.base import ready, scratch
-    from benchmarks.train.treatments import go_on
+    from benchmarks.train.base import ready
 
     results, place = store(options, run), options.out / run.label
     folder = job.folder(place)
     if done(job, results):
         return True
-    base = Job(job.kind, job.optimizer, "", job.seed, "small")
-    if job.name not in SCRATCH and not ready(base.folder(place), run.at(Widening.parse(job.axes).share)):
-        if done(base, results):  # its result is there, its checkpoints are not
-            with locked(base.folder(place) / "small.lock") as free:
+    if job.name not in SCRATCH and not ready(
+        job.base.folder(place), job.base, run.at(Widening.parse(job.axes).share)
+    ):
+        if done(job.base, results):  # its result is there, its checkpoints are not
+            with locked(job.base.folder(place) / f"{job.base.name}.lock") as free:
                 if free:
-                    scratch(base.folder(place), run, text, base, None)
+                    train(job.base, place, run, text, None)
         return False
     facts = {"text": text.facts(), "code": sources_digest((ROOT / "sparkling_cli").rglob("*.py"))}
 
@@ -155,13 +156,20 @@ def attempt(job: Job, options: argparse.Namespace, run: Run, text: Text) -> bool
     with locked(folder / f"{job.name}.lock") as free:
         if not free or done(job, results):
             return True
-        if job.name in SCRATCH:
-            record = scratch(folder, run, text, job, note)
-        else:
-            record = go_on(base.folder(place), folder, run, text, job, note)
+        record = train(job, place, run, text, note)
         note(record)
     print(f"{time.strftime('%H:%M:%S')} {job}: {record['seconds']} s", flush=True)
     return True
+
+
+def train(job: Job, place: Path, run: Run, text: Text, note: Note | None) -> dict[str, Any]:
+    """Do one run below ``place``; the record of what it measured."""
+    from benchmarks.train.base import scratch
+    from benchmarks.train.treatments import go_on
+
+    if job.name in SCRATCH:
+        return scratch(job.folder(place), run, text, job, note)
+    return go_on(job.base.folder(place), job.folder(place), run, text, job, note)
 
 
 def main() -> None:

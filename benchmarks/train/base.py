@@ -14,14 +14,14 @@ from benchmarks.train.jobs import Job, Widening
 from benchmarks.train.loop import SHARES, Note, Run, Training, make_scheduler, save_checkpoint
 
 
-def checkpoint(folder: Path, step: int) -> Path:
-    """The small model's checkpoint of a step, in the folder of its job."""
-    return folder / f"checkpoint-{step}"
+def checkpoint(folder: Path, job: Job, step: int) -> Path:
+    """A run's checkpoint of a step that another one starts from, in the folder of its job."""
+    return folder / ("" if job.name == "small" else f"{job.name}-kept") / f"checkpoint-{step}"
 
 
-def ready(folder: Path, step: int) -> bool:
+def ready(folder: Path, job: Job, step: int) -> bool:
     """Whether that checkpoint is there and whole."""
-    return (checkpoint(folder, step) / "trainer_state.json").exists()
+    return (checkpoint(folder, job, step) / "trainer_state.json").exists()
 
 
 def equal_compute(run: Run, small: int, wide: int, share: float) -> int:
@@ -42,20 +42,24 @@ def scratch(folder: Path, run: Run, text: Text, job: Job, note: Note | None) -> 
     The small one leaves its checkpoints in ``folder``. ``wide-compute`` has its own, shorter schedule.
     """
     logging.set_verbosity_error()
-    widening = Widening.parse(job.axes) if job.axes else Widening(())
-    model = models.fresh(job.kind, run.size, widening.axes, widening.factor, job.seed)
+    widening = Widening.parse(job.axes) if job.axes else Widening((), 1)
+    model = models.fresh(job.kind, run.size, widening.factors(), job.seed)
     parameters = sum(p.numel() for p in model.parameters())
     if job.name == "wide-compute":
-        small = sum(p.numel() for p in models.fresh(job.kind, run.size, (), 1, job.seed).parameters())
+        small = sum(p.numel() for p in models.fresh(job.kind, run.size, {}, job.seed).parameters())
         steps = equal_compute(run, small, parameters, widening.share)
         run = replace(run, steps=steps, warmup=run.warmup * steps // run.steps)
     model, forward = models.reusable(model.to(run.device), run.compile)
-    opt = optim.make(job.optimizer, model, run.lr, run.beta2)
+    opt = optim.make(job.optimizer, model, run.lr, run.beta2, run.decay)
     scheduler = make_scheduler(run, opt)
 
     def keep(step: int) -> None:
-        if job.name == "small" and step in {run.at(share) for share in SHARES} and not ready(folder, step):
-            save_checkpoint(checkpoint(folder, step), run, step, model, opt, scheduler)
+        if (
+            job.name == "small"
+            and step in {run.at(share) for share in SHARES}
+            and not ready(folder, job, step)
+        ):
+            save_checkpoint(checkpoint(folder, job, step), run, step, model, opt, scheduler)
 
     kept = folder / f"{job.name}.pt"
     training = Training(

@@ -30,7 +30,7 @@ TRIED = 20
 
 def seconds_per_step(run: Run, text: Text, axes: tuple[str, ...]) -> float:
     """How long a step takes once everything is compiled."""
-    model = models.fresh("dense", run.size, axes, 2, 0)
+    model = models.fresh("dense", run.size, dict.fromkeys(axes, 2), 0)
     model, forward = models.reusable(model.to(run.device), run.compile)
     opt = optim.make("adamw", model, run.lr, run.beta2)
     training = Training(run, text, 0, model, forward, opt, make_scheduler(run, opt))

@@ -16,7 +16,9 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from benchmarks.train.jobs import Widening
 from benchmarks.train.loop import Run
+from benchmarks.train.optim import DECAY
 from benchmarks.train.table import Results, closed, load, mean_error, table
 from benchmarks.train.treatments import TREATMENTS
 
@@ -47,6 +49,17 @@ CALIBRATED: Mapping[str, str] = {
     "function": COPY_COPY,
     **{name: name.removesuffix("-calibrated") for name in TREATMENTS if name.endswith("-calibrated")},
 }
+#: how optimizers are called
+OPTIMIZERS: Mapping[str, str] = {"muon": "Muon with matched RMS", "muon-original": "Muon as published"}
+#: axes that are no widths
+COUNTED = ("experts", "experts_per_token", "layers")
+#: what can become of the state of what is counted, beside the asymmetric reset with its re-warmup
+STATES: Mapping[str, str] = {
+    "asymmetric": "without re-warmup",
+    "state-copied": "copied state, re-warmed",
+    "naive": "copied state",
+    "drop": "dropped state",
+}
 #: steps after the expansion in the table of the curve
 MARKS = (50, 250, 500, 1000, 2000, 3000, 4000, 6000, 8000, 10_000, 12_000)
 MARKS += (16_000, 20_000, 24_000, 28_000, 32_000)
@@ -72,26 +85,34 @@ class Setting:
     @property
     def says(self) -> str:
         """The setting in words."""
-        widening = self.results.widening
-        parts = [
-            f"{self.left:,} steps left",
-            f"beta2 {self.run.beta2:g}",
-            f"{'+'.join(widening.axes)} {widening.factor:g}x",
-            f"at {widening.share:.0%}",
-        ]
+        stages = " then ".join(_stages(self.results.widening))
+        parts = [f"{self.left:,} steps left", f"beta2 {self.run.beta2:g}", stages]
         if self.run.schedule != "cosine":
             parts.append(self.run.schedule.upper())
+        if self.run.decay != DECAY:
+            parts.append(f"weight decay {self.run.decay:g}")
+        if self.results.optimizer != "adamw":
+            parts.append(OPTIMIZERS[self.results.optimizer])
+        if self.results.kind != "dense":
+            parts.insert(0, "mixture of experts")
         if self.run.size != "horizon":
             parts.insert(0, self.run.size)
         return ", ".join(parts)
 
     @property
+    def counts(self) -> bool:
+        """Whether what grows is counted: experts or layers, without a width."""
+        return set(self.results.widening.axes) <= set(COUNTED)
+
+    @property
     def rank(self) -> tuple[object, ...]:
         """Place in tables: the main setting first, then by what differs from it."""
         w, run = self.results.widening, self.run
-        model = (run.size != "horizon", run.size, w.axes)
+        model = (run.size != "horizon", run.size, self.results.kind != "dense", w.before is not None, w.axes)
         return (
             *model,
+            self.results.optimizer,
+            run.decay != DECAY,
             run.schedule,
             run.beta2,
             abs(w.share - 0.5),
@@ -101,6 +122,12 @@ class Setting:
             -len(self.results.runs[COPY_COPY]),
             -self.left,
         )
+
+
+def _stages(widening: Widening) -> list[str]:
+    """Every stage in words."""
+    before = _stages(widening.before) if widening.before else []
+    return [*before, f"{'+'.join(widening.axes)} {widening.factor:g}x, at {widening.share:.0%}"]
 
 
 def settings(folder: Path) -> list[Setting]:
@@ -234,7 +261,7 @@ def overview(found: Sequence[Setting]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for setting in found:
         results, ends = setting.results, setting.results.final(COPY_COPY)
-        if not ends:
+        if not ends or "layers" in results.widening.axes or setting.counts:
             continue
         last = str(setting.run.steps)
         cosine = statistics.fmean(results.runs[COPY_COPY][seed]["cosine"][last] for seed in ends)
@@ -244,6 +271,36 @@ def overview(found: Sequence[Setting]) -> str:
             f"| {setting.says} | {len(ends)} | {' | '.join(cells)} | {' | '.join(gaps)} | {cosine:.2f} |"
         )
     return "\n".join(lines)
+
+
+def counted_table(found: Sequence[Setting]) -> str:
+    """Experts and layers: the end of every way of going on, above the asymmetric reset with its re-warmup."""
+    head = ["setting", "seeds", *STATES.values(), "small model, not grown"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for setting in found:
+        ends = setting.results.final(COPY_COPY)
+        if setting.counts and ends:
+            names = [*STATES, "small"]
+            cells = [mean_error(setting.results.paired(name, COPY_COPY)) for name in names]
+            lines.append(f"| {setting.says} | {len(ends)} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def shapes_table(found: Sequence[Setting]) -> str:
+    """Width, depth, and both, where layers grew: parameters, and the end against the small model."""
+    runs = {setting.run for setting in found if setting.results.widening.axes == ("layers",)}
+    head = ["grown", "parameters", "steps left", "seeds", "copy-copy, above the small model", KEPT]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for setting in found:
+        results = setting.results
+        small, ends = results.paired(COPY_COPY, "small"), results.final(COPY_COPY)
+        if setting.run in runs and results.kind == "dense" and results.optimizer == "adamw" and small:
+            parameters = next(iter(results.runs[COPY_COPY].values()))["parameters"]
+            grown = " then ".join(_stages(results.widening))
+            kept = mean_error(results.paired(KEPT, "small"))
+            cells = [grown, f"{parameters:,}", f"{setting.left:,}", f"{len(ends)}", mean_error(small), kept]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def figure(found: Sequence[Setting], path: Path) -> None:
@@ -259,7 +316,7 @@ def figure(found: Sequence[Setting], path: Path) -> None:
     panels = drawing.subplot_mosaic([["curves", "cosines"], ["curves", "ends"]], width_ratios=(5, 4))
     _curves(panels["curves"], found[0])
     _cosines(panels["cosines"], found[0])
-    _ends(panels["ends"], ended)
+    _ends(panels["ends"], [setting for setting in ended if not setting.counts])
     handles = {h.get_label(): h for p in panels.values() for h in p.get_legend_handles_labels()[0]}
     drawing.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -337,7 +394,8 @@ def main() -> None:
         between = between_table(setting)
         if between:
             print(f"### Between the pairs\n\n{between}\n")
-    print(f"## All settings\n\n{overview(found)}\n\n{longer_table(found)}\n\n{calibrated_table(found)}")
+    tables = (overview, longer_table, calibrated_table, counted_table, shapes_table)
+    print("\n\n".join(["## All settings", *(text for made in tables if (text := made(found)))]))
     if options.figure is not None:
         figure(found, options.figure)
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +18,49 @@ SCRATCH = ("small", "wide", "wide-compute")
 
 @dataclass(frozen=True, order=True)
 class Widening:
-    """What is widened, how far and when; written ``ffn``, ``ffn+hidden``, ``ffn*1.5``, ``ffn@0.25``.
+    """What grows, how far and when.
+
+    Written ``ffn``, ``ffn+hidden``, ``ffn*1.5``, ``ffn@0.25``; in two stages ``ffn,ffn@0.75``.
 
     Attributes:
         axes: logical axes.
         factor: new size / old size of each.
         share: of the run's steps that are done at the expansion.
+        before: the stage before this one, of two.
     """
 
     axes: tuple[str, ...]
     factor: float = 2.0
     share: float = 0.5
+    before: Widening | None = None
 
     @classmethod
     def parse(cls, text: str) -> Widening:
         """From the notation above."""
+        before, _, text = text.rpartition(",")
         text, _, share = text.partition("@")
         axes, _, factor = text.partition("*")
-        return cls(tuple(axes.split("+")), float(factor or 2), float(share or 0.5))
+        earlier = cls.parse(before) if before else None
+        return cls(tuple(axes.split("+")), float(factor or 2), float(share or 0.5), earlier)
 
     def __str__(self) -> str:
         factor = f"*{self.factor:g}" if self.factor != 2 else ""
         share = f"@{self.share:g}" if self.share != 0.5 else ""
-        return "+".join(self.axes) + factor + share
+        before = f"{self.before}," if self.before else ""
+        return before + "+".join(self.axes) + factor + share
+
+    def factors(self) -> dict[str, float]:
+        """Axis -> how much it has grown after this stage."""
+        grown = self.before.factors() if self.before else {}
+        return {**grown, **{axis: grown.get(axis, 1.0) * self.factor for axis in self.axes}}
 
 
 @dataclass(frozen=True, order=True)
 class Job:
     """One run: a model from scratch (``SCRATCH``) or a treatment. ``axes`` is a widening, or empty.
 
-    The small model serves every widening, the wide one every time of expansion.
+    The small model serves every widening, the wide one every time of expansion. A second stage goes on from
+    the same treatment's first.
     """
 
     kind: str
@@ -61,8 +74,15 @@ class Job:
         """The job that serves this widening."""
         axes = str(widening)
         if name in ("small", "wide"):
-            axes = "" if name == "small" else str(Widening(widening.axes, widening.factor))
+            axes = "" if name == "small" else str(replace(widening, share=0.5))
         return cls(kind, optimizer, axes, seed, name)
+
+    @property
+    def base(self) -> Job:
+        """The run whose checkpoint this treatment expands."""
+        before = Widening.parse(self.axes).before
+        name = "small" if before is None else self.name
+        return replace(self, axes="" if before is None else str(before), name=name)
 
     def folder(self, work: Path) -> Path:
         """Where it keeps what it needs while it runs."""

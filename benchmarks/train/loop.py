@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerState, TrainingArguments, get_scheduler
 
 from benchmarks.train.data import Text, batch, heldout_blocks
+from benchmarks.train.optim import DECAY
 
 #: what is called with a record
 Note = Callable[[dict[str, Any]], None]
@@ -51,6 +52,7 @@ class Run:
     beta2: float = 0.95
     schedule: str = "cosine"
     tau_w: int = 25
+    decay: float = DECAY
     device: str = "cpu"
     until: int | None = None
 
@@ -58,7 +60,9 @@ class Run:
     def label(self) -> str:
         """What sets these runs apart from others of the same model; names the file of their results."""
         schedule = "" if self.schedule == "cosine" else f"-{self.schedule}"
-        return f"{self.size}-{self.steps}steps-lr{self.lr:g}-b{self.beta2:g}-tau{self.tau_w}{schedule}"
+        decay = "" if self.decay == DECAY else f"-wd{self.decay:g}"
+        rates = f"lr{self.lr:g}-b{self.beta2:g}-tau{self.tau_w}"
+        return f"{self.size}-{self.steps}steps-{rates}{decay}{schedule}"
 
     @classmethod
     def of_label(cls, label: str) -> Run:
@@ -67,13 +71,13 @@ class Run:
         Raises:
             ValueError: it is no label.
         """
-        form = r"(\w+)-(\d+)steps-lr(.+)-b([\d.]+)-tau(\d+)(?:-(\w+))?"
+        form = r"(\w+)-(\d+)steps-lr(.+)-b([\d.]+)-tau(\d+)(?:-wd([\d.]+))?(?:-(\w+))?"
         found = re.fullmatch(form, label)
         if found is None:
             raise ValueError(f"{label!r} is no label of runs, e.g. {cls().label!r}")
-        size, steps, lr, beta2, tau_w, schedule = found.groups()
+        size, steps, lr, beta2, tau_w, decay, schedule = found.groups()
         given = {"steps": int(steps), "lr": float(lr), "beta2": float(beta2), "tau_w": int(tau_w)}
-        return preset(size, schedule=schedule, **given)
+        return preset(size, schedule=schedule, decay=None if decay is None else float(decay), **given)
 
     def at(self, share: float) -> int:
         """The step at which this share of the run is done."""
@@ -96,6 +100,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "quick": {"steps": 1200, "rows": 16, "length": 64, "eval_every": 300},
     "micro": {"steps": 1200, "rows": 8, "length": 64, "eval_every": 300},
     "horizon": {"steps": 24_000, "rows": 4, "length": 64, "eval_every": 1000, "tau_w": 250},
+    "large": {"steps": 1200, "lr": 1e-3, "eval_every": 100, "tau_w": 50},
     "gpu": {"steps": 4000, "rows": 64, "length": 256, "lr": 1e-3, "eval_every": 250, "tau_w": 100},
 }
 
@@ -148,7 +153,7 @@ def arguments(run: Run, folder: str = "run") -> TrainingArguments:
         warmup_steps=run.warmup,
         per_device_train_batch_size=run.rows,
         adam_beta2=run.beta2,
-        weight_decay=0.1,
+        weight_decay=run.decay,
         max_grad_norm=run.clip,
         use_cpu=True,
         report_to="none",

@@ -34,6 +34,8 @@ SIZES: Mapping[tuple[str, str], Size] = {
     ("dense", "pilot"): Size(4, 96, 128, 24),
     ("moe", "pilot"): Size(3, 64, 48, 24),
     ("dense", "horizon"): Size(2, 48, 64, 12),
+    ("moe", "horizon"): Size(2, 48, 32, 12),
+    ("dense", "large"): Size(6, 256, 512, 32, heads=8),
     ("dense", "gpu"): Size(8, 384, 768, 64, heads=6, context=256),
     ("dense", "quick"): Size(2, 64, 64, 16),
     ("dense", "micro"): Size(2, 48, 48, 12),
@@ -42,19 +44,23 @@ SIZES: Mapping[tuple[str, str], Size] = {
 }
 
 
-def config(kind: str, size: Size, ffn: int, hidden: int) -> PreTrainedConfig:
+def config(kind: str, size: Size, factors: Mapping[str, float]) -> PreTrainedConfig:
     """The config of one model.
 
     Args:
         kind: ``dense`` (Llama class) or ``moe`` (Qwen3-MoE class: decoupled head_dim, q/k norms, 8 experts
             top-2, tied embeddings, after the paper's model in miniature).
-        size: depth and head_dim.
-        ffn: inner width.
-        hidden: width of the residual stream.
+        size: of the small model.
+        factors: axis -> how many times as large.
     """
+
+    def grown(axis: str, small: int) -> int:
+        return int(small * factors.get(axis, 1))
+
+    hidden, ffn = grown("hidden", size.hidden), grown("ffn", size.ffn)
     common: dict[str, Any] = {
         "vocab_size": 256,
-        "num_hidden_layers": size.layers,
+        "num_hidden_layers": grown("layers", size.layers),
         "num_attention_heads": size.heads,
         "head_dim": size.head_dim,
         "hidden_size": hidden,
@@ -70,8 +76,8 @@ def config(kind: str, size: Size, ffn: int, hidden: int) -> PreTrainedConfig:
     return Qwen3MoeConfig(
         intermediate_size=4 * ffn,
         moe_intermediate_size=ffn,
-        num_experts=8,
-        num_experts_per_tok=2,
+        num_experts=grown("experts", 8),
+        num_experts_per_tok=grown("experts_per_token", 2),
         norm_topk_prob=True,
         output_router_logits=True,
         router_aux_loss_coef=0.01,
@@ -97,11 +103,8 @@ def reusable(model: PreTrainedModel, compile_: bool) -> tuple[PreTrainedModel, A
     return kept, forward
 
 
-def fresh(kind: str, size: str, axes: tuple[str, ...], factor: float, seed: int) -> PreTrainedModel:
-    """A freshly initialized model, ``factor`` times as wide along ``axes``."""
+def fresh(kind: str, size: str, factors: Mapping[str, float], seed: int) -> PreTrainedModel:
+    """A freshly initialized model; ``factors``: axis -> how many times as large as the small one."""
     torch.manual_seed(seed)
-    small = SIZES[kind, size]
-    ffn = int(small.ffn * (factor if "ffn" in axes else 1))
-    hidden = int(small.hidden * (factor if "hidden" in axes else 1))
-    made = config(kind, small, ffn, hidden)
+    made = config(kind, SIZES[kind, size], factors)
     return (LlamaForCausalLM if kind == "dense" else Qwen3MoeForCausalLM)(made)

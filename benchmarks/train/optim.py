@@ -11,6 +11,8 @@ from torch.optim import AdamW, Muon, Optimizer
 
 BETAS = (0.9, 0.95)
 DECAY = 0.1
+#: the name of an optimizer -> how torch's Muon sizes its updates
+MUON = {"muon": "match_rms_adamw", "muon-original": "original"}
 
 
 class MuonAndAdamW(Optimizer):
@@ -46,7 +48,7 @@ def _part(group: dict[str, Any]) -> Optimizer:
     options = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
     part: Optimizer
     if group["kind"] == "muon":
-        part = Muon(group["params"], adjust_lr_fn="match_rms_adamw", **options)
+        part = Muon(group["params"], adjust_lr_fn=group["adjust_lr_fn"], **options)
     else:
         part = AdamW(group["params"], betas=group["betas"], **options)
     for key, value in part.param_groups[0].items():
@@ -59,23 +61,29 @@ def decay_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.ndim > 1}
 
 
-def make(name: str, model: nn.Module, lr: float, beta2: float = BETAS[1]) -> Optimizer:
-    """``adamw`` or ``muon``, over the model's parameters in the Trainer's groups."""
+def make(
+    name: str, model: nn.Module, lr: float, beta2: float = BETAS[1], weight_decay: float = DECAY
+) -> Optimizer:
+    """``adamw``, or one of ``MUON``, over the model's parameters in the Trainer's groups."""
     decay = decay_names(model)
     named = list(model.named_parameters())
     betas = (BETAS[0], beta2)
     if name == "adamw":
         groups = [
-            {"params": [p for n, p in named if n in decay], "weight_decay": DECAY},
+            {"params": [p for n, p in named if n in decay], "weight_decay": weight_decay},
             {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
         ]
         return AdamW(groups, lr=lr, betas=betas, fused=True)
     inner = {n for n in decay if ".layers." in n and dict(named)[n].ndim == 2 and "mlp.gate.weight" not in n}
-    adam = {"kind": "adamw", "betas": betas}
+    muon, adam = {"kind": "muon", "adjust_lr_fn": MUON[name]}, {"kind": "adamw", "betas": betas}
     return MuonAndAdamW(
         [
-            {"params": [(n, p) for n, p in named if n in inner], "kind": "muon", "weight_decay": DECAY},
-            {"params": [(n, p) for n, p in named if n in decay - inner], "weight_decay": DECAY, **adam},
+            {"params": [(n, p) for n, p in named if n in inner], "weight_decay": weight_decay, **muon},
+            {
+                "params": [(n, p) for n, p in named if n in decay - inner],
+                "weight_decay": weight_decay,
+                **adam,
+            },
             {"params": [(n, p) for n, p in named if n not in decay], "weight_decay": 0.0, **adam},
         ],
         lr=lr,

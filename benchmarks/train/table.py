@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,15 @@ NAMES: Mapping[str, str] = {
 class Results:
     """Runs of one setting: name -> seed -> what the run measured so far."""
 
-    setting: str
+    kind: str
+    optimizer: str
     widening: Widening
     runs: Mapping[str, Mapping[int, Mapping[str, Any]]]
+
+    @property
+    def setting(self) -> str:
+        """Its name in files."""
+        return f"{self.kind}-{self.optimizer}-{self.widening}"
 
     def final(self, name: str) -> dict[int, float]:
         """Loss at the end by seed, on all of the held-out text; of the runs that have come to their end."""
@@ -46,14 +52,14 @@ def load(path: Path) -> list[Results]:
     expanded = (job for job in sorted(records) if job.name not in ("small", "wide"))
     for kind, optimizer, axes in dict.fromkeys((job.kind, job.optimizer, job.axes) for job in expanded):
         widening = Widening.parse(axes)
-        whole = str(Widening(widening.axes, widening.factor))
+        whole = str(replace(widening, share=0.5))
         serves = {"": ("small",), whole: ("wide",)}
         runs: dict[str, dict[int, Any]] = {}
         for job, record in records.items():
             same = (job.kind, job.optimizer) == (kind, optimizer)
             if same and (job.axes == axes or job.name in serves.get(job.axes, ())):
                 runs.setdefault(job.name, {})[job.seed] = record
-        found.append(Results(f"{kind}-{optimizer}-{axes}", widening, runs))
+        found.append(Results(kind, optimizer, widening, runs))
     return found
 
 

@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from benchmarks.train import models, optim
-from benchmarks.train.base import checkpoint
+from benchmarks.train.base import checkpoint, ready
 from benchmarks.train.between import change
 from benchmarks.train.data import Text
 from benchmarks.train.jobs import Job, Widening
-from benchmarks.train.loop import Note, Run, Training, load_checkpoint, make_scheduler
+from benchmarks.train.loop import Note, Run, Training, load_checkpoint, make_scheduler, save_checkpoint
 from sparkling_cli.api import expand
 from sparkling_cli.diagnostics.symmetry import measure_symmetry
 from sparkling_cli.spec.model import ExpansionSpec
-from sparkling_cli.training import read_history, rewarm
+from sparkling_cli.training import carry_history, read_history, rewarm
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ NAMED: Mapping[str, Treatment] = {
     "random-zero-function": Treatment(
         "SPARKLING with random-zero, function kept", {"init": "random-zero", "scaling": "function"}
     ),
+    "state-copied": Treatment(
+        "copied state, re-warmup of new entries", {"optimizer": "copy", "allow_locked": True}
+    ),
+    "router-noise": Treatment("SPARKLING with noise of 0.01 on new routers", {"router_noise": 0.01}),
     **{
         f"{name}-calibrated": Treatment(f"{says}, calibrated", {**options, "scaling": "calibrated"})
         for name, says, options in (
@@ -85,13 +89,15 @@ NAMED: Mapping[str, Treatment] = {
     },
 }
 TREATMENTS: Mapping[str, Treatment] = {**EVERYWHERE, **NAMED}
+#: a first stage, and the share of the run at which it leaves a checkpoint for a second one
+FIRST, SECOND = Widening(("ffn",)), 0.75
 
 
-def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job, note: Note) -> dict[str, Any]:
-    """Expand the small model's checkpoint below ``base`` and train the result to the end of the schedule.
+def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job, note: Note | None) -> dict[str, Any]:
+    """Expand the checkpoint of ``job.base`` below ``base`` and train the result to the end of the schedule.
 
     Returns the record of what was measured, which ``note`` gets as it grows; the work is done in ``folder``
-    and cleared away.
+    and cleared away, but for the checkpoint that a later stage starts from.
     """
     logging.set_verbosity_error()
     treatment, widening = TREATMENTS[job.name], Widening.parse(job.axes)
@@ -102,7 +108,7 @@ def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job, note: Note) 
     if not kept.exists():
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        source = checkpoint(base, run.at(widening.share))
+        source = checkpoint(base, job.base, run.at(widening.share))
         spec = _spec(treatment, widening, run, job.seed)
         data = _tokens(text, run, work / "tokens.npy") if spec.scaling == "calibrated" else None
         expand(source, wide, spec, report="none", threads=1, data=data)
@@ -111,7 +117,7 @@ def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job, note: Note) 
 
     model = AutoModelForCausalLM.from_pretrained(wide).to(run.device)
     model, forward = models.reusable(model, run.compile)
-    opt = optim.make(job.optimizer, model, run.lr, run.beta2)
+    opt = optim.make(job.optimizer, model, run.lr, run.beta2, run.decay)
     scheduler = make_scheduler(run, opt)
     start = load_checkpoint(wide, opt, scheduler)
     assert start == run.at(widening.share)
@@ -120,7 +126,14 @@ def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job, note: Note) 
         model.save_pretrained(now)
         return measure_symmetry(now, wide).cosine
 
-    training = Training(run, text, job.seed, model, forward, opt, scheduler, start, kept, cosine, note)
+    def leave(step: int) -> None:
+        if widening == FIRST and step == run.at(SECOND) and not ready(folder, job, step):
+            later = checkpoint(folder, job, step)
+            save_checkpoint(later, run, step, model, opt, scheduler)
+            carry_history(wide, later)
+
+    copies = None if widening.axes == ("layers",) else cosine
+    training = Training(run, text, job.seed, model, forward, opt, scheduler, start, kept, copies, note, leave)
     step = training.resume()
     if treatment.warm == "new":
         rewarm(opt, model, wide, step=step)
@@ -129,7 +142,8 @@ def go_on(base: Path, folder: Path, run: Run, text: Text, job: Job, note: Note) 
     record = training.finish(step)
     if "final" not in record:
         return record
-    record["locked"] = round(measure_symmetry(now, wide).locked, 4)  # saved at the last step's measurement
+    if copies is not None:  # of the model as it was saved at the last step's measurement
+        record["locked"] = round(measure_symmetry(now, wide).locked, 4)
     shutil.rmtree(work)
     return record
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.train import between, corpus, gpu, horizon, table
+from benchmarks.train import between, corpus, gpu, horizon, models, table
 from benchmarks.train.__main__ import attempt, jobs, parse, store
 from benchmarks.train.base import equal_compute
 from benchmarks.train.data import Text, batch, load_text
@@ -32,6 +32,7 @@ class StoppedError(Exception):
         ("ffn+hidden*1.5", Widening(("ffn", "hidden"), 1.5, 0.5)),
         ("hidden*4@0.25", Widening(("hidden",), 4, 0.25)),
         ("ffn@0.75", Widening(("ffn",), 2, 0.75)),
+        ("ffn,ffn+hidden*3@0.75", Widening(("ffn", "hidden"), 3, 0.75, Widening(("ffn",)))),
     ],
 )
 def test_widenings_are_read_as_they_are_written(text: str, widening: Widening) -> None:
@@ -42,7 +43,13 @@ def test_widenings_are_read_as_they_are_written(text: str, widening: Widening) -
 
 @pytest.mark.parametrize(
     "run",
-    [preset("horizon"), preset("pilot", beta2=0.999), preset("horizon", steps=600, lr=5e-4, schedule="wsd")],
+    [
+        preset("horizon"),
+        preset("pilot", beta2=0.999),
+        preset("horizon", steps=600, lr=5e-4, schedule="wsd"),
+        preset("horizon", decay=0.0, schedule="wsd"),
+        preset("horizon", decay=0.03),
+    ],
 )
 def test_a_label_names_its_runs(run: Run) -> None:
     """A file's name gives the constants of the runs in it."""
@@ -62,6 +69,23 @@ def test_one_small_model_serves_every_widening_and_one_wide_one_every_time() -> 
         ("sparkling", "ffn@0.25"): 1,
         ("sparkling", "ffn*4"): 1,
     }
+
+
+def test_factors_of_stages_are_multiplied() -> None:
+    """Of the axes that grew twice; the wide model has all of them."""
+    widening = Widening.parse("ffn,ffn+hidden*3@0.75")
+    assert widening.factors() == {"ffn": 6.0, "hidden": 3.0}
+    job = Job.of("dense", "adamw", widening, 0, "wide")
+    assert Widening.parse(job.axes).factors() == widening.factors()
+    assert Job.of("dense", "adamw", widening, 0, "naive").base == Job("dense", "adamw", "ffn", 0, "naive")
+
+
+def test_what_is_counted_is_as_many_times_as_many() -> None:
+    """Layers, experts and the experts of a token, beside widths."""
+    deeper = models.fresh("dense", "micro", {"layers": 1.5, "ffn": 2}, 0).config
+    assert (deeper.num_hidden_layers, deeper.intermediate_size, deeper.hidden_size) == (3, 96, 48)
+    more = models.fresh("moe", "micro", {"experts": 2, "experts_per_token": 2}, 0).config
+    assert (more.num_experts, more.num_experts_per_tok, more.moe_intermediate_size) == (16, 4, 24)
 
 
 def test_results_are_added_and_put_in_place_of_the_same_jobs(tmp_path: Path) -> None:
@@ -265,6 +289,50 @@ def test_the_checkpoint_of_a_result_made_elsewhere_is_trained_anew(tmp_path: Pat
     result = store(options, run).read()
     assert result[small] == {"final": 9.0}
     assert set(result) == {small, sparkling}
+
+
+def test_a_second_stage_goes_on_from_the_first(tmp_path: Path) -> None:
+    """From the first one's checkpoint, trained anew where only its result is there; 4x as wide in the end."""
+    options, run, text = _small(tmp_path, "first")
+    small, first = jobs(options)
+    first = Job.of("dense", "adamw", Widening.parse("ffn"), 0, "sparkling")
+    second = Job.of("dense", "adamw", Widening.parse("ffn,ffn@0.75"), 0, "sparkling")
+    for job in (small, first, second):
+        assert attempt(job, options, run, text)
+    kept = store(options, run).read()
+    widest = models.fresh("dense", "micro", {"ffn": 4}, 0)
+    assert kept[second]["parameters"] == sum(p.numel() for p in widest.parameters())
+    assert set(kept[second]["cosine"]) == {"18", "22", "24"}
+
+    elsewhere, _, _ = _small(tmp_path, "second")
+    store(elsewhere, run).add(first, kept[first])
+    assert attempt(small, elsewhere, run, text)
+    assert not attempt(second, elsewhere, run, text)  # trains the first stage
+    assert attempt(second, elsewhere, run, text)
+    found = store(elsewhere, run).read()
+    assert found[first] == kept[first]
+    assert {**found[second], "seconds": 0} == {**kept[second], "seconds": 0}
+
+
+def test_layers_and_experts_have_tables_of_their_own(tmp_path: Path) -> None:
+    """By hand, on made-up losses; layers have no copies to be locked."""
+    run = preset("horizon", steps=8)
+    kept = Store(tmp_path / f"{run.label}.jsonl")
+    ends = {"sparkling": 2.0, "asymmetric": 2.1, "naive": 2.25, "small": 2.5, "random-zero-function": 1.9}
+    for kind, axes in (("dense", "layers"), ("dense", "ffn*3"), ("moe", "experts+experts_per_token")):
+        for name, end in ends.items():
+            record = {"parameters": 7, "final": end, "heldout": {}, "train": {}, "cosine": {8: 0.5}}
+            kept.add(Job(kind, "adamw", "" if name == "small" else axes, 0, name), record)
+    found = horizon.settings(tmp_path)
+    assert [setting.counts for setting in found] == [False, True, True]
+    depth, experts = horizon.counted_table(found).splitlines()[2:]
+    assert depth == ("| 4 steps left, beta2 0.95, layers 2x, at 50% | 1 | 0.1000 | — | 0.2500 | — | 0.5000 |")
+    assert experts.startswith("| mixture of experts, 4 steps left, beta2 0.95, experts+experts_per_token 2x")
+    assert [line.split(" | ")[3:] for line in horizon.shapes_table(found).splitlines()[2:]] == [
+        ["1", "-0.5000", "-0.6000 |"],
+        ["1", "-0.5000", "-0.6000 |"],
+    ]
+    assert len(horizon.overview(found).splitlines()) == 3
 
 
 def _results(tmp_path: Path) -> Path:
