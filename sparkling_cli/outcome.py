@@ -87,7 +87,7 @@ def plan_schedule(plan: Plan, manifest: Manifest | None) -> tuple[Rewarmup | Non
 
     Raises:
         SpecError: the user described a schedule, or the run has optimizer state, and it is not known
-            well enough; or fresh bias correction is asked for and impossible.
+            well enough; or fresh bias correction, or a kept step, is asked for and impossible.
     """
     source, spec = plan.source, plan.spec
     path = sidecar_root(source.root) / REWARMUP
@@ -97,7 +97,8 @@ def plan_schedule(plan: Plan, manifest: Manifest | None) -> tuple[Rewarmup | Non
     try:
         return plan_rewarmup(source, spec, previous, number=number), ""
     except SpecError as error:
-        if described or spec.rewarmup.bias_correction == "fresh":
+        kept = spec.rewarmup.keep_step or (previous is not None and previous.kept_since is not None)
+        if described or spec.rewarmup.bias_correction == "fresh" or kept:
             raise
         return None, error.message
 

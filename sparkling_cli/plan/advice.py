@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from math import log1p, sqrt
-from typing import Any
+from math import log1p
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.formats.muon import MOMENTUM, rule_of, step_rms
 from sparkling_cli.formats.optimizer_states import FSDP_COPY
 from sparkling_cli.layout.depth import LAYERS, new_layers
 from sparkling_cli.layout.expr import COUNTED
@@ -67,33 +67,31 @@ def notes_for(
 
 
 def _muon_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str, Growth]) -> list[str]:
-    """That Muon's old entries step less far in wider matrices.
-
-    An orthogonalized update of a x b has entries of RMS ``1/sqrt(max(a, b))``; times ``sqrt(max(1, a/b))``
-    (torch's default, Keller Jordan's) that is ``1/sqrt(b)``. Factors of ``sqrt(max(a, b))`` (Moonlight's)
-    make it the same for all shapes.
-    """
+    """How far Muon's old entries step in matrices that have grown, by the rule that the options tell."""
     after = {**layout.sizes, **{axis: grown.target for axis, grown in growth.items()}}
-    held = {str(p) for group in checkpoint.param_groups if _by_shape(group) for p in group.get("params", ())}
-    found: dict[float, list[str]] = {}
+    groups = [(group, rule_of(group)) for group in checkpoint.param_groups]
+    rules = {str(name): rule for group, rule in groups if rule for name in group.get("params", ())}
+    found: dict[float, dict[str, int]] = {}
     for state in checkpoint.states:
         name = layout.canonical(state.param)
-        if state.param in held and "momentum_buffer" in state.tensors and layout.module_table.has(name):
-            dims = layout.module_table.find(name).dims
-            old, new = dims.shape(layout.sizes), dims.shape(after)
-            if len(old) == 2 and old[1] != new[1]:
-                found.setdefault(round(sqrt(old[1] / new[1]), 3), []).append(state.param)
+        if state.param in rules and MOMENTUM & state.tensors.keys() and layout.module_table.has(name):
+            pattern = layout.module_table.find(name)
+            old, new = pattern.dims.shape(layout.sizes), pattern.dims.shape(after)
+            if len(old) == 2 and old != new:
+                rule = rules[state.param]
+                ratio = round(step_rms(rule, *new) / step_rms(rule, *old), 3)
+                kinds = found.setdefault(ratio, {})
+                kinds[pattern.name] = kinds.get(pattern.name, 0) + 1
     return [
-        f"Muon's step of an entry goes as 1/sqrt(columns): in {len(names)} matrices with more columns (the "
-        f"first: {names[0]}) old entries step {ratio:.2f} times as far, once new columns carry momentum"
-        for ratio, names in found.items()
+        f"Muon's step follows the shape of a matrix: old entries step {ratio:.2f} times as far as before, "
+        f"once new ones carry momentum, in {_counted(kinds)}; --keep-step undoes it"
+        for ratio, kinds in found.items()
+        if ratio != 1
     ]
 
 
-def _by_shape(group: Mapping[str, Any]) -> bool:
-    """Whether a group's options are those of a Muon whose step depends on the shape of the matrix."""
-    muon = bool({"ns_steps", "ns_coefficients"} & group.keys()) or group.get("use_muon") is True
-    return muon and group.get("adjust_lr_fn") != "match_rms_adamw" and not group.get("use_adjusted_lr")
+def _counted(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in kinds.items())
 
 
 def _experts_note(growth: Mapping[str, Growth], layout: ModelLayout) -> str:

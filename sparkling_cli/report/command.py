@@ -8,7 +8,7 @@ from pathlib import Path
 from sparkling_cli.plan.model import Expansion, Invocation
 from sparkling_cli.schedule.baseline import example
 from sparkling_cli.spec.model import BaselineSpec, ExpansionSpec, RewarmupSpec
-from sparkling_cli.spec.options import OPTIONS, as_options, as_word
+from sparkling_cli.spec.options import FLAGS, OPTIONS, as_options, as_word
 
 #: what :func:`schedule_command` describes
 EXAMPLE = "an example that holds the present rate"
@@ -72,7 +72,8 @@ def with_schedule_options(command: str, spec: ExpansionSpec) -> str:
     rest = iter(words)
     for word in rest:
         if word in options:
-            next(rest)
+            if word.removeprefix("--") not in FLAGS:
+                next(rest)
         else:
             kept.append(word)
     others = {"--factor", "--to", *OPTIONS[ExpansionSpec].values()}

@@ -36,6 +36,9 @@ class Stage(_Data):
     steps: Annotated[int, Field(description="re-warmup steps (tau_w)")]
     bias_correction: BiasCorrection = "inherit"
     betas: tuple[float, float] | None = None
+    keep_step: Annotated[
+        bool, Field(description="old entries of matrices that Muon steps move as far as before the expansion")
+    ] = False
 
 
 class RewarmupFile(_Data):
@@ -60,6 +63,11 @@ class Rewarmup:
         return tuple(Rewarmed(self.baseline, s.expansion_step, s.rho, s.steps) for s in self.stages)
 
     @property
+    def kept_since(self) -> int | None:
+        """The first expansion since which old entries' steps are kept; None where they are not."""
+        return next((stage.stage for stage in self.stages if stage.keep_step), None)
+
+    @property
     def expansion_step(self) -> int:
         """Step of the last expansion."""
         return self.stages[-1].expansion_step
@@ -74,6 +82,7 @@ def add_stage(
     steps: int,
     bias_correction: BiasCorrection = "inherit",
     betas: tuple[float, float] | None = None,
+    keep_step: bool = False,
     number: int | None = None,
 ) -> Rewarmup:
     """The re-warmups after one more expansion; earlier stages go on where they are.
@@ -87,6 +96,7 @@ def add_stage(
         steps: tau_w.
         bias_correction: ``fresh`` corrects the new entries' first Adam updates.
         betas: Adam's, at the expansion, if known.
+        keep_step: old entries of matrices that Muon steps move as far as before.
         number: of the expansion; by default one more than the last.
     """
     earlier = () if previous is None else previous.stages
@@ -97,6 +107,7 @@ def add_stage(
         steps=steps,
         bias_correction=bias_correction,
         betas=betas,
+        keep_step=keep_step,
     )
     return Rewarmup(baseline, (*earlier, made))
 
@@ -139,7 +150,7 @@ def from_data(data: Mapping[str, Any], where: str, *, replacing: bool = False) -
 
 
 def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
-    fields = Stage.model_fields
+    fields = Stage.model_fields.keys() - {"keep_step"}  # which is younger
     stages = [{name: stage[name] for name in fields} for stage in data["stages"]]
     return {"format_version": FORMAT, "baseline": data["baseline"], "stages": stages}
 

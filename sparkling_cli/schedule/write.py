@@ -6,6 +6,8 @@ import json
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError, SpecError
+from sparkling_cli.formats.muon import MOMENTUM
+from sparkling_cli.formats.optimizer_states import base_name
 from sparkling_cli.results.evidence import pair_note
 from sparkling_cli.schedule.baseline import baseline_of
 from sparkling_cli.schedule.curves import fresh_factor
@@ -37,8 +39,10 @@ def plan_rewarmup(
 
     Raises:
         SpecError: the baseline cannot be known (the message says what to pass), or fresh bias
-            correction is asked for without betas to correct by.
+            correction is asked for without betas to correct by, or a kept step under an optimizer whose steps
+            do not follow the shape, or given up that was kept before.
     """
+    _check_keep_step(checkpoint, spec.rewarmup.keep_step, previous)
     curve, step = baseline_of(checkpoint, spec.baseline)
     betas = adam_betas(checkpoint)
     if spec.rewarmup.bias_correction == "fresh" and betas is None:
@@ -47,6 +51,22 @@ def plan_rewarmup(
             hint="use --bias-correction inherit",
         )
     return add_stage(previous, curve, step, **spec.rewarmup.model_dump(), betas=betas, number=number)
+
+
+def _check_keep_step(checkpoint: Checkpoint, asked: bool, previous: Rewarmup | None) -> None:
+    if not asked and previous is not None and previous.kept_since is not None:
+        raise SpecError(
+            f"expansion {previous.kept_since} of this run was made with --keep-step, this one is not: its "
+            "entries would begin to step less far",
+            hint="give --keep-step again",
+        )
+    slots = {base_name(slot) for state in checkpoint.states for slot in state.tensors}
+    if asked and slots and not slots & MOMENTUM:
+        raise SpecError(
+            f"--keep-step is for Muon, whose state is a {' or '.join(sorted(MOMENTUM))}; this optimizer's is "
+            f"{', '.join(sorted(slots))}: its steps do not follow the shape of a matrix",
+            hint="leave --keep-step out",
+        )
 
 
 def adam_betas(checkpoint: Checkpoint) -> tuple[float, float] | None:

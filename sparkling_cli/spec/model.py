@@ -53,6 +53,10 @@ class RewarmupSpec(_Strict):
         BiasCorrection,
         Field(description="fresh: new entries' first updates as if Adam's step counter started anew"),
     ] = "inherit"
+    keep_step: Annotated[
+        bool,
+        Field(description="old entries of matrices that Muon steps move as far as before the expansion"),
+    ] = False
 
 
 class BaselineSpec(_Strict):

@@ -29,7 +29,12 @@ OPTIONS: Mapping[type[BaseModel], Mapping[str, str]] = {
         "layer_mode": "--layer-mode",
         "at": "--at",
     },
-    RewarmupSpec: {"rho": "--rho", "steps": "--rewarmup-steps", "bias_correction": "--bias-correction"},
+    RewarmupSpec: {
+        "rho": "--rho",
+        "steps": "--rewarmup-steps",
+        "bias_correction": "--bias-correction",
+        "keep_step": "--keep-step",
+    },
     BaselineSpec: {
         "type": "--schedule",
         "peak": "--peak-lr",
@@ -48,7 +53,9 @@ def as_options(spec: BaseModel) -> Iterator[str]:
     for field, option in OPTIONS[type(spec)].items():
         value = getattr(spec, field)
         if value != type(spec).model_fields[field].default:
-            yield from (option, as_word(value))
+            yield option
+            if value is not True:
+                yield as_word(value)
 
 
 def as_word(value: Any) -> str:
@@ -115,8 +122,9 @@ def keyword_of(option: str) -> str:
 
 
 _OPTION = re.compile(r"--([a-z]+(?:-[a-z]+)*)(?: ([^\s,;)]+?))?(?=[:.]?(?:[\s,;)]|$))")
-#: options that take no value, and words behind an option that are none
-_FLAGS = {"allow-locked", "allow-nonfinite", "no-activations"}
+#: options that take no value
+FLAGS = {"allow-locked", "allow-nonfinite", "keep-step", "no-activations"}
+#: words behind an option that are no value of it
 _WORDS = re.compile("a|an|and|as|can|for|gives|in|is|it|on|or|says|sets|takes|that|the|to|too|which|with")
 
 
@@ -134,7 +142,7 @@ def python_words(text: str) -> str:
 def _keyword(match: re.Match[str]) -> str:
     name, value = match[1], match[2]
     keyword = keyword_of(name)
-    if name in _FLAGS:
+    if name in FLAGS:
         return f"{keyword}=True" + (f" {value}" if value else "")
     if value is None or _WORDS.fullmatch(value):
         return keyword + (f" {value}" if value else "")

@@ -20,6 +20,7 @@ from sparkling_cli.schedule.rewarmup import Rewarmup
 from sparkling_cli.training import megatron
 from sparkling_cli.training.copies import copies
 from sparkling_cli.training.history import History, read_history
+from sparkling_cli.training.kept_step import KeptStep, Rule
 from sparkling_cli.training.moved import Moved, moved
 from sparkling_cli.training.slices import (
     NewEntries,
@@ -57,7 +58,9 @@ def rewarm(
 
     At every ``optimizer.step()`` the update of the entries that an expansion added is multiplied by
     ``eta_new(t)/eta_old(t)`` of ``sparkling/rewarmup.json``; weight decay with it, as under a larger rate.
-    Old entries, the optimizer's class and its state stay as they are.
+    Old entries, the optimizer's class and its state stay as they are. After ``--keep-step``, updates of
+    matrices that the optimizer orthogonalizes (Muon) are scaled as a whole, for good, so that old entries
+    move as far as before; that takes a copy of these matrices at every step.
 
     Args:
         optimizer: the optimizer, or several that share the model's parameters. Any torch optimizer, with
@@ -81,8 +84,8 @@ def rewarm(
     Raises:
         SpecError: ``step`` lies before the expansion, or ``measure_every`` is less than 1.
         SparklingError: the checkpoint has no history, the model is not the expanded one, something is no
-            torch optimizer or holds none of the model's parameters, or fresh bias correction is asked of an
-            optimizer without it.
+            torch optimizer or holds none of the model's parameters, fresh bias correction is asked of an
+            optimizer without it, or a kept step of one for which it is not known how to.
     """
     history = checkpoint if isinstance(checkpoint, History) else read_history(checkpoint)
     optimizers, given = _optimizers(optimizer, model)
@@ -103,15 +106,34 @@ def rewarm(
     flat = {id(piece.tensor) for piece in pieces}
     if flat and len(optimizers) > 1:
         raise SpecError("flat tensors are re-warmed in one optimizer at a time: call rewarm() for each")
-    attached = [_attach(o, found, known, flat, history.rewarmup, start) for o in optimizers]
+    matrices = _growing_matrices(pairs, history)
+    attached = [_attach(o, found, known, flat, history.rewarmup, start, matrices) for o in optimizers]
     for one in attached:
         one.measure_every = measure_every
     if announce and _is_first_rank():
         held = {id(p.tensor): p for one in attached for p in one.params.values()}
         left = [name for name, p in pairs if id(p) in found.keys() - held.keys() and p.requires_grad]
-        print(_line(held.values(), left, history.rewarmup, start), file=sys.stderr, flush=True)
+        line = _line(held.values(), left, history.rewarmup, start)
+        if history.rewarmup.kept_since is not None:
+            line += f"; old entries' step is kept in {sum(len(one.matrices) for one in attached)} matrices"
+        print(line, file=sys.stderr, flush=True)
     grown = tuple((p, history.dims(name)) for name, p in pairs if id(p) in found)
     return Rewarming(tuple(attached), history, grown)
+
+
+def _growing_matrices(pairs: Sequence[tuple[str, Tensor]], history: History) -> list[KeptStep]:
+    """What has grown since the step of old entries is kept, whether this process holds new entries or not."""
+    since = history.rewarmup.kept_since
+    found: list[KeptStep] = []
+    if since is None:
+        return found
+    for name, param in pairs:
+        region = history.region(name, tuple(param.shape))
+        if param.ndim > 1 and max(region.stages) >= since:
+            old = sum(region.count(stage) for stage in region.stages if stage < since)
+            entries = new_entries(param, region) or NewEntries(())
+            found.append(KeptStep(param, entries, since, history.shape_before(name, since), old))
+    return found
 
 
 def _flat(pieces: Sequence[Piece], history: History) -> list[tuple[Tensor, NewEntries | None]]:
@@ -291,6 +313,9 @@ class _Attached:
     #: flat tensors that are stepped in turn: all of them make one step of the run; empty for usual optimizers
     flat: frozenset[int] = frozenset()
     stepped: set[int] = field(default_factory=set)
+    #: matrices whose old entries step as far as before, and what this process held of them before the step
+    matrices: dict[int, KeptStep] = field(default_factory=dict)
+    starts: dict[int, Tensor] = field(default_factory=dict)
     #: parameters with new entries before a step that is measured, and how far they have moved in the last one
     copies: dict[int, Tensor] = field(default_factory=dict)
     moved: Moved = field(default_factory=Moved)
@@ -309,6 +334,7 @@ class _Attached:
         self._look_for_state()
         if self.measure_every is not None and (self.step + 1) % self.measure_every == 0:
             self.copies = {id(p.tensor): local_tensor(p.tensor).clone() for _, p in self._live()}
+        self.starts = {i: local_tensor(kept.param).clone() for i, kept in self.matrices.items()}
         for group, param in self._live():
             if in_closed_form(self.optimizer, group, param.tensor):
                 continue
@@ -321,6 +347,7 @@ class _Attached:
         """Scale the new entries' update, and count the step unless GradScaler skipped it."""
         kept, self.kept = self.kept, {}
         copies, self.copies = self.copies, {}
+        starts, self.starts = self.starts, {}
         if self._skipped():
             return
         rates = self._rates()
@@ -328,6 +355,7 @@ class _Attached:
         if is_adam(self.optimizer):
             self._correct_adam(rates, kept)
         else:
+            self._scale_matrices(starts)
             self._correct_others(rates, kept)
         if copies:
             self.moved = self._moved(copies) + (self.moved if self.stepped else Moved())
@@ -378,6 +406,12 @@ class _Attached:
                 elif is_heavy_ball(self.optimizer, group) and param.tensor.grad is not None:
                     more = (rates[stage] - 1) * float(group["lr"])
                     correct_heavy_ball(param.tensor, buffer, param.entries, stage, more)
+
+    def _scale_matrices(self, starts: Mapping[int, Tensor]) -> None:
+        for group in self.optimizer.param_groups:
+            for param in group["params"] if starts else ():
+                if id(param) in starts:
+                    self.matrices[id(param)].scale(starts[id(param)], group)
 
     def _rates(self) -> dict[int, float]:
         """eta_new / eta_old of every stage at this step; stages without a schedule stay at 1."""
@@ -466,6 +500,7 @@ def _attach(
     flat: set[int],
     rewarmup: Rewarmup,
     step: int,
+    matrices: Iterable[KeptStep],
 ) -> _Attached:
     # of an optimizer that is given flat tensors in turn, the groups may be empty between steps
     held = {id(p) for group in optimizer.param_groups for p in group["params"]} | flat
@@ -480,7 +515,10 @@ def _attach(
             hint="expand with --bias-correction inherit",
         )
     params = {i: param for i, param in found.items() if i in held}
-    attached = _Attached(optimizer, params, rewarmup, step, flat=frozenset(flat))
+    rules: dict[Any, Rule | None] = {}
+    own = (m.found_for(optimizer, rules) for m in matrices if id(m.param) in held)
+    scaled = {id(m.param): m for m in own if m is not None}
+    attached = _Attached(optimizer, params, rewarmup, step, flat=frozenset(flat), matrices=scaled)
     attached.handles = [
         optimizer.register_step_pre_hook(attached.before),
         optimizer.register_step_post_hook(attached.after),

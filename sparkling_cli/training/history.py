@@ -51,6 +51,18 @@ class History:
         born = [stage_of(index, self.births[axis]) for axis, index in at if axis in self.births]
         return region_of(dims, self.layout.sizes, self.births, max(born, default=0))
 
+    def shape_before(self, name: str, stage: int) -> tuple[int, ...]:
+        """The shape that the parameter of that name had before an expansion.
+
+        Raises:
+            LayoutError: no pattern stands for it.
+        """
+        older = {
+            axis: sum(int(stop) - int(start) for start, stop, born in births if born < stage)
+            for axis, births in self.births.items()
+        }
+        return self.dims(name).shape({**self.layout.sizes, **older})
+
     def dims(self, name: str) -> TensorLayout:
         """What the dims of the parameter of that name mean.
 

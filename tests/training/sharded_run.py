@@ -2,6 +2,7 @@
 
 Usage: sharded_run.py OUT; writes ``<optimizer>-<how>-<run>.pt`` with the whole parameters after 50 steps.
 ``how`` is the dim that FSDP2 shards, or ``mesh``; ``legs`` is the run that is left and taken up again.
+Of Muon there is one step, with old entries' step kept and without.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 
+from sparkling_cli.schedule.rewarmup import add_stage
 from sparkling_cli.training import rewarm
 from tests.training import reference as ref
 
@@ -79,6 +81,15 @@ def train(
     return {"net": model, "optimizer": state}
 
 
+def muon_step(net: torch.nn.Module, share: int, shares: int, *, keep: bool) -> None:
+    """One step of the matrices; new entries at the rate of old ones."""
+    muon = Muon([p for p in net.parameters() if p.ndim == 2], lr=ref.BASE.peak, weight_decay=0.1)
+    history = ref.history_of(add_stage(None, ref.BASE, ref.TE, rho=1.0, steps=0, keep_step=keep))
+    rewarm(muon, net, history, announce=False)
+    net(ref.data(0).chunk(shares)[share]).backward()
+    muon.step()
+
+
 def main(out: Path) -> None:
     """All runs of one process."""
     dist.init_process_group("gloo")
@@ -95,6 +106,13 @@ def main(out: Path) -> None:
             whole = {n: p.full_tensor().detach() for n, p in net.named_parameters()}
             if dist.get_rank() == 0:
                 torch.save(whole, out / f"{name}-{how}-{run}.pt")
+    for how in ("0", "1") if dist.get_world_size() == 2 else ("mesh",):
+        for keep in (False, True):
+            net, share, shares = sharded(how)
+            muon_step(net, share, shares, keep=keep)
+            whole = {n: p.full_tensor().detach() for n, p in net.named_parameters()}
+            if dist.get_rank() == 0:
+                torch.save(whole, out / f"muon-{how}-{keep}.pt")
     dist.barrier()  # a rank that leaves early ends the others' connections
     dist.destroy_process_group()
 

@@ -80,7 +80,7 @@ def test_muon_says_that_old_entries_step_less_far(tmp_path: Path) -> None:
     """And by how much: measured on a wider matrix whose new columns carry momentum as old ones do."""
     case = next(case for case in CASES if case.name == "Muon (torch)")
     found = api.make_plan(narrow(case, tmp_path / "narrow"), axes=FFN)
-    notes = [note for note in found.plan.notes if "1/sqrt(columns)" in note]
+    notes = [note for note in found.plan.notes if "shape of a matrix" in note]
     assert len(notes) == 1 and "down_proj" in notes[0] and "0.71 times" in notes[0]
 
     def step(*shape: int) -> float:

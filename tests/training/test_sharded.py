@@ -69,6 +69,35 @@ def test_a_mesh_of_two_dims_equals_one_process(four: Path, name: str) -> None:
     check(four, name, "mesh")
 
 
+def check_kept_step(runs: Path, how: str) -> None:
+    """Muon's own step of sharded matrices, scaled here by hand as whole ones."""
+    start = ref.parameters(ref.model())
+    plain, kept = (torch.load(runs / f"muon-{how}-{keep}.pt") for keep in (False, True))
+    masks = ref.new_masks()
+    for name in ("embed.weight", "up.weight", "mixed.weight", "down.weight"):
+        old = ~masks[name]
+        columns = int(old.any(0).sum())
+        shrunk = start[name] * (1 - 0.1 * ref.BASE.peak)
+        update = plain[name] - shrunk
+        share = update.square().mean().sqrt() / update[old].square().mean().sqrt()
+        factor = (update.shape[1] / columns) ** 0.5 * share
+        assert abs(factor - 1) > 0.02
+        wanted = shrunk + factor * update
+        assert float((kept[name] - wanted).norm() / wanted.norm()) < 1e-12
+
+
+@pytest.mark.parametrize("dim", ["0", "1"])
+def test_a_kept_step_of_two_processes(two: Path, dim: str) -> None:
+    """FSDP2: a process may hold old entries alone."""
+    check_kept_step(two, dim)
+
+
+@pytest.mark.slow
+def test_a_kept_step_on_a_mesh_of_two_dims(four: Path) -> None:
+    """Tensor parallel too."""
+    check_kept_step(four, "mesh")
+
+
 def test_large_regions_come_in_pieces() -> None:
     """Pieces tile the region, none above the limit: the memory beside the parameters is bounded."""
     param = torch.zeros(3, 1000, 1000)
