@@ -37,6 +37,7 @@ EXPERTS_PER_TOKEN_KEYS = (
     "num_selected_experts",
     "expert_top_k",
     "router_top_k",
+    "n_expert_per_token",
     "moe_router_topk",
     "top_k",
 )

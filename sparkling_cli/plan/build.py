@@ -22,7 +22,7 @@ from sparkling_cli.formats.optimizer_states import (
     turns,
 )
 from sparkling_cli.formats.other_files import OpenFile, lay_out_further
-from sparkling_cli.layout.depth import LAYERS, Order, deeper_config, deeper_layout, silent_value
+from sparkling_cli.layout.depth import LAYERS, deeper_config, deeper_layout, silent_value
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
@@ -37,7 +37,7 @@ from sparkling_cli.plan.account import (
     sort_further,
 )
 from sparkling_cli.plan.advice import check_locked, notes_for, small_share, turned_notes
-from sparkling_cli.plan.deepen import deeper_source, is_new
+from sparkling_cli.plan.deepen import Orders, copies_on_disk, deeper_source, is_new, orders_of
 from sparkling_cli.plan.model import CARRIED, Calibration, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
 from sparkling_cli.plan.resolve import resolve_growth
@@ -79,10 +79,13 @@ def build_plan(
     }
     check_pair(growth, layout, treatment)
     growth = with_fills(growth, layout, treatment)
-    given, shallow, order = checkpoint, layout, growth[LAYERS].order if LAYERS in growth else ()
-    if order:
-        layout, checkpoint = deeper_layout(layout, order), deeper_source(checkpoint, layout, order)
-    recipes = _Recipes(layout, growth, treatment, spec, calibration or Calibration())
+    given, shallow = checkpoint, layout
+    orders = orders_of(layout, growth, checkpoint.format)
+    if orders:
+        checkpoint = deeper_source(checkpoint, layout, orders)
+    if LAYERS in orders:
+        layout = deeper_layout(layout, orders[LAYERS])
+    recipes = _Recipes(layout, growth, treatment, spec, calibration or Calibration(), orders)
     drawn = "random" in (*spec.init.split("-"), spec.vocab_fill) or spec.router_noise > 0
     streams = drawn or spec.scaling == "calibrated"
     weights, renamed = weights_of(checkpoint, layout, spec.names, random=streams)
@@ -131,7 +134,7 @@ def build_plan(
         account=account_of(rows, found),
         notes=(*notes_for(given, shallow, spec, growth, renamed), *measured, *notes),
         warnings=tuple(warning for warning in warnings if warning is not None),
-        read=read if order else None,
+        read=read if orders else None,
     )
 
 
@@ -177,6 +180,7 @@ class _Recipes:
     treatment: Treatment
     spec: ExpansionSpec
     calibration: Calibration
+    orders: Orders
     _made: dict[tuple[object, ...], Recipe] = field(default_factory=dict)
 
     @property
@@ -281,10 +285,10 @@ class _Recipes:
             self._made[mark] = Recipe(kind, slot, stored.dtype, stored.shape, stored.shape, view)
         return self._made[mark]
 
-    @property
-    def order(self) -> Order:
-        """Of a deeper model; () where the layers stay as many."""
-        return self.growth[LAYERS].order if LAYERS in self.growth else ()
+    def new(self, pattern: TensorPattern, name: str, *axes: str) -> bool:
+        """Whether a parameter is of a new layer, or expert; of certain axes only, if they are given."""
+        orders = {axis: own for axis, own in self.orders.items() if not axes or axis in axes}
+        return bool(orders) and is_new(pattern, name, orders)
 
     def silent(self, name: str, *, new: bool) -> float | None:
         """The number in all entries of a weight of a new layer that adds nothing yet; None of others."""
@@ -390,12 +394,12 @@ def _weight_rows(weights: Iterable[Weight], recipes: _Recipes) -> list[Row]:
     """A row per weight."""
     rows = []
     for key, name, module, stored, pattern, stream in weights:
-        new = bool(recipes.order) and is_new(pattern, name, recipes.order)
-        recipe = recipes.weight(pattern, module, stored.dtype, stream=stream, new=new)
+        layer = recipes.new(pattern, name, LAYERS)
+        recipe = recipes.weight(pattern, module, stored.dtype, stream=stream, new=layer)
         if stored.shape != recipe.before:
             recipes.layout.check_one(name, pattern, stored.shape)
-        rows.append(Row(key, name, stored, recipe, stream, new=new))
-        for copy in _copies(name, pattern, recipes.growth):
+        rows.append(Row(key, name, stored, recipe, stream, new=recipes.new(pattern, name)))
+        for copy in copies_on_disk(name, pattern, recipes.growth, recipes.orders):
             if key != name:
                 raise CheckpointError(
                     f"{name!r} is of one expert, and a file of this format has no place for copies of it",
@@ -403,16 +407,6 @@ def _weight_rows(weights: Iterable[Weight], recipes: _Recipes) -> list[Row]:
                 )
             rows.append(Row(copy, copy, stored, recipe, stream, new=True))
     return rows
-
-
-def _copies(name: str, pattern: TensorPattern, growth: Mapping[str, Growth]) -> Iterator[str]:
-    """Names of the copies of a tensor whose name counts an axis that grows (an expert's own tensors)."""
-    axes = pattern.template.axes
-    for axis in (axis for axis in axes if axis in growth and axis != LAYERS):
-        own = dict(zip(axes, pattern.template.indices(name) or (), strict=True))
-        grown = growth[axis]
-        for index in range(grown.source + own[axis], grown.target, grown.source):
-            yield pattern.template.fill({**own, axis: index})
 
 
 def _state_rows(
@@ -435,12 +429,13 @@ def _state_rows(
         if not layout.module_table.has(name):
             raise CheckpointError(f"optimizer state of {state.param!r}, which is no parameter of the model")
         pattern = layout.module_table.find(name)
-        if set(pattern.template.axes) & recipes.growth.keys() - {LAYERS}:
+        if set(pattern.template.axes) & recipes.growth.keys() - recipes.orders.keys():
             raise CheckpointError(
-                f"the optimizer has state of {name!r}, of one expert: its copies would be new parameters",
+                f"the optimizer has state of {name!r}, of one expert: a checkpoint of format "
+                f"{checkpoint.format!r} has no place for its copies, which are new parameters",
                 hint="expand a checkpoint without the optimizer's state, and restart the optimizer",
             )
-        new = bool(recipes.order) and is_new(pattern, name, recipes.order)
+        new = recipes.new(pattern, name)
         for slot, key in state.tensors.items():
             stored = checkpoint.tensors[key]
             try:
@@ -477,7 +472,8 @@ def _state_recipe(
         kind = kinds[slot]
     match kind:
         case StateKind.WEIGHT if form is not None:
-            return recipes.weight(pattern, param, stored.dtype, slot=slot, form=form, new=new)
+            layer = recipes.new(pattern, param, LAYERS)
+            return recipes.weight(pattern, param, stored.dtype, slot=slot, form=form, new=layer)
         case StateKind.MOMENT | StateKind.FACTOR | StateKind.PRECONDITIONER | StateKind.BASIS if form:
             return recipes.moment(pattern, param, stored, slot, kind, form, new=new)
     grows = pattern.dims.axes() & set(recipes.growth)

@@ -1,12 +1,14 @@
 """A source as it is read for a deeper model: with tensors, and state, that are read for several layers.
 
+Experts whose parameters have names of their own grow in the same way.
+
 Everything behind it (recipes, rows, output files, verification) knows no difference: each tensor of the
 output has one in this source, under its own name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 from sparkling_cli.errors import CheckpointError
@@ -14,20 +16,47 @@ from sparkling_cli.formats.detect import format_of
 from sparkling_cli.formats.model import Checkpoint, Deepening
 from sparkling_cli.layout.depth import LAYERS, Order, names_of, new_layers
 from sparkling_cli.layout.model import ModelLayout, PatternTable, TensorPattern
+from sparkling_cli.widening.geometry import Growth
+
+#: Axis that names count, and grows -> the entry that each one is read from.
+Orders = Mapping[str, Order]
+
+
+def named_axes(layout: ModelLayout, growing: Container[str], form: str) -> list[str]:
+    """Axes that grow and are counted in the names of parameters, the innermost first.
+
+    Args:
+        layout: of either model.
+        growing: the axes that grow.
+        form: the source's format: where it has no place for further parameters these are layers alone.
+    """
+    deep = {
+        axis: place for p in layout.tensors for place, axis in enumerate(p.template.axes) if axis in growing
+    }
+    found = sorted(deep, key=lambda axis: -deep[axis])
+    return [axis for axis in found if axis == LAYERS or isinstance(format_of(form), Deepening)]
+
+
+def orders_of(layout: ModelLayout, growth: Mapping[str, Growth], form: str) -> dict[str, Order]:
+    """The orders of these axes; new entries are copies of the old ones in turn, but for layers."""
+    return {
+        axis: growth[axis].order or tuple(t % growth[axis].source for t in range(growth[axis].target))
+        for axis in named_axes(layout, growth, form)
+    }
 
 
 def deeper_source(
     checkpoint: Checkpoint,
     layout: ModelLayout,
-    order: Order,
+    orders: Orders,
     groups: Sequence[Sequence[tuple[str, str]]] | None = None,
 ) -> Checkpoint:
-    """The source with the names and numbers of the deeper model.
+    """The source with the names and numbers of a model of more layers, or more experts of their own names.
 
     Args:
         checkpoint: the source, its states named.
         layout: of the source.
-        order: of the deeper model.
+        orders: of the output's model.
         groups: of the optimizer, where they are known: see :class:`~sparkling_cli.formats.model.Deepening`.
 
     Raises:
@@ -45,64 +74,93 @@ def deeper_source(
     names = [layout.canonical(name) for name in checkpoint.weights]
     if not all(map(table.has, names)):
         table = module
-    weights = list(_sequence(list(checkpoint.weights), table, order))
-    copy = next((i for i in checkpoint.further if not i.left_out and _of_layer(i.name, table)), None)
+    weights = _longer(list(checkpoint.weights), table, orders)
+    copy = next((i for i in checkpoint.further if not i.left_out and _of_one(i.name, table, orders)), None)
     if copy is not None:
+        what = " and ".join(axis.removesuffix("s") for axis in sorted(orders))
         raise CheckpointError(
-            f"{copy.name} is of one layer: what new layers get of it is not known",
+            f"{copy.name} is of one {what}: what new {' and '.join(sorted(orders))} get of it is not known",
             hint=f"take it out of a copy of the checkpoint: {copy.file or checkpoint.root.name}",
         )
     groups = groups or [
-        list(_sequence([layout.canonical(str(param)) for param in group.get("params", ())], module, order))
+        _longer([layout.canonical(str(param)) for param in group.get("params", ())], module, orders)
         for group in checkpoint.param_groups
     ]
     return form.deeper(checkpoint, weights, groups)
 
 
-def is_new(pattern: TensorPattern, name: str, order: Order) -> bool:
-    """Whether a tensor of the deeper model is of a new layer."""
-    index = _layer(pattern, name)
-    return index is not None and new_layers(order)[index]
+def is_new(pattern: TensorPattern, name: str, orders: Orders) -> bool:
+    """Whether a tensor of the output's model is of a new layer, or of whatever else the orders are of."""
+    indices = pattern.template.indices(name) or ()
+    at = zip(pattern.template.axes, indices, strict=False)
+    return any(new_layers(orders[axis])[index] for axis, index in at if axis in orders)
 
 
-def _layer(pattern: TensorPattern, name: str) -> int | None:
-    axes, indices = pattern.template.axes, pattern.template.indices(name)
-    return indices[axes.index(LAYERS)] if LAYERS in axes and indices is not None else None
+def copies_on_disk(
+    name: str, pattern: TensorPattern, growth: Mapping[str, Growth], orders: Orders
+) -> Iterator[str]:
+    """Names of the copies of a tensor whose name counts an axis that grows, where the module's does not."""
+    axes = pattern.template.axes
+    for axis in (axis for axis in axes if axis in growth and axis not in orders):
+        own = dict(zip(axes, pattern.template.indices(name) or (), strict=True))
+        grown = growth[axis]
+        for index in range(grown.source + own[axis], grown.target, grown.source):
+            yield pattern.template.fill({**own, axis: index})
 
 
-def _of_layer(name: str, table: PatternTable) -> bool:
-    """Whether the name of a further tensor ends in that of a layer's; in front of it stands its file."""
+def _of_one(name: str, table: PatternTable, orders: Orders) -> bool:
+    """Whether the name of a further tensor ends in that of one of a layer; in front of it stands its file."""
     name = name.rpartition(":")[2].strip()
     while name:
         if table.has(name):
-            return LAYERS in table.find(name).template.axes
+            return not orders.keys().isdisjoint(table.find(name).template.axes)
         name = name.partition(".")[2]
     return False
 
 
-def _sequence(names: Sequence[str], table: PatternTable, order: Order) -> Iterator[tuple[str, str]]:
+def _longer(names: Sequence[str], table: PatternTable, orders: Orders) -> list[tuple[str, str]]:
+    """Tensors in a model's order, as the output's model has them, each with the one that it comes from."""
+    pairs = [(name, name) for name in names]
+    for axis, order in orders.items():
+        sources = dict(pairs)
+        pairs = [(new, sources[old]) for new, old in _sequence([n for n, _ in pairs], table, axis, order)]
+    return pairs
+
+
+def _sequence(
+    names: Sequence[str], table: PatternTable, axis: str, order: Order
+) -> Iterator[tuple[str, str]]:
     """Tensors in a model's order, as the deeper model has them: layer by layer, each as its source's.
 
     Yields:
         The name of each, and of the one that it comes from.
     """
 
-    def place(name: str) -> tuple[str, int | None]:
-        pattern = table.find(name)
-        index = _layer(pattern, name)
-        return ("" if index is None else pattern.name.partition(f"{{{LAYERS}")[0]), index
+    def stack(name: str) -> str:
+        """What stands before the number of the layer, with the numbers in it; "" without one."""
+        template, index = table.find(name).template, _index(table, name, axis)
+        if index is None:
+            return ""
+        own = dict(zip(template.axes, template.indices(name) or (), strict=True))
+        return template.partly({**own, axis: -1}).partition(".-1")[0]
 
-    for (stack, _), found in groupby(names, lambda name: (place(name)[0], place(name)[1] is None)):
+    for beginning, found in groupby(names, stack):
         run = list(found)
-        yield from _stack(run, table, order) if stack else zip(run, run, strict=True)
+        yield from _stack(run, table, axis, order) if beginning else zip(run, run, strict=True)
 
 
-def _stack(run: Iterable[str], table: PatternTable, order: Order) -> Iterator[tuple[str, str]]:
+def _index(table: PatternTable, name: str, axis: str) -> int | None:
+    template = table.find(name).template
+    indices = template.indices(name)
+    return indices[template.axes.index(axis)] if axis in template.axes and indices is not None else None
+
+
+def _stack(run: Iterable[str], table: PatternTable, axis: str, order: Order) -> Iterator[tuple[str, str]]:
     layers: dict[int, list[str]] = {}
     for name in run:
-        layers.setdefault(_layer(table.find(name), name) or 0, []).append(name)
+        layers.setdefault(_index(table, name, axis) or 0, []).append(name)
     seen: dict[int, int] = {}
     for source in order:
         copy = seen[source] = seen.get(source, -1) + 1
         for name in layers.get(source, ()):
-            yield names_of(table.find(name).template, name, order)[copy], name
+            yield names_of(table.find(name).template, name, order, axis)[copy], name

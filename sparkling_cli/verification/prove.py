@@ -16,13 +16,13 @@ from sparkling_cli.execute.commit import in_the_making
 from sparkling_cli.formats.detect import meant_by
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.formats.optimizer_states import form_of, is_named
-from sparkling_cli.layout.depth import shallower_layout
+from sparkling_cli.layout.depth import LAYERS, shallower_layout
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, TensorEntry, manifest_of, read_manifest
 from sparkling_cli.models.expected import Asking, class_faults, weight_shapes
 from sparkling_cli.models.stored import without_strays
-from sparkling_cli.plan.deepen import deeper_source
+from sparkling_cli.plan.deepen import Orders, deeper_source, named_axes
 from sparkling_cli.plan.model import CARRIED
 from sparkling_cli.results.commands import Verification
 from sparkling_cli.storage.byte_ranges import Handles, Placement, span_of
@@ -165,16 +165,18 @@ class _Origin:
     def __init__(self, root: Path, output: Path, manifest: Manifest, derivation: Derivation) -> None:
         from sparkling_cli.formats.detect import open_checkpoint
 
-        order, layout = derivation.rules.order, derivation.layout
-        if order:
-            layout = shallower_layout(layout, order)
+        layout, rules = derivation.layout, derivation.rules
+        if rules.order:
+            layout = shallower_layout(layout, rules.order)
         self.checkpoint = found = without_strays(open_checkpoint(root), layout)
         self.root = found.root  # where the path names one step of several, their folder
         if found.format != manifest.source.format:
             fault = f"it is of format {found.format}, the output was made from {manifest.source.format}"
             raise other_source(root, output, manifest, [fault])
-        if order:
-            found = self._deeper(output, manifest, derivation)
+        axes = named_axes(layout, rules.growth, found.format)
+        if axes:
+            orders = {axis: tuple(rules.origin(axis).tolist()) for axis in axes}
+            found = self._deeper(output, manifest, derivation, orders)
         self.tensors = found.by_key
         used: set[str] = set()
         if any(key not in self.tensors for key in manifest.tensors):
@@ -190,8 +192,8 @@ class _Origin:
             raise other_source(root, output, manifest, [fault])
         self.lost = [key for key in found.tensors if key not in manifest.tensors and key not in used]
 
-    def _deeper(self, output: Path, manifest: Manifest, derivation: Derivation) -> Checkpoint:
-        """The source with the names of the deeper model.
+    def _deeper(self, output: Path, manifest: Manifest, derivation: Derivation, orders: Orders) -> Checkpoint:
+        """The source with the names of the output's model.
 
         Optimizer state is numbered. What the numbers of the source stand for follows from the names that the
         manifest gives those of the output, without new layers: both are in one order.
@@ -211,15 +213,16 @@ class _Origin:
         for own, group in zip(source.param_groups, wide.param_groups, strict=True):
             found = [named.get(str(param), "") for param in group.get("params", ())]  # "": it has no state
             groups.append([(name, derivation.source_name(name)) for name in found])
-            old = [there for name, there in groups[-1] if name and not derivation.is_new_layer(name)]
+            old = [there for name, there in groups[-1] if name and not derivation.is_new(name)]
             numbers = [str(param) for param in own.get("params", ()) if str(param) in held]
             if len(old) != len(numbers):
                 raise other_source(self.root, output, manifest, ["its optimizer has other parameters"])
             names.update(zip(numbers, old, strict=True))
         states = tuple(replace(state, param=names.get(state.param, state.param)) for state in source.states)
-        order = derivation.rules.order
-        layout = shallower_layout(manifest.model_layout(), order)
-        return deeper_source(replace(source, states=states), layout, order, groups)
+        layout = manifest.model_layout()
+        if LAYERS in orders:
+            layout = shallower_layout(layout, orders[LAYERS])
+        return deeper_source(replace(source, states=states), layout, orders, groups)
 
 
 class _Meanings:

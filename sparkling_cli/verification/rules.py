@@ -174,6 +174,17 @@ class Derivation:
                 return self._repeated()[at[pattern.template.axes.index("layers")]]
         return False
 
+    def is_new(self, name: str) -> bool:
+        """Whether a parameter is of a layer, or an expert, that the last expansion added."""
+        for pattern in self.layout.tensors:
+            grown = [axis for axis in pattern.template.axes if axis in self.rules.growth and axis != "layers"]
+            indices = pattern.template.indices(name) if grown else None
+            if indices is not None:
+                at = dict(zip(pattern.template.axes, indices, strict=True))
+                if any(at[axis] >= self.rules.growth[axis][0] for axis in grown):
+                    return True
+        return self.is_new_layer(name)
+
     def source_name(self, name: str) -> str:
         """The weight that one was made from: another one where it is a copy with a name of its own."""
         for pattern in (*self.layout.tensors, *(self.layout.disk or ())):
@@ -226,7 +237,7 @@ class Derivation:
                 scale, _, consumed = self._compensated(name, self._fitted(name)[0])
             elif treatment == "asymmetric-scaled":
                 treatment = "asymmetric"
-            fresh = kind is StateKind.MOMENT and treatment != "copy" and self.is_new_layer(name)
+            fresh = kind is StateKind.MOMENT and treatment != "copy" and self.is_new(name)
             known = [place for place, dim in enumerate(form.dims) if dim is not None]
             wanted = self._wanted(
                 form.layout(pattern.dims, stored.shape),

@@ -37,6 +37,7 @@ GROUPED_MIXTRAL: dict[str, Any] = {
     **GROUPED, "moe_intermediate_size": None, "n_shared_expert": None, "bias": False,
 }  # fmt: skip
 DENSE_FIRST: dict[str, Any] = {**GROUPED, "n_layer": 3, "first_k_dense_replace": 1}
+PLAIN_DENSE_FIRST: dict[str, Any] = {**EXPERTS, "n_layer": 3, "first_k_dense_replace": 1}
 LATENT: dict[str, Any] = {
     **LLAMA, "n_query_groups": 6, "latent_attention": {
         "q_lora_rank": 22, "kv_lora_rank": 18,
