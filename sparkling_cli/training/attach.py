@@ -17,7 +17,7 @@ from sparkling_cli.errors import SparklingError, SpecError
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import Rewarmup
-from sparkling_cli.training import megatron
+from sparkling_cli.training import fsdp1, megatron
 from sparkling_cli.training.copies import copies
 from sparkling_cli.training.history import History, read_history
 from sparkling_cli.training.kept_step import KeptStep, Rule
@@ -66,9 +66,9 @@ def rewarm(
         optimizer: the optimizer, or several that share the model's parameters. Any torch optimizer, with
             any scheduler; wrapped by accelerate too; or a DeepSpeed engine's ``optimizer`` under ZeRO, or
             Megatron's distributed one. Call after loading its state, or before: all the same.
-        model: the model, compiled, DDP-wrapped or sharded by ``fully_shard``, of Megatron its list of
-            them too; or pairs of name and parameter as the optimizer holds them (master weights, say); or,
-            where it holds flat tensors, all :class:`Piece`\ s of parameters in them.
+        model: the model, compiled, DDP-wrapped, sharded by ``fully_shard`` or ``FullyShardedDataParallel``,
+            of Megatron its list of them too; or pairs of name and parameter as the optimizer holds them
+            (master weights, say); or, where it holds flat tensors, all :class:`Piece`\ s of them.
         checkpoint: what ``sparkling expand`` wrote.
         step: optimizer steps done in the whole run. Default: the last expansion's step, which is right
             when training goes on from the expanded checkpoint itself. After a later one pass the step
@@ -103,11 +103,10 @@ def rewarm(
         )
     if measure_every is not None and measure_every < 1:
         raise SpecError(f"measure_every is {measure_every}, it counts steps from 1 on")
-    flat = {id(piece.tensor) for piece in pieces}
-    if flat and len(optimizers) > 1:
-        raise SpecError("flat tensors are re-warmed in one optimizer at a time: call rewarm() for each")
+    flat = _flat_by_optimizer(optimizers, {id(piece.tensor) for piece in pieces})
     matrices = _growing_matrices(pairs, history)
-    attached = [_attach(o, found, known, flat, history.rewarmup, start, matrices) for o in optimizers]
+    both = zip(optimizers, flat, strict=True)
+    attached = [_attach(o, found, known, own, history.rewarmup, start, matrices) for o, own in both]
     for one in attached:
         one.measure_every = measure_every
     if announce and _is_first_rank():
@@ -147,6 +146,23 @@ def _flat(pieces: Sequence[Piece], history: History) -> list[tuple[Tensor, NewEn
     ]
 
 
+def _flat_by_optimizer(optimizers: Sequence[Optimizer], flat: set[int]) -> list[set[int]]:
+    """The flat tensors of every optimizer; one alone may hold them in turn, and none of them now."""
+    if len(optimizers) == 1:
+        return [flat]
+    shares = [flat & _held(one) for one in optimizers]
+    if flat - set().union(*shares):
+        raise SpecError(
+            "which of several optimizers steps which flat tensors cannot be seen: their groups are empty",
+            hint="call rewarm() for each optimizer, with its own pieces",
+        )
+    return shares
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _optimizers(given: Any, model: Any) -> tuple[list[Optimizer], list[tuple[str, Tensor] | Piece]]:
     """The torch optimizers inside of wrappers, and what of the model they hold."""
     if isinstance(given, nn.Module) and isinstance(model, Optimizer):
@@ -162,9 +178,13 @@ def _optimizers(given: Any, model: Any) -> tuple[list[Optimizer], list[tuple[str
             parts += megatron.pieces_of(one, model)
         elif is_zero(one) and isinstance(model, nn.Module):
             parts += pieces_of(one, model)
-    if not parts:
-        parts += model.named_parameters() if isinstance(model, nn.Module) else model
-    return [_checked(_base(one)) for one in several], parts
+    bases = [_checked(_base(one)) for one in several]
+    if not parts and isinstance(model, nn.Module):
+        wrapped = fsdp1.parts_of(model, set().union(*map(_held, bases)))
+        parts += model.named_parameters() if wrapped is None else wrapped
+    elif not parts:
+        parts += model
+    return bases, parts
 
 
 def _base(one: Any) -> Any:
@@ -318,6 +338,8 @@ class _Attached:
     starts: dict[int, Tensor] = field(default_factory=dict)
     #: parameters with new entries before a step that is measured, and how far they have moved in the last one
     copies: dict[int, Tensor] = field(default_factory=dict)
+    #: the call that is running makes no step of the run
+    no_step: bool = False
     moved: Moved = field(default_factory=Moved)
 
     def rate_and_ratio(self) -> tuple[float, float]:
@@ -329,6 +351,9 @@ class _Attached:
     @torch.no_grad()
     def before(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         """Keep new entries whose update cannot be found again after the step."""
+        self.no_step = self._only_makes_state()
+        if self.no_step:
+            return
         rates = self._rates()
         self._compare_rates()
         self._look_for_state()
@@ -348,7 +373,7 @@ class _Attached:
         kept, self.kept = self.kept, {}
         copies, self.copies = self.copies, {}
         starts, self.starts = self.starts, {}
-        if self._skipped():
+        if self.no_step or self._skipped():
             return
         rates = self._rates()
         self.applied = self.rate_and_ratio()
@@ -363,7 +388,7 @@ class _Attached:
 
     def _count(self) -> None:
         """One more step, or a part of one, of an optimizer that is given its flat tensors in turn."""
-        self.stepped |= self._present() & self.flat
+        self.stepped |= _held(self.optimizer) & self.flat
         if self.stepped == self.flat:
             self.stepped.clear()
             self.step += 1
@@ -372,9 +397,6 @@ class _Attached:
         last = self.rewarmup.stages[-1].stage
         held = [p for _, p in self._live()]
         return sum((moved(p.tensor, copies[id(p.tensor)], p.entries, last) for p in held), Moved())
-
-    def _present(self) -> set[int]:
-        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
 
     def _correct_adam(self, rates: Mapping[int, float], kept: Mapping[tuple[int, int], list[Tensor]]) -> None:
         # a parameter without a gradient made no step
@@ -440,12 +462,23 @@ class _Attached:
             for p in group["params"]
             if id(p) in self.params
         ]
-        if self.stepped & self._present() or (not self.flat and len(live) != len(self.params)):
+        if self.stepped & _held(self.optimizer) or (not self.flat and len(live) != len(self.params)):
             raise SparklingError(
                 "the optimizer's parameters are not those that it had when rewarm() was called",
                 hint="call rewarm() after the model is sharded, moved and cast",
             )
         return live
+
+    def _only_makes_state(self) -> bool:
+        """Whether it is the call by which ``torch.distributed.checkpoint`` makes state to load into.
+
+        It is made of an optimizer without any, with gradients of zero and a rate of zero.
+        """
+        groups = self.optimizer.param_groups
+        if self.optimizer.state or any(float(group["lr"]) != 0 for group in groups):
+            return False
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return bool(gradients) and not any(bool(local_tensor(one).any()) for one in gradients)
 
     def _skipped(self) -> bool:
         """Whether a fused optimizer found Inf under GradScaler and did nothing."""
@@ -503,11 +536,12 @@ def _attach(
     matrices: Iterable[KeptStep],
 ) -> _Attached:
     # of an optimizer that is given flat tensors in turn, the groups may be empty between steps
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]} | flat
+    held = _held(optimizer) | flat
     if not held & known:
         raise SparklingError(
             f"the optimizer {type(optimizer).__name__} holds none of the model's parameters",
-            hint="pass the pairs of name and parameter that it was made from",
+            hint="make it after the model is wrapped, or pass the pairs of name and parameter that it was "
+            "made from",
         )
     if not is_adam(optimizer) and any(s.bias_correction == "fresh" for s in rewarmup.stages):
         raise SpecError(

@@ -44,8 +44,8 @@ class History:
         if tuple(shape) != expected:
             raise LayoutError(
                 f"parameter {name!r} has shape {tuple(shape)}, after the expansion it has {expected}",
-                hint="build the model from the expanded checkpoint's config; under FSDP use fully_shard "
-                "(FSDP2), which keeps parameters' shapes",
+                hint="build the model from the expanded checkpoint's config; of a model wrapped by "
+                "FullyShardedDataParallel give the model itself, its named parameters are flat",
             )
         at = zip(pattern.template.axes, pattern.template.indices(own) or (), strict=True)
         born = [stage_of(index, self.births[axis]) for axis, index in at if axis in self.births]

@@ -27,6 +27,13 @@ ZERO = "`rewarm` with the engine's `optimizer` and `module`"
 MEGATRON = "`rewarm` with Megatron's optimizer and its list of models"
 SHARDED = [
     ("FSDP 2 (`fully_shard`), two processes", "`rewarm`", FLOAT64),
+    ("FSDP 2 with `CPUOffloadPolicy` (without a GPU), two processes", "`rewarm`", FLOAT64),
+    (
+        "FSDP 1 (`FullyShardedDataParallel`), two processes; hybrid, four",
+        "`rewarm` with the wrapped model",
+        FLOAT64,
+    ),
+    ("FSDP 1 wrapped by accelerate, two processes", "`rewarm` with the wrapped model", FLOAT64),
     ("tensor parallel and FSDP 2 (a mesh of 2 x 2 processes)", "`rewarm`", FLOAT64),
     ("flat tensors of any framework", "`rewarm` with `Piece`s", FLOAT64),
     ("DeepSpeed, ZeRO 1, 2 and 3, two processes", ZERO, FLOAT32),

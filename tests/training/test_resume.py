@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import SGD, AdamW, Optimizer
 
 from sparkling_cli.errors import SpecError
@@ -89,3 +91,25 @@ def test_state_of_another_setup_is_refused() -> None:
     net, optimizer, _ = ref.expanded(lambda params: make("adamw", params))
     with pytest.raises(SpecError, match="2 optimizer"):
         rewarm(optimizer, net, ref.history()).load_state_dict({"steps": [40, 40]})
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_step_that_makes_state_to_load_into_is_none() -> None:
+    """``torch.distributed.checkpoint`` steps an optimizer without state once, at a rate of zero."""
+    net, optimizer, _ = ref.expanded(lambda params: make("adamw", params))
+    for group in optimizer.param_groups:
+        del group["initial_lr"]
+    model, state = deepcopy(get_state_dict(net, optimizer))
+    fresh = ref.model(seed=1)
+    theirs = make("adamw", fresh.parameters())
+    rewarming = rewarm(theirs, fresh, ref.history())
+    set_state_dict(fresh, theirs, model_state_dict=model, optim_state_dict=state)
+    assert rewarming.step == ref.TE
+    for one in (net, fresh):
+        one.zero_grad()
+        one(ref.data(0)).backward()
+    rewarm(optimizer, net, ref.history())
+    optimizer.step()
+    theirs.step()
+    assert rewarming.step == ref.TE + 1
+    assert all(torch.equal(value, ref.parameters(net)[key]) for key, value in ref.parameters(fresh).items())

@@ -143,7 +143,7 @@ def test_a_flat_tensor_that_is_stepped_twice_is_noticed() -> None:
 
 
 def test_what_zero_does_beside_its_optimizer_is_refused() -> None:
-    """By the option's name; and flat tensors of several optimizers."""
+    """By the option's name; and flat tensors of several optimizers whose groups are empty."""
     net = ref.model()
     flat, pieces = partitions(net, [300])
 
@@ -156,8 +156,29 @@ def test_what_zero_does_beside_its_optimizer_is_refused() -> None:
 
     with pytest.raises(SpecError, match="Zero with zenflow"):
         rewarm(Zero(), net, ref.history())  # type: ignore[arg-type]
-    with pytest.raises(SpecError, match="one optimizer at a time"):
-        rewarm([loops.adamw([f]) for f in flat], pieces, ref.history())
+    several = [loops.adamw([f]) for f in flat]
+    several[1].param_groups[0]["params"] = []
+    with pytest.raises(SpecError, match="which of several optimizers"):
+        rewarm(several, pieces, ref.history())
+
+
+@pytest.mark.filterwarnings("ignore:AdamW has no state")
+def test_flat_tensors_of_several_optimizers() -> None:
+    """Each has its own: the same steps as in one."""
+    found = []
+    for together in (True, False):
+        net = ref.model()
+        flat, pieces = partitions(net, [300])
+        several = [loops.adamw(flat)] if together else [loops.adamw([f]) for f in flat]
+        rewarming = rewarm(several, pieces, ref.history(rho=3.0, tau=2), announce=False)
+        for step in range(ref.TE, ref.TE + 4):
+            torch.func.functional_call(net, unflat(net, flat), (ref.data(step),)).backward()
+            for one in several:
+                one.step()
+                one.zero_grad()
+            assert rewarming.step == step + 1
+        found.append(unflat(net, flat))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 @pytest.fixture(scope="module")
