@@ -11,6 +11,7 @@ import pytest
 from benchmarks.train import horizon, table
 from benchmarks.train.horizon import COPY_COPY, KEPT, Setting, above
 from benchmarks.train.jobs import Widening
+from benchmarks.train.loop import preset
 from sparkling_cli.results import evidence, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +29,9 @@ def found() -> list[Setting]:
 @pytest.fixture(scope="module")
 def quoted(found: list[Setting]) -> dict[int, Setting]:
     """The settings that messages quote, by the steps after the expansion."""
-    same = [s for s in found if s.results.widening == Widening(("ffn",)) and s.run.schedule == "cosine"]
-    return {s.left: s for s in same if s.run.beta2 == evidence.BETA2 and s.left in evidence.AHEAD}
+    widened = [s for s in found if s.results.widening == Widening(("ffn",)) and s.left in evidence.AHEAD]
+    same = [s for s in widened if (s.results.kind, s.results.optimizer) == ("dense", "adamw")]
+    return {s.left: s for s in same if s.run == preset("horizon", steps=s.run.steps, beta2=evidence.BETA2)}
 
 
 @pytest.fixture(scope="module")
