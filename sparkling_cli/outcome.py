@@ -95,7 +95,8 @@ def plan_schedule(plan: Plan, manifest: Manifest | None) -> tuple[Rewarmup | Non
     number = 1 + len(manifest.stages) if manifest is not None else 1
     described = any(value is not None for value in spec.baseline.model_dump().values())
     try:
-        return plan_rewarmup(source, spec, previous, number=number), ""
+        carried = plan.layout.carries(plan.growth)
+        return plan_rewarmup(source, spec, previous, number=number, carried=carried), ""
     except SpecError as error:
         kept = spec.rewarmup.keep_step or (previous is not None and previous.kept_since is not None)
         if described or spec.rewarmup.bias_correction == "fresh" or kept:
@@ -167,7 +168,8 @@ def write_schedule(output: Path, changes: Mapping[str, Any]) -> tuple[Rewarmup, 
     previous = replace(before, stages=earlier) if before is not None and earlier else None
     at = stage.step if spec.baseline.expansion_step is None else spec.baseline.expansion_step
     described = spec.model_copy(update={"baseline": spec.baseline.model_copy(update={"expansion_step": at})})
-    rewarmup = plan_rewarmup(checkpoint, described, previous, number=stage.stage)
+    carried = manifest.model_layout().carries(manifest.growth())
+    rewarmup = plan_rewarmup(checkpoint, described, previous, number=stage.stage, carried=carried)
     files = dict(rewarmup_files(rewarmup))
     stays = ""
     if (root / REPORT_JSON).is_file():

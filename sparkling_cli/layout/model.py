@@ -265,6 +265,25 @@ class ModelLayout:
         """The name whose layout holds for a tied tensor; other names are returned as they are."""
         return self._canonical.get(name, name)
 
+    def carries(self, axes: Iterable[str]) -> bool:
+        """Whether some tensor's entries carry a factor when these axes grow, fan-in factors aside."""
+        grown = set(axes)
+        return any(item.power and item.tensor and item.axis in grown for item in self.compensations)
+
+    def carried(self, name: str, before: Mapping[str, int], after: Mapping[str, int]) -> float:
+        """The factor that a tensor's entries carry for axes that have grown, fan-in factors aside.
+
+        Args:
+            name: of the tensor.
+            before: sizes of the axes.
+            after: their sizes now.
+        """
+        return prod(
+            item.scale(before[item.axis], after[item.axis])
+            for item in self.compensations
+            if item.power and item.tensor and NameTemplate(item.tensor).matches(name)
+        )
+
     def canonical_names(self, names: Iterable[str]) -> list[str]:
         """The same of many names."""
         known = self._canonical

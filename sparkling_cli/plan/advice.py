@@ -63,7 +63,7 @@ def notes_for(
             )
     if "vocab" in growth:
         notes += _vocab_notes(checkpoint, spec, growth["vocab"])
-    return (*notes, *_muon_notes(checkpoint, layout, growth))
+    return (*notes, *_muon_notes(checkpoint, layout, growth), *_width_notes(checkpoint, layout, growth))
 
 
 def _muon_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str, Growth]) -> list[str]:
@@ -87,6 +87,24 @@ def _muon_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str
         f"once new ones carry momentum, in {_counted(kinds)}; --keep-step undoes it"
         for ratio, kinds in found.items()
         if ratio != 1
+    ]
+
+
+def _width_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str, Growth]) -> list[str]:
+    """What a step becomes where the model multiplies by a number that follows from a width."""
+    after = {**layout.sizes, **{axis: grown.target for axis, grown in growth.items()}}
+    found: dict[float, dict[str, int]] = {}
+    for state in checkpoint.states:
+        name = layout.canonical(state.param)
+        factor = round(layout.carried(name, layout.sizes, after), 3)
+        if factor != 1 and layout.module_table.has(name):
+            kinds = found.setdefault(factor, {})
+            pattern = layout.module_table.find(name).name
+            kinds[pattern] = kinds.get(pattern, 0) + 1
+    return [
+        f"the model multiplies what {_counted(kinds)} makes by a number that follows from its width: a step "
+        f"of the same rate moves it {1 / factor:.2f} times as far; --keep-step undoes it under AdamW"
+        for factor, kinds in found.items()
     ]
 
 

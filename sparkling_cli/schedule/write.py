@@ -28,6 +28,7 @@ def plan_rewarmup(
     previous: Rewarmup | None = None,
     *,
     number: int | None = None,
+    carried: bool = False,
 ) -> Rewarmup:
     """The re-warmup of an expansion.
 
@@ -36,13 +37,14 @@ def plan_rewarmup(
         spec: its ``rewarmup`` and ``baseline``.
         previous: the source's own ``rewarmup.json``, if it was expanded before.
         number: of this expansion in the manifest; an earlier one may have had no schedule.
+        carried: whether some tensor carries a factor for a width that grows, so that its step can be kept.
 
     Raises:
         SpecError: the baseline cannot be known (the message says what to pass), or fresh bias
             correction is asked for without betas to correct by, or a kept step under an optimizer whose steps
             do not follow the shape, or given up that was kept before.
     """
-    _check_keep_step(checkpoint, spec.rewarmup.keep_step, previous)
+    _check_keep_step(checkpoint, spec.rewarmup.keep_step, previous, carried=carried)
     curve, step = baseline_of(checkpoint, spec.baseline)
     betas = adam_betas(checkpoint)
     if spec.rewarmup.bias_correction == "fresh" and betas is None:
@@ -53,7 +55,9 @@ def plan_rewarmup(
     return add_stage(previous, curve, step, **spec.rewarmup.model_dump(), betas=betas, number=number)
 
 
-def _check_keep_step(checkpoint: Checkpoint, asked: bool, previous: Rewarmup | None) -> None:
+def _check_keep_step(
+    checkpoint: Checkpoint, asked: bool, previous: Rewarmup | None, *, carried: bool
+) -> None:
     if not asked and previous is not None and previous.kept_since is not None:
         raise SpecError(
             f"expansion {previous.kept_since} of this run was made with --keep-step, this one is not: its "
@@ -61,10 +65,11 @@ def _check_keep_step(checkpoint: Checkpoint, asked: bool, previous: Rewarmup | N
             hint="give --keep-step again",
         )
     slots = {base_name(slot) for state in checkpoint.states for slot in state.tensors}
-    if asked and slots and not slots & MOMENTUM:
+    if asked and slots and not slots & MOMENTUM and not carried:
         raise SpecError(
             f"--keep-step is for Muon, whose state is a {' or '.join(sorted(MOMENTUM))}; this optimizer's is "
-            f"{', '.join(sorted(slots))}: its steps do not follow the shape of a matrix",
+            f"{', '.join(sorted(slots))}: its steps do not follow the shape of a matrix, and the model "
+            "multiplies by no number that follows from a width that grows",
             hint="leave --keep-step out",
         )
 

@@ -104,7 +104,7 @@ def rewarm(
     if measure_every is not None and measure_every < 1:
         raise SpecError(f"measure_every is {measure_every}, it counts steps from 1 on")
     flat = _flat_by_optimizer(optimizers, {id(piece.tensor) for piece in pieces})
-    matrices = _growing_matrices(pairs, history)
+    matrices = _kept_steps(pairs, pieces, history)
     both = zip(optimizers, flat, strict=True)
     attached = [_attach(o, found, known, own, history.rewarmup, start, matrices) for o, own in both]
     for one in attached:
@@ -114,24 +114,37 @@ def rewarm(
         left = [name for name, p in pairs if id(p) in found.keys() - held.keys() and p.requires_grad]
         line = _line(held.values(), left, history.rewarmup, start)
         if history.rewarmup.kept_since is not None:
-            line += f"; old entries' step is kept in {sum(len(one.matrices) for one in attached)} matrices"
+            line += f"; old entries' step is kept in {sum(len(one.matrices) for one in attached)} tensors"
         print(line, file=sys.stderr, flush=True)
     grown = tuple((p, history.dims(name)) for name, p in pairs if id(p) in found)
     return Rewarming(tuple(attached), history, grown)
 
 
-def _growing_matrices(pairs: Sequence[tuple[str, Tensor]], history: History) -> list[KeptStep]:
-    """What has grown since the step of old entries is kept, whether this process holds new entries or not."""
+def _kept_steps(
+    pairs: Sequence[tuple[str, Tensor]], pieces: Sequence[Piece], history: History
+) -> list[KeptStep]:
+    """What may step otherwise since it is asked to be kept, whether this process holds new entries or not.
+
+    Raises:
+        SpecError: something of it lies in flat tensors.
+    """
     since = history.rewarmup.kept_since
     found: list[KeptStep] = []
     if since is None:
         return found
+    flat = next((piece.name for piece in pieces if history.carried(piece.name, since) != 1), None)
+    if flat is not None:
+        raise SpecError(
+            f"{flat} lies in a flat tensor: its step cannot be kept there (--keep-step)",
+            hint="expand without --keep-step",
+        )
     for name, param in pairs:
-        region = history.region(name, tuple(param.shape))
-        if param.ndim > 1 and max(region.stages) >= since:
+        region, carried = history.region(name, tuple(param.shape)), history.carried(name, since)
+        if carried != 1 or (param.ndim > 1 and max(region.stages) >= since):
             old = sum(region.count(stage) for stage in region.stages if stage < since)
             entries = new_entries(param, region) or NewEntries(())
-            found.append(KeptStep(param, entries, since, history.shape_before(name, since), old))
+            before = history.shape_before(name, since)
+            found.append(KeptStep(name, param, entries, since, before, old, carried))
     return found
 
 
@@ -333,7 +346,7 @@ class _Attached:
     #: flat tensors that are stepped in turn: all of them make one step of the run; empty for usual optimizers
     flat: frozenset[int] = frozenset()
     stepped: set[int] = field(default_factory=set)
-    #: matrices whose old entries step as far as before, and what this process held of them before the step
+    #: what is scaled so that old entries step as far as before, and what this process held of it before
     matrices: dict[int, KeptStep] = field(default_factory=dict)
     starts: dict[int, Tensor] = field(default_factory=dict)
     #: parameters with new entries before a step that is measured, and how far they have moved in the last one
@@ -359,7 +372,8 @@ class _Attached:
         self._look_for_state()
         if self.measure_every is not None and (self.step + 1) % self.measure_every == 0:
             self.copies = {id(p.tensor): local_tensor(p.tensor).clone() for _, p in self._live()}
-        self.starts = {i: local_tensor(kept.param).clone() for i, kept in self.matrices.items()}
+        if not is_adam(self.optimizer):
+            self.starts = {i: local_tensor(kept.param).clone() for i, kept in self.matrices.items()}
         for group, param in self._live():
             if in_closed_form(self.optimizer, group, param.tensor):
                 continue
@@ -399,13 +413,16 @@ class _Attached:
         return sum((moved(p.tensor, copies[id(p.tensor)], p.entries, last) for p in held), Moved())
 
     def _correct_adam(self, rates: Mapping[int, float], kept: Mapping[tuple[int, int], list[Tensor]]) -> None:
+        scaled = self._scale_adam()
         # a parameter without a gradient made no step
         live = [(g, p) for g, p in self._live() if p.tensor.grad is not None]
         if all(rates[s] == 1.0 and not self._fresh(s) for _, p in live for s in p.entries.stages):
             return
         counts = step_counts(self.optimizer, [p.tensor for _, p in live])
         for (group, param), count in zip(live, counts, strict=True):
-            made = AdamStep.of(group, self.optimizer.state[param.tensor], count)
+            made = scaled.get(id(param.tensor)) or AdamStep.of(
+                group, self.optimizer.state[param.tensor], count
+            )
             for stage in param.entries.stages:
                 factor = Factor(rates[stage], self._moment(stage, group, count))
                 if factor.nothing:
@@ -428,6 +445,18 @@ class _Attached:
                 elif is_heavy_ball(self.optimizer, group) and param.tensor.grad is not None:
                     more = (rates[stage] - 1) * float(group["lr"])
                     correct_heavy_ball(param.tensor, buffer, param.entries, stage, more)
+
+    def _scale_adam(self) -> dict[int, AdamStep]:
+        """Scale what carries a factor, as a whole; what is left to say of its steps."""
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        live = [kept for kept in self.matrices.values() if kept.param.grad is not None]
+        counts = step_counts(self.optimizer, [kept.param for kept in live])
+        return {
+            id(kept.param): kept.scaled(
+                AdamStep.of(groups[id(kept.param)], self.optimizer.state[kept.param], count)
+            )
+            for kept, count in zip(live, counts, strict=True)
+        }
 
     def _scale_matrices(self, starts: Mapping[int, Tensor]) -> None:
         for group in self.optimizer.param_groups:

@@ -57,11 +57,23 @@ class History:
         Raises:
             LayoutError: no pattern stands for it.
         """
+        return self.dims(name).shape(self._sizes_before(stage))
+
+    def carried(self, name: str, stage: int) -> float:
+        """The factor that the parameter's entries carry since an expansion; see :meth:`ModelLayout.carried`.
+
+        Raises:
+            LayoutError: no pattern stands for it.
+        """
+        own = self._pattern(name)[1]
+        return self.layout.carried(own, self._sizes_before(stage), self.layout.sizes)
+
+    def _sizes_before(self, stage: int) -> dict[str, int]:
         older = {
             axis: sum(int(stop) - int(start) for start, stop, born in births if born < stage)
             for axis, births in self.births.items()
         }
-        return self.dims(name).shape({**self.layout.sizes, **older})
+        return {**self.layout.sizes, **older}
 
     def dims(self, name: str) -> TensorLayout:
         """What the dims of the parameter of that name mean.

@@ -9,6 +9,10 @@ the whole matrix and over its old entries, the whole update is multiplied by ::
 so that old entries have the RMS of the matrix as it was: in the first steps, when new entries have hardly any
 momentum yet, and later, when all have alike. How an optimizer's step depends on the shape, and what of it is
 weight decay, is found by steps of its own on small matrices, not by its name.
+
+A tensor whose entries carry a factor c because the model multiplies what they make by a number of its width
+(``sqrt(hidden)`` on embeddings, ``1 / hidden`` on logits) moves what the model computes 1/c times as far by
+the same step. Its steps are multiplied by c.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from torch.optim import Optimizer
 from sparkling_cli.errors import SparklingError
 from sparkling_cli.formats.muon import FACTORS, rule_of, step_rms
 from sparkling_cli.training.slices import NewEntries, local_tensor
-from sparkling_cli.training.update import PRECISE
+from sparkling_cli.training.update import PRECISE, AdamStep, is_adam
 
 #: rows and columns of the small matrices: no two rules give the three the same ratios
 SQUARE, WIDE, TALL = (32, 32), (32, 128), (128, 32)
@@ -56,28 +60,36 @@ class Rule:
     decay: Decay
 
 
+#: entries step alone, as far as the rate says
+ADAM = Rule("none", "plain")
+
+
 @dataclass(frozen=True)
 class KeptStep:
-    """A matrix whose step is scaled.
+    """A parameter whose step is scaled.
 
     Attributes:
+        name: of the parameter.
         param: the optimizer's tensor.
         entries: what this process holds of its new entries.
         since: the expansion that was asked to keep the step: entries of it and of later ones are new.
         before: rows and columns before that expansion.
         old: how many entries are older, in the whole matrix.
+        carried: the factor that the entries carry for the width, 1 of most.
         rule: see :class:`Rule`.
     """
 
+    name: str
     param: Tensor
     entries: NewEntries
     since: int
     before: tuple[int, ...]
     old: int
+    carried: float = 1.0
     rule: Rule | None = None
 
     def found_for(self, optimizer: Optimizer, known: dict[Any, Rule | None]) -> KeptStep | None:
-        """The same with the rule of the optimizer that holds it; None if that does not orthogonalize it.
+        """The same with the rule of the optimizer that holds it; None if it steps as far as before by itself.
 
         Args:
             optimizer: holds the matrix.
@@ -85,12 +97,16 @@ class KeptStep:
 
         Raises:
             SparklingError: the optimizer orthogonalizes by a rule that is not known, the matrix is one of
-                a stack, or its dtype is too coarse to see a step by.
+                a stack, its dtype is too coarse to see a step by, or its entries carry a factor under an
+                optimizer that is none of torch's Adam, AdamW and those that orthogonalize.
         """
+        if is_adam(optimizer):
+            return self._found(optimizer, ADAM) if self.carried != 1 else None
         number, group = next(
             (i, g) for i, g in enumerate(optimizer.param_groups) if any(p is self.param for p in g["params"])
         )
         if not _is_candidate(optimizer, group):
+            self._check_carries_nothing(optimizer)
             return None
         state = optimizer.state.get(self.param, {})  # Moonlight's class has there which are orthogonalized
         flags = {key: value for key, value in state.items() if isinstance(value, bool)}
@@ -98,13 +114,28 @@ class KeptStep:
         if key not in known:
             known[key] = _probed(optimizer, group, flags, self.param.device)
         rule = known[key]
-        if rule is None:
+        if rule is None or self.param.ndim < 2:
+            self._check_carries_nothing(optimizer)
             return None
         if self.param.ndim != 2:
             raise _refused(optimizer, f"orthogonalizes a tensor of shape {tuple(self.param.shape)} in parts")
+        return self._found(optimizer, rule)
+
+    def _check_carries_nothing(self, optimizer: Optimizer) -> None:
+        if self.carried != 1:
+            raise _refused(optimizer, f"steps {self.name}, which carries a factor of {self.carried:.3g}")
+
+    def _found(self, optimizer: Optimizer, rule: Rule) -> KeptStep:
         if self.param.dtype not in PRECISE:
             raise _refused(optimizer, f"steps {self.param.dtype} parameters, which round most of a step away")
         return replace(self, rule=rule)
+
+    def scaled(self, made: AdamStep) -> AdamStep:
+        """Adam's step just made, after the whole parameter's has been scaled in place by what it carries."""
+        first, second = (local_tensor(made.state[slot]) for slot in ("exp_avg", made.second))
+        denominator = second.sqrt().div_(made.root).add_(made.eps)
+        local_tensor(self.param).addcdiv_(first, denominator, value=(1 - self.carried) * made.size)
+        return replace(made, size=self.carried * made.size)
 
     def scale(self, start: Tensor, group: Mapping[str, Any]) -> None:
         """Scale the step just made, in place; weight decay stays as it is.
@@ -133,6 +164,7 @@ class KeptStep:
         (rows, columns), (rows_before, columns_before) = self.param.shape, self.before
         by_shape = step_rms(self.rule.factor, rows_before, columns_before)
         by_shape /= step_rms(self.rule.factor, rows, columns)
+        by_shape *= self.carried
         if not self.old:
             return by_shape
         new = moved.new_zeros((), dtype=torch.float64)

@@ -187,7 +187,7 @@ def test_probing_leaves_the_optimizer_alone(capsys: pytest.CaptureFixture[str]) 
     sched = ref.scheduler(muon, 0)
     start, groups, count = ref.parameters(net), dict(muon.param_groups[0]), sched.last_epoch
     rewarm([muon, adam], net, ref.history_of(rewarmup()))
-    assert capsys.readouterr().err.endswith("; old entries' step is kept in 4 matrices\n")
+    assert capsys.readouterr().err.endswith("; old entries' step is kept in 4 tensors\n")
     assert ref.distance(ref.parameters(net), start) == 0 and not muon.state
     assert muon.param_groups[0] == groups and sched.last_epoch == count
 
