@@ -179,7 +179,12 @@ RATE_FIELDS = (
     _field(RATE, "--rho", float, "Re-warmup peak / rate at the expansion.", 1.3, "RATIO"),
     _field(RATE, "--rewarmup-steps", int, "Length of the re-warmup.", 250, "STEPS"),
     _field(RATE, "--bias-correction", BiasCorrection, "Adam's step counter for new entries.", "inherit"),
-    _field(RATE, "--keep-step", bool, "Under Muon, whose step follows shapes: old entries step as before."),
+    _field(
+        RATE,
+        "--keep-step",
+        bool,
+        "Old entries step as far as before, where steps follow a matrix' shape (Muon) or the model's width.",
+    ),
     _field(
         RATE,
         "--schedule",

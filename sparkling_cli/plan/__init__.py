@@ -3,5 +3,5 @@
 ``model`` the types, ``resolve`` spec against layout: which axis grows to what, ``naming`` the output's
 names, ``build`` the rows; ``state_names`` and ``measure`` of what kind state is, ``account`` that no
 tensor was overlooked, ``state_checks`` and ``symmetry`` what could go wrong, ``advice`` what a user should
-know of it.
+know of it, and ``steps`` of how far old entries will step.
 """

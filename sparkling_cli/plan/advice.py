@@ -8,13 +8,13 @@ from math import log1p
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.formats.muon import MOMENTUM, rule_of, step_rms
 from sparkling_cli.formats.optimizer_states import FSDP_COPY
 from sparkling_cli.layout.depth import LAYERS, new_layers
 from sparkling_cli.layout.expr import COUNTED
 from sparkling_cli.layout.model import ModelLayout, entries_of
 from sparkling_cli.layout.names import compress
 from sparkling_cli.plan.model import Row
+from sparkling_cli.plan.steps import step_notes
 from sparkling_cli.plan.symmetry import locked_axes, parting_inits, treatment_of
 from sparkling_cli.results.evidence import INNER
 from sparkling_cli.spec.model import ExpansionSpec
@@ -63,53 +63,7 @@ def notes_for(
             )
     if "vocab" in growth:
         notes += _vocab_notes(checkpoint, spec, growth["vocab"])
-    return (*notes, *_muon_notes(checkpoint, layout, growth), *_width_notes(checkpoint, layout, growth))
-
-
-def _muon_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str, Growth]) -> list[str]:
-    """How far Muon's old entries step in matrices that have grown, by the rule that the options tell."""
-    after = {**layout.sizes, **{axis: grown.target for axis, grown in growth.items()}}
-    groups = [(group, rule_of(group)) for group in checkpoint.param_groups]
-    rules = {str(name): rule for group, rule in groups if rule for name in group.get("params", ())}
-    found: dict[float, dict[str, int]] = {}
-    for state in checkpoint.states:
-        name = layout.canonical(state.param)
-        if state.param in rules and MOMENTUM & state.tensors.keys() and layout.module_table.has(name):
-            pattern = layout.module_table.find(name)
-            old, new = pattern.dims.shape(layout.sizes), pattern.dims.shape(after)
-            if len(old) == 2 and old != new:
-                rule = rules[state.param]
-                ratio = round(step_rms(rule, *new) / step_rms(rule, *old), 3)
-                kinds = found.setdefault(ratio, {})
-                kinds[pattern.name] = kinds.get(pattern.name, 0) + 1
-    return [
-        f"Muon's step follows the shape of a matrix: old entries step {ratio:.2f} times as far as before, "
-        f"once new ones carry momentum, in {_counted(kinds)}; --keep-step undoes it"
-        for ratio, kinds in found.items()
-        if ratio != 1
-    ]
-
-
-def _width_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str, Growth]) -> list[str]:
-    """What a step becomes where the model multiplies by a number that follows from a width."""
-    after = {**layout.sizes, **{axis: grown.target for axis, grown in growth.items()}}
-    found: dict[float, dict[str, int]] = {}
-    for state in checkpoint.states:
-        name = layout.canonical(state.param)
-        factor = round(layout.carried(name, layout.sizes, after), 3)
-        if factor != 1 and layout.module_table.has(name):
-            kinds = found.setdefault(factor, {})
-            pattern = layout.module_table.find(name).name
-            kinds[pattern] = kinds.get(pattern, 0) + 1
-    return [
-        f"the model multiplies what {_counted(kinds)} makes by a number that follows from its width: a step "
-        f"of the same rate moves it {1 / factor:.2f} times as far; --keep-step undoes it under AdamW"
-        for factor, kinds in found.items()
-    ]
-
-
-def _counted(kinds: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} ({count})" for name, count in kinds.items())
+    return (*notes, *step_notes(checkpoint, layout, growth))
 
 
 def _experts_note(growth: Mapping[str, Growth], layout: ModelLayout) -> str:

@@ -37,7 +37,10 @@ class Stage(_Data):
     bias_correction: BiasCorrection = "inherit"
     betas: tuple[float, float] | None = None
     keep_step: Annotated[
-        bool, Field(description="old entries of matrices that Muon steps move as far as before the expansion")
+        bool,
+        Field(
+            description="old entries step as far as before, where steps follow a shape (Muon) or the model's width"
+        ),
     ] = False
 
 

@@ -55,7 +55,9 @@ class RewarmupSpec(_Strict):
     ] = "inherit"
     keep_step: Annotated[
         bool,
-        Field(description="old entries of matrices that Muon steps move as far as before the expansion"),
+        Field(
+            description="old entries step as far as before, where steps follow a shape (Muon) or the model's width"
+        ),
     ] = False
 
 

@@ -113,6 +113,7 @@ NOT_RUN = {
         "needs a checkpoint with 8-bit state, of the reader's own",
         "needs a run of the reader's own that was trained by Muon",
         "a few lines for a script of the reader's own",
+        "a few lines for a script of the reader's own",
     ],
     "how-to/recipes.md": [
         *["with the page; tests/docs/test_object_store.py runs it against a local S3 server"] * 2,
