@@ -38,9 +38,7 @@ class Stage(_Data):
     betas: tuple[float, float] | None = None
     keep_step: Annotated[
         bool,
-        Field(
-            description="old entries step as far as before, where steps follow a shape (Muon) or the model's width"
-        ),
+        Field(description="old entries step as far as before, where steps follow a shape (Muon) or a width"),
     ] = False
 
 

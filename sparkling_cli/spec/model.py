@@ -55,9 +55,7 @@ class RewarmupSpec(_Strict):
     ] = "inherit"
     keep_step: Annotated[
         bool,
-        Field(
-            description="old entries step as far as before, where steps follow a shape (Muon) or the model's width"
-        ),
+        Field(description="old entries step as far as before, where steps follow a shape (Muon) or a width"),
     ] = False
 
 
