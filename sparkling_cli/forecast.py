@@ -20,6 +20,7 @@ from sparkling_cli.layout.depth import LAYERS, deeper_layout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.results.commands import RunPlan
 from sparkling_cli.results.evidence import tokens_note
+from sparkling_cli.spec.choices import ALL
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.options import from_keywords
 from sparkling_cli.spec.sources import axis_with_factor, make_spec
@@ -205,6 +206,9 @@ def forecast(
         spec = expansion.spec
         if layout.numbered and LAYERS in {axis.axis for axis in spec.axes}:
             spec = spec.model_copy(update={"at": "end"})  # where they are costs nothing
+        if "experts" in {layout.aliases.get(axis.axis, axis.axis) for axis in spec.axes}:
+            even = (1.0,) * layout.sizes["experts"]  # how many there are of each costs nothing
+            spec = spec.model_copy(update={"expert_load": {ALL: even}})
         growth = resolve_growth(spec, layout)
         steps.append((expansion.tokens, growth))
         warnings.append(small_share(layout, growth))

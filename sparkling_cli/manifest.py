@@ -122,6 +122,8 @@ class Manifest(_Data):
         grown: dict[str, Growth] = {}
         originals: dict[str, tuple[Span, ...]] = {}
         layout = self.model_layout()
+        layers = next((s.growth[LAYERS][0] for s in self.stages if LAYERS in s.growth), 0)
+        layers = layers or layout.sizes.get(LAYERS, 0)
         for stage in self.stages[:last]:
             spec = make_spec(stage.spec)
             grown = {
@@ -129,10 +131,16 @@ class Manifest(_Data):
                 for axis, (before, after) in stage.growth.items()
             }
             grown = with_fills(grown, layout, treatment_of(spec))
-            originals |= {axis: g.originals_after for axis, g in grown.items() if axis != LAYERS}
+            originals |= {
+                axis: g.originals_after for axis, g in grown.items() if axis not in (LAYERS, "experts")
+            }
+            order: Order = tuple(range(layers))
             if LAYERS in grown:
                 order = ordered(*stage.growth[LAYERS], spec.layer_mode, spec.at)
                 grown[LAYERS] = replace(grown[LAYERS], order=order)
+                layers = len(order)
+            if "experts" in grown:
+                grown["experts"] = grown["experts"].with_copies(spec.copies, order)
         return grown, originals
 
 

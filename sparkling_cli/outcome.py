@@ -20,7 +20,7 @@ from sparkling_cli.layout.depth import LAYERS, Places
 from sparkling_cli.manifest import make_manifest
 from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.plan.model import Expansion
-from sparkling_cli.plan.resolve import resolve_growth
+from sparkling_cli.plan.resolve import asked_copies, resolve_growth
 from sparkling_cli.plan.symmetry import check_pair, treatment_of
 from sparkling_cli.report.facts import assemble
 from sparkling_cli.results.evidence import pair_for
@@ -56,11 +56,15 @@ AUTO_WORK = 5e10
 
 
 def settled(spec: ExpansionSpec, checkpoint: Checkpoint, layout: ModelLayout) -> ExpansionSpec:
-    """The spec, with the pair that ``--init auto`` is for this run and model.
+    """The spec, with the pair that ``--init auto`` is for this run and model, and copies for experts' load.
 
     Raises:
         SpecError: an axis does not fit.
     """
+    if spec.expert_load:
+        experts = resolve_growth(spec, layout)["experts"]
+        copies = asked_copies(spec, experts.target)
+        spec = spec.model_copy(update={"copies": copies, "expert_load": {}})
     if spec.init != "auto":
         return spec
     try:
@@ -230,7 +234,7 @@ def _measure(
                 carried=carried_factors(plan.layout, plan.growth, plan.treatment),
                 widened={row.name for row in weights if row.grows},
                 places=Places.of(plan.layout, plan.growth[LAYERS].order) if LAYERS in plan.growth else None,
-                experts=plan.growth["experts"].source if "experts" in plan.growth else None,
+                experts=plan.growth.get("experts"),
             )
     except (LayoutError, MissingDependencyError) as error:
         if report == "full":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -233,6 +234,21 @@ OTHER_FIELDS = (
     ),
     _field(
         METHOD,
+        "--copies",
+        list[str],
+        "How many there shall be of each expert, in all layers or by their numbers; or all=2,1,3,2; may be "
+        "repeated.",
+        metavar="FILE",
+    ),
+    _field(
+        METHOD,
+        "--expert-load",
+        list[str],
+        "The same by what each expert has to do: who has most gets most copies.",
+        metavar="FILE",
+    ),
+    _field(
+        METHOD,
         "--router-noise",
         float,
         "Noise on the router rows of new experts, by the deviation of the old ones: 0.01.",
@@ -295,9 +311,10 @@ def takes(*fields: Parameter) -> Callable[[_Command], _Command]:
 def spec_fields(options: Mapping[str, Any]) -> dict[str, Any]:
     """What a command's ``**fields`` say, as fields of the spec."""
     from sparkling_cli.spec.options import from_keywords
-    from sparkling_cli.spec.sources import means_from_options, state_from_options
+    from sparkling_cli.spec.sources import lists_from_options, state_from_options
 
-    readers = {"vocab_from": means_from_options, "state": state_from_options}
+    lists = ("vocab_from", "copies", "expert_load")
+    readers = {name: partial(lists_from_options, what=name) for name in lists} | {"state": state_from_options}
     return from_keywords(
         {
             name: readers[name](value) if name in readers else value

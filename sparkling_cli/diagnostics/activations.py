@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from sparkling_cli.widening.geometry import Growth
+
 #: begins a stage by its title and the bytes that it goes over (None: not known); called with bytes gone over
 Begin = Callable[[str, "int | None"], Callable[[int], None]]
 
@@ -60,7 +62,7 @@ def measure_change(
     seed: int = 0,
     carried: Mapping[str, float] | None = None,
     widened: Collection[str] = (),
-    experts: int | None = None,
+    experts: Growth | None = None,
     places: Places | None = None,
     begin: Begin | None = None,
 ) -> tuple[Activations, Measurement, Measurement]:
@@ -78,7 +80,7 @@ def measure_change(
         seed: of random tokens.
         carried: see :func:`~sparkling_cli.diagnostics.measurement.compare`.
         widened: see there.
-        experts: of each router of the source, where those of the widened one are copies of them, in turn.
+        experts: how their number grew, where that of the widened model's is another.
         places: where the source's layers are, where the other model is deeper.
         begin: is told of the models that are built, and of the bytes of weights that the tokens went through.
     """
@@ -215,8 +217,9 @@ class _RoutingMeter:
     Where as many are chosen in both, these are the same sets. A copy of an expert counts as the expert.
     """
 
-    def __init__(self, experts: int | None = None) -> None:
+    def __init__(self, experts: Growth | None = None) -> None:
         self.experts = experts
+        self.sources: dict[int | None, torch.Tensor] = {}
         self.counts: dict[str, tuple[int, int]] = {}
 
     def add(self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> None:
@@ -226,10 +229,21 @@ class _RoutingMeter:
                 continue
             if self.experts or after.shape == before.shape:
                 same, total = self.counts.get(name, (0, 0))
-                chosen = after % self.experts if self.experts else after
+                chosen = self._sources(name)[after] if self.experts else after
                 known = (chosen[:, :, None] == before[:, None, :]).any(-1).all(-1)
                 same += int(known.sum())
                 self.counts[name] = (same, total + len(before))
+
+    def _sources(self, name: str) -> torch.Tensor:
+        """The expert that each one of a router of the second model is a copy of."""
+        import torch
+
+        assert self.experts is not None
+        layer = split_name(name)[0]
+        if layer not in self.sources:
+            growth = self.experts if layer is None else self.experts.in_layer(layer)
+            self.sources[layer] = torch.tensor(growth.sources)
+        return self.sources[layer]
 
     def result(self) -> tuple[Routing, ...]:
         return tuple(

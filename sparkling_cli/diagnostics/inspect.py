@@ -157,7 +157,7 @@ def _since(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, Any]:
     growth, treatment = manifest.growth(), treatment_of(make_spec(manifest.spec))
     return {
         "carried": carried_factors(manifest.model_layout(), growth, treatment),
-        "experts": growth["experts"].source if "experts" in growth else None,
+        "experts": growth.get("experts"),
         "places": Places.of(manifest.model_layout(), growth[LAYERS].order) if LAYERS in growth else None,
     }
 

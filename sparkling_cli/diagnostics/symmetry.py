@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING
 from sparkling_cli.errors import CheckpointError, LayoutError
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.layout.depth import LAYERS
 from sparkling_cli.layout.expr import UNSHAPED, Role, TensorLayout, axis_names, factors
-from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.model import ModelLayout, TensorPattern
 from sparkling_cli.manifest import Manifest, read_manifest
 from sparkling_cli.results.measured import ChannelSymmetry, Symmetry
 from sparkling_cli.storage.read import TensorSource
 from sparkling_cli.storage.tensors import FLOATING
 from sparkling_cli.training.copies import LOCKED, old_entries
 from sparkling_cli.training.moved import Moved, squares
-from sparkling_cli.widening.geometry import Growth, Treatment, View, ViewDim, view_of
+from sparkling_cli.widening.geometry import Growth, Treatment, View, ViewDim, growth_at, view_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,16 +55,17 @@ def measure_symmetry(trained: Path | str, expanded: Path | str, *, stage: int | 
     moved = Moved()
     with TensorSource(checkpoint) as source, TensorSource(start) as starts:
         for name, key in checkpoint.weights.items():
-            pattern = _dims(name, layout)
-            if pattern is None or not pattern.axes() & set(growth):
+            pattern = _pattern(name, layout)
+            if pattern is None or not pattern.dims.axes() & set(growth):
                 continue
-            _check_shape(checkpoint, name, pattern, layout)
+            _check_shape(checkpoint, name, pattern.dims, layout)
+            own = growth_at(growth, pattern.template, name)
             if checkpoint.tensors[key].dtype in FLOATING:
                 tensor = source.read(key)
-                _add(sums, name, tensor, pattern, before, growth)
+                _add(sums, name, tensor, pattern.dims, before, own)
                 if shapes.get(name) == tensor.shape:
                     update = tensor.float() - starts.weight(name).float()
-                    moved += _moved(update, view_of(pattern, before, growth, Treatment()))
+                    moved += _moved(update, view_of(pattern.dims, before, own, Treatment()))
     if not sums:
         raise CheckpointError(f"{trained} holds no weight with a new channel of {', '.join(sorted(growth))}")
     return Symmetry.of(tuple(_rows(sums)), **moved.rms())
@@ -103,13 +105,18 @@ def _growth(
                 f"axis {axis!r} has grown again since expansion {wanted}, from {growth.target} to "
                 f"{layout.sizes[axis]}: its channels can be measured until then"
             )
+        if growth.by_layer and len(growth.by_layer) != layout.sizes[LAYERS]:
+            raise CheckpointError(
+                f"there are more layers since expansion {wanted}, and each had its own copies on {axis!r}: "
+                "its channels can be measured until then"
+            )
     return grown, {**layout.sizes, **{axis: g.source for axis, g in grown.items()}}
 
 
-def _dims(name: str, layout: ModelLayout) -> TensorLayout | None:
+def _pattern(name: str, layout: ModelLayout) -> TensorPattern | None:
     for table in (layout.disk_table, layout.module_table):
         try:
-            return table.find(name).dims
+            return table.find(name)
         except LayoutError:
             continue
     return None

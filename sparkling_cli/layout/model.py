@@ -95,6 +95,11 @@ class TensorPattern:
         """The parsed layout."""
         return parse_layout(self.layout)
 
+    @cached_property
+    def axes(self) -> frozenset[str]:
+        """Axes in the name and in the layout."""
+        return frozenset(self.template.axes) | self.dims.axes()
+
 
 def _from_table(table: dict[str, str]) -> tuple[TensorPattern, ...]:
     return tuple(TensorPattern(*item) for item in table.items())

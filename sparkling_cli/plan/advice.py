@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from math import log1p
 
@@ -68,7 +69,16 @@ def notes_for(
 
 def _experts_note(growth: Mapping[str, Growth], layout: ModelLayout) -> str:
     """What copies of experts do to routing."""
-    times = growth["experts"].target // growth["experts"].source
+    experts = growth["experts"]
+    orders = experts.by_layer or (experts.sources,)
+    every = [count for order in orders for count in Counter(order).values()]
+    if len(set(every)) > 1:
+        return (
+            f"there are {min(every)} to {max(every)} of each expert, copies included: a token goes to all of "
+            "the best of its experts first, so to fewer different ones, and scores that are shares of all "
+            "are smaller; no number of experts for each token keeps the function"
+        )
+    times = experts.target // experts.source
     if "experts_per_token" not in layout.axes:
         return (
             f"how many experts a token goes to is not in the checkpoint: built with {times} times as many, "

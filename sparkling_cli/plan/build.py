@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod, sqrt
 
-from sparkling_cli.errors import CheckpointError, LayoutError, SpecError
+from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.formats.detect import format_of
 from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile, OutputRequest
 from sparkling_cli.formats.optimizer_states import (
@@ -22,7 +22,7 @@ from sparkling_cli.formats.optimizer_states import (
     turns,
 )
 from sparkling_cli.formats.other_files import OpenFile, lay_out_further
-from sparkling_cli.layout.depth import LAYERS, deeper_config, deeper_layout, silent_value
+from sparkling_cli.layout.depth import LAYERS, deeper_layout, silent_value
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
@@ -37,6 +37,7 @@ from sparkling_cli.plan.account import (
     sort_further,
 )
 from sparkling_cli.plan.advice import check_locked, notes_for, small_share, turned_notes
+from sparkling_cli.plan.config import changed_config
 from sparkling_cli.plan.deepen import Orders, copies_on_disk, deeper_source, is_new, orders_of
 from sparkling_cli.plan.model import CARRIED, Calibration, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
@@ -48,7 +49,17 @@ from sparkling_cli.results.account import Kind
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import FLOATING, StoredTensor
 from sparkling_cli.widening.derived import turned
-from sparkling_cli.widening.geometry import Fill, Growth, Run, Span, Treatment, View, target_shape, view_of
+from sparkling_cli.widening.geometry import (
+    Fill,
+    Growth,
+    Run,
+    Span,
+    Treatment,
+    View,
+    growth_at,
+    target_shape,
+    view_of,
+)
 
 
 def build_plan(
@@ -128,7 +139,7 @@ def build_plan(
         treatment=recipes.treatment,
         recipes=recipes.all,
         rows=tuple(rows),
-        config=_config(given, shallow, recipes),
+        config=changed_config(given, shallow, growth, recipes.treatment, spec.scaling),
         scalars=scalars,
         calibration=calibration,
         account=account_of(rows, found),
@@ -182,6 +193,7 @@ class _Recipes:
     calibration: Calibration
     orders: Orders
     _made: dict[tuple[object, ...], Recipe] = field(default_factory=dict)
+    _in_layers: dict[tuple[int, ...], Mapping[str, Growth]] = field(default_factory=dict)
 
     @property
     def all(self) -> tuple[Recipe, ...]:
@@ -215,10 +227,11 @@ class _Recipes:
         """
         found, fitted = self.compensations(name, pattern), self.calibration.of(stream or name)
         silent, fresh = self.silent(name, new=new), self.calibration.of_new(stream or name)
-        mark = (slot, pattern.name, dtype, fitted, fresh, form, silent, *found)
+        growth = self.growth_at(pattern, name)
+        mark = (slot, pattern.name, dtype, fitted, fresh, form, silent, id(growth), *found)
         if mark not in self._made:
             stored = form.stored if form is not None else tuple
-            view = self._view(pattern.dims, found)
+            view = self._view(pattern.dims, found, growth)
             scale, offset = self._factor(found, fitted) if silent is None else (0.0, silent)
             recipe = Recipe(
                 kind=Kind.COPY if slot else Kind.WEIGHT,
@@ -256,11 +269,12 @@ class _Recipes:
         found, fitted = self.compensations(name, pattern), self.calibration.of(name)
         optimizer = self.spec.optimizer
         fresh = new and kind is StateKind.MOMENT and optimizer != "copy"
-        mark = (slot, pattern.name, stored.dtype, stored.shape, kind, form, fitted, fresh, *found)
+        growth = self.growth_at(pattern, name)
+        mark = (slot, pattern.name, stored.dtype, stored.shape, kind, form, fitted, fresh, id(growth), *found)
         if mark not in self._made:
             dims = form.layout(pattern.dims, stored.shape)
-            view = state_view(self._view(dims, found, copied=True), optimizer, kind, form)
-            after = target_shape(self._view(pattern.dims, found, copied=True))
+            view = state_view(self._view(dims, found, growth, copied=True), optimizer, kind, form)
+            after = target_shape(self._view(pattern.dims, found, growth, copied=True))
             if turns(slot, stored.shape, after):
                 view = turned(stored.shape[1], after[0])
             scaled = optimizer == "asymmetric-scaled" and kind is StateKind.MOMENT
@@ -284,6 +298,14 @@ class _Recipes:
             view = view_of(dims, {}, {}, Treatment())
             self._made[mark] = Recipe(kind, slot, stored.dtype, stored.shape, stored.shape, view)
         return self._made[mark]
+
+    def growth_at(self, pattern: TensorPattern, name: str) -> Mapping[str, Growth]:
+        """The growth in the layer that a tensor is of; one object for all layers in which it is the same."""
+        experts = self.growth.get("experts")
+        if experts is None or not experts.by_layer or "experts" not in pattern.axes:
+            return self.growth
+        found = growth_at(self.growth, pattern.template, name)
+        return self._in_layers.setdefault(found["experts"].order, found)
 
     def new(self, pattern: TensorPattern, name: str, *axes: str) -> bool:
         """Whether a parameter is of a new layer, or expert; of certain axes only, if they are given."""
@@ -312,12 +334,17 @@ class _Recipes:
         )
 
     def _view(
-        self, dims: TensorLayout, compensations: Iterable[Compensation], *, copied: bool = False
+        self,
+        dims: TensorLayout,
+        compensations: Iterable[Compensation],
+        growth: Mapping[str, Growth],
+        *,
+        copied: bool = False,
     ) -> View:
         """The view of a weight; ``copied`` for state, whose fills are not the weight's."""
         consumed = frozenset(item.axis for item in compensations if item.fan_in)
         treatment = Treatment(scaling=self.treatment.scaling) if copied else self.treatment
-        return view_of(dims, self.layout.sizes, self.growth, treatment, consumed=consumed)
+        return view_of(dims, self.layout.sizes, growth, treatment, consumed=consumed)
 
     def _factor(self, compensations: Iterable[Compensation], fitted: float) -> tuple[float, float]:
         """``(scale, offset)`` of a tensor's factors: ``c (w + o) - o = c w + (c - 1) o``."""
@@ -399,7 +426,7 @@ def _weight_rows(weights: Iterable[Weight], recipes: _Recipes) -> list[Row]:
         if stored.shape != recipe.before:
             recipes.layout.check_one(name, pattern, stored.shape)
         rows.append(Row(key, name, stored, recipe, stream, new=recipes.new(pattern, name)))
-        for copy in copies_on_disk(name, pattern, recipes.growth, recipes.orders):
+        for copy in copies_on_disk(name, pattern, recipes.growth_at(pattern, name), recipes.orders):
             if key != name:
                 raise CheckpointError(
                     f"{name!r} is of one expert, and a file of this format has no place for copies of it",
@@ -518,49 +545,6 @@ def _further_rows(checkpoint: Checkpoint, found: Sorted, recipes: _Recipes) -> I
         if streamed or (further is not None and not further.literals):
             recipe = recipes.unchanged(Kind.OTHER, CARRIED, stored)
             yield Row(item.key, item.name, stored, recipe, item.name)
-
-
-def _config(checkpoint: Checkpoint, layout: ModelLayout, recipes: _Recipes) -> dict[str, object]:
-    """Config keys whose value changes, and keys that were implied before and must now be written."""
-    growth = recipes.growth
-    before = layout.config_sizes(layout.sizes)
-    after = layout.config_sizes({**layout.sizes, **{name: g.target for name, g in growth.items()}})
-    found = _flat(checkpoint.config or {})
-    changed: dict[str, object] = {}
-    if LAYERS in growth:
-        counts = {key for key, term in layout.config.items() if term == LAYERS}
-        changed |= deeper_config(checkpoint.config or {}, counts, growth[LAYERS].order)
-    for key, value in after.items():
-        table = key.rpartition(".")[
-            0
-        ]  # of a table that the config has under an older name, nothing is implied
-        known = not table or any(name.startswith(f"{table}.") for name in found)
-        if value != before[key] or (known and found.get(key) is None):
-            old = found.get(key)
-            changed[key] = [value] * len(old) if isinstance(old, list) else value
-    for item in layout.compensations:
-        if item.config and item.axis in growth and recipes.spec.scaling != "none":
-            old = found.get(item.config)
-            if not isinstance(old, (int, float)):
-                raise LayoutError(f"config key {item.config!r} must be a number to be scaled, found {old!r}")
-            grown = growth[item.axis]
-            factor = item.scale(grown.source, grown.target)
-            changed[item.config] = float(changed.get(item.config, old)) * (  # type: ignore[arg-type]
-                factor * (recipes.treatment.alpha(grown) if item.fan_in else 1.0)
-            )
-    return changed
-
-
-def _flat(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    return dict(_items(config, prefix))
-
-
-def _items(config: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _items(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def carried_factors(

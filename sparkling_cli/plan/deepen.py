@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
-from sparkling_cli.errors import CheckpointError
+from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.formats.detect import format_of
 from sparkling_cli.formats.model import Checkpoint, Deepening
 from sparkling_cli.layout.depth import LAYERS, Order, names_of, new_layers
@@ -38,11 +38,20 @@ def named_axes(layout: ModelLayout, growing: Container[str], form: str) -> list[
 
 
 def orders_of(layout: ModelLayout, growth: Mapping[str, Growth], form: str) -> dict[str, Order]:
-    """The orders of these axes; new entries are copies of the old ones in turn, but for layers."""
-    return {
-        axis: growth[axis].order or tuple(t % growth[axis].source for t in range(growth[axis].target))
-        for axis in named_axes(layout, growth, form)
-    }
+    """The orders of these axes.
+
+    Raises:
+        SpecError: they differ from layer to layer.
+    """
+    axes = named_axes(layout, growth, form)
+    apart = next((axis for axis in axes if growth[axis].by_layer), None)
+    if apart is not None:
+        raise SpecError(
+            f"copies: each entry of {apart} has parameters under names of its own in {layout.name}, so "
+            "layers cannot differ here",
+            hint='give numbers for all layers, under "all"',
+        )
+    return {axis: growth[axis].order or growth[axis].sources for axis in axes}
 
 
 def deeper_source(
@@ -103,8 +112,7 @@ def copies_on_disk(
     axes = pattern.template.axes
     for axis in (axis for axis in axes if axis in growth and axis not in orders):
         own = dict(zip(axes, pattern.template.indices(name) or (), strict=True))
-        grown = growth[axis]
-        for index in range(grown.source + own[axis], grown.target, grown.source):
+        for index in growth[axis].copies.get(own[axis], ()):
             yield pattern.template.fill({**own, axis: index})
 
 

@@ -8,6 +8,7 @@ adds whole groups, both together set both counts. Where every group has one quer
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil, isclose
 
@@ -15,9 +16,11 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.depth import LAYERS, Order, ordered
 from sparkling_cli.layout.expr import Axis, Expr, axis_names, size_of
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.names import compress
 from sparkling_cli.layout.parse import parse_expr
+from sparkling_cli.spec.choices import ALL, LayerKey
 from sparkling_cli.spec.model import AxisSpec, ExpansionSpec
-from sparkling_cli.widening.geometry import Growth
+from sparkling_cli.widening.geometry import Growth, shared_out
 
 #: names of axes that other models have, and the names that their like here may have
 _ELSEWHERE: dict[str, tuple[str, ...]] = {
@@ -66,12 +69,6 @@ def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth
             "with its source, and noise would change what they do together",
             hint="leave out --router-noise",
         )
-    if "experts" in growth and growth["experts"].target % growth["experts"].source:
-        size, target = growth["experts"].source, growth["experts"].target
-        raise SpecError(
-            f"axes.experts: {target} experts are no whole number of copies of {size}",
-            hint=f"the nearest that works is --axis experts --to {ceil(target / size) * size}",
-        )
     if "vocab" in growth:
         growth["vocab"] = _with_means(growth["vocab"], spec, layout)
     elif spec.vocab_from:
@@ -81,6 +78,13 @@ def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth
     elif spec.layer_mode != "identity" or spec.at != "even":
         raise SpecError(
             "layer_mode and at: the number of layers does not grow", hint="add --axis layers --factor 2"
+        )
+    if "experts" in growth:
+        growth["experts"] = _with_copies(growth, spec, layout)
+    elif spec.copies or spec.expert_load:
+        raise SpecError(
+            f"{'copies' if spec.copies else 'expert_load'}: the number of experts does not grow",
+            hint="add --axis experts --to NUMBER",
         )
     _check_joint(growth, layout, spec.multiple_of)
     _check_divisible(growth, layout)
@@ -127,6 +131,95 @@ def _order(layers: Growth, spec: ExpansionSpec, layout: ModelLayout) -> Order:
             hint=f"behind the last one: --at {before - 1}",
         )
     return ordered(before, after, spec.layer_mode, spec.at)
+
+
+def asked_copies(spec: ExpansionSpec, experts: int) -> dict[LayerKey, tuple[int, ...]]:
+    """How many there shall be of each expert, by layer or for all: as the spec says, or by its load.
+
+    Args:
+        spec: what is asked for.
+        experts: after the growth.
+    """
+    by_load = {key: shared_out(load, experts) for key, load in spec.expert_load.items()}
+    return by_load or dict(spec.copies)
+
+
+def _with_copies(growth: Mapping[str, Growth], spec: ExpansionSpec, layout: ModelLayout) -> Growth:
+    """The growth of the experts, with how many there shall be of each where the spec says it.
+
+    Raises:
+        SpecError: the numbers are not of these experts or layers, or add up to another number of experts; or
+            they differ, and every token shall go to all copies of its experts.
+    """
+    experts = growth["experts"]
+    size, target = experts.source, experts.target
+    _check_keys("expert_load", spec.expert_load, size, layout)
+    _check_keys("copies", spec.copies, size, layout)
+    copies = asked_copies(spec, target)
+    if not copies:
+        if target % size:
+            nearest = ceil(target / size) * size
+            raise SpecError(
+                f"axes.experts: {target} experts are no whole number of copies of {size}",
+                hint=f"the nearest that works is --axis experts --to {nearest}; or say how many of each "
+                "there shall be: --copies FILE, or --expert-load FILE",
+            )
+        return experts
+    for key, counts in copies.items():
+        if sum(counts) != target:
+            raise SpecError(
+                f"copies.{key}: they add up to {sum(counts)} experts, the axis grows from {size} to {target}",
+                hint="how many there shall be of each expert, the old one included; in each layer as many as "
+                "the axis is asked to have",
+            )
+    uneven = any(len(set(counts)) > 1 for counts in copies.values())
+    if uneven and "experts_per_token" in growth:
+        raise SpecError(
+            "copies: with unequal numbers, and experts_per_token grown along, a token would need all copies "
+            "of its experts, and how many these are differs from token to token: the function is not kept",
+            hint="leave out --axis experts_per_token; or leave out the numbers, for as many copies of each",
+        )
+    layers = layout.axes[LAYERS].size if LAYERS in layout.axes else 0
+    order = growth[LAYERS].order if LAYERS in growth else range(layers)
+    return experts.with_copies(copies, order)
+
+
+def _check_keys(
+    field: str, given: Mapping[LayerKey, Sequence[object]], size: int, layout: ModelLayout
+) -> None:
+    """Numbers for each expert of each layer that has some.
+
+    Raises:
+        SpecError: too many or too few, or of a layer that has none.
+    """
+    for key, values in given.items():
+        if len(values) != size:
+            raise SpecError(
+                f"{field}.{key}: {len(values)} numbers, the model has {size} experts",
+                hint="give one for each expert, in order",
+            )
+    if given.keys() <= {ALL}:
+        return
+    having: set[int] = set()
+    for pattern in layout.tensors:
+        if "experts" in pattern.axes:
+            only = dict(pattern.template.placeholders)
+            if LAYERS not in only or LAYERS not in layout.axes:
+                raise SpecError(
+                    f"{field}: {pattern.name!r} is not of one layer, so layers cannot differ here",
+                    hint='give numbers for all layers, under "all"',
+                )
+            having |= set(only[LAYERS] or range(layout.axes[LAYERS].size))
+    text = f"layers {compress(having)} have experts (the first of all is 0)"
+    far = next((key for key in given if key != ALL and key not in having), None)
+    if far is not None:
+        raise SpecError(f"{field}.{far}: this layer has no experts", hint=text)
+    lacking = having - given.keys()
+    if lacking and ALL not in given:
+        raise SpecError(
+            f"{field}: nothing is said of layers {compress(lacking)}",
+            hint=f'{text}; numbers under "all" are for those that are not named',
+        )
 
 
 def _with_means(vocab: Growth, spec: ExpansionSpec, layout: ModelLayout) -> Growth:

@@ -34,8 +34,9 @@ def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
             words += ["--factor", as_word(axis["factor"])]
     words += [*as_options(chosen), *as_options(chosen.rewarmup), *as_options(chosen.baseline)]
     words += ["--allow-locked"] if spec["allow_locked"] else []
-    for new, old in spec.get("vocab_from", {}).items():
-        words += ["--vocab-from", f"{new}={','.join(map(str, old))}"]
+    for field in ("vocab_from", "copies", "expert_load"):
+        for key, values in spec.get(field, {}).items():
+            words += [f"--{field.replace('_', '-')}", f"{key}={','.join(map(as_word, values))}"]
     for pattern in spec["carry"]:
         words += ["--carry", pattern]
     for name, kind in spec["state"].items():

@@ -13,7 +13,7 @@ from sparkling_cli.compute.flops import step_saving
 from sparkling_cli.compute.shape import ParameterCount
 from sparkling_cli.execute.stream import Written
 from sparkling_cli.layout.depth import LAYERS
-from sparkling_cli.layout.expr import UNSHAPED, Role
+from sparkling_cli.layout.expr import COUNTED, UNSHAPED, Role
 from sparkling_cli.layout.model import TensorPattern
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.advice import symmetry_warning
@@ -156,7 +156,7 @@ def _remedy(growth: Mapping[str, Growth], spec: Mapping[str, Any]) -> str:
         ways.append("--scaling calibrated, which fits what each block adds on tokens")
     if not all(grown.copied for grown in growth.values()) and spec["init"] != "copy-copy":
         ways.append("--init copy-copy")
-    elif any(grown.target % grown.source for axis, grown in growth.items() if axis != LAYERS):
+    elif any(grown.target % grown.source for axis, grown in growth.items() if axis not in COUNTED):
         ways.append("a whole factor")
     return f"To keep the signal, make the output again with {', or with '.join(ways)}." if ways else ""
 

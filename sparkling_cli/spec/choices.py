@@ -17,3 +17,6 @@ BaselineType = Literal["cosine", "linear", "constant", "wsd"]
 DecayShape = Literal["cosine", "linear", "1-sqrt"]
 Names = Literal["auto", "disk", "module"]
 ReportKind = Literal["auto", "full", "none"]
+#: a layer's number, or all layers that are not named
+LayerKey = int | Literal["all"]
+ALL: Literal["all"] = "all"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -24,6 +24,8 @@ from sparkling_cli.spec.choices import (
 #: initialization pairs under which the function can be kept
 KEEPING = ("copy-copy", "random-zero")
 _TokenId = Annotated[int, Field(ge=0)]
+#: a layer's number, or all layers that are not named
+_Layer = Literal["all"] | Annotated[int, Field(ge=0)]
 
 
 class _Strict(BaseModel):
@@ -135,6 +137,19 @@ class ExpansionSpec(_Strict):
         dict[_TokenId, Annotated[tuple[_TokenId, ...], Field(min_length=1)]],
         Field(description="new token id -> old ids whose mean its rows are; all others get the mean of all"),
     ] = {}
+    copies: Annotated[
+        dict[_Layer, Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]],
+        Field(
+            description="layer's number, or all -> how many there shall be of each expert, itself included; "
+            "default: equally many"
+        ),
+    ] = {}
+    expert_load: Annotated[
+        dict[_Layer, Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]],
+        Field(
+            description="the same by load: layer's number, or all -> what each expert has to do, e.g. tokens"
+        ),
+    ] = {}
     router_noise: Annotated[
         float,
         Field(
@@ -180,6 +195,13 @@ class ExpansionSpec(_Strict):
             raise ValueError(f"axis {bare[0]!r} needs a size (to) of its own, as another axis has one")
         if self.vocab_from and self.vocab_fill != "mean":
             raise ValueError(f"vocab_from gives means: it does not go with vocab_fill {self.vocab_fill!r}")
+        if self.copies and self.expert_load:
+            raise ValueError(
+                "copies and expert_load both say how many there shall be of each expert: give one"
+            )
+        idle = next((key for key, load in self.expert_load.items() if not any(load)), None)
+        if idle is not None:
+            raise ValueError(f"expert_load.{idle}: no expert has any load, so nothing follows from it")
         if self.at != "even" and self.layer_mode != "identity":
             raise ValueError(
                 f"at places identity layers: layer_mode {self.layer_mode!r} has places of its own"

@@ -55,7 +55,9 @@ _KINDS = (".yaml", ".yml", ".toml", ".json")
 #: what a file of each sort looks like
 _EXAMPLES = {
     "spec": "in YAML, for example: axes: [{axis: ffn, factor: 2}]",
-    "mapping": "in YAML, for example: 512: [17, 203]",
+    "vocab_from": "in YAML, for example: 512: [17, 203]",
+    "copies": 'in JSON, for example: {"all": [2, 1, 3, 2]}, or by layers\' numbers',
+    "expert_load": 'in JSON, for example: {"all": [0.31, 0.12, 0.4, 0.17]}, or by layers\' numbers',
 }
 
 
@@ -229,19 +231,23 @@ def state_from_options(items: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def means_from_options(items: Sequence[str]) -> dict[str, Any]:
-    """``--vocab-from NEW=OLD,OLD`` or a file of such a mapping, repeated, as the spec's ``vocab_from``.
+def lists_from_options(items: Sequence[str], what: str) -> dict[str, Any]:
+    """``--vocab-from NEW=OLD,OLD``, or a file of such a mapping, repeated, as a field of the spec.
+
+    Args:
+        items: as they were given.
+        what: they say, as in ``_EXAMPLES``.
 
     Raises:
         SpecError: one is not of that form.
     """
     found: dict[str, Any] = {}
     for item in items:
-        new, equals, old = item.partition("=")
-        if equals and new.strip().isdigit():
-            found[new.strip()] = [part.strip() for part in old.split(",")]
+        key, equals, values = item.partition("=")
+        if equals and (key.strip().isdigit() or key.strip() == "all"):
+            found[key.strip()] = [part.strip() for part in values.split(",")]
         else:
-            found |= {str(key): value for key, value in read_spec_file(Path(item), "mapping").items()}
+            found |= {str(key): value for key, value in read_spec_file(Path(item), what).items()}
     return found
 
 

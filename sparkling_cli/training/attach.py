@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparkling_cli.errors import SparklingError, SpecError
-from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import Rewarmup
 from sparkling_cli.training import fsdp1, megatron
@@ -43,6 +42,7 @@ from sparkling_cli.training.update import (
     step_counts,
 )
 from sparkling_cli.training.zero import base_of, is_zero, pieces_of
+from sparkling_cli.widening.geometry import View
 
 
 def rewarm(
@@ -116,7 +116,7 @@ def rewarm(
         if history.rewarmup.kept_since is not None:
             line += f"; old entries' step is kept in {sum(len(one.matrices) for one in attached)} tensors"
         print(line, file=sys.stderr, flush=True)
-    grown = tuple((p, history.dims(name)) for name, p in pairs if id(p) in found)
+    grown = tuple((p, history.view(name)) for name, p in pairs if id(p) in found) if history.growth else ()
     return Rewarming(tuple(attached), history, grown)
 
 
@@ -259,7 +259,7 @@ class Rewarming:
 
     _attached: tuple[_Attached, ...]
     history: History
-    _grown: tuple[tuple[Tensor, TensorLayout], ...] = ()
+    _grown: tuple[tuple[Tensor, View], ...] = ()
 
     @property
     def step(self) -> int:
@@ -280,7 +280,7 @@ class Rewarming:
         """
         rate, ratio = self._rate_and_ratio()
         found = {"learning_rate_new": ratio * rate, "learning_rate_ratio": ratio, **self.update_rms}
-        return {**found, **copies(self._grown, self.history.layout.sizes, self.history.births)}
+        return {**found, **copies(self._grown)}
 
     @property
     def update_rms(self) -> dict[str, float]:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparkling_cli.layout.expr import TensorLayout
-from sparkling_cli.layout.regions import Births
 from sparkling_cli.training.moved import squares
 from sparkling_cli.training.slices import local_tensor
 from sparkling_cli.widening.derived import indices
-from sparkling_cli.widening.geometry import Growth, Treatment, View, view_of
+from sparkling_cli.widening.geometry import View
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,33 +24,22 @@ if TYPE_CHECKING:
 LOCKED = 0.01
 
 
-def copies(
-    params: Iterable[tuple[Tensor, TensorLayout]], sizes: dict[str, int], births: Births
-) -> dict[str, float]:
+def copies(params: Iterable[tuple[Tensor, View]]) -> dict[str, float]:
     """The last expansion's new entries against the entries that they were copied from.
 
     Args:
-        params: every parameter with new entries, and what its dims mean.
-        sizes: of the axes now.
-        births: axis -> ``[start, stop, stage]``.
+        params: every parameter with new entries, and how the last expansion made it.
 
     Returns:
         ``share_locked``, of entries that are closer to their sources than ``LOCKED`` of their tensor's RMS,
         and ``cosine_of_copies``, over all entries together. Neither where no parameter lies in this process
-        as a whole, or where which entry copies which depends on earlier expansions (fractional growth of an
-        axis that has grown before).
+        as a whole.
     """
-    last = max(stage for born in births.values() for _, _, stage in born)
-    growth = {axis: Growth(born[-1][0], born[-1][1]) for axis, born in births.items() if born[-1][2] == last}
-    if any(len(births[axis]) > 2 and g.target % g.source for axis, g in growth.items()):
-        return {}
-    before = {**sizes, **{axis: grown.source for axis, grown in growth.items()}}
     equal = count = 0
     new = source = apart = 0.0
-    for param, dims in params:
+    for param, view in params:
         if local_tensor(param) is not param:
             continue
-        view = view_of(dims, before, growth, Treatment())
         value = param.detach()
         copied, old = _taken(value, [_places(one) for one, _ in indices(view)]), old_entries(value, view)
         count += value.numel() - old.numel()

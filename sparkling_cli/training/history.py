@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError
-from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
 from sparkling_cli.layout.regions import Births, Region, region_of, stage_of
 from sparkling_cli.manifest import read_manifest
 from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
 from sparkling_cli.storage.sidecar import CURVE, MANIFEST, REWARMUP, sidecar_root
+from sparkling_cli.widening.geometry import Growth, Treatment, View, growth_at, view_of
 
 #: what wrappers put into parameter names, wherever it stands
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
@@ -26,11 +27,13 @@ class History:
         layout: of the model as it is now.
         births: axis -> ``[start, stop, stage]``, for every axis that ever grew.
         rewarmup: the schedule of every stage.
+        growth: axis -> growth in the last expansion, with what each new entry is a copy of.
     """
 
     layout: ModelLayout
     births: Births
     rewarmup: Rewarmup
+    growth: Mapping[str, Growth] = field(default_factory=dict)
 
     def region(self, name: str, shape: tuple[int, ...]) -> Region:
         """The region of the parameter of that name (wrappers' prefixes do not matter).
@@ -57,7 +60,7 @@ class History:
         Raises:
             LayoutError: no pattern stands for it.
         """
-        return self.dims(name).shape(self._sizes_before(stage))
+        return self._pattern(name)[0].dims.shape(self._sizes_before(stage))
 
     def carried(self, name: str, stage: int) -> float:
         """The factor that the parameter's entries carry since an expansion; see :meth:`ModelLayout.carried`.
@@ -75,13 +78,16 @@ class History:
         }
         return {**self.layout.sizes, **older}
 
-    def dims(self, name: str) -> TensorLayout:
-        """What the dims of the parameter of that name mean.
+    def view(self, name: str) -> View:
+        """How the last expansion made the parameter of that name, as if all new entries were copies.
 
         Raises:
             LayoutError: no pattern stands for it.
         """
-        return self._pattern(name)[0].dims
+        pattern, own = self._pattern(name)
+        before = {**self.layout.sizes, **{axis: grown.source for axis, grown in self.growth.items()}}
+        growth = growth_at(self.growth, pattern.template, own)
+        return view_of(pattern.dims, before, growth, Treatment())
 
     def _pattern(self, name: str) -> tuple[TensorPattern, str]:
         """The pattern that stands for the parameter of that name, and the name without wrappers' prefixes."""
@@ -116,7 +122,7 @@ def read_history(checkpoint: Path | str) -> History:
         raise CheckpointError(f"{checkpoint} does not exist")
     root = sidecar_root(checkpoint)
     manifest, rewarmup = read_manifest(root / MANIFEST), read_rewarmup(root / REWARMUP)
-    return History(manifest.model_layout(), manifest.births(), rewarmup)
+    return History(manifest.model_layout(), manifest.births(), rewarmup, manifest.growth())
 
 
 def carry_history(source: Path | str, destination: Path | str) -> None:

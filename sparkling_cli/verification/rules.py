@@ -8,7 +8,7 @@ made of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.results.account import Kind
+from sparkling_cli.spec.choices import ALL
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.tensors import StoredTensor
@@ -77,9 +78,11 @@ class Derivation:
             noise=self.spec.router_noise,
             means=tuple(self.spec.vocab_from.get(new, ()) for new in given),
             order=_layers(self.spec, growth),
+            experts=_experts(self.spec.copies.get(ALL, ())),
         )
         self.rules = self._with_history(rules)
         self._made: dict[tuple[object, ...], Wanted] = {}
+        self._in_layers: dict[int, Rules] = {}
 
     def _with_history(self, last: Rules) -> Rules:
         """The last stage's rules, with what follows from the earlier ones: which entry copies which."""
@@ -112,6 +115,9 @@ class Derivation:
                 if [number == stage for number in born] != self._repeated():
                     found.append(f"layers are in the order {self.rules.order}, their births are {births}")
                 continue
+            wrong = [key for key, counts in self.spec.copies.items() if sum(counts) != after]
+            if axis == "experts" and wrong:
+                found.append(f"the copies in layer {wrong[0]} are not {after} experts")
             if sizes.get(axis) != after or not births or tuple(births[-1]) != (before, after, stage):
                 found.append(f"axis {axis!r} grew from {before} to {after}, its births are {births}")
         return found + self._unasked()
@@ -153,11 +159,32 @@ class Derivation:
             silent = self.layout.silent.get(short, self.layout.silent.get(first))
             if silent is not None:
                 zero, number = {"moment": "drop", "state": _WEIGHT}, {"scale": 0.0, "offset": silent}
-                return self._wanted(dims, dtype, **(zero if silent == 0 else number))
+                return self._wanted(dims, dtype, self._in(name), **(zero if silent == 0 else number))
         fitted, new = self._fitted(name)
         scale, offset, consumed = self._compensated(name, fitted)
         fresh = None if new is None else self._compensated(name, new)[0]
-        return self._wanted(dims, dtype, consumed=consumed, scale=scale, fresh=fresh, offset=offset)
+        factors = {"consumed": consumed, "scale": scale, "fresh": fresh, "offset": offset}
+        return self._wanted(dims, dtype, self._in(name), **factors)
+
+    def _in(self, name: str) -> Rules:
+        """The rules in the layer that a tensor is of: which expert is a copy of which may differ in each."""
+        if self.spec.copies.keys() <= {ALL}:
+            return self.rules
+        layer = self._layer(name)
+        source = layer if layer is None or not self.rules.order else self.rules.order[layer]
+        if source is None or source not in self.spec.copies:
+            return self.rules
+        if source not in self._in_layers:
+            self._in_layers[source] = replace(self.rules, experts=_experts(self.spec.copies[source]))
+        return self._in_layers[source]
+
+    def _layer(self, name: str) -> int | None:
+        """The layer that a tensor is of; None where it is of none."""
+        for pattern in (*self.layout.tensors, *(self.layout.disk or ())):
+            at = pattern.template.indices(name) if "layers" in pattern.template.axes else None
+            if at is not None:
+                return at[pattern.template.axes.index("layers")]
+        return None
 
     def _repeated(self) -> list[bool]:
         """Of every layer, whether one before it has the same source."""
@@ -166,13 +193,8 @@ class Derivation:
 
     def is_new_layer(self, name: str) -> bool:
         """Whether a tensor is of a layer that the last expansion added."""
-        if "layers" not in self.rules.growth:
-            return False
-        for pattern in (*self.layout.tensors, *(self.layout.disk or ())):
-            at = pattern.template.indices(name) if "layers" in pattern.template.axes else None
-            if at is not None:
-                return self._repeated()[at[pattern.template.axes.index("layers")]]
-        return False
+        layer = self._layer(name) if "layers" in self.rules.growth else None
+        return layer is not None and self._repeated()[layer]
 
     def is_new(self, name: str) -> bool:
         """Whether a parameter is of a layer, or an expert, that the last expansion added."""
@@ -191,8 +213,8 @@ class Derivation:
             grown = [axis for axis in pattern.template.axes if axis in self.rules.growth]
             indices = pattern.template.indices(name) if grown else None
             if indices is not None:
-                at = dict(zip(pattern.template.axes, indices, strict=True))
-                return pattern.template.fill({**at, **{a: int(self.rules.origin(a)[at[a]]) for a in grown}})
+                at, rules = dict(zip(pattern.template.axes, indices, strict=True)), self._in(name)
+                return pattern.template.fill({**at, **{a: int(rules.origin(a)[at[a]]) for a in grown}})
         return name
 
     def stream(self, name: str) -> str:
@@ -242,6 +264,7 @@ class Derivation:
             wanted = self._wanted(
                 form.layout(pattern.dims, stored.shape),
                 stored.dtype,
+                self._in(name),
                 consumed=consumed,
                 scale=scale,
                 moment="drop" if fresh else treatment,
@@ -249,7 +272,7 @@ class Derivation:
                 own=known[-1] if known else -1,
             )
             if kind is StateKind.FACTOR:
-                after = self._wanted(pattern.dims, stored.dtype).shape
+                after = self._wanted(pattern.dims, stored.dtype, self._in(name)).shape
                 wanted = _turned(wanted, after[0]) if turns(slot, stored.shape, after) else wanted
             return _flattened(wanted, flat=form.flat)
         if kind is StateKind.OTHER and pattern.dims.axes() & set(self.rules.growth):
@@ -259,12 +282,12 @@ class Derivation:
     def carried(self, stored: StoredTensor) -> Wanted:
         """The same bytes as before."""
         text = "scale " + " ".join(map(str, stored.shape)) if stored.shape else ""
-        return self._wanted(parse_layout(text), stored.dtype)
+        return self._wanted(parse_layout(text), stored.dtype, self.rules)
 
-    def _wanted(self, dims: TensorLayout, dtype: str, **options: Any) -> Wanted:
-        key = (dims.text, dtype, *sorted(options.items()))
+    def _wanted(self, dims: TensorLayout, dtype: str, rules: Rules, **options: Any) -> Wanted:
+        key = (dims.text, dtype, rules.experts, *sorted(options.items()))
         if key not in self._made:
-            self._made[key] = Wanted(dims, self.rules, dtype, **options)
+            self._made[key] = Wanted(dims, rules, dtype, **options)
         return self._made[key]
 
     @cached_property
@@ -375,6 +398,15 @@ def _layers(spec: ExpansionSpec, growth: Mapping[str, tuple[int, int]]) -> tuple
         return tuple(layer for layer in own for _ in range(ends[layer], ends[layer + 1]))
     behind = sorted(set(spec.at))
     return tuple(sorted([*own, *(behind[number % len(behind)] for number in range(more))]))
+
+
+def _experts(counts: Sequence[int]) -> tuple[int, ...]:
+    """The expert that each one is made from, given how many there shall be of each: copies in rounds."""
+    left, found = list(counts), []
+    while any(left):
+        found += [expert for expert, count in enumerate(left) if count > 0]
+        left = [max(count - 1, 0) for count in left]
+    return tuple(found)
 
 
 def _flattened(wanted: Wanted, *, flat: bool) -> Wanted:

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from heapq import heapify, heapreplace
 from itertools import pairwise, product
 from math import sqrt
 
+from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.depth import LAYERS
 from sparkling_cli.layout.expr import (
     COUNTED,
     NONLINEAR_LABELS,
@@ -31,6 +34,8 @@ from sparkling_cli.layout.expr import (
     factors,
     size_of,
 )
+from sparkling_cli.layout.names import NameTemplate
+from sparkling_cli.spec.choices import ALL, LayerKey
 
 #: sizes of anonymous factors that stand for gate and up, or q, k and v, where names could not be given
 FUSED = (2, 3)
@@ -109,8 +114,9 @@ class Growth:
             columns. A fact about the fills used (see ``plan.symmetry``), not about the pair asked for.
         originals: spans of originals, one for each entry before; () where every entry is its own.
         means: of each new entry whose fill is the mean, the old entries that it is the mean of; () for all.
-        order: of layers, the source of each target entry, the first of a source being the old one; () where
-            new entries stand behind the old ones.
+        order: the source of each target entry, where it was chosen; () where it is as above. Of layers the
+            first of a source is the old one; on any other axis new entries stand behind the old ones.
+        by_layer: ``order`` in each layer of the widened model, where these differ; () where they do not.
     """
 
     source: int
@@ -119,15 +125,50 @@ class Growth:
     originals: tuple[Span, ...] = ()
     means: tuple[tuple[int, ...], ...] = ()
     order: tuple[int, ...] = ()
+    by_layer: tuple[tuple[int, ...], ...] = ()
+
+    def with_copies(self, copies: Mapping[LayerKey, Sequence[int]], layers: Sequence[int]) -> Growth:
+        """The growth with so many of each entry, itself included, in a layer or in all.
+
+        Args:
+            copies: number of the source's layer, or ``ALL`` for every other one, -> how many of each entry.
+            layers: of the widened model, the source's layer that each is read from.
+        """
+        orders = {key: in_turn(counts) for key, counts in copies.items()}
+        everywhere = orders.get(ALL, ())
+        if orders.keys() <= {ALL}:
+            return replace(self, order=everywhere)
+        return replace(self, by_layer=tuple(orders.get(layer, everywhere) for layer in layers))
+
+    def in_layer(self, layer: int) -> Growth:
+        """The growth in one layer of the widened model."""
+        return replace(self, order=self.by_layer[layer], by_layer=()) if self.by_layer else self
 
     @cached_property
     def new_sources(self) -> tuple[Span, ...]:
         """The sources of the new entries, in the target's order."""
+        if self.by_layer:
+            raise ValueError("layers differ: ask for the growth in one of them")
+        if self.order:
+            return _spans(self.order[self.source :])
         rounds, extra = divmod(self.target - self.source, self.source)
         if not self.originals or not extra:
             spans = [(0, self.source)] * rounds + [(0, extra)] * bool(extra)
             return tuple(spans)
         return _spans(_least_copied(_entries(self.originals), self.target - self.source))
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """The source of every target entry."""
+        return (*range(self.source), *_entries(self.new_sources))
+
+    @cached_property
+    def copies(self) -> Mapping[int, tuple[int, ...]]:
+        """Source entry -> the new entries that are copies of it."""
+        found: dict[int, list[int]] = {}
+        for target in range(self.source, self.target):
+            found.setdefault(self.sources[target], []).append(target)
+        return {source: tuple(targets) for source, targets in found.items()}
 
     @cached_property
     def originals_after(self) -> tuple[Span, ...]:
@@ -166,6 +207,55 @@ class Growth:
         before = Counter(_entries(self.originals)) if self.originals else dict.fromkeys(range(self.source), 1)
         after = Counter(_entries(self.originals_after))
         return sqrt(sum(m * m for m in before.values()) / sum(m * m for m in after.values()))
+
+
+def in_turn(counts: Sequence[int]) -> tuple[int, ...]:
+    """The source of each target entry: all old ones, then a copy of each that has one more, and so on.
+
+    Equal counts give the order of whole factors.
+    """
+    rounds = range(max(counts))
+    return tuple(entry for number in rounds for entry, count in enumerate(counts) if count > number)
+
+
+def shared_out(load: Sequence[float], total: int) -> tuple[int, ...]:
+    """How many of each entry there shall be, so that the largest load of one copy is as small as can be.
+
+    One of each, then one at a time for the entry whose copies have the most each (highest averages, as seats
+    are shared out by D'Hondt); the first of equals.
+
+    Args:
+        load: of each entry, on any scale.
+        total: of all entries together, at least as many as there are.
+    """
+    counts = [1] * len(load)
+    queue = [(-one, entry) for entry, one in enumerate(load)]
+    heapify(queue)
+    for _ in range(total - len(load)):
+        entry = queue[0][1]
+        counts[entry] += 1
+        heapreplace(queue, (-load[entry] / counts[entry], entry))
+    return tuple(counts)
+
+
+def growth_at(growth: Mapping[str, Growth], template: NameTemplate, name: str) -> Mapping[str, Growth]:
+    """The growth as it is in the layer that a tensor of the widened model is of.
+
+    Args:
+        growth: axis -> growth.
+        template: stands for the tensor.
+        name: of the tensor.
+
+    Raises:
+        LayoutError: it is none of the template's, and layers differ.
+    """
+    if not any(grown.by_layer for grown in growth.values()) or LAYERS not in template.axes:
+        return growth
+    indices = template.indices(name)
+    if indices is None:
+        raise LayoutError(f"{template.text!r} does not stand for {name!r}, whose layer has copies of its own")
+    layer = indices[template.axes.index(LAYERS)]
+    return {axis: grown.in_layer(layer) for axis, grown in growth.items()}
 
 
 def _entries(spans: Iterable[Span]) -> list[int]:

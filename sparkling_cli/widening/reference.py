@@ -68,7 +68,7 @@ class Rules:
         vocab: fill of new rows of the vocabulary: mean, random, zero, or copy (in proofs of layouts).
         noise: on new rows of routers, as a share of the old rows' standard deviation.
         means: of each new row the old ones that it is the mean of, () for all; () where it is all for each.
-        order: of layers, in whose names alone they are: the source of each.
+        order, experts: the source of each layer, and of each expert of one layer; () where nothing was said.
     """
 
     sizes: Mapping[str, int]
@@ -82,19 +82,20 @@ class Rules:
     noise: float = 0.0
     means: tuple[tuple[int, ...], ...] = ()
     order: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
 
     def origin(self, axis: str) -> Array:
         """Target index -> source index.
 
-        Behind the old entries stand copies of them in their order, repeatedly. Where an axis that has grown
-        before grows by a fraction, each new entry in turn copies an original that occurs least often, of its
-        entries the one that has been copied least; the first of them.
+        Behind the old entries stand copies of them, in their order, repeatedly, or as was said. Where an axis
+        that has grown before grows by a fraction, each new entry in turn copies an original that occurs least
+        often, of its entries the one that has been copied least; the first of them.
         """
         import numpy as np
 
         before, after = self.growth[axis]
-        if axis == "layers":
-            return np.array(self.order)
+        if chosen := {"layers": self.order, "experts": self.experts}.get(axis):
+            return np.array(chosen)
         if axis not in self.originals or after % before == 0:
             return np.arange(after) % before
         entries: dict[int, list[tuple[int, int]]] = {}  # original -> (copies, entry)
@@ -281,10 +282,9 @@ def _term(expr: Expr, rules: Rules, scaled: frozenset[str], label: str | None) -
         new = np.arange(len(source)) >= size
     else:
         source, factor, new = np.arange(size), np.ones(size), np.zeros(size, bool)
-    counted = isinstance(expr, Axis) and expr.name in COUNTED
-    vocab = isinstance(expr, Axis) and expr.name == "vocab"
-    own = np.where(new & vocab, _FILLS[rules.vocab], COPY).astype(np.int8)
-    wide = new & (not counted)
+    name = expr.name if isinstance(expr, Axis) else ""
+    own = np.where(new & (name == "vocab"), _FILLS[rules.vocab], COPY).astype(np.int8)
+    wide = new & (name not in COUNTED)
     nonlinear = np.full(len(source), label in NONLINEAR_LABELS)
     if isinstance(expr, Fixed) and size in _FUSED:
         units = tuple((i,) for i in range(size))

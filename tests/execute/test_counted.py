@@ -19,6 +19,11 @@ forked = multiprocessing.get_context("fork")
 CASES: dict[str, dict[str, Any]] = {
     "vocab": {"axes": [{"axis": "vocab", "to": 600}], "vocab_fill": "random"},
     "experts": {"axes": [{"axis": "experts", "factor": 2}], "router_noise": 0.01},
+    "copies of experts": {
+        "axes": [{"axis": "experts", "to": 20}],
+        "copies": {"all": [1, 2] * 4 + [1] * 8, "1": [1] * 14 + [3, 3]},
+        "router_noise": 0.01,
+    },
     "layers": {"axes": [{"axis": "layers", "factor": 2}]},
     "layers and experts": {
         "axes": [{"axis": "layers", "to": 5}, {"axis": "experts", "factor": 2}],

@@ -128,6 +128,39 @@ def _check_experts(old: torch.nn.Module, saved: Any, new: torch.nn.Module, optim
 
 
 @pytest.mark.slow
+def test_chosen_copies_of_experts(tmp_path: Path) -> None:
+    """Two copies of the second of four, as parameters with zero moments; the real GPT loads and steps."""
+    pytest.importorskip("litgpt", reason="pip install litgpt==0.5.13")
+    from tests.formats import make_litgpt as made
+
+    old = made.make_litgpt(tmp_path / "step-3", made.MIXTRAL)
+    schedule = {"type": "constant", "peak": 2e-3, "total_steps": 40, "warmup_steps": 0}
+    options: dict[str, Any] = {"rewarmup": {"steps": 4}, "baseline": schedule}
+    target = widen(
+        tmp_path / "step-3", tmp_path / "wide", {"experts": 1.5}, copies={"all": [1, 3, 1, 1]}, **options
+    )
+    fabric, wide, optimizer, _ = made.resume_litgpt(target)
+    weights = dict(old.named_parameters())
+    for name, value in wide.named_parameters():
+        own = re.search(r"(?<=experts\.)\d+", name)
+        source = 1 if own is not None and int(own[0]) >= 4 else int(own[0]) if own is not None else 0
+        was = weights[name if own is None else name.replace(f"experts.{own[0]}", f"experts.{source}")]
+        was = was[[0, 1, 2, 3, 1, 1]] if name.endswith("mlp.gate.weight") else was
+        assert torch.equal(value, was), name
+        if own is not None and int(own[0]) >= 4:
+            assert not optimizer.state[value]["exp_avg"].any()
+    made.train(fabric, wide, optimizer, 1)
+    with pytest.raises(SpecError, match="layers cannot differ here"):
+        widen(
+            tmp_path / "step-3",
+            tmp_path / "no",
+            {"experts": 1.5},
+            copies={"0": [1, 3, 1, 1], "1": [2, 2, 1, 1]},
+            **options,
+        )
+
+
+@pytest.mark.slow
 def test_experts_in_groups(tmp_path: Path) -> None:
     """Refused by the config's key: copies would be in other groups."""
     pytest.importorskip("litgpt", reason="pip install litgpt==0.5.13")

@@ -20,6 +20,7 @@ from sparkling_cli.layout.file import from_dict
 from sparkling_cli.schedule.curves import Curve
 from sparkling_cli.schedule.rewarmup import BiasCorrection, Rewarmup, add_stage
 from sparkling_cli.training import History
+from sparkling_cli.widening.geometry import Growth
 
 H0, H, F0, F, E, V = 5, 8, 6, 12, 2, 7
 BASE = Curve("cosine", 3e-3, 3e-5, 0.0, 5, 300)
@@ -108,7 +109,8 @@ def history(
 def history_of(rewarmup: Rewarmup) -> History:
     """A history with the births of one joint expansion."""
     births = {"hidden": [[0, H0, 0], [H0, H, 1]], "ffn": [[0, F0, 0], [F0, F, 1]]}
-    return History(from_dict(LAYOUT, "test"), births, rewarmup)
+    growth = {"hidden": Growth(H0, H), "ffn": Growth(F0, F)}
+    return History(from_dict(LAYOUT, "test"), births, rewarmup, growth)
 
 
 def eta_new(step: int, *, te: int = TE, rho: float = 1.3, tau: int = 20) -> float:
