@@ -9,19 +9,29 @@ a parameter is named by its layer's number.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.formats.deeper import as_read, by_source, deeper_files
 from sparkling_cli.formats.directory import list_files
-from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs, ParamState
 from sparkling_cli.formats.optimizer_states import is_named
 from sparkling_cli.formats.statedict import Place, keys_by_path, numbers_of, weights_in
 from sparkling_cli.formats.statefiles import Box, StateFiles
-from sparkling_cli.formats.torchfile import ATTRIBUTES, Call, TorchFile, TreePath, plain, read_torch_file
+from sparkling_cli.formats.torchfile import (
+    ATTRIBUTES,
+    Call,
+    More,
+    TorchFile,
+    TreePath,
+    called,
+    plain,
+    read_torch_file,
+)
 from sparkling_cli.formats.zerofile import OPTIMIZER, SharedStep, read_options
 
 ZERO = "zero/"
@@ -97,12 +107,24 @@ class UniversalCheckpoint:
             )
         wanted_files = (*models, *layers, *_parameter_files(present))
         files = {name: read_torch_file(root / name, name) for name in wanted_files}
+        return self._read(root, present, models, files)
+
+    def _read(
+        self, root: Path, present: tuple[str, ...], models: tuple[str, ...], files: Mapping[str, TorchFile]
+    ) -> Checkpoint:
+        """What the files say.
+
+        Args:
+            root: the checkpoint.
+            present: all files in it.
+            models: those of model states.
+            files: model states, a pipeline model's layers, and those of parameters.
+        """
         states, steps = _read_states(files)
         tree = files[models[0]].tree
         if isinstance(tree, dict) and tree.get("module", "") is None:
-            weights = _layer_weights(
-                root, {int(found[1]): files[name] for name, found in layers.items()}, states
-            )
+            layers = {int(found[1]): files[name] for name in files if (found := _LAYER.fullmatch(name))}
+            weights = _layer_weights(root, layers, states)
         else:
             weights = _read_weights(root, files[models[0]], states)
         known = {state.param for state in states}
@@ -152,6 +174,21 @@ class UniversalCheckpoint:
             private=Parsed(found_files, models, shared),
         )
 
+    def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
+        """See :class:`~sparkling_cli.formats.model.Deepening`."""
+        parsed: Parsed = checkpoint.private
+        names, old = by_source(weights), parsed.files.files
+        files: dict[str, TorchFile] = {}
+        for name in parsed.models:
+            files |= deeper_files(checkpoint, {name: old[name]}, (name, ("module",)), (), weights, ())
+            files[name] = _with_shapes_of(files[name], names)
+        for name, file in old.items():
+            if name.startswith(ZERO) and name != OPTIMIZER:
+                _, param, slot = name.split("/")
+                files |= {to: called(file, to) for to in (f"{ZERO}{n}/{slot}" for n in names[param])}
+        read = self._read(checkpoint.root, list_files(checkpoint.root), parsed.models, files)
+        return as_read(checkpoint, read, old.keys() | files.keys(), groups)
+
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """Every parameter's files, and the model states with their shapes edited.
 
@@ -175,6 +212,31 @@ def _param_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Shapes as the model states keep them, of every parameter that ZeRO holds."""
     groups = plain(tree.get("param_shapes"))
     return {n: tuple(shape) for g in groups or () for n, shape in g.items() if isinstance(shape, tuple)}
+
+
+def _with_shapes_of(file: TorchFile, names: Mapping[str, Sequence[str]]) -> TorchFile:
+    """Model states that say the shapes of a deeper model's parameters, and list its buffers.
+
+    Args:
+        file: with a deeper model's module.
+        names: weight -> what is read from it.
+
+    Raises:
+        CheckpointError: frozen parameters, of which the file has fragments.
+    """
+    if file.tree.get("frozen_param_shapes"):
+        raise CheckpointError(
+            f"{file.relative}: new layers have no place among frozen parameters",
+            hint="save the checkpoint with all parameters trained, or expand the model alone",
+        )
+    more, groups = More(file), file.tree.get("param_shapes")
+    for index, group in enumerate(groups if isinstance(groups, list) else ()):
+        pairs = [(new, name) for name in group for new in names.get(name, (name,))]
+        more.weights(("param_shapes", index), pairs)
+    buffers = file.tree.get("buffer_names")
+    if isinstance(buffers, list):
+        more.value(("buffer_names",), [new for name in buffers for new in names.get(name, (name,))])
+    return more.done()
 
 
 def _flat_boxes(

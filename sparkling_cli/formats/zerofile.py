@@ -63,7 +63,9 @@ class SharedStep:
     def further(self) -> list[Further]:
         """Every tensor of the file; flat partitions are left out of the output."""
         gone = removed(self.file, self.edits)
-        return [item._replace(left_out=item.key in gone, key="") for item in further_in(self.file, ())]
+        found = [item._replace(left_out=item.key in gone, key="") for item in further_in(self.file, ())]
+        flat = Further(f"{OPTIMIZER}: {_FLAT}", OPTIMIZER, "", None, left_out=True)
+        return [*found, flat] if _FLAT in self.file.tree else found
 
 
 def read_options(
@@ -85,13 +87,17 @@ def read_options(
             raise CheckpointError(f"{root}: {OPTIMIZER} is missing: the conversion was not finished")
         return (), None
     try:
-        file = read_torch_file(inside(root, OPTIMIZER, "the directory"), OPTIMIZER, allow=_OWN)
+        file = read_torch_file(
+            inside(root, OPTIMIZER, "the directory"), OPTIMIZER, allow=_OWN, without=(_FLAT,)
+        )
     except UnsafePickleError:
         if partitioned:
             raise
         return (), None  # it is carried over as it is: nothing in it is read by size
     groups = file.tree.get("param_groups") if isinstance(file.tree, dict) else None
-    options = tuple(plain(group) for group in groups) if isinstance(groups, list) else ()
+    held = [plain(group) for group in groups] if isinstance(groups, list) else []
+    # their parameters are the flat partitions, by number
+    options = tuple({key: value for key, value in group.items() if key != "params"} for group in held)
     return options, _shared_step(root, file) if partitioned else None
 
 

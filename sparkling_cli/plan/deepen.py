@@ -84,7 +84,8 @@ def deeper_source(
     if not all(map(table.has, names)):
         table = module
     weights = _longer(list(checkpoint.weights), table, orders)
-    copy = next((i for i in checkpoint.further if not i.left_out and _of_one(i.name, table, orders)), None)
+    held = (i for i in checkpoint.further if not i.left_out and (i.stored is None or 0 not in i.stored.shape))
+    copy = next((item for item in held if _of_one(item.name, table, orders)), None)
     if copy is not None:
         what = " and ".join(axis.removesuffix("s") for axis in sorted(orders))
         raise CheckpointError(

@@ -104,13 +104,19 @@ def test_nanogpt_with_widths_and_once_more(tmp_path: Path) -> None:
     torch.testing.assert_close(model(ids), old(ids), rtol=1e-5, atol=2e-5)
 
 
+def silent_layout(folder: Path, head_dim: int) -> Path:
+    """A layout file of nanoGPT that says what makes its layers silent."""
+    text = _layout_file(folder, head_dim=head_dim).read_text()
+    names = (f"{part}.c_proj.{kind}" for part in ("attn", "mlp") for kind in ("weight", "bias"))
+    silent = "".join(f'"transformer.h.*.{name}" = 0\n' for name in names)
+    (folder / "deep.toml").write_text(f"{text}\n[silent]\n{silent}")
+    return folder / "deep.toml"
+
+
 def test_dcp(tmp_path: Path) -> None:
     """torch.distributed.checkpoint with groups that list their parameters, by a layout file."""
     make_dcp.save_single(tmp_path / "run")
-    text = _layout_file(tmp_path, head_dim=5).read_text()
-    names = (f"{part}.c_proj.{kind}" for part in ("attn", "mlp") for kind in ("weight", "bias"))
-    silent = "".join(f'"transformer.h.*.{name}" = 0\n' for name in names)
-    (tmp_path / "deep.toml").write_text(f"{text}\n[silent]\n{silent}")
+    silent_layout(tmp_path, head_dim=5)
     with pytest.raises(SpecError, match="does not say which tensors make a layer silent"):
         widen(tmp_path / "run", tmp_path / "no", TWICE, layout=tmp_path / "layout.toml")
     deep = widen(tmp_path / "run", tmp_path / "deep", TWICE, layout=tmp_path / "deep.toml")

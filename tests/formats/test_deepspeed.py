@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from sparkling_cli.api import make_plan
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.detect import open_checkpoint
 from tests.formats.make_nanogpt import GPT, GPTConfig, batch, scatter, train
+from tests.formats.test_deeper import SPREAD, silent_layout, source_of
 from tests.formats.test_singlefile import _layout_file
-from tests.formats.widening import check_moments, widen
+from tests.formats.widening import check_moments, tensors_of, widen
 
 JOINT = {"hidden": 2, "heads": 2, "ffn": 2}
 WIDE = GPTConfig(n_embd=48, n_head=6)
@@ -116,6 +118,50 @@ def test_parameter_folders(tmp_path: Path, partitioned: bool) -> None:
 
 
 @pytest.mark.parametrize("partitioned", [False, True])
+def test_more_layers(tmp_path: Path, partitioned: bool) -> None:
+    """A folder for each new parameter, with its step; module, shapes and buffers under their new names."""
+    root = tmp_path / "step3_universal"
+    model = _universal(root, partitioned=partitioned)
+    layout = silent_layout(tmp_path, head_dim=8)
+    target = widen(root, tmp_path / "deep", {"layers": 2}, layout=layout)
+    wide = GPT(replace(GPTConfig(), n_layer=4))
+    folders = {path.name for path in (target / "zero").iterdir() if path.is_dir()}
+    assert folders == {name for name, _ in wide.named_parameters()}
+    zeros = 0
+    with torch.no_grad():
+        for name, parameter in wide.named_parameters():
+            found = {path.stem: torch.load(path) for path in (target / "zero" / name).iterdir()}
+            whole = {
+                slot: value["param"] if isinstance(value, dict) else value for slot, value in found.items()
+            }
+            assert found.keys() == {
+                path.stem for path in (root / "zero" / "transformer.wte.weight").iterdir()
+            }
+            assert partitioned or found["step"] == 3
+            parameter.copy_(whole["fp32"].view_as(parameter))
+            source, new = source_of(name, SPREAD)
+            zeros += not parameter.any()
+            old = {s: torch.load(root / "zero" / source / f"{s}.pt") for s in ("exp_avg", "exp_avg_sq")}
+            for slot, value in old.items():
+                kept = value["param"] if isinstance(value, dict) else value
+                if new:
+                    assert not whole[slot].any(), name
+                else:
+                    assert torch.equal(whole[slot], kept), (name, slot)
+        ids = batch(WIDE, 9)
+        assert torch.equal(wide(ids), model(ids))
+    assert zeros == 8
+    (states,) = target.glob("*_model_states.pt")
+    said = torch.load(states, weights_only=True)
+    assert dict(said["param_shapes"][0]) == {n: p.shape for n, p in wide.named_parameters()}
+    assert said["module"].keys() == wide.state_dict().keys()
+    if not partitioned:
+        halves = {n: p.detach().bfloat16() for n, p in wide.state_dict().items()}
+        for name, value in said["module"].items():
+            torch.testing.assert_close(value, halves[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
 def test_dropped_state_restarts_the_counters(tmp_path: Path, partitioned: bool) -> None:
     """``drop`` zeroes moments and every step counter, also the one that ZeRO-3 keeps for all parameters."""
     root = tmp_path / "step3_universal"
@@ -197,6 +243,38 @@ def test_resumes_where_it_was(tmp_path: Path, stage: int) -> None:
     fresh.load_checkpoint(str(tmp_path / "dropped"))
     assert made.steps_of(fresh) == {0.0}
     assert made.train(fresh, WIDE, 1, first=3)[0] == pytest.approx(expected[0], abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deeper_and_resumed(tmp_path: Path, stage: int) -> None:
+    """The next loss is the source's bit by bit; what DeepSpeed loaded it saves again, entry by entry."""
+    pytest.importorskip("deepspeed", reason="DS_ACCELERATOR=cpu DS_BUILD_OPS=0 pip install deepspeed==0.19.8")
+    from tests.formats import make_deepspeed as made
+
+    deepspeed = made.start(tmp_path)
+    config, deep = GPTConfig(), replace(GPTConfig(), n_layer=4)
+    engine = made.engine_of(deepspeed, config, stage)
+    made.train(engine, config, 3)
+    engine.save_checkpoint(str(tmp_path / "run"), tag="step3")
+    expected = made.train(engine, config, 2, first=3)
+    source = made.convert(tmp_path / "run", "step3")
+    (tmp_path / "out").mkdir()
+    layout = silent_layout(tmp_path, head_dim=8)
+    target = widen(source, tmp_path / "out" / "step3_universal", {"layers": 2}, layout=layout)
+    (tmp_path / "out" / "latest_universal").write_text(target.name)
+    resumed = made.engine_of(deepspeed, deep, stage, universal=True)
+    path, _ = resumed.load_checkpoint(str(tmp_path / "out"))
+    assert path is not None and resumed.global_steps == 3
+    assert made.steps_of(resumed) == {3.0}
+    resumed.save_checkpoint(str(tmp_path / "again"), tag="step3")
+    again, new = tensors_of(made.convert(tmp_path / "again", "step3")), tensors_of(target)
+    assert again.keys() == new.keys()
+    for key, tensor in new.items():
+        assert torch.equal(again[key], tensor), key
+    losses = made.train(resumed, deep, 2, first=3)
+    assert losses[0] == expected[0]
+    assert losses[1] == pytest.approx(expected[1], abs=0.1)
 
 
 def _pipeline(root: Path, *, gated: bool = False) -> dict[str, torch.Tensor]:

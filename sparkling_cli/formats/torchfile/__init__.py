@@ -8,6 +8,7 @@
 from sparkling_cli.formats.torchfile.file import (
     TorchFile,
     TreePath,
+    called,
     read_attributes,
     read_torch_file,
     read_values,
@@ -28,6 +29,7 @@ __all__ = [
     "TorchFile",
     "TreePath",
     "at",
+    "called",
     "lay_out",
     "lay_out_state_dict",
     "lay_out_tensor",

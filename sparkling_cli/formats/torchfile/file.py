@@ -63,6 +63,7 @@ def read_torch_file(
     offset: int = 0,
     length: int | None = None,
     allow: Collection[str] = (),
+    without: Collection[str] = (),
 ) -> TorchFile:
     """Open a torch zip file, or an archive inside a bigger file.
 
@@ -72,6 +73,7 @@ def read_torch_file(
         offset: where the archive starts in the file.
         length: its bytes; up to the file's end by default.
         allow: more globals (dotted names) that its pickle may name; they stay inert.
+        without: entries of its dictionary whose tensors are not looked for, as the output has none of them.
 
     Raises:
         CheckpointError: missing, truncated, damaged, legacy or big-endian.
@@ -84,18 +86,24 @@ def read_torch_file(
         pickled = small["data.pkl"]
     check_opcodes(pickled, where)
     tree = read_tree(pickled, where, allow)
-    return collected(TorchFile(path, relative, tree, {}, {}, {}, {}, {}, offset, archive, pickled))
+    return collected(TorchFile(path, relative, tree, {}, {}, {}, {}, {}, offset, archive, pickled), without)
 
 
-def collected(file: TorchFile) -> TorchFile:
+def collected(file: TorchFile, without: Collection[str] = ()) -> TorchFile:
     """The file with the keys and places of all tensors in its tree.
+
+    Args:
+        file: the file.
+        without: see :func:`read_torch_file`.
 
     Raises:
         CheckpointError: one lies in no record, or outside of it.
     """
     most = 10_000 + 2 * len(file.pickled) + 20 * len(file.archive.records)
     found = _Collector(file.relative or file.path.name, file.relative, file.base, file.archive, most)
-    found.collect(file.tree)
+    tree = file.tree
+    cut = without and isinstance(tree, dict)
+    found.collect({key: value for key, value in tree.items() if key not in without} if cut else tree)
     return replace(
         file,
         tensors=found.tensors,
@@ -104,6 +112,21 @@ def collected(file: TorchFile) -> TorchFile:
         aliases=found.aliases,
         wrapped=found.wrapped,
     )
+
+
+def called(file: TorchFile, relative: str) -> TorchFile:
+    """The file under another path in the output; its tensors are read where they lie.
+
+    Args:
+        file: the file.
+        relative: to the checkpoint's root.
+    """
+    found = collected(replace(file, relative=relative))
+    tensors = {
+        key: stored._replace(extents=tuple(e._replace(path=file.relative) for e in stored.extents))
+        for key, stored in found.tensors.items()
+    }
+    return replace(found, tensors=tensors)
 
 
 def _check_records(archive: Archive, window: Window) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.torchfile.archive import Record
-from sparkling_cli.formats.torchfile.file import TRANSPARENT, TorchFile, TreePath, collected
+from sparkling_cli.formats.torchfile.file import TRANSPARENT, TorchFile, TreePath, collected, walk
 from sparkling_cli.formats.torchfile.layout import edited
 from sparkling_cli.formats.torchfile.objects import Call, Ordered, TensorNode, at, copied_call
 
@@ -29,10 +29,10 @@ class More:
         self._edits: dict[TreePath, Any] = {}
 
     def weights(self, path: TreePath, names: Sequence[tuple[str, str]]) -> None:
-        """Other weights in a state dict; what is not named stays behind them.
+        """Other weights in a state dict, or in another table of theirs; what is not named stays behind them.
 
         Args:
-            path: of the state dict.
+            path: of the table.
             names: of each weight of the new one, in order, and of the one that it is read from.
         """
         old = at(self._file.tree, path)
@@ -40,6 +40,10 @@ class More:
         found = {name: self._copies.of((path, source), old[source]) for name, source in names}
         found.update((name, value) for name, value in old.items() if name not in sources)
         self._edits[path] = _like(old, found)
+
+    def value(self, path: TreePath, value: Any) -> None:
+        """Another plain value at a path."""
+        self._edits[path] = value
 
     def parameters(self, path: TreePath, groups: Sequence[Sequence[Holder]]) -> None:
         """Other parameters in an optimizer's state dict; numbered ones through all groups, as torch does it.
@@ -71,7 +75,8 @@ class More:
     def done(self) -> TorchFile:
         """The new file."""
         records = list(self._file.archive.records)
-        last = max(i for i, record in enumerate(records) if record.name.startswith("data/"))
+        data = (i for i, record in enumerate(records) if record.name.startswith("data/"))
+        last = max(data, default=len(records) - 1)
         records[last + 1 : last + 1] = self._copies.records
         archive = replace(self._file.archive, records=tuple(records))
         return collected(replace(self._file, tree=edited(self._file.tree, self._edits), archive=archive))
@@ -126,6 +131,8 @@ class _Copies:
                 self._next += 1
             return replace(value, storage=storages[key])
         if isinstance(value, Call):
+            if not any(isinstance(part, TensorNode) for _, part in walk(value)):
+                return value
             if value.function.path not in TRANSPARENT:
                 raise CheckpointError(f"a layer has a {value.function.path}, which cannot be copied")
             fresh = copied_call(value)
