@@ -24,10 +24,10 @@ These rules are ours, not the paper's. Widened weights are made in memory, one t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from math import ceil, isfinite, log, nan, prod, sqrt
+from math import ceil, isfinite, log, nan, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,18 +35,18 @@ from sparkling_cli.diagnostics.activations import batches_of, tokens_for
 from sparkling_cli.diagnostics.data import LENGTH
 from sparkling_cli.diagnostics.probe import Probe, pieces
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.formats.directory import rewritten_json
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.expr import COUNTED, Role, axis_names
+from sparkling_cli.layout.keys import path_of, set_path
 from sparkling_cli.plan.build import build_plan, with_calibration
 from sparkling_cli.plan.model import Calibration, Plan, Row
 from sparkling_cli.storage.read import TensorSource
 from sparkling_cli.storage.tensors import StoredTensor
-from sparkling_cli.widening import fill, moments
+from sparkling_cli.widening import moments
 from sparkling_cli.widening.entries import as_doubles
 from sparkling_cli.widening.kernel import Given, compile_kernel
 from sparkling_cli.widening.means import Means
-from sparkling_cli.widening.parts import Unit, boxes, stream_of
+from sparkling_cli.widening.parts import boxes, stream_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -351,28 +351,24 @@ class WidenedSource(TensorSource):
         item = old.element_size()
         made = torch.empty(recipe.shape, dtype=old.dtype)
         target = made.reshape(-1).view(torch.uint8).numpy()
-        known: dict[Unit, moments.Moments] = {}
+        known: dict[str, moments.Moments] = {}
         if kernel.random:
             entries = source.reshape(-1, item)
             for box in boxes(kernel.dims, source=True):
                 edges = range(0, box.entries, moments.BLOCK)
                 places = (box.places(at, min(at + moments.BLOCK, box.entries)) for at in edges)
                 numbers = (as_doubles(entries[place].reshape(-1), recipe.dtype) for place in places)
-                known[box.unit] = moments.merged(map(moments.block_moments, numbers))
-
-        def draw(unit: Unit, start: int, stop: int) -> tuple[Array, moments.Moments]:
-            return fill.normal(self._plan.spec.seed, stream_of(row.stream, unit), start, stop), known[unit]
-
-        entries_of = as_doubles(source, recipe.dtype) if kernel.given else source
-        rows, width = recipe.before[0], prod(recipe.before[1:])
-        mean = Means(self._plan.means, rows, width, lambda low, high: entries_of[low * width : high * width])
+                known[stream_of(row.stream, box.unit)] = moments.merged(map(moments.block_moments, numbers))
+        doubles = as_doubles(source, recipe.dtype) if kernel.given else source
+        means = Means(self._plan.means, recipe.before, lambda start, stop: doubles[start:stop])
+        given = Given.of(self._plan.spec.seed, row.stream, known, means, self._plan.spec.router_noise)
         with np.errstate(all="ignore"):
             for index in range(kernel.pieces):
                 piece = kernel.piece(index)
                 part = source[piece.start * item : piece.stop * item]
                 for image in piece.images:
                     out = target[image.start * item : image.stop * item]
-                    kernel.fill(image, part, out, Given(draw, mean, self._plan.spec.router_noise))
+                    kernel.fill(image, part, out, given)
         return made
 
 
@@ -380,13 +376,15 @@ def widened_checkpoint(plan: Plan) -> Checkpoint:
     """The checkpoint that a plan makes, without optimizer state: names, shapes and config."""
     rows = {row.key: row for row in plan.rows if not row.slot}
     weights = {name: key for name, key in plan.source.weights.items() if key in rows}
-    text = rewritten_json(json.dumps(plan.source.config), plan.config, plan.source.config_file)
+    config = deepcopy(plan.source.config)
+    for key, value in plan.config.items():
+        set_path(config, path_of(key), value)
     return replace(
         plan.source,
         tensors={key: StoredTensor(row.dtype, row.shape, ()) for key, row in rows.items()},
         weights={**weights, **{row.name: row.key for row in rows.values()}},
         states=(),
-        config=json.loads(text),
+        config=config,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,12 @@ from sparkling_cli.storage.byte_ranges import Handles, read, write_range
 from sparkling_cli.storage.byte_ranges import write as write_boxes
 from sparkling_cli.storage.crc import Span, crc32, merge, zeros
 from sparkling_cli.storage.threads import Stopped
-from sparkling_cli.widening import fill, moments
+from sparkling_cli.widening import moments
 from sparkling_cli.widening.derived import derived
 from sparkling_cli.widening.entries import as_doubles, count_nonfinite, numpy_dtype
 from sparkling_cli.widening.kernel import PIECE, Given, Piece
 from sparkling_cli.widening.means import Means
-from sparkling_cli.widening.parts import Box, Unit, stream_of
+from sparkling_cli.widening.parts import Box
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,29 +165,18 @@ class Worker:
         return spans[-1].crc if whole else None
 
     def _given_of(self, row: int) -> Given:
-        job, known = self.job, self.known
-
-        def draw(unit: Unit, start: int, stop: int) -> tuple[Array, moments.Moments]:
-            stream = stream_of(job.rows[row].row.stream, unit)
-            return fill.normal(job.plan.spec.seed, stream, start, stop), known[stream]
-
+        job, spec = self.job.rows[row], self.job.plan.spec
         if row not in self._means:
-            self._means[row] = self._means_of(job.rows[row])
-        return Given(draw, self._means[row], job.plan.spec.router_noise)
+            self._means[row] = Means(self.job.plan.means, job.row.recipe.before, partial(self._numbers, job))
+        return Given.of(spec.seed, job.row.stream, self.known, self._means[row], spec.router_noise)
 
-    def _means_of(self, job: RowJob) -> Means:
+    def _numbers(self, job: RowJob, start: int, stop: int) -> Array:
+        """Entries ``start <= i < stop`` of a row's source."""
         import numpy as np
 
-        rows, *inner = job.row.recipe.before or (1,)
-        width = prod(inner)
-
-        def numbers(first: int, last: int) -> Array:
-            data = np.empty((last - first) * width * job.item, dtype=np.uint8)
-            start = first * width * job.item
-            read(self.source, job.source, start, start + len(data), data)
-            return as_doubles(data, job.row.dtype)
-
-        return Means(self.job.plan.means, rows, width, numbers)
+        data = np.empty((stop - start) * job.item, dtype=np.uint8)
+        read(self.source, job.source, start * job.item, stop * job.item, data)
+        return as_doubles(data, job.row.dtype)
 
     def moments(self, row: int, box: Box, first: int, last: int) -> list[moments.Moments]:
         """Mean and spread of a unit's blocks ``first <= i < last`` (``moments.BLOCK`` entries each).

@@ -12,6 +12,7 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import OutputFile
+from sparkling_cli.layout.keys import get_path, path_of, set_path
 from sparkling_cli.storage.sidecar import FOLDER, sidecar_root
 
 
@@ -196,22 +197,22 @@ def rewritten_json(text: str, changes: Mapping[str, Any], where: str) -> str:
 
     value = json.loads(text, parse_float=marked, parse_constant=marked)
     for dotted, new in changes.items():
-        *path, last = dotted.split(".")
-        holder = value
-        for step in path:
-            holder = _step(holder, step, dotted, where)
-        if isinstance(holder, list):
-            holder[int(last)] = new
-            continue
-        if not isinstance(holder, dict):
+        *path, last = path_of(dotted)
+        ways = [tuple(path[:at]) for at in range(len(path) + 1)]
+        holder = get_path(value, ways[-1])
+        if holder is None:
+            missing = next(way[-1] for way in ways if get_path(value, way) is None)
+            raise CheckpointError(
+                f"{where}: there is no {missing!r} on the way to {dotted!r}, which has to change",
+                hint="write the config in the names of the installed transformers: load it and "
+                "save_pretrained it",
+            )
+        if type(holder) not in (dict, list):
             raise CheckpointError(f"{where}: {dotted!r} lies in a {type(holder).__name__}")
-        in_order = list(holder) == sorted(holder)
-        is_new = last not in holder
-        holder[last] = new
-        if is_new and in_order:
-            items = sorted(holder.items())
-            holder.clear()
-            holder.update(items)
+        in_order = type(holder) is dict and list(holder) == sorted(holder)
+        set_path(holder, (last,), new)
+        for key in sorted(holder) if in_order else ():
+            holder[key] = holder.pop(key)
     indent = re.search(r"\n([ \t]+)\S", text)
     dumped = json.dumps(
         value,
@@ -221,17 +222,6 @@ def rewritten_json(text: str, changes: Mapping[str, Any], where: str) -> str:
     )
     dumped = re.sub(f'"{mark}([^"@]+)"', r"\1", dumped)
     return dumped + text[len(text.rstrip()) :]
-
-
-def _step(holder: Any, step: str, dotted: str, where: str) -> Any:
-    if isinstance(holder, list) and step.isdigit() and int(step) < len(holder):
-        return holder[int(step)]
-    if isinstance(holder, dict) and step in holder:
-        return holder[step]
-    raise CheckpointError(
-        f"{where}: there is no {step!r} on the way to {dotted!r}, which has to change",
-        hint="write the config in the names of the installed transformers: load it and save_pretrained it",
-    )
 
 
 def read_yaml(root: Path, relative: str) -> dict[str, Any]:
@@ -263,7 +253,7 @@ def rewritten_yaml(text: str, changes: Mapping[str, Any], where: str) -> str:
         CheckpointError: a key is there more than once, or the mapping that it is in is not.
     """
     for dotted, value in changes.items():
-        *path, last = dotted.split(".")
+        *path, last = path_of(dotted)
         start, stop, indent = 0, len(text), ""
         for step in path:
             opened = re.compile(rf"^{indent}{re.escape(step)}:[ \t]*\n(?P<indent>[ \t]+)\S", re.MULTILINE)
@@ -281,6 +271,17 @@ def rewritten_yaml(text: str, changes: Mapping[str, Any], where: str) -> str:
             block = block.rstrip("\n") + f"\n{indent}{last}: {value}\n"
         text = text[:start] + block + text[stop:]
     return text
+
+
+def rewritten_file(root: Path, relative: str, changes: Mapping[str, Any]) -> OutputFile:
+    """A JSON or YAML file of the checkpoint with other values under some dotted keys.
+
+    Raises:
+        CheckpointError: a key cannot be written.
+    """
+    text = (root / relative).read_text(encoding="utf-8")
+    rewritten = rewritten_yaml if relative.endswith(".yaml") else rewritten_json
+    return literal_file(relative, rewritten(text, changes, relative).encode())
 
 
 def literal_file(path: str, data: bytes, *, last: bool = False) -> OutputFile:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.directory import inside, list_files, literal_file, read_yaml, rewritten_yaml
+from sparkling_cli.formats.directory import inside, list_files, read_yaml, rewritten_file
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
 from sparkling_cli.formats.singlefile import deeper_sections, find_sections, read_sections, write_sections
 from sparkling_cli.formats.torchfile import read_torch_file
@@ -52,9 +52,8 @@ class LitGptDirectory:
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """The torch file and the config, whose other lines stay as they are."""
-        text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
-        config = rewritten_yaml(text, request.config, CONFIG)
-        return (*write_sections(checkpoint, request), literal_file(CONFIG, config.encode()))
+        config = rewritten_file(checkpoint.root, CONFIG, request.config)
+        return (*write_sections(checkpoint, request), config)
 
     def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
         """See :class:`~sparkling_cli.formats.model.Deepening`."""

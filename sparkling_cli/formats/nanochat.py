@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
+from sparkling_cli.formats.directory import list_files, read_json, rewritten_file
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
 from sparkling_cli.formats.statedict import OptimizerTree, Place, weights_in
 from sparkling_cli.formats.statefiles import (
@@ -158,12 +158,11 @@ class NanochatStep:
         parsed: Parsed = checkpoint.private
         shapes = {item.key: item.shape for item in request.tensors}
         _check_alike(checkpoint, shapes)
-        text = (checkpoint.root / parsed.meta).read_text(encoding="utf-8")
         changes = {f"model_config.{key}": value for key, value in request.config.items()}
         ratio = _aspect_ratio(checkpoint, request.config)
         if ratio is not None:
             changes["user_config.aspect_ratio"] = ratio
-        meta = literal_file(parsed.meta, rewritten_json(text, changes, parsed.meta).encode())
+        meta = rewritten_file(checkpoint.root, parsed.meta, changes)
         return (*parsed.files.outputs(checkpoint, request), meta)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.deeper import as_read, deeper_files
-from sparkling_cli.formats.directory import list_files, literal_file, read_yaml, rewritten_yaml
+from sparkling_cli.formats.directory import list_files, read_yaml, rewritten_file
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
 from sparkling_cli.formats.statedict import OptimizerTree, optimizer_in, weights_in
 from sparkling_cli.formats.statefiles import StateFiles, read_optimizer_file, read_weights_file
@@ -89,9 +89,9 @@ class OlmoStep:
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """Both torch files, and the config, whose other lines stay as they are."""
         files: StateFiles = checkpoint.private
-        text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
-        config = rewritten_yaml(text, {f"model.{k}": v for k, v in request.config.items()}, CONFIG)
-        return (literal_file(CONFIG, config.encode()), *files.outputs(checkpoint, request))
+        changes = {f"model.{key}": value for key, value in request.config.items()}
+        config = rewritten_file(checkpoint.root, CONFIG, changes)
+        return (config, *files.outputs(checkpoint, request))
 
 
 def _read(root: Path, files: Mapping[str, TorchFile], tree: OptimizerTree, config_file: str) -> Checkpoint:

@@ -26,6 +26,7 @@ from sparkling_cli.formats.statedict import (
 from sparkling_cli.formats.statefiles import StateFiles
 from sparkling_cli.formats.torchfile import TensorNode, TorchFile, TreePath, at, plain, read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class
+from sparkling_cli.layout.keys import get_path, path_of
 
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "weights")
 CONFIG_KEYS = ("model_args", "hyper_parameters", "model_config", "config", "hparams", "args")
@@ -249,29 +250,17 @@ def config_edits(tree: Any, sections: Sections, changes: Mapping[str, Any]) -> d
     """Edits that put new config numbers in, also where nanoGPT keeps a second copy of them."""
     if sections.config is None:
         return {}
+    config = at(tree, sections.config)
+    copy = tree.get("config") if sections.kind == "nanogpt" else None
     edits: dict[TreePath, Any] = {}
     for dotted, value in changes.items():
-        path = (*sections.config, *_steps(at(tree, sections.config), dotted))
-        edits[path] = value
-        copy = tree.get("config") if sections.kind == "nanogpt" else None
-        old = at(tree, sections.config).get(dotted)
-        if isinstance(copy, dict) and dotted in copy and copy[dotted] == old:
+        path = path_of(dotted)
+        listed = [isinstance(get_path(config, path[:at]), list) for at in range(len(path))]
+        steps = (int(step) if inside else step for step, inside in zip(path, listed, strict=True))
+        edits[(*sections.config, *steps)] = value
+        if isinstance(copy, dict) and dotted in copy and copy[dotted] == config.get(dotted):
             edits["config", dotted] = value
     return edits
-
-
-def _steps(config: Any, dotted: str) -> TreePath:
-    """The path of a dotted key; list indices are numbers."""
-    steps: list[Any] = []
-    for part in dotted.split("."):
-        inside_list = isinstance(config, list)
-        step: Any = int(part) if inside_list else part
-        steps.append(step)
-        if inside_list:
-            config = config[step]
-        elif isinstance(config, dict):
-            config = config.get(step)
-    return tuple(steps)
 
 
 def facts_of(tree: Any, sections: Sections, optimizer: OptimizerTree) -> dict[str, Any]:

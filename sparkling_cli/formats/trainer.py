@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.deeper import deeper_files, with_names
-from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
+from sparkling_cli.formats.directory import list_files, read_json, rewritten_file
 from sparkling_cli.formats.fsdpfile import check_alone, read_copy, with_copies
 from sparkling_cli.formats.gc_pause import collector_paused
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
@@ -168,8 +168,7 @@ def _outputs(checkpoint: Checkpoint, request: OutputRequest) -> list[OutputFile]
     declared = [item for item in request.tensors if item.name]
     files = list(weight_outputs(parsed.weights, declared))
     if checkpoint.config is not None:
-        text = (checkpoint.root / CONFIG).read_text(encoding="utf-8")
-        files.append(literal_file(CONFIG, rewritten_json(text, request.config, CONFIG).encode()))
+        files.append(rewritten_file(checkpoint.root, CONFIG, request.config))
     elif request.config:
         raise CheckpointError(f"{checkpoint.root.name}: sizes change, but there is no {CONFIG}")
     return [*files, *parsed.files.outputs(checkpoint, request)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.directory import literal_file, read_json, rewritten_json
+from sparkling_cli.formats.directory import read_json, rewritten_file
 from sparkling_cli.formats.model import Checkpoint, OutputFile, ParamState
 from sparkling_cli.formats.torchfile import plain, read_attributes, read_torch_file
 
@@ -55,8 +55,7 @@ def without_outdated(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[OutputFi
     if STATE in carried:
         best = {name: value for name in _BEST if (value := read_json(root, STATE).get(name)) is not None}
         if best:
-            text = (root / STATE).read_text(encoding="utf-8")
-            files.append(literal_file(STATE, rewritten_json(text, dict.fromkeys(best), STATE).encode()))
+            files.append(rewritten_file(root, STATE, dict.fromkeys(best)))
             values = {**best, _BEST[0]: str(best.get(_BEST[0])).replace("\\", "/").rpartition("/")[2]}
             listed = ", ".join(f"{name} {values[name]}" for name in best)
             notes.append(

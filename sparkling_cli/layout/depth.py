@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.keys import lookup
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NUMBER, NameTemplate, renumbered, skeleton
 
@@ -188,10 +189,7 @@ def deeper_config(config: Mapping[str, Any], counts: Collection[str], order: Ord
     """
     found: dict[str, Any] = {}
     for table in {key.rpartition(".")[0] for key in counts}:
-        holder: Any = config
-        for step in filter(None, table.split(".")):
-            holder = holder.get(step, {}) if isinstance(holder, Mapping) else {}
-        for key, value in _leaves(holder, f"{table}." if table else ""):
+        for key, value in _leaves(lookup(config, table) or {}, f"{table}." if table else ""):
             if key not in counts and not _OTHERS.search(key):
                 new = _grown(key, value, order)
                 if new != value:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import PACKINGS, axis_names
+from sparkling_cli.layout.keys import lookup
 from sparkling_cli.layout.model import PatternTable, TensorPattern
 from sparkling_cli.layout.names import compress
 from sparkling_cli.layout.parse import parse_expr
@@ -162,19 +163,6 @@ def present_numbers(
         elif key == name:
             raise NamesDifferError(f"{where}: the checkpoint's config has no number {key!r}")
     return found
-
-
-def lookup(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; None if there is none. Digits index lists."""
-    value: Any = config
-    for part in key.split("."):
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, (list, tuple)) and part.isdigit() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            return None
-    return value
 
 
 def axes_in(tables: Iterable[Mapping[str, str]]) -> set[str]:

@@ -34,6 +34,7 @@ from typing import Any
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import PACKINGS, Axis, Expr, Fixed, Product, Role, axis_names, size_of
 from sparkling_cli.layout.file import from_dict
+from sparkling_cli.layout.keys import lookup
 from sparkling_cli.layout.model import ModelLayout, PatternTable, TensorPattern
 from sparkling_cli.layout.parse import parse_expr, parse_layout
 from sparkling_cli.layout.presence import (
@@ -45,7 +46,6 @@ from sparkling_cli.layout.presence import (
     by_config,
     check_sizes,
     indices_of,
-    lookup,
     narrowed,
     present,
     present_numbers,

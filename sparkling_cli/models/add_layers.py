@@ -9,12 +9,12 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.depth import LAYERS, starred
+from sparkling_cli.layout.keys import Path, get_path, lookup
 from sparkling_cli.layout.model import AxisInfo, ModelLayout
 from sparkling_cli.models.depth import Depth
 from sparkling_cli.models.disk import DiskTensor
 from sparkling_cli.models.patterns import split
 from sparkling_cli.models.prove import Findings
-from sparkling_cli.models.sizes import Path, get_path
 from sparkling_cli.models.skeleton import ConfigDict
 
 #: the number of a stack that is no layer of the model: of another modality's tower, for one
@@ -60,7 +60,7 @@ def _with_depth(
         raise LayoutError("its last layer carries a factor of its own")
     layout = _others_apart(layout, stacks)
     keys = {".".join((*prefix, *path)): get_path(real, path) for path in depth.counts}
-    known = {key: value for key, value in keys.items() if get_path(config, tuple(key.split("."))) is not None}
+    known = {key: value for key, value in keys.items() if lookup(config, key) is not None}
     counts = known or dict(list(keys.items())[:1])
     size = layout.axes[LAYERS].size
     if set(counts.values()) != {size}:

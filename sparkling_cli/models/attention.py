@@ -12,16 +12,7 @@ from dataclasses import replace
 from sparkling_cli.layout.expr import Axis, Expr, Fixed, Product, Role, TensorLayout
 from sparkling_cli.layout.names import block_of
 from sparkling_cli.models.families import Family, Options, Variable
-from sparkling_cli.models.labels import (
-    Part,
-    label,
-    part_count,
-    render,
-    rows_keep,
-    rows_swap,
-    span,
-    texts,
-)
+from sparkling_cli.models.labels import keeps, label, parts_of, render, texts
 from sparkling_cli.models.parity import LogitParity
 
 _HIDDEN = Axis("hidden")
@@ -114,17 +105,16 @@ def _split_block(
 ) -> None:
     """Rewrite the block if some producer's part is linear into the consumer: values and output."""
     i, d = consumer
-    whole = Part(i, d, 0, families[i].shape[d])
+    whole = (i, d, list(range(families[i].shape[d])))
     for places in producers.values():
         first = layouts[places[0][0]].dims[places[0][1]].expr
         for number, option in enumerate(_alternatives(first)):
-            for k in range(part_count(option)):
-                parts = [span(f, at, option, k, parity.found.sizes) for f, at in places]
-                rows = [p for p in parts if p is not None]
+            for entries in parts_of(option, parity.found.sizes):
+                changed = [*((f, at, entries) for f, at in places), whole]
                 # Queries and keys may be negated together too, but not exchanged entry by entry.
-                if not rows_swap(parity, families, [*rows, whole]):
-                    continue
-                if not rows_keep(parity, families, [*rows, whole]):
+                if not keeps(parity, families, changed, exchanged=True) or not keeps(
+                    parity, families, changed
+                ):
                     continue
                 layouts[i] = _with(layouts[i], d, Product(_HEADS))
                 for f, at in (p for others in producers.values() for p in others):

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+from sparkling_cli.layout.keys import Path, get_path
 from sparkling_cli.models.shrink import Shapes, changed, tried_shapes
 from sparkling_cli.models.shrink import shapes as shapes_of
-from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, kind_of, tower_outputs, walk
+from sparkling_cli.models.sizes import OTHER_MODALITY, kind_of, tower_outputs, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 
 #: Kinds whose keys size nothing that could be an axis.

@@ -25,10 +25,11 @@ from sparkling_cli.layout.depth import (
     starred,
 )
 from sparkling_cli.layout.expr import Axis, Role, TensorLayout, axis_names
+from sparkling_cli.layout.keys import Path, get_path, path_of, set_path
 from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.models.patterns import split
 from sparkling_cli.models.shrink import run, tokens
-from sparkling_cli.models.sizes import OTHER_MODALITY, Path, get_path, kind_of, set_path, walk
+from sparkling_cli.models.sizes import OTHER_MODALITY, kind_of, walk
 from sparkling_cli.models.skeleton import build_model
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class _Deeper:
         config = copy.deepcopy(parity.found.config)
         dotted = {".".join(path) for path in counts}
         for key, value in deeper_config(config, dotted, order).items():
-            set_path(config, tuple(key.split(".")), value)
+            set_path(config, path_of(key), value)
         for path in counts:
             set_path(config, path, len(order))
         self.model: nn.Module = build_model(config, meta=False, factory=parity.factory).to(parity.dtype)

@@ -7,7 +7,7 @@ the consumer's input is linear in that part. Zero fill needs to know: the other 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, Product, Role, Sum, TensorLayout, size_of
@@ -16,17 +16,8 @@ from sparkling_cli.models.families import Family
 from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.models.search import Choice
 
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of one family's producing dim that belong together."""
-
-    family: int
-    dim: int
-    start: int
-    stop: int
-    step: int = 1
-    """interleaved parts: entries ``start, start+step, ...``"""
+#: A family, one of its dims, and entries of that which belong together.
+Part = tuple[int, int, list[int]]
 
 
 def label(
@@ -80,14 +71,12 @@ def _label_group(
         modules.setdefault(owner, []).append((i, d))
     parts: list[tuple[str, int, list[Part]]] = []
     for owner, dims in modules.items():
-        count = part_count(layouts[dims[0][0]].dims[dims[0][1]].expr)
-        for k in range(count):
-            spans = [span(i, d, layouts[i].dims[d].expr, k, sizes) for i, d in dims]
-            parts.append((owner, k, [s for s in spans if s is not None]))
+        split = [[(i, d, own) for own in parts_of(layouts[i].dims[d].expr, sizes)] for i, d in dims]
+        parts += [(owner, k, list(spans)) for k, spans in enumerate(zip(*split, strict=True))]
     if len(parts) < 2 or len(parts) > 6:
         return
-    consumers = [Part(i, d, 0, families[i].shape[d]) for i, d in ins]
-    linear = [rows_keep(parity, families, [*p, *consumers]) for _, _, p in parts]
+    consumers = [(i, d, list(range(families[i].shape[d]))) for i, d in ins]
+    linear = [keeps(parity, families, [*p, *consumers]) for _, _, p in parts]
     attention = parity.found.axes[axis].kind in ("heads", "kv_heads", "q_per_kv", "head_dim")
     names = _names(linear, attention, parts, layouts, modules)
     if names is None:
@@ -98,77 +87,40 @@ def _label_group(
             layouts[i] = _labelled(layouts[i], d, own)
 
 
-def part_count(expr: Expr) -> int:
-    """How many parts a fused producing dim has; 1 if it is not fused."""
-    if isinstance(expr, Product):
-        for factor in expr.factors:
-            if isinstance(factor, Fixed) and factor.size in (2, 3):
-                return factor.size
-            if isinstance(factor, Sum):
-                return len(factor.parts)
-    return len(expr.parts) if isinstance(expr, Sum) else 1
+def _fused(expr: Expr) -> tuple[tuple[Expr, ...], int | None]:
+    """The factors of a term, and the place of the one that is made of parts; None if none is."""
+    factors = expr.factors if isinstance(expr, Product) else (expr,)
+    for at, factor in enumerate(factors):
+        counts = isinstance(factor, Fixed) and factor.size in (2, 3) and len(factors) > 1
+        if counts or isinstance(factor, Sum):
+            return factors, at
+    return factors, None
 
 
-def span(i: int, d: int, expr: Expr, k: int, sizes: Mapping[str, int]) -> Part | None:
-    """Entries of part ``k``; None where parts do not lie as one block or stride."""
-    total = size_of(expr, sizes)
-    if isinstance(expr, Sum):
-        widths = [size_of(p, sizes) for p in expr.parts]
-        return Part(i, d, sum(widths[:k]), sum(widths[: k + 1]))
-    if isinstance(expr, Product):
-        for at, factor in enumerate(expr.factors):
-            inner = prod(size_of(behind, sizes) for behind in expr.factors[at + 1 :])
-            if isinstance(factor, Fixed) and factor.size in (2, 3):
-                return Part(i, d, k * inner, total, factor.size * inner)
-            if isinstance(factor, Sum):
-                widths = [size_of(p, sizes) * inner for p in factor.parts]
-                start = sum(widths[:k])
-                if at == 0:
-                    return Part(i, d, start, start + widths[k])
-                return Part(i, d, start, start + widths[k], -sum(widths))
-    return Part(i, d, 0, total)
+def parts_of(expr: Expr, sizes: Mapping[str, int]) -> list[list[int]]:
+    """Entries of every part of a fused dim; of all as one where it is not fused."""
+    everything = range(size_of(expr, sizes))
+    factors, at = _fused(expr)
+    if at is None:
+        return [list(everything)]
+    factor, inner = factors[at], prod(size_of(behind, sizes) for behind in factors[at + 1 :])
+    own = factor.parts if isinstance(factor, Sum) else [Fixed(1)] * size_of(factor, sizes)
+    part = [k for k, term in enumerate(own) for _ in range(size_of(term, sizes) * inner)]
+    return [[entry for entry in everything if part[entry % len(part)] == k] for k in range(len(own))]
 
 
-def _entries(part: Part, total: int) -> list[int]:
-    if part.step < 0:  # a block inside every outer group
-        group = -part.step
-        return [g + j for g in range(0, total, group) for j in range(part.start, part.stop)]
-    if part.step > 1:
-        return [s + j for s in range(part.start, total, part.step) for j in range(_block(part))]
-    return list(range(part.start, part.stop))
-
-
-def _block(part: Part) -> int:
-    for count in (2, 3):
-        if part.start % (part.step // count) == 0 and part.step % count == 0:
-            inner = part.step // count
-            if part.start in (0, inner, 2 * inner):
-                return inner
-    return 1
-
-
-def rows_keep(parity: LogitParity, families: Sequence[Family], parts: Sequence[Part]) -> bool:
-    """Whether negating all these entries at once leaves the logits as they are."""
+def keeps(
+    parity: LogitParity, families: Sequence[Family], parts: Sequence[Part], *, exchanged: bool = False
+) -> bool:
+    """Whether negating all these entries, or exchanging the first two of each part, keeps the logits."""
     import torch
 
     state = {k: v.clone() for k, v in parity.state.items()}
-    for part in parts:
-        index = torch.tensor(_entries(part, families[part.family].shape[part.dim]))
-        for name in families[part.family].names:
-            state[name].index_copy_(part.dim, index, -state[name].index_select(part.dim, index))
-    return parity.unchanged(state)
-
-
-def rows_swap(parity: LogitParity, families: Sequence[Family], parts: Sequence[Part]) -> bool:
-    """Whether exchanging the first two entries of all these parts at once leaves the logits."""
-    import torch
-
-    state = {k: v.clone() for k, v in parity.state.items()}
-    for part in parts:
-        first, second = _entries(part, families[part.family].shape[part.dim])[:2]
-        index, other = torch.tensor([first, second]), torch.tensor([second, first])
-        for name in families[part.family].names:
-            state[name].index_copy_(part.dim, index, state[name].index_select(part.dim, other))
+    for family, dim, entries in parts:
+        index = torch.tensor(entries[:2] if exchanged else entries)
+        for name in families[family].names:
+            own = state[name].index_select(dim, index)
+            state[name].index_copy_(dim, index, own.flip(dim) if exchanged else -own)
     return parity.unchanged(state)
 
 
@@ -201,14 +153,9 @@ def _terms_of(
 ) -> set[str]:
     owner, k, _ = part
     i, d = modules[owner][0]
-    expr = layouts[i].dims[d].expr
-    if isinstance(expr, Product):
-        for factor in expr.factors:
-            if isinstance(factor, Sum):
-                return _axes(factor.parts[k])
-    if isinstance(expr, Sum):
-        return _axes(expr.parts[k])
-    return _axes(expr)
+    factors, at = _fused(layouts[i].dims[d].expr)
+    fused = None if at is None else factors[at]
+    return _axes(fused.parts[k] if isinstance(fused, Sum) else layouts[i].dims[d].expr)
 
 
 def _labelled(layout: TensorLayout, d: int, names: Sequence[str]) -> TensorLayout:
@@ -222,22 +169,15 @@ def _with_names(expr: Expr, names: Sequence[str]) -> Expr:
 
     if len(names) == 1:
         return replace(expr, label=names[0])
+    factors, at = _fused(expr)
+    assert at is not None
+    factor = factors[at]
+    own = factor.parts if isinstance(factor, Sum) else [Fixed(1)] * len(names)
+    new: Expr = Sum(tuple(replace(part, label=name) for part, name in zip(own, names, strict=True)))
     packing = next((n for n, parts in PACKINGS.items() if parts == tuple(names)), None)
-    if isinstance(expr, Sum):
-        return Sum(tuple(replace(p, label=n) for p, n in zip(expr.parts, names, strict=True)))
-    assert isinstance(expr, Product)
-    factors: list[Expr] = []
-    for factor in expr.factors:
-        if isinstance(factor, Sum):
-            parts = zip(factor.parts, names, strict=True)
-            factors.append(Sum(tuple(replace(p, label=n) for p, n in parts)))
-        elif isinstance(factor, Fixed) and factor.size == len(names) and packing:
-            factors.append(Axis(packing))
-        elif isinstance(factor, Fixed) and factor.size == len(names):
-            factors.append(Sum(tuple(Fixed(1, label=n) for n in names)))
-        else:
-            factors.append(factor)
-    return Product(tuple(factors))
+    if packing and not isinstance(factor, Sum):
+        new = Axis(packing)
+    return Product((*factors[:at], new, *factors[at + 1 :])) if len(factors) > 1 else new
 
 
 def render(dims: Sequence[Dim]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import COUNTED, Axis, atoms
+from sparkling_cli.layout.keys import path_of
 from sparkling_cli.layout.model import Compensation, ModelLayout
 from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.layout.packaged import packaged_data, packaged_names
@@ -102,12 +103,10 @@ def _proved(name: str, tiny: ConfigDict) -> list[ArchitectureAxis]:
 def _axes(layout: ModelLayout, tiny: ConfigDict, sizes: dict[str, tuple[int, ...]]) -> TinyAxes:
     """The file's axes and config terms, as those that are found are written."""
     terms = {
-        tuple(key.split(".")): tuple(
-            a.name if isinstance(a, Axis) else str(a.size) for a in atoms(parse_expr(text))
-        )
+        path_of(key): tuple(a.name if isinstance(a, Axis) else str(a.size) for a in atoms(parse_expr(text)))
         for key, text in layout.config.items()
     }
-    now = {tuple(key.split(".")): n for key, n in layout.config_sizes(layout.sizes).items()}
+    now = {path_of(key): n for key, n in layout.config_sizes(layout.sizes).items()}
     axes = {name: AxisKey(name, None, info.size, ()) for name, info in layout.axes.items()}
     return TinyAxes(changed(tiny, now), axes, terms, sizes)
 

@@ -24,6 +24,7 @@ from sparkling_cli.layout.expr import (
     size_of,
     with_atoms,
 )
+from sparkling_cli.layout.keys import Path, get_path
 from sparkling_cli.layout.model import AxisInfo, Compensation, ModelLayout, TensorPattern
 from sparkling_cli.layout.names import NameTemplate, skeleton
 from sparkling_cli.layout.solve import Equation, solve_sizes
@@ -35,13 +36,7 @@ from sparkling_cli.models.patterns import Pattern, fill, numbered, patterns_of, 
 from sparkling_cli.models.prove import WIDTHS, Findings
 from sparkling_cli.models.real_model import RealModel, as_built, without_towers
 from sparkling_cli.models.shrink import Shapes
-from sparkling_cli.models.sizes import (
-    OTHER_MODALITY,
-    Path,
-    get_path,
-    kind_of,
-    walk,
-)
+from sparkling_cli.models.sizes import OTHER_MODALITY, kind_of, walk
 from sparkling_cli.models.skeleton import (
     ConfigDict,
     ModelFactory,

@@ -15,11 +15,12 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import Expr, TensorLayout, axis_names
+from sparkling_cli.layout.keys import Path, get_path, path_of
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.axes import TinyAxes
 from sparkling_cli.models.shrink import Shapes, changed, tried_shapes
-from sparkling_cli.models.sizes import Path, get_path, tower_outputs, tower_widths
+from sparkling_cli.models.sizes import tower_outputs, tower_widths
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 from sparkling_cli.widening.reference import Rules, Wanted
@@ -69,7 +70,7 @@ class RealModel:
             depth: how many keys lead from the checkpoint's config to the language model's own.
         """
         sizes = {a: 2 * n if a in axes else n for a, n in layout.sizes.items()}
-        values = {tuple(key.split("."))[depth:]: n for key, n in layout.config_sizes(sizes).items()}
+        values = {path_of(key)[depth:]: n for key, n in layout.config_sizes(sizes).items()}
         built = tried_shapes(changed(self.config, values), self.factory)
         if isinstance(built, str):
             return f"the class refuses twice as many: {' '.join(built.split()):.300}"

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
+from sparkling_cli.layout.keys import Path, get_path
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.models.shrink import Shapes, changed, run, shrink, tokens, tried_shapes
 from sparkling_cli.models.shrink import shapes as shapes_of
-from sparkling_cli.models.sizes import Path, get_path, kind_of, walk
+from sparkling_cli.models.sizes import kind_of, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model
 
 #: The usual name of a key, for each kind that is looked for.

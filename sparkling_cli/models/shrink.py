@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.models.sizes import Path, get_path, kind_of, set_path, walk
+from sparkling_cli.layout.keys import Path, get_path, set_path
+from sparkling_cli.models.sizes import kind_of, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, text_config, words_of
 from sparkling_cli.models.tiny_config import (
     VARIANTS,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-Path = tuple[str, ...]
+from sparkling_cli.layout.keys import Path, get_path
 
 #: Parts of a transformers config that never size a tensor of a language model.
 _LABELS = frozenset({"id2label", "label2id", "task_specific_params"})
@@ -124,20 +124,3 @@ def _is_output(config: Mapping[str, Any], path: Path) -> bool:
     """Whether the name says so; a part with a width of its own, ``embed_dim``, ends in ``hidden_size``."""
     inner = get_path(config, (*path[:-1], "embed_dim"))
     return bool(_OUTPUT.search(path[-1])) or (path[-1] == "hidden_size" and isinstance(inner, int))
-
-
-def get_path(config: Mapping[str, Any], path: Path) -> Any:
-    """Return the value at ``path``, or None where there is none."""
-    found: Any = config
-    for key in path:
-        if not isinstance(found, Mapping) or key not in found:
-            return None
-        found = found[key]
-    return found
-
-
-def set_path(config: dict[str, Any], path: Path, value: Any) -> None:
-    """Set the value at ``path`` in place, making inner dicts where they are missing."""
-    for key in path[:-1]:
-        config = config.setdefault(key, {})
-    config[path[-1]] = value

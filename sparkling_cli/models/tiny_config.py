@@ -9,16 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparkling_cli.layout.depth import FIRST, by_number, lists_layers, table_of
-from sparkling_cli.models.sizes import (
-    OTHER_MODALITY,
-    TINY_SIZES,
-    Path,
-    get_path,
-    kind_of,
-    set_path,
-    tower_outputs,
-    walk,
-)
+from sparkling_cli.layout.keys import Path, get_path, set_path
+from sparkling_cli.models.sizes import OTHER_MODALITY, TINY_SIZES, kind_of, tower_outputs, walk
 from sparkling_cli.models.skeleton import ConfigDict
 
 #: widths inside of towers of other modalities: what text does not reach need not be as large as it is

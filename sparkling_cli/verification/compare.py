@@ -436,19 +436,17 @@ class Neighbours:
         """
         import numpy as np
 
-        placement, before = subject.source, subject.wanted.before
+        placement = subject.source
         assert placement is not None
-        width = prod(before[1:])
 
         def numbers(first: int, last: int) -> Array:
-            data = np.empty((last - first) * width * placement.item, dtype=np.uint8)
-            at = first * width * placement.item
-            read(source, placement, at, at + len(data), data)
+            data = np.empty((last - first) * placement.item, dtype=np.uint8)
+            read(source, placement, first * placement.item, last * placement.item, data)
             return as_numbers(data, subject.wanted.dtype)
 
         with self._lock:
             known = self._whole.get(subject.key)
-            made = Means(subject.wanted.means, before[0], width, numbers, known)
+            made = Means(subject.wanted.means, subject.wanted.before, numbers, known)
             found = made(start, stop)
             self._whole[subject.key] = made.whole
             return found

@@ -21,6 +21,7 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.formats.optimizer_states import StateKind, form_of, state_kind, turns
 from sparkling_cli.layout.expr import TensorLayout
+from sparkling_cli.layout.keys import lookup
 from sparkling_cli.layout.model import Compensation, ModelLayout
 from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.layout.parse import parse_layout
@@ -355,7 +356,7 @@ class Derivation:
         sizes = {**self.layout.sizes, **{axis: grown[1] for axis, grown in self.rules.growth.items()}}
         found = []
         for key, value in self.layout.config_sizes(sizes).items():
-            seen = _value(after, key)
+            seen = lookup(after, key)
             if any(one != value for one in (seen if isinstance(seen, list) else [seen])):
                 found.append(f"the config says {key} = {seen!r}, the axes give {value}")
         found += self._list_faults(before or {}, after, "")
@@ -367,7 +368,7 @@ class Derivation:
                 own *= float(self.rules.factors(item.axis)[0]) if item.fan_in else 1.0
                 factors[item.config] = factors.get(item.config, 1.0) * own
         for key, factor in factors.items():
-            old_value, seen = _value(before or {}, key), _value(after, key)
+            old_value, seen = lookup(before or {}, key), lookup(after, key)
             if isinstance(old_value, (int, float)) and not (
                 isinstance(seen, (int, float)) and isclose(seen, old_value * factor, rel_tol=1e-9)
             ):
@@ -422,13 +423,6 @@ def _turned(wanted: Wanted, rows: int) -> Wanted:
     """What a factor of columns must be that has become one of rows."""
     found = copy(wanted)
     found.shape, found.state, found.whole, found.same = (rows, 1), TURNED, not wanted.zero, False
-    return found
-
-
-def _value(config: Mapping[str, Any], dotted: str) -> Any:
-    found: Any = config
-    for step in dotted.split("."):
-        found = found.get(step) if isinstance(found, Mapping) else None
     return found
 
 

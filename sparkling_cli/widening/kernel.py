@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, row_major
 from sparkling_cli.widening.entries import draw_into, noise_into, numpy_dtype, round_into, scale_into
+from sparkling_cli.widening.fill import normal
 from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
-from sparkling_cli.widening.parts import Box, Unit, along, boxes
+from sparkling_cli.widening.parts import Box, Unit, along, boxes, stream_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +56,26 @@ class Given(NamedTuple):
     draw: Draw
     mean: Mean
     noise: float = 0.0
+
+    @classmethod
+    def of(
+        cls, seed: int, stream: str, known: Mapping[str, Moments], mean: Mean, noise: float = 0.0
+    ) -> Given:
+        """With the random numbers of a tensor's own stream.
+
+        Args:
+            seed: of all streams.
+            stream: the tensor's.
+            known: stream of each of its units -> distribution of the old entries.
+            mean: rows of means.
+            noise: on noisy copies.
+        """
+
+        def draw(unit: Unit, start: int, stop: int) -> tuple[Array, Moments]:
+            own = stream_of(stream, unit)
+            return normal(seed, own, start, stop), known[own]
+
+        return cls(draw, mean, noise)
 
 
 class Step(NamedTuple):

@@ -6,6 +6,7 @@ The rows are added one after the other, in float64, so the result is the same wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,9 +24,8 @@ class Means:
     Args:
         of: for each row of means, the rows that it is the mean of; () for all of the tensor's. An empty
             sequence stands for one () for every row.
-        rows: of the tensor.
-        width: entries of a row.
-        read: rows ``first <= i < last`` of the tensor as float64 numbers, one dim.
+        shape: of the tensor.
+        read: entries ``start <= i < stop`` of the tensor as float64 numbers, one dim.
         whole: the mean of all rows, where it is known.
 
     Attributes:
@@ -35,12 +35,12 @@ class Means:
     def __init__(
         self,
         of: Sequence[Sequence[int]],
-        rows: int,
-        width: int,
+        shape: Sequence[int],
         read: Callable[[int, int], Array],
         whole: Array | None = None,
     ) -> None:
-        self._of, self._rows, self._width, self._read = of, rows, width, read
+        self._rows, *inner = shape or (1,)
+        self._of, self._width, self._read = of, prod(inner), read
         self.whole = whole
 
     def __call__(self, start: int, stop: int) -> Array:
@@ -53,12 +53,15 @@ class Means:
 
     def _mean(self, of: Sequence[int]) -> Array:
         if of:
-            return self._sum(self._read(i, i + 1) for i in of) / len(of)
+            return self._sum(self._rows_read(i, i + 1) for i in of) / len(of)
         if self.whole is None:
             step = max(_ENTRIES // self._width, 1)
-            blocks = (self._read(i, min(i + step, self._rows)) for i in range(0, self._rows, step))
+            blocks = (self._rows_read(i, min(i + step, self._rows)) for i in range(0, self._rows, step))
             self.whole = self._sum(blocks) / self._rows
         return self.whole
+
+    def _rows_read(self, first: int, last: int) -> Array:
+        return self._read(first * self._width, last * self._width)
 
     def _sum(self, blocks: Iterator[Array]) -> Array:
         import numpy as np

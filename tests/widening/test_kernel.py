@@ -49,9 +49,7 @@ def by_pieces(
     known = moments_of(tensor, view) if kernel.random else {}
     read = 0
 
-    def draw(unit: Unit, start: int, stop: int) -> tuple[np.ndarray, Moments]:
-        return fill.normal(3, stream_of("s", unit), start, stop), known[unit]
-
+    given = Given.of(3, "s", {stream_of("s", unit): own for unit, own in known.items()}, means_of(tensor))
     for index in range(kernel.pieces):
         part = kernel.piece(index)
         assert part.start == read, "pieces are in order and leave no gap"
@@ -61,7 +59,7 @@ def by_pieces(
             assert (image.stop - image.start) * item <= max(piece, item)
             touched[image.start : image.stop] += 1
             made = np.full((image.stop - image.start) * item, 255, dtype=np.uint8)
-            kernel.fill(image, data, made, Given(draw, means_of(tensor)))
+            kernel.fill(image, data, made, given)
             if image.program.plain:
                 assert made.tobytes() == data[kernel.bytes_of(image)].tobytes()
             if image.program.zero:
@@ -77,7 +75,7 @@ def means_of(tensor: torch.Tensor) -> Means:
     rows = tensor.double().numpy().reshape(tensor.shape[0] if tensor.ndim else 1, -1)
     last = len(rows) - 1
     of = ((0, min(1, last)), (last,), ()) * 100
-    return Means(of, len(rows), rows.shape[1], lambda first, stop: rows[first:stop].reshape(-1))
+    return Means(of, rows.shape, lambda start, stop: rows.reshape(-1)[start:stop])
 
 
 def moments_of(tensor: torch.Tensor, view: View) -> dict[Unit, Moments]:

@@ -31,11 +31,12 @@ from sparkling_cli.formats.dcp.read import (
 )
 from sparkling_cli.formats.dcp.write import directory_outputs
 from sparkling_cli.formats.deeper import as_read
-from sparkling_cli.formats.directory import list_files, literal_file, read_json, rewritten_json
+from sparkling_cli.formats.directory import list_files, read_json, rewritten_file
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
 from sparkling_cli.formats.other_files import tensors_of
 from sparkling_cli.formats.torchfile import read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
+from sparkling_cli.layout.keys import path_of, set_path
 
 #: where composer keeps the config of a transformers model, key by key
 _COMPOSER_CONFIG = "state.integrations.huggingface.model.config.content."
@@ -214,13 +215,11 @@ class DcpFormat:
         for one in parsed.directories:
             files += directory_outputs(one, declared, numbers, new, pieces)
         if parsed.config_file:
-            text = (checkpoint.root / parsed.config_file).read_text(encoding="utf-8")
             changes = request.config
             if parsed.config_file == lingua.CONFIG:
                 shapes = {n: declared[k].shape for n, k in checkpoint.weights.items() if k in declared}
                 changes = lingua.with_multiplier(checkpoint.config or {}, changes, shapes)
-            text = rewritten_json(text, changes, parsed.config_file)
-            files.insert(0, literal_file(parsed.config_file, text.encode()))
+            files.insert(0, rewritten_file(checkpoint.root, parsed.config_file, changes))
         return tuple(sorted(files, key=lambda file: file.last))
 
 
@@ -261,11 +260,7 @@ def _entries_as_config(entries: Mapping[str, Entry], within: str) -> dict[str, A
     config: dict[str, Any] = {}
     for name, entry in entries.items():
         if within and name.startswith(within) and not entry.is_tensor:
-            *path, last = name.removeprefix(within).split(".")
-            holder = config
-            for step in path:
-                holder = holder.setdefault(step, {})
-            holder[last] = entry.value()
+            set_path(config, path_of(name.removeprefix(within)), entry.value())
     return config
 
 
