@@ -16,9 +16,7 @@ from sparkling_cli.errors import (
 )
 from sparkling_cli.execute.disk_space import reading_back
 from sparkling_cli.formats.gc_pause import collector_running
-from sparkling_cli.layout.depth import LAYERS, Places
 from sparkling_cli.manifest import make_manifest
-from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.plan.model import Expansion
 from sparkling_cli.plan.resolve import asked_copies, resolve_growth
 from sparkling_cli.plan.symmetry import check_pair, treatment_of
@@ -198,7 +196,8 @@ def _measure(
     from math import prod
 
     from sparkling_cli.diagnostics.activations import measure_change
-    from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
+    from sparkling_cli.diagnostics.data import Sample
+    from sparkling_cli.diagnostics.measurement import Enlarged
     from sparkling_cli.formats.detect import open_checkpoint
     from sparkling_cli.storage.tensors import ITEM_BYTES
 
@@ -214,27 +213,18 @@ def _measure(
             "--report full, or later by `sparkling inspect SRC --against DST`"
         )
     assert written.root is not None  # the output is complete, but not in place yet
-    sequences, length = SEQUENCES, LENGTH
+    sample = Sample(data)
     if report == "auto" and data is None:
         parameters = sum(prod(row.shape) + row.entries_before for row in weights)
-        sequences, length = affordable(parameters)
+        sample = Sample(None, *affordable(parameters))
     with reading_back(written.root):
         output = open_checkpoint(written.root)
     try:
         with collector_running():
+            widened = {row.name for row in weights if row.grows}
+            done = Enlarged.by(plan.layout, plan.growth, plan.treatment, widened)
             found, _, _ = measure_change(
-                plan.source,
-                output,
-                data=data,
-                model=asked.model,
-                memory=memory,
-                sequences=sequences,
-                length=length,
-                begin=begin,
-                carried=carried_factors(plan.layout, plan.growth, plan.treatment),
-                widened={row.name for row in weights if row.grows},
-                places=Places.of(plan.layout, plan.growth[LAYERS].order) if LAYERS in plan.growth else None,
-                experts=plan.growth.get("experts"),
+                plan.source, output, sample, model=asked.model, memory=memory, done=done, begin=begin
             )
     except (LayoutError, MissingDependencyError) as error:
         if report == "full":

@@ -153,9 +153,11 @@ FRACTIONAL += [("moe_checkpoint", 1.25), ("moe_checkpoint", 1.5), ("moe_checkpoi
 def measured(source: Path, target: Path, data: Path) -> Any:
     """Activations of both on the fixtures' own text."""
     from sparkling_cli.diagnostics.activations import measure_change
+    from sparkling_cli.diagnostics.data import Sample
     from sparkling_cli.formats.detect import open_checkpoint
 
-    report, _, _ = measure_change(open_checkpoint(source), open_checkpoint(target), data=data, sequences=16)
+    sample = Sample(data, sequences=16)
+    report, _, _ = measure_change(open_checkpoint(source), open_checkpoint(target), sample)
     assert not report.random_tokens
     return report
 

@@ -6,21 +6,19 @@ measured; everything is computed in float32, whatever the weights are stored in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from math import inf, nan, sqrt
 from typing import TYPE_CHECKING
 
-from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES, Tokens, load_tokens
-from sparkling_cli.diagnostics.measurement import compare, split_name
+from sparkling_cli.diagnostics.data import USUAL, Sample, Tokens, load_tokens
+from sparkling_cli.diagnostics.measurement import UNCHANGED, Enlarged, compare, split_name
 from sparkling_cli.diagnostics.probe import Probe, pieces
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.depth import Places
 from sparkling_cli.results.measured import Activations, Measurement, Routing
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from sparkling_cli.widening.geometry import Growth
@@ -31,19 +29,14 @@ Begin = Callable[[str, "int | None"], Callable[[int], None]]
 
 def measure(
     checkpoint: Checkpoint,
-    tokens: Tokens | None = None,
+    on: Tokens | Sample = USUAL,
     *,
-    data: Path | None = None,
     model: str | None = None,
     memory: int = 1 << 30,
-    sequences: int = SEQUENCES,
-    length: int = LENGTH,
-    seed: int = 0,
 ) -> tuple[Measurement, Tokens]:
     """Measure one checkpoint; the tokens that were used come back with the result."""
     with Probe(checkpoint, model=model, memory=memory // 2) as probe:
-        if tokens is None:
-            tokens = tokens_for(probe, data, sequences, length, seed)
+        tokens = tokens_for(probe, on)
         for batch in batches_of(tokens.ids, probe.sequence_bytes(tokens.ids.shape[1]), memory):
             probe.run(batch)
         return probe.result(), tokens
@@ -52,18 +45,11 @@ def measure(
 def measure_change(
     before: Checkpoint,
     after: Checkpoint,
-    tokens: Tokens | None = None,
+    on: Tokens | Sample = USUAL,
     *,
-    data: Path | None = None,
     model: str | None = None,
     memory: int = 1 << 30,
-    sequences: int = SEQUENCES,
-    length: int = LENGTH,
-    seed: int = 0,
-    carried: Mapping[str, float] | None = None,
-    widened: Collection[str] = (),
-    experts: Growth | None = None,
-    places: Places | None = None,
+    done: Enlarged = UNCHANGED,
     begin: Begin | None = None,
 ) -> tuple[Activations, Measurement, Measurement]:
     """Measure two checkpoints on the same tokens, in step, batch by batch.
@@ -71,17 +57,10 @@ def measure_change(
     Args:
         before: the source.
         after: the widened one.
-        tokens: what to run; None to choose by ``data``, ``sequences``, ``length`` and ``seed``.
-        data: see :func:`~sparkling_cli.diagnostics.data.load_tokens`.
+        on: tokens, or which to take.
         model: ``package.module:factory`` of both.
         memory: budget in bytes for weights, activations and logits together, besides the interpreter.
-        sequences: at most.
-        length: tokens per sequence, at most; the models' own limit holds.
-        seed: of random tokens.
-        carried: see :func:`~sparkling_cli.diagnostics.measurement.compare`.
-        widened: see there.
-        experts: how their number grew, where that of the widened model's is another.
-        places: where the source's layers are, where the other model is deeper.
+        done: to the source.
         begin: is told of the models that are built, and of the bytes of weights that the tokens went through.
     """
     begin = begin or (lambda _title, _total: lambda _count: None)
@@ -89,10 +68,9 @@ def measure_change(
     with ExitStack() as stack:
         first = stack.enter_context(Probe(before, model=model, memory=memory // 4))
         second = stack.enter_context(Probe(after, model=model, memory=memory // 4))
-        if tokens is None:
-            tokens = tokens_for(first, data, sequences, length, seed)
+        tokens, places = tokens_for(first, on), done.places
         logits: _LogitsMeter | None = _LogitsMeter()
-        routers = _RoutingMeter(experts)
+        routers = _RoutingMeter(done.experts)
         streams = _StreamMeter(memory // 8 // (first.blocks + 1), places)
         first.streamed, second.streamed = streams.keep, streams.compare
         each = max(probe.sequence_bytes(tokens.ids.shape[1]) for probe in (first, second))
@@ -112,16 +90,14 @@ def measure_change(
     report = compare(
         one,
         two,
+        done,
+        streams.result(),
         data=tokens.source,
-        random=tokens.random,
+        random_tokens=tokens.random,
         tokens=tokens.ids.numel(),
         logit_change=None if logits is None else logits.relative_rms,
         logit_largest=None if logits is None else logits.relative_largest,
         routing=routers.result(),
-        apart=streams.result(),
-        carried=carried,
-        widened=widened,
-        places=places,
     )
     return report, one, two
 
@@ -162,7 +138,7 @@ class _StreamMeter:
 
     Args:
         memory: bytes for the stream of one pass at one place; of more tokens an even selection is compared.
-        places: see :func:`measure_change`.
+        places: see :class:`~sparkling_cli.diagnostics.measurement.Enlarged`.
     """
 
     def __init__(self, memory: int, places: Places | None = None) -> None:
@@ -252,16 +228,14 @@ class _RoutingMeter:
         )
 
 
-def tokens_for(probe: Probe, data: Path | None, sequences: int, length: int, seed: int) -> Tokens:
+def tokens_for(probe: Probe, on: Tokens | Sample) -> Tokens:
     """The tokens that a checkpoint is measured on."""
-    root = probe.checkpoint.root
+    if isinstance(on, Tokens):
+        return on
+    root, length = probe.checkpoint.root, min(on.length, probe.context or on.length)
+    folder = root if root.is_dir() else None
     return load_tokens(
-        data,
-        root if root.is_dir() else None,
-        vocab=probe.vocab,
-        sequences=sequences,
-        length=min(length, probe.context or length),
-        seed=seed,
+        on.data, folder, vocab=probe.vocab, sequences=on.sequences, length=length, seed=on.seed
     )
 
 

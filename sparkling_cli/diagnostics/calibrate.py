@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.diagnostics.activations import batches_of, tokens_for
-from sparkling_cli.diagnostics.data import LENGTH
+from sparkling_cli.diagnostics.data import Sample
 from sparkling_cli.diagnostics.probe import Probe, pieces
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.model import Checkpoint
@@ -94,7 +94,7 @@ def calibrate(plan: Plan, *, data: Path | None, model: str | None, memory: int) 
     count, found = SEQUENCES, None
     while True:
         with Probe(plan.source, **options) as small:
-            ids = tokens_for(small, data, count, LENGTH, 0).ids
+            ids = tokens_for(small, Sample(data, count)).ids
             room = batches_of(ids, 2 * small.sequence_bytes(ids.shape[1]), memory)
             batches = torch.split(ids, min(len(room[0]), -(-len(ids) // _BATCHES)))
             if found is None:

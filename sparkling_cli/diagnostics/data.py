@@ -52,6 +52,27 @@ class Tokens:
     random: bool = False
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Which tokens a model is measured on.
+
+    Attributes:
+        data: ``.bin`` (uint16 or uint32), ``.npy``, ``.jsonl`` or text; None for the bundled text.
+        sequences: how many, at most.
+        length: tokens in each, at most; the model's own limit holds.
+        seed: of random tokens, where there is no text.
+    """
+
+    data: Path | None = None
+    sequences: int = SEQUENCES
+    length: int = LENGTH
+    seed: int = 0
+
+
+#: what is measured on where nothing else is asked for
+USUAL = Sample()
+
+
 def load_tokens(
     data: Path | None,
     tokenizer_directory: Path | None,

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sparkling_cli.diagnostics.activations import measure, measure_change
-from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES
+from sparkling_cli.diagnostics.data import LENGTH, SEQUENCES, Sample
+from sparkling_cli.diagnostics.measurement import Enlarged
 from sparkling_cli.diagnostics.weights import measure_weights
 from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError, SparklingError
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.layout.depth import LAYERS, Places
 from sparkling_cli.manifest import manifest_of
-from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.plan.symmetry import treatment_of
 from sparkling_cli.results.base import Verdict
 from sparkling_cli.results.measured import (
@@ -71,10 +70,7 @@ def inspect_checkpoint(
     checkpoint = _open(path, model, layout)
     notes, doubt = list(checkpoint.notes), ""
     weights = measure_weights(checkpoint)
-    sizes: dict[str, Any] = {
-        "data": data, "model": model, "memory": memory,
-        "sequences": sequences, "length": length, "seed": seed,
-    }  # fmt: skip
+    sample = Sample(data, sequences, length, seed)
     own: Measurement | None = None
     change: Activations | None = None
     symmetry: Symmetry | None = None
@@ -92,19 +88,16 @@ def inspect_checkpoint(
         steps = now - then if isinstance(now, int) and isinstance(then, int) else None
         if activations:
             try:
+                done = _since(checkpoint, other)
                 change, _, own = measure_change(
-                    other,
-                    checkpoint,
-                    **sizes,
-                    **_since(checkpoint, other),
-                    widened=_widened(checkpoint, other),
+                    other, checkpoint, sample, model=model, memory=memory, done=done
                 )
                 tokens, random = change.data, change.random_tokens
             except (LayoutError, MissingDependencyError) as error:
                 notes.append(f"activations were not measured: {error}")
     elif activations:
         try:
-            own, used = measure(checkpoint, **sizes)
+            own, used = measure(checkpoint, sample, model=model, memory=memory)
             tokens, random = used.source, used.random
         except (LayoutError, MissingDependencyError) as error:
             notes.append(f"activations were not measured: {error}")
@@ -146,20 +139,17 @@ def _widened(checkpoint: Checkpoint, other: Checkpoint) -> set[str]:
     return {name for name, shape in checkpoint.shapes.items() if there.get(name, shape) != shape}
 
 
-def _since(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, Any]:
-    """What an expansion did to inputs and experts, if the checkpoint came straight from it.
+def _since(checkpoint: Checkpoint, other: Checkpoint) -> Enlarged:
+    """What an expansion did, if the checkpoint came straight from it, or else which weights are larger.
 
     Between two checkpoints of one size there was no expansion.
     """
+    widened = _widened(checkpoint, other)
     manifest = manifest_of(checkpoint.root)
     if manifest is None or checkpoint.shapes == other.shapes:
-        return {}
-    growth, treatment = manifest.growth(), treatment_of(make_spec(manifest.spec))
-    return {
-        "carried": carried_factors(manifest.model_layout(), growth, treatment),
-        "experts": growth.get("experts"),
-        "places": Places.of(manifest.model_layout(), growth[LAYERS].order) if LAYERS in growth else None,
-    }
+        return Enlarged(widened)
+    treatment = treatment_of(make_spec(manifest.spec))
+    return Enlarged.by(manifest.model_layout(), manifest.growth(), treatment, widened)
 
 
 def _open(path: Path, model: str | None, layout: Path | None) -> Checkpoint:

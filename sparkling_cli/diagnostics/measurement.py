@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite, nan, sqrt
+from typing import Any
 
-from sparkling_cli.layout.depth import Places
+from sparkling_cli.layout.depth import LAYERS, Places
+from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.plan.build import carried_factors
 from sparkling_cli.results.base import change, deviation_of
 from sparkling_cli.results.measured import (
     Activations,
@@ -14,56 +18,79 @@ from sparkling_cli.results.measured import (
     LayerStat,
     Measurement,
     ResidualPoint,
-    Routing,
 )
+from sparkling_cli.widening.geometry import Growth, Treatment
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """What was done to a model, as far as a comparison has to know.
+
+    Attributes:
+        widened: names of the weights that grew.
+        carried: factors that a layer's input got in its weight's stead (a tied head's): the ratio after
+            is multiplied by them, so that it is compared as if the weight had taken the factor.
+        experts: how their number grew, where it is another.
+        places: where the first model's layers are, where the second one is deeper: names are those of the
+            second, and what is behind a new layer is compared with what was behind the old one before it.
+    """
+
+    widened: Collection[str] = ()
+    carried: Mapping[str, float] = field(default_factory=dict)
+    experts: Growth | None = None
+    places: Places | None = None
+
+    @classmethod
+    def by(
+        cls,
+        layout: ModelLayout,
+        growth: Mapping[str, Growth],
+        treatment: Treatment,
+        widened: Collection[str],
+    ) -> Enlarged:
+        """By an expansion's axes and treatment."""
+        return cls(
+            widened,
+            carried_factors(layout, growth, treatment),
+            growth.get("experts"),
+            Places.of(layout, growth[LAYERS].order) if LAYERS in growth else None,
+        )
+
+
+#: fields of a comparison of which nothing is known
+_UNMEASURED: Mapping[str, Any] = {
+    "data": "", "random_tokens": False, "tokens": 0, "routing": (),
+    "logit_change": None, "logit_largest": None,
+}  # fmt: skip
+#: nothing was done that a comparison has to know
+UNCHANGED = Enlarged()
 
 
 def compare(
     before: Measurement,
     after: Measurement,
-    *,
-    data: str = "",
-    random: bool = False,
-    tokens: int = 0,
-    logit_change: float | None = None,
-    logit_largest: float | None = None,
-    routing: Sequence[Routing] = (),
+    done: Enlarged = UNCHANGED,
     apart: Mapping[str, tuple[float, float]] | None = None,
-    carried: Mapping[str, float] | None = None,
-    widened: Collection[str] = (),
-    places: Places | None = None,
+    **measured: Any,
 ) -> Activations:
     """Compare two measurements that were made on the same tokens.
 
     Args:
         before: the first model.
         after: the second one.
-        data: what was measured on, in words.
-        random: it was random tokens.
-        tokens: how many.
-        logit_change: RMS of the logits' change / RMS of the logits before; None for other shapes.
-        logit_largest: largest change of a logit / largest logit before.
-        routing: of every router.
+        done: what was done to the first one.
         apart: place in the residual stream -> how far it moved there, and its cosine.
-        carried: factors that a layer's input got in its weight's stead (a tied head's): the ratio after
-            is multiplied by them, so that it is compared as if the weight had taken the factor.
-        widened: names of the weights that grew.
-        places: where the first model's layers are, where the second one is deeper: names are those of the
-            second, and what is behind a new layer is compared with what was behind the old one before it.
+        measured: on what, and what else of both, as fields of the result.
     """
-    factors = carried or {}
-    if places is not None:
-        before = _placed(before, after, places)
+    if done.places is not None:
+        before = _placed(before, after, done.places)
     new_stream = {place.name: place.rms for place in after.stream}
     moved = apart or {}
     return Activations(
-        data=data,
-        random_tokens=random,
-        tokens=tokens,
-        layers=_pairs(before.layers, after.layers, factors, widened),
-        functions=_pairs(before.functions, after.functions, {}, widened),
+        layers=_pairs(before.layers, after.layers, done.carried, done.widened),
+        functions=_pairs(before.functions, after.functions, {}, done.widened),
         residual=tuple(
             ResidualPoint(
                 name=place.name,
@@ -78,14 +105,12 @@ def compare(
             if place.name in new_stream
         ),
         logits=change(before.logits_rms, after.logits_rms),
-        logit_change=logit_change,
-        logit_largest=logit_largest,
         loss_before=before.loss,
         loss_after=after.loss,
         vocabulary=after.vocabulary,
-        routing=tuple(routing),
         only_before=_others(before.layers, after.layers),
         only_after=_others(after.layers, before.layers),
+        **{**_UNMEASURED, **measured},
     )
 
 

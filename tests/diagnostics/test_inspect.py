@@ -85,7 +85,7 @@ def test_against_itself(dense_checkpoint: Path) -> None:
     report = inspect_checkpoint(dense_checkpoint, against=dense_checkpoint, sequences=2, length=32)
     assert report.change is not None
     assert {entry.deviation for entry in (*report.change.layers, *report.change.functions)} == {0.0}
-    assert "preserved to rounding" in str(report.verdict)
+    assert "equal to the last bit" in str(report.verdict)
     assert report.symmetry is None
 
 
