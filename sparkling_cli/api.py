@@ -140,6 +140,7 @@ def make_plan(
     from sparkling_cli.plan.build import build_plan, lay_out
     from sparkling_cli.plan.model import Expansion, Invocation
     from sparkling_cli.report.model_card import with_card
+    from sparkling_cli.schedule.baseline import doubts
     from sparkling_cli.schedule.write import notes, remarks
 
     source = Path(source)
@@ -154,6 +155,7 @@ def make_plan(
     plan = build_plan(checkpoint, found, spec, None if previous is None else previous.originals())
     if asked != spec.init:
         plan = replace(plan, notes=(*plan.notes, f"--init {asked} is {spec.init}, --scaling {spec.scaling}"))
+    plan = replace(plan, warnings=plan.warnings + doubts(checkpoint, spec.baseline))
     rewarmup, missing = plan_schedule(plan, previous)
     if rewarmup is not None:
         plan = replace(

@@ -24,7 +24,7 @@ from sparkling_cli.report.facts import assemble
 from sparkling_cli.results.evidence import pair_for
 from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.measured import Activations
-from sparkling_cli.schedule.baseline import baseline_of
+from sparkling_cli.schedule.baseline import baseline_of, doubts
 from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
 from sparkling_cli.schedule.write import plan_rewarmup, rewarmup_files
 from sparkling_cli.storage.sidecar import (
@@ -180,6 +180,11 @@ def write_schedule(output: Path, changes: Mapping[str, Any]) -> tuple[Rewarmup, 
         except CheckpointError as error:
             stays = f"the report stays as it was: {error.message}"
         else:
+            old, new = (
+                doubts(checkpoint, one.baseline) for one in (make_spec(stage.spec, "options"), described)
+            )
+            kept = tuple(warning for warning in report.warnings if warning not in old)
+            report = report.model_copy(update={"warnings": kept + new})
             report = with_rewarmup(report, spec, rewarmup, before, manifest.growth())
             files |= {REPORT_JSON: report.to_json(), REPORT_HTML: render(report)}
     files[MANIFEST] = with_changes((root / MANIFEST).read_bytes(), spec, files)

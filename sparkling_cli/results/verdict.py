@@ -431,7 +431,10 @@ def _loss(activations: Activations, keeps_function: bool | None) -> Iterator[Fin
             text=f"{text}, by {percent(after / before - 1)}: more than a small jump at the boundary.",
         )
     elif keeps_function or abs(after - before) <= LOSS_TOLERANCE:
-        yield Finding(level="good", text=f"{text}{where}: the function is kept.")
+        change = activations.logit_change
+        equal = keeps_function or (change is not None and change <= STREAM_ROUNDING)
+        what = "the function is kept" if equal else "nearly as before"
+        yield Finding(level="good", text=f"{text}{where}: {what}.")
     elif after < before:
         yield Finding(level="good", text=f"{text}{where}.")
     else:

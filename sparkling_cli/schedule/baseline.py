@@ -65,6 +65,26 @@ def baseline_of(checkpoint: Checkpoint, given: BaselineSpec) -> tuple[Curve, int
     return curve, step
 
 
+def doubts(checkpoint: Checkpoint, given: BaselineSpec) -> tuple[str, ...]:
+    """A stated peak that is none of the rates in the trainer's files, in words.
+
+    Args:
+        checkpoint: see :func:`baseline_of`.
+        given: from the spec.
+    """
+    facts = checkpoint.facts
+    peak = (facts.get("schedule") or {}).get("peak")
+    rates = [peak, *(facts.get("base_lrs") or ()), *(facts.get("last_lrs") or ())]
+    found = [float(rate) for rate in rates if isinstance(rate, (int, float))]
+    if given.peak is None or not found or any(isclose(given.peak, rate, rel_tol=1e-6) for rate in found):
+        return ()
+    read = " and ".join(f"{rate:g}" for rate in sorted(set(found), reverse=True))
+    return (
+        f"{_OPTION['peak']} {given.peak:g}: the checkpoint's own files have {read}; a run that resumes with "
+        "these is on another schedule than the re-warmup is made for",
+    )
+
+
 def known(checkpoint: Checkpoint, stated: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a curve, and ``expansion_step``, as far as the trainer's files say them.
 

@@ -51,6 +51,8 @@ def test_kept_signal() -> None:
     assert "Signal kept" in text
     assert "preserved to rounding" in text
     assert "(0.0000): the function is kept" in text
+    trained = words(first, measured(1.0, 2.0, loss=2.004), logit_change=0.2, logit_largest=0.5)
+    assert "(+0.0040): nearly as before" in trained and "function is kept" not in trained
 
 
 def test_what_was_exactly_zero_is_not_called_infinite() -> None:

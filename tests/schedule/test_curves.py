@@ -16,14 +16,18 @@ import torch
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+import sparkling_cli
 from sparkling_cli.errors import CheckpointError, SpecError
+from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint, ParamState
-from sparkling_cli.schedule.baseline import baseline_of
+from sparkling_cli.outcome import write_schedule
+from sparkling_cli.results.expansion import Report
+from sparkling_cli.schedule.baseline import baseline_of, doubts
 from sparkling_cli.schedule.curves import Curve, Rewarmed, fresh_factor
 from sparkling_cli.schedule.rewarmup import add_stage, from_data, read_rewarmup
 from sparkling_cli.schedule.write import notes, plan_rewarmup, remarks, rewarmup_files
 from sparkling_cli.spec.model import BaselineSpec, ExpansionSpec
-from sparkling_cli.storage.sidecar import CURVE, REWARMUP
+from sparkling_cli.storage.sidecar import CURVE, REPORT_JSON, REWARMUP
 
 getcontext().prec = 60
 
@@ -438,3 +442,17 @@ def test_files_of_the_former_version() -> None:
     with pytest.raises(CheckpointError, match=r"earlier version(.|\n)*--write"):
         from_data(stored, "x")
     assert from_data(stored, "x", replacing=True).baseline == wsd
+
+
+def test_a_stated_peak_that_no_file_has_is_said(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """Neither the run's peak nor its rate at the expansion: a warning, which a later schedule takes out."""
+    source = open_checkpoint(dense_checkpoint)
+    for own in (None, *source.facts["base_lrs"], *source.facts["last_lrs"]):
+        assert doubts(source, BaselineSpec(peak=own)) == ()
+    (warning,) = doubts(source, BaselineSpec(peak=3e-4))
+    assert warning.startswith("--peak-lr 0.0003: the checkpoint's own files have 0.004 and 0.00209712;")
+    assert doubts(checkpoint(), BaselineSpec(peak=3e-4)) == ()
+    made = sparkling_cli.expand(dense_checkpoint, tmp_path / "wide", axes={"ffn": 2}, peak_lr=3e-4)
+    assert made.report is not None and warning in made.report.warnings
+    write_schedule(tmp_path / "wide", {"baseline": {"peak": 0.004}})
+    assert warning not in Report.read((tmp_path / "wide" / REPORT_JSON).read_bytes(), REPORT_JSON).warnings
