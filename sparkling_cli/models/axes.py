@@ -250,13 +250,12 @@ def _grouped(
     for path, value in sizing.items():
         if path not in done:
             kind = kind_of(path[-1])
-            same = [
-                p for p in idle if kind == "heads" and sizing[p] == value and path in idle and p not in done
-            ]
+            alike = (p for p in idle if sizing[p] == value and p not in done)
+            same = sorted(alike) if kind == "heads" and path in idle else []
             if len(same) > 1:
                 # Counts that size nothing by themselves cannot be told apart: they grow as one.
                 name = _fresh(axes, "heads", path)
-                axes[name] = AxisKey(name, "heads", value, tuple(sorted(same)))
+                axes[name] = AxisKey(name, "heads", value, tuple(same))
                 terms.update(dict.fromkeys(same, (name,)))
                 done |= set(same)
                 continue
