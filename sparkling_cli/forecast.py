@@ -50,6 +50,7 @@ class Subject:
         weight_bytes: bytes of weights per parameter.
         state_bytes: bytes of optimizer state per parameter.
         assumed: what the bytes rest on, in words.
+        checkpoint: that it is of; None where there is a config alone.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Subject:
     weight_bytes: float
     state_bytes: float
     assumed: str
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def subject_of(source: Path, *, layout: Path | None = None, model: str | None = 
         weights / entries,
         states / entries,
         "as in this checkpoint",
+        checkpoint,
     )
 
 
@@ -199,8 +202,10 @@ def forecast(
     """
     from sparkling_cli.plan.advice import small_share
     from sparkling_cli.plan.resolve import resolve_growth
+    from sparkling_cli.plan.steps import step_notes
 
     layout, warnings = subject.layout, []
+    lengths: list[str] = []
     steps: list[tuple[int, Mapping[str, Growth]]] = []
     for expansion in expansions:
         spec = expansion.spec
@@ -212,6 +217,8 @@ def forecast(
         growth = resolve_growth(spec, layout)
         steps.append((expansion.tokens, growth))
         warnings.append(small_share(layout, growth))
+        if subject.checkpoint is not None:
+            lengths += step_notes(subject.checkpoint, layout, growth)
         grown = {name: replace(layout.axes[name], size=g.target) for name, g in growth.items()}
         if LAYERS in growth:
             layout = deeper_layout(layout, growth[LAYERS].order)
@@ -234,6 +241,6 @@ def forecast(
         saved=share_saved(flops.progressive, flops.scratch),
         bytes_assumed=subject.assumed,
         convention=CONVENTION,
-        notes=tuple(note for note in notes if note is not None),
+        notes=tuple(dict.fromkeys(note for note in (*notes, *lengths) if note is not None)),
         warnings=tuple(dict.fromkeys(warning for warning in warnings if warning is not None)),
     )

@@ -81,7 +81,10 @@ class RunPlan(Result):
     saved: Annotated[float, Field(description="share of the from-scratch compute")]
     bytes_assumed: str
     convention: str
-    notes: Annotated[tuple[str, ...], Field(description="how near each expansion is to measured ones")] = ()
+    notes: Annotated[
+        tuple[str, ...],
+        Field(description="how near each expansion is to measured ones, and how far old entries step"),
+    ] = ()
     warnings: Annotated[tuple[str, ...], Field(description="of every expansion, as its plan says them")] = ()
 
 

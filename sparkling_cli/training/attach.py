@@ -19,8 +19,9 @@ from sparkling_cli.schedule.rewarmup import Rewarmup
 from sparkling_cli.training import fsdp1, megatron
 from sparkling_cli.training.copies import copies
 from sparkling_cli.training.history import History, read_history
-from sparkling_cli.training.kept_step import KeptStep, Rule
+from sparkling_cli.training.kept_step import KeptStep, kept_steps, scale_adam, scale_others
 from sparkling_cli.training.moved import Moved, moved
+from sparkling_cli.training.rules import Rule
 from sparkling_cli.training.slices import (
     NewEntries,
     Piece,
@@ -104,7 +105,7 @@ def rewarm(
     if measure_every is not None and measure_every < 1:
         raise SpecError(f"measure_every is {measure_every}, it counts steps from 1 on")
     flat = _flat_by_optimizer(optimizers, {id(piece.tensor) for piece in pieces})
-    matrices = _kept_steps(pairs, pieces, history)
+    matrices = kept_steps(pairs, pieces, history)
     both = zip(optimizers, flat, strict=True)
     attached = [_attach(o, found, known, own, history.rewarmup, start, matrices) for o, own in both]
     for one in attached:
@@ -118,34 +119,6 @@ def rewarm(
         print(line, file=sys.stderr, flush=True)
     grown = tuple((p, history.view(name)) for name, p in pairs if id(p) in found) if history.growth else ()
     return Rewarming(tuple(attached), history, grown)
-
-
-def _kept_steps(
-    pairs: Sequence[tuple[str, Tensor]], pieces: Sequence[Piece], history: History
-) -> list[KeptStep]:
-    """What may step otherwise since it is asked to be kept, whether this process holds new entries or not.
-
-    Raises:
-        SpecError: something of it lies in flat tensors.
-    """
-    since = history.rewarmup.kept_since
-    found: list[KeptStep] = []
-    if since is None:
-        return found
-    flat = next((piece.name for piece in pieces if history.carried(piece.name, since) != 1), None)
-    if flat is not None:
-        raise SpecError(
-            f"{flat} lies in a flat tensor: its step cannot be kept there (--keep-step)",
-            hint="expand without --keep-step",
-        )
-    for name, param in pairs:
-        region, carried = history.region(name, tuple(param.shape)), history.carried(name, since)
-        if carried != 1 or (param.ndim > 1 and max(region.stages) >= since):
-            old = sum(region.count(stage) for stage in region.stages if stage < since)
-            entries = new_entries(param, region) or NewEntries(())
-            before = history.shape_before(name, since)
-            found.append(KeptStep(name, param, entries, since, before, old, carried))
-    return found
 
 
 def _flat(pieces: Sequence[Piece], history: History) -> list[tuple[Tensor, NewEntries | None]]:
@@ -394,7 +367,7 @@ class _Attached:
         if is_adam(self.optimizer):
             self._correct_adam(rates, kept)
         else:
-            self._scale_matrices(starts)
+            scale_others(self.optimizer, self.matrices, starts)
             self._correct_others(rates, kept)
         if copies:
             self.moved = self._moved(copies) + (self.moved if self.stepped else Moved())
@@ -413,7 +386,7 @@ class _Attached:
         return sum((moved(p.tensor, copies[id(p.tensor)], p.entries, last) for p in held), Moved())
 
     def _correct_adam(self, rates: Mapping[int, float], kept: Mapping[tuple[int, int], list[Tensor]]) -> None:
-        scaled = self._scale_adam()
+        scaled = scale_adam(self.optimizer, self.matrices)
         # a parameter without a gradient made no step
         live = [(g, p) for g, p in self._live() if p.tensor.grad is not None]
         if all(rates[s] == 1.0 and not self._fresh(s) for _, p in live for s in p.entries.stages):
@@ -445,24 +418,6 @@ class _Attached:
                 elif is_heavy_ball(self.optimizer, group) and param.tensor.grad is not None:
                     more = (rates[stage] - 1) * float(group["lr"])
                     correct_heavy_ball(param.tensor, buffer, param.entries, stage, more)
-
-    def _scale_adam(self) -> dict[int, AdamStep]:
-        """Scale what carries a factor, as a whole; what is left to say of its steps."""
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        live = [kept for kept in self.matrices.values() if kept.param.grad is not None]
-        counts = step_counts(self.optimizer, [kept.param for kept in live])
-        return {
-            id(kept.param): kept.scaled(
-                AdamStep.of(groups[id(kept.param)], self.optimizer.state[kept.param], count)
-            )
-            for kept, count in zip(live, counts, strict=True)
-        }
-
-    def _scale_matrices(self, starts: Mapping[int, Tensor]) -> None:
-        for group in self.optimizer.param_groups:
-            for param in group["params"] if starts else ():
-                if id(param) in starts:
-                    self.matrices[id(param)].scale(starts[id(param)], group)
 
     def _rates(self) -> dict[int, float]:
         """eta_new / eta_old of every stage at this step; stages without a schedule stay at 1."""

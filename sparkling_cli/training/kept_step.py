@@ -7,8 +7,7 @@ the whole matrix and over its old entries, the whole update is multiplied by ::
     r(before) / r(now) * rms(whole) / rms(old)
 
 so that old entries have the RMS of the matrix as it was: in the first steps, when new entries have hardly any
-momentum yet, and later, when all have alike. How an optimizer's step depends on the shape, and what of it is
-weight decay, is found by steps of its own on small matrices, not by its name.
+momentum yet, and later, when all have alike.
 
 A tensor whose entries carry a factor c because the model multiplies what they make by a number of its width
 (``sqrt(hidden)`` on embeddings, ``1 / hidden`` on logits) moves what the model computes 1/c times as far by
@@ -17,51 +16,21 @@ the same step. Its steps are multiplied by c.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from sparkling_cli.errors import SparklingError
-from sparkling_cli.formats.muon import FACTORS, rule_of, step_rms
-from sparkling_cli.training.slices import NewEntries, local_tensor
-from sparkling_cli.training.update import PRECISE, AdamStep, is_adam
-
-#: rows and columns of the small matrices: no two rules give the three the same ratios
-SQUARE, WIDE, TALL = (32, 32), (32, 128), (128, 32)
-_RATE, _DECAY = 0.5, 0.1
-#: how far a measured ratio may lie from a rule's: rules are at least twice apart, Newton-Schulz errs by 5 %
-_NEAR = 0.25
-
-_UNKNOWN_DECAY = "and is not the rate times the decay times the weight: the step cannot be told from it"
-
-#: least over largest singular value of an orthogonalized step, at least: Newton-Schulz leaves 0.6 and more
-_ORTHOGONAL = 0.4
-
-Decay = Literal["plain", "cautious", "unknown"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How an optimizer's step of a matrix depends on its shape, and what of it is weight decay.
-
-    Attributes:
-        factor: a name of :data:`FACTORS`.
-        decay: ``plain``: the rate times the decay times the weight; ``cautious``: the same, where the step
-            goes the same way; ``unknown``: neither, or none at all.
-    """
-
-    factor: str
-    decay: Decay
-
-
-#: entries step alone, as far as the rate says
-ADAM = Rule("none", "plain")
+from sparkling_cli.errors import SparklingError, SpecError
+from sparkling_cli.formats.muon import step_rms
+from sparkling_cli.training.history import History
+from sparkling_cli.training.rules import ADAM, UNKNOWN_DECAY, Rule, decay_of, is_candidate, refused, rule_for
+from sparkling_cli.training.slices import NewEntries, Piece, local_tensor, new_entries
+from sparkling_cli.training.update import PRECISE, AdamStep, is_adam, step_counts
 
 
 @dataclass(frozen=True)
@@ -105,29 +74,29 @@ class KeptStep:
         number, group = next(
             (i, g) for i, g in enumerate(optimizer.param_groups) if any(p is self.param for p in g["params"])
         )
-        if not _is_candidate(optimizer, group):
+        if not is_candidate(optimizer, group):
             self._check_carries_nothing(optimizer)
             return None
-        state = optimizer.state.get(self.param, {})  # Moonlight's class has there which are orthogonalized
-        flags = {key: value for key, value in state.items() if isinstance(value, bool)}
+        state = optimizer.state.get(self.param, {})
+        flags = {key: value for key, value in state.items() if isinstance(value, (bool, str))}
         key = (id(optimizer), number, self.param.device, tuple(sorted(flags.items())))
         if key not in known:
-            known[key] = _probed(optimizer, group, flags, self.param.device)
+            known[key] = rule_for(optimizer, group, flags, self.param.device)
         rule = known[key]
         if rule is None or self.param.ndim < 2:
             self._check_carries_nothing(optimizer)
             return None
         if self.param.ndim != 2:
-            raise _refused(optimizer, f"orthogonalizes a tensor of shape {tuple(self.param.shape)} in parts")
+            raise refused(optimizer, f"orthogonalizes a tensor of shape {tuple(self.param.shape)} in parts")
         return self._found(optimizer, rule)
 
     def _check_carries_nothing(self, optimizer: Optimizer) -> None:
         if self.carried != 1:
-            raise _refused(optimizer, f"steps {self.name}, which carries a factor of {self.carried:.3g}")
+            raise refused(optimizer, f"steps {self.name}, which carries a factor of {self.carried:.3g}")
 
     def _found(self, optimizer: Optimizer, rule: Rule) -> KeptStep:
         if self.param.dtype not in PRECISE:
-            raise _refused(optimizer, f"steps {self.param.dtype} parameters, which round most of a step away")
+            raise refused(optimizer, f"steps {self.param.dtype} parameters, which round most of a step away")
         return replace(self, rule=rule)
 
     def scaled(self, made: AdamStep) -> AdamStep:
@@ -148,10 +117,10 @@ class KeptStep:
             return
         local = local_tensor(self.param)
         moved = local - start
-        decay = float(group["lr"]) * _decay_of(group)
+        decay = float(group["lr"]) * decay_of(group)
         if decay:
             if self.rule.decay == "unknown":
-                raise SparklingError(f"the optimizer's weight decay is {_decay_of(group)}, {_UNKNOWN_DECAY}")
+                raise SparklingError(f"the optimizer's weight decay is {decay_of(group)}, {UNKNOWN_DECAY}")
             decayed = start * decay
             moved += decayed.mul_(moved * start <= 0) if self.rule.decay == "cautious" else decayed
         factor = self._factor(moved)
@@ -180,6 +149,54 @@ class KeptStep:
         return by_shape * sqrt(whole / (rows * columns) / old)
 
 
+def kept_steps(
+    pairs: Sequence[tuple[str, Tensor]], pieces: Sequence[Piece], history: History
+) -> list[KeptStep]:
+    """What may step otherwise since it is asked to be kept, whether this process holds new entries or not.
+
+    Raises:
+        SpecError: something of it lies in flat tensors.
+    """
+    since = history.rewarmup.kept_since
+    found: list[KeptStep] = []
+    if since is None:
+        return found
+    flat = next((piece.name for piece in pieces if history.carried(piece.name, since) != 1), None)
+    if flat is not None:
+        raise SpecError(
+            f"{flat} lies in a flat tensor: its step cannot be kept there (--keep-step)",
+            hint="expand without --keep-step",
+        )
+    for name, param in pairs:
+        region, carried = history.region(name, tuple(param.shape)), history.carried(name, since)
+        if carried != 1 or (param.ndim > 1 and max(region.stages) >= since):
+            old = sum(region.count(stage) for stage in region.stages if stage < since)
+            entries = new_entries(param, region) or NewEntries(())
+            before = history.shape_before(name, since)
+            found.append(KeptStep(name, param, entries, since, before, old, carried))
+    return found
+
+
+def scale_adam(optimizer: Optimizer, kept: Mapping[int, KeptStep]) -> dict[int, AdamStep]:
+    """Scale what carries a factor, as a whole, after Adam's step; what is left to say of its steps, by id."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    live = [one for one in kept.values() if one.param.grad is not None]
+    counts = step_counts(optimizer, [one.param for one in live])
+    made = (
+        AdamStep.of(groups[id(one.param)], optimizer.state[one.param], n)
+        for one, n in zip(live, counts, strict=True)
+    )
+    return {id(one.param): one.scaled(step) for one, step in zip(live, made, strict=True)}
+
+
+def scale_others(optimizer: Optimizer, kept: Mapping[int, KeptStep], starts: Mapping[int, Tensor]) -> None:
+    """Scale the step just made of everything that was kept before it."""
+    for group in optimizer.param_groups:
+        for param in group["params"] if starts else ():
+            if id(param) in starts:
+                kept[id(param)].scale(starts[id(param)], group)
+
+
 def _of_all_ranks(param: Tensor, sums: Tensor) -> Tensor:
     """Sums over the entries that a process holds, added up over the processes that share the parameter."""
     placements = getattr(param, "placements", None)
@@ -191,100 +208,3 @@ def _of_all_ranks(param: Tensor, sums: Tensor) -> Tensor:
     mesh = param.device_mesh  # type: ignore[attr-defined]
     whole: Tensor = DTensor.from_local(sums, mesh, shared, run_check=False).full_tensor()
     return whole
-
-
-def _decay_of(group: Mapping[str, Any]) -> float:
-    return float(group.get("weight_decay", group.get("wd", 0.0)) or 0.0)
-
-
-def _is_candidate(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether a group may be one whose matrices are orthogonalized, by its options or the class's name."""
-    return rule_of(group) is not None or "muon" in type(optimizer).__name__.lower()
-
-
-def _refused(optimizer: Optimizer, why: str) -> SparklingError:
-    return SparklingError(
-        f"{type(optimizer).__name__} {why}: how to keep the step of old entries (--keep-step) is not known",
-        hint="expand without --keep-step, and see docs/how-to/optimizers.md for a rate of their own",
-    )
-
-
-def _probed(
-    optimizer: Optimizer, group: Mapping[str, Any], flags: Mapping[str, bool], device: torch.device
-) -> Rule | None:
-    """The rule by which the optimizer's own first step of small matrices goes; None if entries step alone.
-
-    Raises:
-        SparklingError: there is none, or the optimizer cannot step such matrices by themselves.
-    """
-    inner = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
-    if inner:
-        raise _refused(optimizer, f"holds another optimizer ({inner[0]})")
-    drawn = torch.Generator().manual_seed(0)
-    gradients = {shape: torch.randn(shape, generator=drawn) for shape in (WIDE, TALL)}
-    left, _, right = torch.linalg.svd(gradients[WIDE], full_matrices=False)
-    gradients[WIDE] = left * torch.linspace(1, 0.1, len(left)) @ right
-    gradients[SQUARE] = gradients[WIDE][:, : SQUARE[1]]
-    weight = torch.randn(SQUARE, generator=drawn) * 0.1
-
-    def step(shape: tuple[int, int], start: Tensor | None = None, decay: float = 0.0) -> Tensor:
-        from_ = torch.zeros(shape) if start is None else start
-        rates = {name: decay for name in ("weight_decay", "wd") if name in group}
-        return _step(optimizer, {**group, **rates}, flags, from_.to(device), gradients[shape].to(device))
-
-    try:
-        steps = {shape: step(shape) for shape in (SQUARE, WIDE, TALL)}
-        decayed = step(SQUARE, weight, _DECAY)
-    except Exception as error:
-        raise _refused(
-            optimizer, f"does not step a matrix by itself ({type(error).__name__}: {error})"
-        ) from error
-    if torch.allclose(steps[WIDE][:, : SQUARE[1]], steps[SQUARE], rtol=1e-4, atol=1e-7):
-        return None
-    lengths = {shape: float(one.square().mean().sqrt()) for shape, one in steps.items()}
-    singular = torch.linalg.svdvals(steps[WIDE].double())  # of the gradient, from 1 to 0.1
-    if not lengths[SQUARE] or float(singular[-1] / singular[0]) < _ORTHOGONAL:
-        raise _refused(optimizer, "neither steps entries alone nor makes orthogonal steps")
-    for name in FACTORS:
-        ratios = (
-            lengths[s] / lengths[SQUARE] / step_rms(name, *s) * step_rms(name, *SQUARE) for s in (WIDE, TALL)
-        )
-        if all(abs(ratio - 1) < _NEAR for ratio in ratios):
-            form = _decay(steps[SQUARE], decayed, weight.to(device))
-            if form == "unknown" and _decay_of(group):
-                raise _refused(optimizer, f"has a weight decay {_UNKNOWN_DECAY}")
-            return Rule(name, form)
-    wide, tall = (lengths[shape] / lengths[SQUARE] for shape in (WIDE, TALL))
-    raise _refused(
-        optimizer,
-        f"steps 32 x 128 and 128 x 32 matrices {wide:.2f} and {tall:.2f} times as far as 32 x 32 ones",
-    )
-
-
-def _decay(free: Tensor, decayed: Tensor, weight: Tensor) -> Decay:
-    """What of a step is weight decay, by a step with it and one without."""
-    more, own = decayed - free, -_RATE * _DECAY * weight
-    forms: dict[Decay, Tensor] = {"plain": own, "cautious": own * (decayed * weight <= 0)}
-    for name, form in forms.items():
-        if torch.allclose(more, form, rtol=1e-3, atol=1e-5):
-            return name
-    return "unknown"
-
-
-def _step(
-    optimizer: Optimizer, group: Mapping[str, Any], flags: Mapping[str, bool], start: Tensor, gradient: Tensor
-) -> Tensor:
-    """The first step of one matrix under the optimizer's own code; the optimizer itself stays as it is."""
-    param = nn.Parameter(start.clone())
-    param.grad = gradient.clone()
-    rate = group["lr"]
-    own = torch.full_like(rate, _RATE) if isinstance(rate, Tensor) else _RATE
-    twin = object.__new__(type(optimizer))
-    # schedulers put a bound `step` of the real one there
-    twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
-    twin._optimizer_step_pre_hooks = OrderedDict()
-    twin._optimizer_step_post_hooks = OrderedDict()
-    twin.param_groups = [{**group, "params": [param], "lr": own}]
-    twin.state = defaultdict(dict, {param: dict(flags)} if flags else {})
-    type(optimizer).step(twin)
-    return param.detach() - start

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sparkling_cli
 from sparkling_cli import api
 from sparkling_cli.errors import SparklingError
 from sparkling_cli.verification import verify
@@ -82,6 +83,9 @@ def test_muon_says_that_old_entries_step_less_far(tmp_path: Path) -> None:
     found = api.make_plan(narrow(case, tmp_path / "narrow"), axes=FFN)
     notes = [note for note in found.plan.notes if "shape of a matrix" in note]
     assert len(notes) == 1 and "down_proj" in notes[0] and "0.71 times" in notes[0]
+    assert (
+        notes[0] in sparkling_cli.plan_run(tmp_path / "narrow", "1B", expand_at="50%", axes={"ffn": 2}).notes
+    )
 
     def step(*shape: int) -> float:
         torch.manual_seed(0)
