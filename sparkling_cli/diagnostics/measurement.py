@@ -10,7 +10,7 @@ from typing import Any
 
 from sparkling_cli.layout.depth import LAYERS, Places
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.plan.build import carried_factors
+from sparkling_cli.plan.carried import carried_factors
 from sparkling_cli.results.base import change, deviation_of
 from sparkling_cli.results.measured import (
     Activations,

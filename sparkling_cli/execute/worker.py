@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.execute import bundle
 from sparkling_cli.execute.job import Job, Part, PartResult, RowJob
-from sparkling_cli.storage.byte_ranges import Handles, read, write_range
+from sparkling_cli.storage.byte_ranges import Handles, Placement, read, write_range
 from sparkling_cli.storage.byte_ranges import write as write_boxes
 from sparkling_cli.storage.crc import Span, crc32, merge, zeros
+from sparkling_cli.storage.tensors import StoredTensor
 from sparkling_cli.storage.threads import Stopped
 from sparkling_cli.widening import moments
 from sparkling_cli.widening.derived import derived
@@ -20,6 +21,7 @@ from sparkling_cli.widening.entries import as_doubles, count_nonfinite, numpy_dt
 from sparkling_cli.widening.kernel import PIECE, Given, Piece
 from sparkling_cli.widening.means import Means
 from sparkling_cli.widening.parts import Box
+from sparkling_cli.widening.quantized import requantized
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,18 +115,31 @@ class Worker:
         return PartResult(part.row, tuple(merge(source)), tuple(joined), nonfinite)
 
     def _derive(self, row: int, job: RowJob, target: list[Span]) -> PartResult:
-        """Make a tensor whose new entries follow from all of the old ones."""
+        """Make a tensor as a whole: its new entries follow from all old ones, or it is part of another."""
         import numpy as np
 
         recipe = job.row.recipe
         data = np.empty(prod(recipe.before) * job.item, dtype=np.uint8)
         read(self.source, job.source, 0, len(data), data)
-        old = data.view(numpy_dtype(recipe.dtype)).reshape(recipe.before)
-        made = np.ascontiguousarray(derived(recipe.view, old, recipe.dtype))
+        if recipe.blocks is None:
+            old = data.view(numpy_dtype(recipe.dtype)).reshape(recipe.before)
+            made = np.ascontiguousarray(derived(recipe.view, old, recipe.dtype))
+        else:
+            parts = [self._part(stored, job.row.key) for stored in job.row.parts]
+            made = requantized(recipe.view, recipe.scale, recipe.blocks, parts)
         self._put(job, 0, made.reshape(-1).view(np.uint8), None, target)
         self.wrote(job.nbytes)
         whole = (Span(0, len(data), crc32(data)),)
         return PartResult(row, whole, tuple(target), count_nonfinite(data, recipe.dtype))
+
+    def _part(self, stored: StoredTensor, name: str) -> Array:
+        """The bytes of a whole tensor of the source."""
+        import numpy as np
+
+        data = np.empty(stored.nbytes, dtype=np.uint8)
+        place = Placement(stored.dtype, stored.shape, stored.extents, name)
+        read(self.source, place, 0, len(data), data)
+        return data
 
     def _write_images(self, row: int, piece: Piece, data: Array, crc: int, spans: list[Span]) -> None:
         """Write all images of a piece; images of equal content are made and summed once."""

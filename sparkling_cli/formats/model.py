@@ -179,6 +179,8 @@ class Declared(NamedTuple):
         dtype: as in the source.
         shape: after widening.
         source_file: file that the (first) source extent lies in; the output goes into its counterpart.
+        around: shape after widening of the tensor that this one is a part of (codes of quantized state); ()
+            of a tensor by itself.
     """
 
     key: str
@@ -186,6 +188,7 @@ class Declared(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     source_file: str
+    around: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

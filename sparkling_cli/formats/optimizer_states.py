@@ -106,6 +106,10 @@ QUANTIZATION_TABLES = frozenset(
     {"absmax1", "absmax2", "qmap1", "qmap2", "max1", "max2", "new_max1", "new_max2", "gnorm_vec"}
 )
 
+#: endings of the parts of a quantized moment that is a tensor subclass (torchao): its codes, one for each
+#: entry or two in a byte, a scale for each block, and what codes stand for
+CODES, PACKED_CODES, SCALES, LEVELS = ".codes", ".packed", ".scale", ".qmap"
+
 _KINDS = {
     StateKind.WEIGHT: WEIGHT_LIKE,
     StateKind.MOMENT: MOMENTS | FURTHER_MOMENTS,
@@ -128,7 +132,7 @@ _STEPS = ("update_by_", "scale_by_", "nesterov_", "exp_avg_exp_avg", "heavyball_
 
 def base_name(slot: str) -> str:
     """The name in the table of a nested or numbered state: ``GG.0``, ``0.update_by_adam_exp_avg_3``."""
-    parts = [part for part in slot.split(".") if not part.isdigit()]
+    parts = [part for part in slot.removesuffix(CODES).split(".") if not part.isdigit()]
     name = re.sub(r"_\d+$", "", parts[-1]) if parts else slot
     if name not in _TABLE and name.startswith(_STEPS):
         known = [own for own in _TABLE if name.endswith(f"_{own}")]
@@ -291,6 +295,8 @@ def fits(slot: str, shape: Shape, parameter_shape: Shape) -> bool:
         parameter_shape: the parameter's shape.
     """
     name = base_name(slot)
+    if slot.endswith(PACKED_CODES):
+        return 2 * prod(shape) == prod(parameter_shape)
     if form_of(slot, shape, parameter_shape) is not None:
         return True
     if shape in ((), (1,)):

@@ -13,13 +13,17 @@ from typing import Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import OutputFile, ParamState
+from sparkling_cli.formats.optimizer_states import CODES, PACKED_CODES
 from sparkling_cli.formats.torchfile import (
+    INSIDE,
     REMOVED,
     Call,
     TensorNode,
     TorchFile,
     TreePath,
     at,
+    is_packed,
+    is_subclass,
     lay_out,
     plain,
     read_values,
@@ -197,6 +201,11 @@ def _tensors(value: Any, slot: str, path: TreePath) -> Iterator[tuple[str, TreeP
     """Every tensor of a state, with its name and its path."""
     if isinstance(value, TensorNode):
         yield slot, path
+    elif isinstance(value, Call) and is_subclass(value):
+        codes = PACKED_CODES if is_packed(value) else CODES
+        for name, item in at(value, INSIDE).items():
+            if isinstance(item, TensorNode):
+                yield f"{slot}{codes if name == 'codes' else f'.{name}'}", (*path, *INSIDE, name)
     elif isinstance(value, (dict, list, tuple)):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _tensors(item, f"{slot}.{name}", (*path, name))

@@ -27,7 +27,15 @@ from sparkling_cli.formats.statedict import (
     packed,
     with_shapes,
 )
-from sparkling_cli.formats.torchfile import TorchFile, TreePath, at, read_torch_file
+from sparkling_cli.formats.torchfile import (
+    INSIDE,
+    TorchFile,
+    TreePath,
+    at,
+    is_subclass,
+    read_torch_file,
+    resized,
+)
 from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor, grown_box
 
 Shape = tuple[int, ...]
@@ -206,6 +214,7 @@ class StateFiles:
             for key in file.tensors
             if key in self.boxes
         }
+        edits = {**edits, **_resized_subclasses(file, [declared[key] for key in new])}
         for key, boxes in grown.items():
             stored = file.tensors[key]
             new[key] = (stored.dtype, joined_shape(stored.shape, boxes))
@@ -220,6 +229,17 @@ class StateFiles:
                     found.append((name, Extent(extent.path, offset, start, shape)))
                 offset += prod(shape) * ITEM_BYTES[file.tensors[key].dtype]
         return replace(laid, tensors=tuple(found))
+
+
+def _resized_subclasses(file: TorchFile, new: Iterable[Declared]) -> dict[TreePath, Any]:
+    """Edits of the tensor subclasses that hold tensors whose shape changes."""
+    edits: dict[TreePath, Any] = {}
+    for item in new:
+        place = file.paths[item.key][: -len(INSIDE) - 1]
+        call = at(file.tree, place) if item.around else None
+        if call is not None and is_subclass(call):
+            edits[(*place, INSIDE[0])] = resized(call.args, item.around)
+    return edits
 
 
 def joined_shape(before: Shape, boxes: Sequence[Box]) -> Shape:

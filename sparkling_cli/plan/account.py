@@ -53,7 +53,8 @@ class Growing:
     @classmethod
     def of(cls, recipes: Iterable[Recipe]) -> Growing:
         """Of all recipes that change a shape."""
-        return cls(frozenset(_squeezed(r.before) for r in recipes if r.before != r.shape))
+        grown = (r for r in recipes if r.before != r.shape and r.blocks is None)
+        return cls(frozenset(_squeezed(recipe.before) for recipe in grown))
 
     def match(self, dtype: str, shape: Shape) -> Shape | None:
         """The growing shape that a tensor has: as it is, stacked, transposed, reshaped or concatenated.

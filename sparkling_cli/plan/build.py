@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod, sqrt
+from math import prod
 
 from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.formats.detect import format_of
@@ -41,6 +41,7 @@ from sparkling_cli.plan.config import changed_config
 from sparkling_cli.plan.deepen import Orders, copies_on_disk, deeper_source, is_new, orders_of
 from sparkling_cli.plan.model import CARRIED, Calibration, Plan, Recipe, Row
 from sparkling_cli.plan.naming import Weight, weights_of
+from sparkling_cli.plan.quantized import QuantizedParts, quantized_parts
 from sparkling_cli.plan.resolve import resolve_growth
 from sparkling_cli.plan.state_checks import check_numbers, check_pairs, stateless_warning
 from sparkling_cli.plan.state_names import Known, ways
@@ -167,6 +168,7 @@ def lay_out(plan: Plan) -> tuple[OutputFile, ...]:
             dtype=row.dtype,
             shape=row.shape,
             source_file=row.source.extents[0].path if row.source.extents else "",
+            around=target_shape(row.recipe.view) if row.recipe.blocks is not None else (),
         )
         for row in plan.rows
     )
@@ -288,6 +290,26 @@ class _Recipes:
                 scale=self._factor(found, fitted)[0] if scaled else 1.0,
                 zero=fresh or (optimizer == "drop" and kind is not StateKind.BASIS),
             )
+        return self._made[mark]
+
+    def quantized(
+        self, pattern: TensorPattern, name: str, slot: str, found: QuantizedParts, *, new: bool
+    ) -> Recipe:
+        """Of codes, scales or levels of a quantized moment."""
+        stored = found.of(slot)
+        dims, own = pattern.dims, self.compensations(name, pattern)
+        changes = new or self.spec.optimizer == "drop" or dims.axes() & set(self.growth)
+        if slot == found.own.levels or not changes:
+            return self.unchanged(Kind.OTHER, slot, stored)
+        scaled = self.spec.optimizer == "asymmetric-scaled"
+        scale = self._factor(own, self.calibration.of(name))[0] if scaled else 1.0
+        zero = self.spec.optimizer == "drop" or (new and self.spec.optimizer != "copy")
+        mark = (slot, pattern.name, stored.dtype, stored.shape, found.own, scale, zero, *own)
+        if mark not in self._made:
+            view = state_view(self._view(dims, own, copied=True), self.spec.optimizer)
+            shape, blocks = found.shape(slot, target_shape(view), name), found.blocks(slot)
+            one = Recipe(Kind.MOMENT, slot, stored.dtype, stored.shape, shape, view, scale)
+            self._made[mark] = replace(one, zero=zero, blocks=blocks)
         return self._made[mark]
 
     def unchanged(self, kind: Kind, slot: str, stored: StoredTensor) -> Recipe:
@@ -451,6 +473,7 @@ def _state_rows(
         CheckpointError: state of no parameter, or that cannot be widened.
     """
     layout = recipes.layout
+    levels: set[str] = set()  # parameters may share them
     for state in checkpoint.states:
         name = layout.canonical(state.param)
         if not layout.module_table.has(name):
@@ -463,8 +486,16 @@ def _state_rows(
                 hint="expand a checkpoint without the optimizer's state, and restart the optimizer",
             )
         new = recipes.new(pattern, name)
+        quantized = quantized_parts(checkpoint, state, layout.shape_of(pattern), recipes.spec)
         for slot, key in state.tensors.items():
             stored = checkpoint.tensors[key]
+            if slot in quantized:
+                found = quantized[slot]
+                if slot != found.own.levels or key not in levels:
+                    recipe = recipes.quantized(pattern, name, slot, found, new=new)
+                    yield Row(key, state.param, stored, recipe, name, new=new, parts=found.parts)
+                levels.add(key)
+                continue
             try:
                 recipe = _state_recipe(state.param, slot, stored, pattern, recipes, kinds, new=new)
             except CheckpointError as error:
@@ -507,13 +538,10 @@ def _state_recipe(
     if kind in (StateKind.SCALAR, StateKind.UNKNOWN) or not grows:
         return recipes.unchanged(Kind.SCALAR if prod(stored.shape) == 1 else Kind.OTHER, slot, stored)
     why = REFUSED.get(base_name(slot), "factored, projected or quantized state of a form that is not known")
-    quantized = stored.dtype == "uint8" and base_name(slot) in ("state1", "state2")
-    first = "make it 32-bit, and 8-bit again afterwards: docs/how-to/optimizers.md has the script; or "
     raise CheckpointError(
         f"optimizer state {slot!r} of {param!r} is {stored.dtype} of shape {stored.shape}, the "
         f"parameter has {weight_shape}. It cannot be widened: {why}",
-        hint=(first if quantized else "")
-        + "expand a copy of the checkpoint without the optimizer's state, with --init random-copy (what "
+        hint="expand a copy of the checkpoint without the optimizer's state, with --init random-copy (what "
         "parts copies is the state), and restart the optimizer; or say what it is: "
         + (ways(slot) if form is not None else f"--state {slot}=carry"),
     )
@@ -545,35 +573,3 @@ def _further_rows(checkpoint: Checkpoint, found: Sorted, recipes: _Recipes) -> I
         if streamed or (further is not None and not further.literals):
             recipe = recipes.unchanged(Kind.OTHER, CARRIED, stored)
             yield Row(item.key, item.name, stored, recipe, item.name)
-
-
-def carried_factors(
-    layout: ModelLayout, growth: Mapping[str, Growth], treatment: Treatment
-) -> dict[str, float]:
-    """Linear layer -> factor that its input got in its weight's stead.
-
-    A tied head cannot take its own fan-in factor; the final norm takes it (App. D.1). Norm and head are
-    one map then: r of the head is comparable after multiplication by this factor, in RMS over channels.
-    """
-    factors: dict[str, float] = {}
-    carriers = {  # one of each axis: a norm's scale and bias carry the same factor
-        item.axis: item for item in layout.compensations if item.fan_in and item.tensor
-    }
-    for item in carriers.values():
-        grown = growth.get(item.axis)
-        if grown is None or treatment.scaling == "none":
-            continue
-        view = view_of(
-            parse_layout(f"scale {item.axis}"),
-            {item.axis: grown.source},
-            {item.axis: grown},
-            treatment,
-            consumed=frozenset({item.axis}),
-        )
-        squares = sum(run.length * run.scale**2 for run in view[0].runs)
-        factor = sqrt(squares / grown.target) * item.scale(grown.source, grown.target)
-        for group in layout.tied:
-            for name in group:
-                module = name.removesuffix(".weight")
-                factors[module] = factors.get(module, 1.0) * factor
-    return factors

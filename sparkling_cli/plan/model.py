@@ -19,6 +19,7 @@ from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.storage.tensors import ITEM_BYTES, StoredTensor
 from sparkling_cli.widening.derived import is_derived
 from sparkling_cli.widening.geometry import Fill, Growth, Treatment, View, scale_range
+from sparkling_cli.widening.quantized import Blocks
 
 if TYPE_CHECKING:
     from sparkling_cli.manifest import Manifest
@@ -52,6 +53,7 @@ class Recipe:
         zero: the whole tensor becomes zero (dropped state).
         pattern: of the layout, that stands for the weights; None for state.
         fresh: factor on entries that are new on any dim, where that is not ``scale``.
+        blocks: of quantized state, of which ``view`` is the view as a whole; None of any other tensor.
     """
 
     kind: Kind
@@ -65,6 +67,7 @@ class Recipe:
     zero: bool = False
     pattern: TensorPattern | None = None
     fresh: float | None = None
+    blocks: Blocks | None = None
 
     @property
     def untouched(self) -> bool:
@@ -73,8 +76,8 @@ class Recipe:
 
     @cached_property
     def derived(self) -> bool:
-        """New entries follow from all old ones: the tensor is made as a whole (``widening.derived``)."""
-        return is_derived(self.view) and not self.zero
+        """It is made as a whole: new entries follow from all old ones, or it is a part of quantized state."""
+        return (is_derived(self.view) or self.blocks is not None) and not self.zero
 
     @property
     def changes(self) -> bool:
@@ -106,6 +109,7 @@ class Row(NamedTuple):
         recipe: what becomes of them.
         stream: name of the random stream (the parameter's name): the same on disk and in state.
         new: the tensor is a copy, under a name of its own, of one that has a row too.
+        parts: of quantized state, where codes, scales and levels (if there are any) lie in the source.
     """
 
     key: str
@@ -114,6 +118,7 @@ class Row(NamedTuple):
     recipe: Recipe
     stream: str
     new: bool = False
+    parts: tuple[StoredTensor, ...] = ()
 
     @property
     def slot(self) -> str:

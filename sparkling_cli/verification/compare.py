@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.storage.byte_ranges import Handles, Place, Placement, read, read_range
 from sparkling_cli.storage.crc import Span, crc32
+from sparkling_cli.verification.quantized import QuantizedSubject, quantized_fault
 from sparkling_cli.widening import fill, moments
 from sparkling_cli.widening.means import Means
 from sparkling_cli.widening.parts import stream_of
@@ -64,6 +65,7 @@ class Subject(NamedTuple):
         stream: of random entries; see ``widening.parts`` for those of its units.
         target: where its bytes are.
         source: where its source's bytes are; None if there is no source to compare with.
+        quantized: the moment that it is a part of, of which the first part is looked into for all.
     """
 
     key: str
@@ -72,6 +74,7 @@ class Subject(NamedTuple):
     stream: str
     target: Placement
     source: Placement | None
+    quantized: QuantizedSubject | None = None
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +136,8 @@ def _follows(place: Place, last: Place) -> bool:
 def _places(subject: Subject) -> tuple[Place, Place] | None:
     """Where a small subject and its source are; None if it is no matter of one place each, or not small."""
     target, source = subject.target.places, None if subject.source is None else subject.source.places
-    if source is None or subject.wanted.zero or subject.wanted.whole or len(target) != 1 or len(source) != 1:
+    alone = subject.wanted.zero or subject.wanted.whole
+    if source is None or alone or len(target) != 1 or len(source) != 1:
         return None
     small = max(target[0].stop, source[0].stop) <= _WINDOW - _GAP and _grid(subject.wanted) is not None
     return (target[0], source[0]) if small else None
@@ -186,6 +190,8 @@ def _examine_one(subject: Subject, output: Handles, source: Handles | None, know
     wanted, item = subject.wanted, subject.target.item
     if subject.source is None or source is None or wanted.zero:
         return _alone(subject, output)
+    if subject.quantized is not None:
+        return _quantized(subject, subject.quantized, output, source)
     if wanted.whole:
         return _whole(subject, output, source)
     width = len(wanted.column.source)
@@ -243,6 +249,15 @@ def _whole(subject: Subject, output: Handles, source: Handles) -> Found:
     wrong &= ~(np.isnan(now) & np.isnan(made))
     if wrong.any():
         found = found._replace(fault=_words(subject, int(np.argmax(wrong)), COPY))
+    return found
+
+
+def _quantized(subject: Subject, moment: QuantizedSubject, output: Handles, source: Handles) -> Found:
+    """Bytes of a part of a quantized moment; with its codes, what is wrong with the moment."""
+    assert subject.source is not None
+    found = Found([], [], quantized_fault(moment, output, source) if subject.target.item == 1 else None)
+    _read(output, subject.target, 0, subject.nbytes, found.target)
+    _read(source, subject.source, 0, prod(subject.source.shape) * subject.source.item, found.source)
     return found
 
 

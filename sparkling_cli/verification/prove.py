@@ -14,8 +14,9 @@ from typing import Any
 from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError, VerificationError
 from sparkling_cli.execute.commit import in_the_making
 from sparkling_cli.formats.detect import meant_by
-from sparkling_cli.formats.model import Checkpoint
+from sparkling_cli.formats.model import Checkpoint, ParamState
 from sparkling_cli.formats.optimizer_states import form_of, is_named
+from sparkling_cli.formats.quantized_states import Quantized, quantized_in
 from sparkling_cli.layout.depth import LAYERS, shallower_layout
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
@@ -35,6 +36,7 @@ from sparkling_cli.verification.compare import Found, Neighbours, Subject, bundl
 from sparkling_cli.verification.files import check_small_files, file_size, gaps, list_files
 from sparkling_cli.verification.origin import listed, other_source
 from sparkling_cli.verification.public import unreadable
+from sparkling_cli.verification.quantized import QuantizedSubject
 from sparkling_cli.verification.rules import Derivation, assembled
 from sparkling_cli.widening.reference import Wanted
 
@@ -230,15 +232,19 @@ class _Meanings:
 
     Attributes:
         dims: key of a weight -> its layout.
+        owners: key of state -> the state that it is part of.
     """
 
     def __init__(self, output: Checkpoint, layout: ModelLayout) -> None:
         self._weights: dict[str, str] = {}
         for name, key in output.weights.items():
             self._weights.setdefault(key, name)  # of tied names that share their bytes, the first
-        self._states = {
-            key: (state.param, slot) for state in output.states for slot, key in state.tensors.items()
-        }
+        self._states: dict[str, tuple[str, str]] = {}
+        self.owners: dict[str, ParamState] = {}
+        for state in output.states:
+            for slot, key in state.tensors.items():  # levels of quantized state may be of several
+                self._states.setdefault(key, (state.param, slot))
+                self.owners.setdefault(key, state)
         names = layout.canonical_names(self._weights.values())
         found = layout.disk_table.look_up(names)
         if None in found:
@@ -338,6 +344,9 @@ class _Work:
             raise CheckpointError(
                 f"it is {stored.dtype} {stored.shape}, {entry.dtype} {entry.shape} was written"
             )
+        moment = self._quantized(key, entry, meanings.owners.get(key))
+        if moment is not None:
+            return moment
         placed = None
         if self.origin is None:
             source = self._shrunk(stored, entry, meanings.dims.get(key))
@@ -360,6 +369,45 @@ class _Work:
         target = Placement(stored.dtype, stored.shape, stored.extents, key)
         stream = self.derivation.stream(name) if wanted.random and not entry.slot else name
         return Subject(key, wanted, self.derivation.spec.seed, stream, target, placed)
+
+    def _quantized(self, key: str, entry: TensorEntry, state: ParamState | None) -> Subject | None:
+        """The subject of codes or scales of a quantized moment; None of any other tensor."""
+        if state is None or entry.slot in self.derivation.spec.state or self.found is None:
+            return None
+        wide = {slot: self.found.tensors[own] for slot, own in state.tensors.items()}
+        if wide[entry.slot].dtype not in ("uint8", "float8_e4m3fn", "float32"):
+            return None
+        wanted, before = self.derivation.numbers(entry.name)
+        found = next((q for q in quantized_in(wide, wanted.shape) if entry.slot in q.slots), None)
+        if found is None or wanted.same:
+            return None
+        codes, scales = found.shapes(wide[found.codes].shape, wide[found.scales].shape, before)
+        size = scales if entry.slot == found.scales else codes
+        wide_size = wide[entry.slot].shape
+        part = self.derivation.reshaped(size, wide_size, entry.dtype, zero=wanted.zero)
+        if entry.slot == found.levels:
+            part = self.derivation.carried(wide[entry.slot])
+        target = self._places(self.found.tensors, state, found)
+        number = found.slots.index(entry.slot)
+        if self.origin is None:
+            return Subject(key, part, 0, "", target[number], None)
+        source = self.origin.tensors
+        if any(state.tensors[slot] not in source for slot in found.slots):
+            raise _OtherSourceError("its source lacks a part of this quantized state")
+        there = source[key]
+        if (there.dtype, there.shape) != (entry.dtype, part.before):
+            raise _OtherSourceError(f"its source is {there.dtype} {there.shape}, it should be {part.before}")
+        places = self._places(source, state, found)
+        whole = None if entry.slot == found.levels else QuantizedSubject(found, wanted, target, places)
+        return Subject(key, part, 0, "", target[number], places[number], whole)
+
+    @staticmethod
+    def _places(
+        tensors: Mapping[str, StoredTensor], state: ParamState, found: Quantized
+    ) -> tuple[Placement, ...]:
+        """Where codes, scales and levels are."""
+        parts = {state.tensors[slot]: tensors[state.tensors[slot]] for slot in found.slots}
+        return tuple(Placement(one.dtype, one.shape, one.extents, key) for key, one in parts.items())
 
     def _shrunk(self, stored: StoredTensor, entry: TensorEntry, dims: TensorLayout | None) -> StoredTensor:
         """What a tensor was made from, as far as its own shape tells; for an output without its source."""

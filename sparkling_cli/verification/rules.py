@@ -280,6 +280,17 @@ class Derivation:
             raise LayoutError(f"state {slot!r} of {param!r} has another shape than its parameter, which grew")
         return self.carried(stored)
 
+    def numbers(self, param: str) -> tuple[Wanted, tuple[int, ...]]:
+        """What the numbers of a quantized moment must be, and its parameter's shape before widening."""
+        shape = self.layout.shape_of(self.layout.module_table.find(self.layout.canonical(param)))
+        return self.state(param, "exp_avg", StoredTensor("float32", shape, ())), shape
+
+    def reshaped(self, before: tuple[int, ...], after: tuple[int, ...], dtype: str, *, zero: bool) -> Wanted:
+        """Of a part of such a moment, the shapes alone."""
+        found = copy(self.carried(StoredTensor(dtype, before, ())))
+        found.shape, found.zero, found.whole, found.same = after, zero, True, False
+        return found
+
     def carried(self, stored: StoredTensor) -> Wanted:
         """The same bytes as before."""
         text = "scale " + " ".join(map(str, stored.shape)) if stored.shape else ""

@@ -5,7 +5,6 @@ Each makes its state with its package's own code, and is asked to go on from the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ class Case:
             largest update; None where they depend on the whole tensor by the optimizer's own formula.
         refused: words of the error, where it cannot be widened.
         what: what its state is, and becomes.
+        quantized: its moments are; see ``test_updates_of_quantized_state``.
         matrices: it is given the matrices alone.
         graph: its steps need the graph of the gradients.
         new: copies part from their sources without the re-warmup.
@@ -44,6 +44,7 @@ class Case:
     what: str
     old: float | None = 0.0
     refused: str = ""
+    quantized: bool = False
     matrices: bool = False
     graph: bool = False
     new: bool = True
@@ -150,7 +151,7 @@ def resumed(root: Path, case: Case) -> tuple[LlamaForCausalLM, Any]:
     state = torch.load(root / "optimizer.pt", weights_only=False)
     for group in state.get("param_groups", ()):
         group.pop("param_names", None)
-    made.load_state_dict(copy.deepcopy(state))
+    made.load_state_dict(state)
     return net, made
 
 
@@ -171,8 +172,11 @@ def updates(
 
 W0 = {"weight_decay": 0.0}
 PO = "pytorch_optimizer"
+HB = "heavyball"
+AO = "torchao.optim"
 BNB = "bitsandbytes"
 MOMENTS = "moments: zero where new"
+BLOCKS = "moments in blocks: zero where new, a block that moves quantized anew"
 
 CASES = [
     Case("AdamW (torch)", "torch", of("torch.optim", "AdamW", lr=1e-3, **W0), MOMENTS),
@@ -225,7 +229,15 @@ CASES = [
     Case("Lion, 32 bit", BNB, of("bitsandbytes.optim", "Lion32bit", lr=1e-4, **W0), MOMENTS),
     Case("AdEMAMix (bitsandbytes)", BNB, of("bitsandbytes.optim", "AdEMAMix", lr=1e-3, **W0),
          "two first moments in one tensor: zero where new", old=1e-5),
-    Case("AdamW, 8 bit", BNB, of("bitsandbytes.optim", "AdamW8bit", lr=1e-3, **W0), "", refused="uint8"),
+    Case("AdamW, 8 bit", BNB, of("bitsandbytes.optim", "AdamW8bit", lr=1e-3, **W0), BLOCKS, quantized=True),
+    Case("AdamW, paged, 8 bit", BNB, of("bitsandbytes.optim", "PagedAdamW8bit", lr=1e-3, **W0), BLOCKS,
+         quantized=True),
+    Case("Lion, 8 bit", BNB, of("bitsandbytes.optim", "Lion8bit", lr=1e-4, **W0), BLOCKS, quantized=True),
+    Case("AdEMAMix, 8 bit", BNB, of("bitsandbytes.optim", "AdEMAMix8bit", lr=1e-3, **W0), BLOCKS,
+         quantized=True),
+    Case("AdamW, 8 bit (torchao)", AO, of(AO, "AdamW8bit", lr=1e-3, **W0), BLOCKS, quantized=True),
+    Case("AdamW, 4 bit (torchao)", AO, of(AO, "AdamW4bit", lr=1e-3, **W0), BLOCKS, quantized=True),
+    Case("AdamW, fp8 (torchao)", AO, of(AO, "AdamWFp8", lr=1e-3, **W0), BLOCKS, quantized=True),
     Case("AdEMAMix", PO, of(PO, "AdEMAMix", lr=1e-3), MOMENTS),
     Case("Adan", PO, of(PO, "Adan", lr=1e-3), MOMENTS),
     Case("SophiaH", PO, of(PO, "SophiaH", lr=1e-3), MOMENTS, old=None, graph=True),
@@ -239,4 +251,21 @@ CASES = [
          "preconditioners: the old block kept, new directions fresh", old=None),
     Case("Shampoo", PO, of(PO, "Shampoo", lr=1e-3, preconditioning_compute_steps=5),
          "preconditioners: the old block kept, new directions fresh", old=None),
+    Case("Shampoo in blocks (ScalableShampoo)", PO, of(PO, "ScalableShampoo", lr=1e-3), "",
+         refused="PreConditioner"),
+    Case("SM3", PO, of(PO, "SM3", lr=1e-2), "a moment, and factors of the second one: the mean where new",
+         old=1e-5),
+    Case("LAMB", PO, of(PO, "Lamb", lr=1e-3), MOMENTS, old=None),
+    Case("GaLore (pytorch_optimizer's)", PO,
+         grouped(PO, "GaLore", {"rank": 8, "update_proj_gap": 20, "scale": 0.25}, {}, lr=1e-3),
+         "", refused="GaLoreProjector"),
+    Case("AdamW (heavyball)", HB, of(HB, "AdamW", lr=1e-3), MOMENTS),
+    Case("AdEMAMix (heavyball)", HB, of(HB, "AdEMAMix", lr=1e-3), MOMENTS),
+    Case("LaProp (heavyball)", HB, of(HB, "LaProp", lr=1e-3), MOMENTS),
+    Case("schedule-free AdamW (heavyball)", HB, of(HB, "SFAdamW", lr=1e-3),
+         "z is a copy of the weight; moments zero where new", old=None),
+    Case("Muon (heavyball)", HB, of(HB, "Muon", lr=1e-3), MOMENTS, old=None),
+    Case("SOAP (heavyball)", HB, of(HB, "SOAP", lr=1e-3),
+         "preconditioners: the old block kept, new directions fresh", old=None),
+    Case("PSGD Kron (heavyball)", HB, of(HB, "PSGDKron", lr=1e-3), "", refused="psgd"),
 ]  # fmt: skip

@@ -17,9 +17,11 @@ from sparkling_cli.formats.torchfile.layout import REMOVED, lay_out
 from sparkling_cli.formats.torchfile.more import Holder, More
 from sparkling_cli.formats.torchfile.new_file import lay_out_state_dict, lay_out_tensor
 from sparkling_cli.formats.torchfile.objects import ATTRIBUTES, Call, Ordered, TensorNode, at, plain
+from sparkling_cli.formats.torchfile.subclass import INSIDE, is_packed, is_subclass, resized
 
 __all__ = [
     "ATTRIBUTES",
+    "INSIDE",
     "REMOVED",
     "Call",
     "Holder",
@@ -30,6 +32,8 @@ __all__ = [
     "TreePath",
     "at",
     "called",
+    "is_packed",
+    "is_subclass",
     "lay_out",
     "lay_out_state_dict",
     "lay_out_tensor",
@@ -37,4 +41,5 @@ __all__ = [
     "read_attributes",
     "read_torch_file",
     "read_values",
+    "resized",
 ]

@@ -124,11 +124,16 @@ class TensorNode:
         return STORAGE_DTYPES[self.storage.kind.qualname]
 
 
-def make_global(module: str, qualname: str) -> GlobalType:
+def make_global(module: str, qualname: str, kind: type[GlobalType] = GlobalType) -> GlobalType:
     """A new stand-in."""
-    return GlobalType(
+    return kind(
         qualname, (Call,), {"__slots__": (), "module": module, "qualname": qualname, "__module__": __name__}
     )
+
+
+def recorded(function: GlobalType, args: tuple[Any, ...]) -> Call:
+    """A call as if the pickle had made it."""
+    return _call(Call, function, args, False)
 
 
 def _call(cls: type[Call], function: GlobalType, args: tuple[Any, ...], new: bool) -> Call:

@@ -13,6 +13,7 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.torchfile.objects import GlobalType, Storage, make_global
+from sparkling_cli.formats.torchfile.subclass import QUANTIZED, REBUILD, WRAPPER, SubclassCall
 from sparkling_cli.storage.tensors import ITEM_BYTES
 
 _STORAGES = (
@@ -54,6 +55,7 @@ ALLOWED: frozenset[str] = frozenset(
     | {f"torch.{name}" for name in ITEM_BYTES}
     | {f"torch.{name}" for name in ("quint8", "qint8", "qint32", "quint4x2", "quint2x4", "complex32")}
     | {f"torch.per_{name}" for name in ("tensor_affine", "tensor_symmetric", "channel_affine")}
+    | {REBUILD, WRAPPER, *QUANTIZED}
 )  # fmt: skip
 
 #: Plain data of the standard library, NumPy, torch and Megatron that trainers keep beside tensors: options,
@@ -87,12 +89,11 @@ _RESTART = (
 _PROJECTED = f"its state lies in a subspace that was chosen for the weights at their old size{_RESTART}"
 _KNOWN_FAULTS = {
     "torch.distributed.tensor": "it holds sharded tensors (DTensor): save a full state dict instead",
-    "torch._utils._rebuild_wrapper_subclass": "it holds a tensor subclass, whose storage format is private",
-    "torch._tensor._rebuild_from_type_v2": "it holds a tensor subclass or a tensor with Python attributes",
-    "torchao": f"it holds quantized tensor subclasses, which cannot be widened entry by entry{_RESTART}",
+    "torchao": f"it holds tensor subclasses that are not known{_RESTART}",
     "__main__.ParamConfig": "modded-nanogpt numbers its optimizer's state by addresses in memory, saves one "
     'rank\'s part of it, and does not resume from it: torch.save({"model": model.state_dict()}, FILE), and '
     "expand that with --layout FILE and --init random-copy",
+    "pytorch_optimizer": f"it holds objects of the optimizer's own, made for the old size{_RESTART}",
     "galore_torch": _PROJECTED,
     "apollo_torch": _PROJECTED,
     "bitsandbytes": "it holds quantized objects, which cannot be widened entry by entry",
@@ -138,7 +139,9 @@ class TreeUnpickler(pickle.Unpickler):
                     "globals; nothing of it was executed",
                     hint=_hint(path),
                 )
-            found = self._globals[module, name] = make_global(module, name)
+            known = path == REBUILD and not isinstance(self._allow, Anything)
+            kind = SubclassCall if known else GlobalType
+            found = self._globals[module, name] = make_global(module, name, kind)
         return found
 
     def persistent_load(self, pid: Any) -> Any:
