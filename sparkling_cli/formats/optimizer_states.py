@@ -87,6 +87,9 @@ FACTORS = frozenset({"second_momentum_buffer"})
 #: matrices on one dim: Shampoo, SOAP, SPlus, Kron
 PRECONDITIONERS = frozenset({"GG", "pre_cond", "inv_pre_cond", "sides"})
 BASES = frozenset({"Q", "q_sides"})
+#: also the directions of columns in which Dion keeps a matrix's momentum, where they are fewer than columns:
+#: they are a product with the momentum, and zero where it is
+DIRECTIONS = "Q"
 
 _DUAL = "this optimizer makes the weights anew at every step, of such sums (dual averaging)"
 _SUBSPACE = "it lies in a subspace that was chosen for the parameter at its old size"
@@ -187,6 +190,8 @@ def form_of(slot: str, shape: Shape, parameter: Shape) -> Form | None:
     """
     name, count = base_name(slot), len(parameter)
     whole = tuple(range(count))
+    if name == DIRECTIONS and count == len(shape) == 2 and shape[0] == parameter[1] and shape[1] < shape[0]:
+        return Form((1, None))
     if name in PRECONDITIONERS | BASES:
         return _on_one_dim(slot, shape, parameter)
     if name in ROWS | COLUMNS and count > 1:
@@ -258,6 +263,8 @@ def state_kind(slot: str, dtype: str, shape: Shape, parameter_shape: Shape) -> S
         return StateKind.OTHER
     if shape == parameter_shape and name not in _TABLE:
         return StateKind.UNKNOWN
+    if name == DIRECTIONS and form.dims == (1, None):
+        return StateKind.MOMENT
     return _TABLE.get(name, StateKind.OTHER)
 
 

@@ -6,6 +6,7 @@ No file is executed.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import read_json, rewritten_file
 from sparkling_cli.formats.model import Checkpoint, OutputFile, ParamState
+from sparkling_cli.formats.optimizer_states import CODES, LEVELS, PACKED_CODES, SCALES, base_name
 from sparkling_cli.formats.torchfile import plain, read_attributes, read_torch_file
 
 #: Schedules whose minimum is zero unless their arguments say otherwise.
@@ -182,11 +184,18 @@ def warmup_steps(args: Mapping[str, Any], total: int | None) -> int | None:
     return math.ceil(total * share) if total and total > 0 else None
 
 
+#: endings of the parts of a quantized moment
+_PARTS = "|".join(f"{re.escape(end)}$" for end in (CODES, PACKED_CODES, SCALES, LEVELS))
+
+
 def optimizer_class(
     states: Sequence[ParamState], groups: Sequence[Mapping[str, Any]], args: Mapping[str, Any]
 ) -> str | None:
     """The optimizer's class, from its state's names and its groups' options; None if several fit."""
-    names = frozenset(name for state in states for name in (*state.tensors, *state.scalars)) - {"step"}
+    found = {name for state in states for name in (*state.tensors, *state.scalars)}
+    if any(base_name(name) == "state1" for name in found):
+        return "optimizer of bitsandbytes"
+    names = frozenset(re.sub(_PARTS, "", name) for name in found) - {"step"}
     options = frozenset(option for group in groups for option in group)
     if "ns_steps" in options or "ns_coefficients" in options:
         return "Muon" if names <= {"momentum_buffer"} else "Muon with AdamW"
@@ -205,8 +214,6 @@ def optimizer_class(
         return "AdamWScheduleFree"
     if {"exp_avg_sq_row", "row_var"} & names:
         return "Adafactor"
-    if "state1" in names:
-        return "8-bit optimizer of bitsandbytes"
     return None
 
 

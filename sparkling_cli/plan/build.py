@@ -304,9 +304,10 @@ class _Recipes:
         scaled = self.spec.optimizer == "asymmetric-scaled"
         scale = self._factor(own, self.calibration.of(name))[0] if scaled else 1.0
         zero = self.spec.optimizer == "drop" or (new and self.spec.optimizer != "copy")
-        mark = (slot, pattern.name, stored.dtype, stored.shape, found.own, scale, zero, *own)
+        growth = self.growth_at(pattern, name)
+        mark = (slot, pattern.name, stored.dtype, stored.shape, found.own, scale, zero, id(growth), *own)
         if mark not in self._made:
-            view = state_view(self._view(dims, own, copied=True), self.spec.optimizer)
+            view = state_view(self._view(dims, own, growth, copied=True), self.spec.optimizer)
             shape, blocks = found.shape(slot, target_shape(view), name), found.blocks(slot)
             one = Recipe(Kind.MOMENT, slot, stored.dtype, stored.shape, shape, view, scale)
             self._made[mark] = replace(one, zero=zero, blocks=blocks)

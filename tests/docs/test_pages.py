@@ -109,8 +109,6 @@ NOT_RUN = {
         "needs Megatron and a run of the reader's own",
     ],
     "how-to/optimizers.md": [
-        "needs bitsandbytes, tests/training runs it",
-        "needs a checkpoint with 8-bit state, of the reader's own",
         "needs a run of the reader's own that was trained by Muon",
         "a few lines for a script of the reader's own",
         "a few lines for a script of the reader's own",

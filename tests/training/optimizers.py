@@ -144,9 +144,15 @@ def save(net: LlamaForCausalLM, made: Any, case: Case, root: Path) -> Path:
     return root
 
 
+def loaded(root: Path) -> LlamaForCausalLM:
+    """The model of a checkpoint."""
+    net: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(root, attn_implementation="eager")
+    return net
+
+
 def resumed(root: Path, case: Case) -> tuple[LlamaForCausalLM, Any]:
     """Model and optimizer, loaded by their own code."""
-    net = LlamaForCausalLM.from_pretrained(root, attn_implementation="eager")
+    net = loaded(root)
     made = optimizer(net, case)
     state = torch.load(root / "optimizer.pt", weights_only=False)
     for group in state.get("param_groups", ()):
@@ -253,12 +259,17 @@ CASES = [
          "preconditioners: the old block kept, new directions fresh", old=None),
     Case("Shampoo in blocks (ScalableShampoo)", PO, of(PO, "ScalableShampoo", lr=1e-3), "",
          refused="PreConditioner"),
-    Case("SM3", PO, of(PO, "SM3", lr=1e-2), "a moment, and factors of the second one: the mean where new",
+    Case("SM3", PO, of(PO, "SM3", lr=1e-2), "a moment, and accumulators of rows and columns: zero where new",
          old=1e-5),
     Case("LAMB", PO, of(PO, "Lamb", lr=1e-3), MOMENTS, old=None),
     Case("GaLore (pytorch_optimizer's)", PO,
-         grouped(PO, "GaLore", {"rank": 8, "update_proj_gap": 20, "scale": 0.25}, {}, lr=1e-3),
+         grouped(PO, "GaLore",
+                 {"rank": 8, "update_proj_gap": 20, "scale": 0.25, "projection_type": "std"}, {}, lr=1e-3),
          "", refused="GaLoreProjector"),
+    Case("Dion", "dion",
+         grouped("dion", "DionSimple", {"algorithm": "dion"}, {"algorithm": "adamw"}, lr=1e-3, rank=16,
+                 weight_decay=0.0),
+         "moments, and directions in which the momentum lies: zero where new; the rank stays", old=None),
     Case("AdamW (heavyball)", HB, of(HB, "AdamW", lr=1e-3), MOMENTS),
     Case("AdEMAMix (heavyball)", HB, of(HB, "AdEMAMix", lr=1e-3), MOMENTS),
     Case("LaProp (heavyball)", HB, of(HB, "LaProp", lr=1e-3), MOMENTS),
@@ -267,5 +278,4 @@ CASES = [
     Case("Muon (heavyball)", HB, of(HB, "Muon", lr=1e-3), MOMENTS, old=None),
     Case("SOAP (heavyball)", HB, of(HB, "SOAP", lr=1e-3),
          "preconditioners: the old block kept, new directions fresh", old=None),
-    Case("PSGD Kron (heavyball)", HB, of(HB, "PSGDKron", lr=1e-3), "", refused="psgd"),
 ]  # fmt: skip

@@ -64,6 +64,7 @@ def test_widened_and_trained_on(case: Case, tmp_path: Path) -> None:
         assert "random-copy" in str(caught.value.hint)
         (source / "optimizer.pt").unlink()
         api.expand(source, tmp_path / "wide", axes=FFN, init="random-copy", report="none")
+        trained_on(opt.loaded(tmp_path / "wide"), None, case)
         return
     api.expand(source, tmp_path / "wide", axes=FFN, report="none")
     api.verify(source, tmp_path / "wide")
@@ -75,12 +76,17 @@ def test_widened_and_trained_on(case: Case, tmp_path: Path) -> None:
             for name, update in old.items():
                 same = new[name][tuple(slice(0, n) for n in update.shape)]
                 assert (same - update).abs().max() <= (case.old + 2e-7 / 1e-3) * update.abs().max(), name
-    net, made = opt.resumed(tmp_path / "wide", case)
-    losses = opt.train(net, made, case, range(12, 32))
-    assert torch.isfinite(torch.tensor(losses)).all() and max(losses) < 8
+    net = trained_on(*opt.resumed(tmp_path / "wide", case), case)
     up = net.model.layers[0].mlp.up_proj.weight.detach()
     apart = (up[opt.FFN :] - up[: opt.FFN]).abs().max()
     assert bool(apart > 1e-5) == case.new
+
+
+def trained_on(net: Any, made: Any, case: Case) -> Any:
+    """The model after 20 more steps by its optimizer, or by a new one."""
+    losses = opt.train(net, opt.optimizer(net, case) if made is None else made, case, range(12, 32))
+    assert torch.isfinite(torch.tensor(losses)).all() and max(losses) < 8
+    return net
 
 
 def test_muon_says_that_old_entries_step_less_far(tmp_path: Path) -> None:
