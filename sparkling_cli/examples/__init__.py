@@ -1,1 +1,1 @@
-"""Runs to try things on: `train` is a small one, with the Trainer's checkpoints."""
+"""Runs to try things on: `train` is a small one, with checkpoints; `upcycle` makes it a mixture."""

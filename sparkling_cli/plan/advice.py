@@ -15,6 +15,7 @@ from sparkling_cli.layout.expr import COUNTED
 from sparkling_cli.layout.model import ModelLayout, entries_of
 from sparkling_cli.layout.names import compress
 from sparkling_cli.plan.model import Row
+from sparkling_cli.plan.resolve import all_chosen
 from sparkling_cli.plan.steps import step_notes
 from sparkling_cli.plan.symmetry import locked_axes, parting_inits, treatment_of
 from sparkling_cli.results.evidence import INNER
@@ -85,8 +86,18 @@ def _experts_note(growth: Mapping[str, Growth], layout: ModelLayout) -> str:
             f"the model sends it to all {times} copies of each, and computes what it did; with as many as "
             "before it takes copies of the best alone, and does not"
         )
-    if "experts_per_token" in growth:
+    if all_chosen(growth):
         return f"every token goes to all {times} copies of each expert that it went to: the function is kept"
+    if experts.source == 1:
+        return (
+            "all experts are copies of the only one, whichever a token goes to: the function is kept where "
+            "the weights of the chosen ones add up to 1 (norm_topk_prob)"
+        )
+    if "experts_per_token" in growth:
+        return (
+            f"experts_per_token grows by less than experts: a token goes to {times} copies of the best of "
+            "its experts and not to all of the others, so the function is not kept"
+        )
     return (
         f"experts_per_token stays: a token goes to {times} copies of the best of its experts and no others, "
         "so the function is not kept; --axis experts_per_token by the same factor keeps it, at "

@@ -8,6 +8,7 @@ adds whole groups, both together set both counts. Where every group has one quer
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil, isclose
@@ -63,12 +64,6 @@ def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth
         growth = {name: _growth(name, axis, spec, layout) for name, axis in wanted.items()}
     for name in growth:
         _check_widenable(name, layout)
-    if spec.router_noise and ("experts" not in growth or "experts_per_token" in growth):
-        raise SpecError(
-            "router_noise: only where experts grow and experts_per_token does not; else every copy is chosen "
-            "with its source, and noise would change what they do together",
-            hint="leave out --router-noise",
-        )
     if "vocab" in growth:
         growth["vocab"] = _with_means(growth["vocab"], spec, layout)
     elif spec.vocab_from:
@@ -85,6 +80,12 @@ def resolve_growth(spec: ExpansionSpec, layout: ModelLayout) -> dict[str, Growth
         raise SpecError(
             f"{'copies' if spec.copies else 'expert_load'}: the number of experts does not grow",
             hint="add --axis experts --to NUMBER",
+        )
+    if spec.router_noise and ("experts" not in growth or all_chosen(growth)):
+        raise SpecError(
+            "router_noise: only where experts grow and experts_per_token does not, or by less; else every "
+            "copy is chosen with its source, and noise would change what they do together",
+            hint="leave out --router-noise",
         )
     _check_joint(growth, layout, spec.multiple_of)
     _check_divisible(growth, layout)
@@ -133,6 +134,16 @@ def _order(layers: Growth, spec: ExpansionSpec, layout: ModelLayout) -> Order:
     return ordered(before, after, spec.layer_mode, spec.at)
 
 
+def all_chosen(growth: Mapping[str, Growth]) -> bool:
+    """Whether every token goes to all copies of each expert that it went to."""
+    if "experts" not in growth:
+        return True
+    experts, chosen = growth["experts"], growth.get("experts_per_token")
+    orders = experts.by_layer or (experts.sources,)
+    even = all(len(set(Counter(order).values())) <= 1 for order in orders)
+    return even and chosen is not None and chosen.target * experts.source == experts.target * chosen.source
+
+
 def asked_copies(spec: ExpansionSpec, experts: int) -> dict[LayerKey, tuple[int, ...]]:
     """How many there shall be of each expert, by layer or for all: as the spec says, or by its load.
 
@@ -148,8 +159,7 @@ def _with_copies(growth: Mapping[str, Growth], spec: ExpansionSpec, layout: Mode
     """The growth of the experts, with how many there shall be of each where the spec says it.
 
     Raises:
-        SpecError: the numbers are not of these experts or layers, or add up to another number of experts; or
-            they differ, and every token shall go to all copies of its experts.
+        SpecError: the numbers are not of these experts or layers, or add up to another number of experts.
     """
     experts = growth["experts"]
     size, target = experts.source, experts.target
@@ -172,13 +182,6 @@ def _with_copies(growth: Mapping[str, Growth], spec: ExpansionSpec, layout: Mode
                 hint="how many there shall be of each expert, the old one included; in each layer as many as "
                 "the axis is asked to have",
             )
-    uneven = any(len(set(counts)) > 1 for counts in copies.values())
-    if uneven and "experts_per_token" in growth:
-        raise SpecError(
-            "copies: with unequal numbers, and experts_per_token grown along, a token would need all copies "
-            "of its experts, and how many these are differs from token to token: the function is not kept",
-            hint="leave out --axis experts_per_token; or leave out the numbers, for as many copies of each",
-        )
     layers = layout.axes[LAYERS].size if LAYERS in layout.axes else 0
     order = growth[LAYERS].order if LAYERS in growth else range(layers)
     return experts.with_copies(copies, order)
@@ -337,11 +340,14 @@ def _check_widenable(name: str, layout: ModelLayout) -> None:
 
 
 def _check_joint(growth: dict[str, Growth], layout: ModelLayout, multiple_of: int | None) -> None:
-    """Axes that the class couples grow by the same factor."""
+    """Axes that the class couples grow by the same factor; experts per token may grow by a smaller one."""
     for name, grown in growth.items():
         joint = layout.axes[name].joint
         for other in joint:
             before, after = _sizes(other, growth, layout)
+            fewer = before * grown.target < after * grown.source
+            if fewer and (name, other) == ("experts_per_token", "experts"):
+                continue  # the function moves, less than where as many are chosen as before
             if before * grown.target != after * grown.source:
                 factor = grown.target / grown.source
                 asked = " ".join(f"--axis {axis}" for axis in (name, *joint))

@@ -18,6 +18,7 @@ from sparkling_cli.layout.model import TensorPattern
 from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.advice import symmetry_warning
 from sparkling_cli.plan.model import CARRIED, Expansion, Plan, Recipe, Row
+from sparkling_cli.plan.resolve import all_chosen
 from sparkling_cli.report.command import EXAMPLE, command_of, schedule_command, with_schedule_options
 from sparkling_cli.report.plan import fills, parameter_counts
 from sparkling_cli.report.rates import learning_rate_of
@@ -172,8 +173,7 @@ def keeps_function(growth: Mapping[str, Growth], spec: Mapping[str, Any]) -> boo
     whole = all(grown.target % grown.source == 0 for grown in wide.values())
     silent = spec["scaling"] == "function" and spec["init"].endswith("-zero")
     copied = all(grown.copied for grown in wide.values())
-    chosen = "experts" not in growth or "experts_per_token" in growth  # copies with their sources
-    return chosen and (silent or (copied and (not wide or spec["scaling"] != "none") and whole))
+    return all_chosen(growth) and (silent or (copied and (not wide or spec["scaling"] != "none") and whole))
 
 
 def _axes(plan: Plan, previous: Manifest | None) -> Sequence[AxisChange]:

@@ -138,6 +138,8 @@ class Growth:
         everywhere = orders.get(ALL, ())
         if orders.keys() <= {ALL}:
             return replace(self, order=everywhere)
+        if not layers:
+            raise ValueError("layers differ, and it is not known how many there are")
         return replace(self, by_layer=tuple(orders.get(layer, everywhere) for layer in layers))
 
     def in_layer(self, layer: int) -> Growth:

@@ -136,6 +136,21 @@ def test_experts_with_names_of_their_own(tmp_path: Path) -> None:
         api.verify(tmp_path / "small", tmp_path / "wide")
 
 
+@pytest.mark.parametrize(("total", "copies"), [(9, COPIES), (18, {})])
+def test_experts_per_token_may_grow_by_less(total: int, copies: Any, tmp_path: Path) -> None:
+    """Three for two: a token's experts are those that it had, or copies of them; noise goes with it."""
+    small = trained(CONFIGS["mixtral"], tmp_path / "small")
+    axes = [{"axis": "experts", "to": total}, {"axis": "experts_per_token", "to": 3}]
+    options: dict[str, Any] = {"axes": axes, "copies": copies, "router_noise": 1e-6, "threads": 1}
+    found = api.expand(small.folder, tmp_path / "wide", **options)
+    api.verify(small.folder, tmp_path / "wide")
+    assert json.loads((tmp_path / "wide/config.json").read_text())["num_experts_per_tok"] == 3
+    assert found.report is not None and found.report.activations is not None
+    kept = found.report.activations.routing[0].kept
+    assert kept > 0.999 if not copies else kept < 0.999  # two without copies, and a third that is another
+    assert not any("the function is kept" in note for note in found.expansion.plan.notes)
+
+
 @pytest.mark.parametrize("axis", ["experts", "layers"])
 def test_grown_again(axis: str, tmp_path: Path) -> None:
     """The next expansion counts chosen copies as experts; together with depth, by the source's layer."""
@@ -276,7 +291,6 @@ def test_a_manifest_of_other_copies_is_found_out(tmp_path: Path) -> None:
     assert Derivation(changed).faults() == ["the copies in layer 1 are not 9 experts"]
 
 
-BOTH = [{"axis": "experts", "to": 9}, {"axis": "experts_per_token", "to": 3}]
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too few numbers": ({"axes": NINE, "copies": {"all": [2, 2, 2]}}, "3 numbers, the model has 6 experts"),
     "another sum": (
@@ -289,7 +303,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a layer left out": ({"axes": NINE, "copies": {"1": COPIES["1"]}}, "nothing is said of layers 0"),
     "nothing grows": ({"axes": {"ffn": 2}, "copies": COPIES}, "number of experts does not grow"),
-    "more per token": ({"axes": BOTH, "copies": COPIES}, "unequal numbers"),
+    "many more per token": (
+        {"axes": [*NINE, {"axis": "experts_per_token", "to": 4}], "copies": COPIES},
+        "couples experts_per_token to experts",
+    ),
     "both": ({"axes": NINE, "copies": COPIES, "expert_load": {"all": [1] * 6}}, "give one"),
     "no load": ({"axes": NINE, "expert_load": {"all": [0] * 6}}, "no expert has any load"),
     "none left": ({"axes": NINE, "copies": {"all": [0, 3, 1, 3, 1, 1]}}, "greater than or equal to 1"),
