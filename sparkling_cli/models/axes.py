@@ -265,7 +265,7 @@ def _grouped(
                 beside = {p for p in sizing if p[:-1] == path[:-1] and kind_of(p[-1]) == kind}
                 keys |= {p for p in beside if sizing[p] == value}
             axes[name] = AxisKey(name, kind, value, tuple(sorted(keys)))
-            terms.update(dict.fromkeys(keys, (name,)))
+            terms.update(dict.fromkeys(axes[name].keys, (name,)))
             done |= keys
     return axes, terms
 
