@@ -1,7 +1,8 @@
 """Layout files that come with the package: which one fits a checkpoint.
 
 In such a file ``[[variants]]`` are further layouts, each with a name of its own, the entries in which it
-differs from the file's, and in ``without`` the entries that it has not.
+differs from the file's, and in ``without`` the entries that it has not. Beside ``[assembly]`` the table
+``[disk]`` has those names alone that tensors of the module are put together of; all others are the module's.
 """
 
 from __future__ import annotations
@@ -71,7 +72,18 @@ def _text(name: str) -> str:
 
 def _layouts_in(text: str) -> list[dict[str, Any]]:
     data = tomllib.loads(text)
-    return [*(_varied(data, one, set(one.pop("without", ()))) for one in data.pop("variants", ())), data]
+    varied = [_varied(data, one, set(one.pop("without", ()))) for one in data.pop("variants", ())]
+    return [_with_all_of_disk(one) if "assembly" in one else one for one in (*varied, data)]
+
+
+def _with_all_of_disk(data: dict[str, Any]) -> dict[str, Any]:
+    """A layout whose ``disk`` has all names on disk: what is put together of others gives way to these."""
+    own = {name.removesuffix("?"): (name, text) for name, text in data["disk"].items()}
+    disk: dict[str, str] = {}
+    for name, text in data["tensors"].items():
+        parts = data["assembly"].get(name.removesuffix("?"))
+        disk.update([(name, text)] if parts is None else [own[part] for part in parts])
+    return {**data, "disk": disk}
 
 
 def _varied(base: Mapping[str, Any], changes: Mapping[str, Any], without: Set[str]) -> dict[str, Any]:
