@@ -99,7 +99,7 @@ def _varied(base: Mapping[str, Any], changes: Mapping[str, Any], without: Set[st
 
 
 def _may_fit(text: str, kinds: Set[str], model_type: object) -> bool:
-    """Whether the first tensor that a file needs is there, in a model of a type that it is for.
+    """Whether the first tensor that a file needs, which is called alike on disk, is in a model of its types.
 
     To parse a file takes longer than to look.
 
@@ -110,8 +110,7 @@ def _may_fit(text: str, kinds: Set[str], model_type: object) -> bool:
     """
     if "\n[classes]\n" in text and f"\n{model_type} = " not in text:
         return False
-    table = "\n[disk]\n" if "\n[disk]\n" in text else "\n[tensors]\n"
-    needed = _NEEDED.search(text, text.index(table) + len(table) - 1)
+    needed = _NEEDED.search(text, text.index("\n[tensors]\n"))
     return needed is None or NameTemplate(needed[1]).key in kinds
 
 
