@@ -180,6 +180,23 @@ def test_updates_of_quantized_state(case: Case, tmp_path: Path) -> None:
                 assert (same - update).abs().max() <= 2e-4 * update.abs().max(), name
 
 
+def test_torchaos_blocks_must_make_up_the_tensor(tmp_path: Path) -> None:
+    """Else it is refused by name; in whole blocks it goes on, by any factor, and in new layers too."""
+    case = next(case for case in CASES if case.name == "AdamW, 8 bit (torchao)")
+    needs(case)
+    source = narrow(case, tmp_path / "narrow")
+    with pytest.raises(SparklingError, match="blocks of 256") as caught:
+        api.expand(source, tmp_path / "odd", axes=[{"axis": "ffn", "factor": 102 / 96}], report="none")
+    assert "random-copy" in str(caught.value.hint)
+    for name, axes in (
+        ("wider", [{"axis": "ffn", "factor": 1.125}]),
+        ("deeper", [{"axis": "layers", "factor": 2}, {"axis": "hidden", "factor": 2}]),
+    ):
+        api.expand(source, tmp_path / name, axes=axes, report="none")
+        api.verify(source, tmp_path / name)
+        trained_on(*opt.resumed(tmp_path / name, case), case)
+
+
 def table() -> str:
     """The table of the docs."""
     lines = ["| optimizer | package | widened | old entries' updates | state |", "|---|---|---|---|---|"]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,7 +181,7 @@ def another_stream(patch: Patch) -> None:
     def normal(seed: int, stream: str, start: int, stop: int) -> Any:
         return fill.normal(seed, stream, start + 1, stop + 1)
 
-    patch.setattr(worker, "fill", SimpleNamespace(normal=normal))
+    patch.setattr(kernel, "normal", normal)
 
 
 def rounded_twice(patch: Patch) -> None:

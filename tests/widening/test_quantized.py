@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -192,6 +194,100 @@ def test_scales_without_their_codes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SparklingError, match="state1") as caught:
         api.expand(source, tmp_path / "wide", axes=[{"axis": "ffn", "factor": 2}], report="none")
     assert "random-copy" in str(caught.value.hint)
+
+
+class Quantized(torch.Tensor):
+    """A tensor subclass that is pickled as torchao's quantized state is."""
+
+    @staticmethod
+    def __new__(cls, parts: dict[str, Any]) -> Quantized:
+        """A tensor without data of its own."""
+        shape = parts.get("_shape", parts["codes"].shape)
+        made: Quantized = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
+        return made
+
+    def __init__(self, parts: dict[str, Any]) -> None:
+        self.__dict__.update(parts)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Nothing is computed here."""
+        raise NotImplementedError
+
+
+@pytest.fixture(params=["8bit", "4bit", "fp8"])
+def subclass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, type[Quantized]]:
+    """A class under the name that torchao gives its own."""
+    kind = str(request.param)
+    name, home = f"OptimState{kind.replace('fp8', 'Fp8')}", f"torchao.optim.subclass_{kind}"
+    made = type(name, (Quantized,), {"__module__": home, "__qualname__": name})
+    module = ModuleType(home)
+    setattr(module, name, made)
+    for parent in ("torchao", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    monkeypatch.setitem(sys.modules, home, module)
+    return kind, made
+
+
+def held(kind: str, shape: torch.Size) -> dict[str, Any]:
+    """Codes, scales, levels and settings of a random moment."""
+    count = shape.numel()
+    if kind == "8bit":
+        part = coded(tuple(shape), 256, signed_levels())
+        return {"codes": part["codes"], "scale": part["scales"], "qmap": part["levels"], "signed": True}
+    if kind == "4bit":
+        codes = torch.randint(256, (count // 2,), dtype=torch.uint8)
+        levels = torch.linspace(-0.875, 1, 16)
+        return {"codes": codes, "scale": torch.rand(count // 128) + 0.01, "qmap": levels, "_shape": shape}
+    codes = torch.randn(shape).to(torch.float8_e4m3fn)
+    return {"codes": codes, "scale": torch.rand(count // 256) + 0.01}
+
+
+def said_by(part: Quantized) -> Tensor:
+    """The numbers of a moment, by torch."""
+    own = part.__dict__
+    codes, scale = own["codes"].flatten(), own["scale"]
+    if own["codes"].dtype == torch.uint8:
+        if "_shape" in own:
+            codes = torch.stack([codes >> 4, codes & 15], dim=-1).flatten()
+        codes = own["qmap"][codes.long()]
+    numbers = codes.float().view(len(scale), -1) * scale[:, None]
+    return numbers.view(part.shape)
+
+
+@pytest.mark.parametrize("axis", ["ffn", "layers", "hidden"])
+def test_tensor_subclasses_are_widened_inside(
+    tmp_path: Path, subclass: tuple[str, type[Quantized]], axis: str
+) -> None:
+    """Codes, scales and the size that the subclass itself has; a moment in float32 beside it."""
+    kind, made = subclass
+    source, _ = checkpoint(tmp_path / "narrow")
+    saved = torch.load(source / "optimizer.pt", weights_only=True)
+    old = {}
+    for number, state in saved["state"].items():
+        first = state.pop(HELD)["state1"]
+        state["exp_avg"], state["exp_avg_sq"] = first.float(), first.float() ** 2
+        if first.numel() >= 4096:
+            state["exp_avg"], state["exp_avg_sq"] = (made(held(kind, first.shape)) for _ in range(2))
+            old[number] = state["exp_avg"]
+    torch.save(saved, source / "optimizer.pt")
+    wide = tmp_path / "wide"
+    api.expand(source, wide, axes=[{"axis": axis, "factor": 2}], report="none")
+    api.verify(source, wide)
+    found = torch.load(wide / "optimizer.pt", weights_only=False)
+    names = [name for group in found["param_groups"] for name in group["param_names"]]
+    before = [name for group in saved["param_groups"] for name in group["param_names"]]
+    model = opt.loaded(wide)
+    for number, part in old.items():
+        new = found["state"][names.index(before[number])]["exp_avg"]
+        assert isinstance(new, Quantized) and new.shape == model.get_parameter(before[number]).shape
+        numbers, kept = said_by(new), said_by(part)
+        same = numbers[tuple(slice(0, size) for size in kept.shape)]
+        if kept.shape[1] == new.shape[1]:  # no block has moved
+            assert torch.equal(same, kept)
+            assert not numbers[len(kept) :].any()
+        else:
+            assert (same - kept).norm() < (0.2 if kind == "4bit" else 0.05) * kept.norm()
 
 
 def test_other_subclasses_are_refused(tmp_path: Path) -> None:

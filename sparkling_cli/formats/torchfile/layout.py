@@ -15,6 +15,7 @@ from sparkling_cli.formats.torchfile.archive import open_window
 from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, walk
 from sparkling_cli.formats.torchfile.objects import FIELDS, Call, Ordered, TensorNode, copied_call, step_into
 from sparkling_cli.formats.torchfile.repickle import StorageView, write_tree
+from sparkling_cli.formats.torchfile.subclass import INSIDE, REBUILD
 from sparkling_cli.formats.torchfile.writer import NewRecord, Slot, lay_out_archive
 from sparkling_cli.storage.tensors import ITEM_BYTES, row_major
 
@@ -43,7 +44,8 @@ def lay_out(
         path: of the output file; the source's by default.
 
     Raises:
-        CheckpointError: a dtype changes, or tensors overlap in a storage without being the same view.
+        CheckpointError: a dtype changes, tensors overlap in a storage without being the same view, or one
+            that grows is part of a tensor subclass of which no edit changes the size.
     """
     where = file.relative or file.path.name
     shapes: dict[int, tuple[int, ...]] = {}
@@ -52,6 +54,10 @@ def lay_out(
         if node.dtype != dtype:
             raise CheckpointError(f"{where}: {key!r} is {node.dtype}; it cannot be written as {dtype}")
         shapes[id(node)] = tuple(shape)
+        around = (*file.paths[key][: -len(INSIDE) - 1], INSIDE[0])
+        alone = file.wrapped.get(key) == REBUILD and around not in (edits or {})
+        if alone and shapes[id(node)] != node.shape:
+            raise CheckpointError(f"{where}: {key!r} is part of a tensor subclass, and cannot grow by itself")
     tree = edited(file.tree, edits or {})
     kept = {id(value) for _, value in walk(tree)} if edits else None
     plan = _plan_storages(where, file.nodes, file.aliases, shapes, kept, values or {})

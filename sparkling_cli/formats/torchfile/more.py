@@ -11,6 +11,7 @@ from sparkling_cli.formats.torchfile.archive import Record
 from sparkling_cli.formats.torchfile.file import TRANSPARENT, TorchFile, TreePath, collected, walk
 from sparkling_cli.formats.torchfile.layout import edited
 from sparkling_cli.formats.torchfile.objects import Call, Ordered, TensorNode, at, copied_call
+from sparkling_cli.formats.torchfile.subclass import is_subclass
 
 
 class Holder(NamedTuple):
@@ -133,7 +134,7 @@ class _Copies:
         if isinstance(value, Call):
             if not any(isinstance(part, TensorNode) for _, part in walk(value)):
                 return value
-            if value.function.path not in TRANSPARENT:
+            if value.function.path not in TRANSPARENT and not is_subclass(value):
                 raise CheckpointError(f"a layer has a {value.function.path}, which cannot be copied")
             fresh = copied_call(value)
             fresh.args = tuple(self._copied(item, storages) for item in value.args)
