@@ -208,10 +208,15 @@ class Derivation:
                     return True
         return self.is_new_layer(name)
 
-    def source_name(self, name: str) -> str:
-        """The weight that one was made from: another one where it is a copy with a name of its own."""
+    def source_name(self, name: str, *, but: str = "") -> str:
+        """The weight that one was made from: another one where it is a copy with a name of its own.
+
+        Args:
+            name: of the output.
+            but: an axis of which the copies count as no copies.
+        """
         for pattern in (*self.layout.tensors, *(self.layout.disk or ())):
-            grown = [axis for axis in pattern.template.axes if axis in self.rules.growth]
+            grown = [axis for axis in pattern.template.axes if axis in self.rules.growth and axis != but]
             indices = pattern.template.indices(name) if grown else None
             if indices is not None:
                 at, rules = dict(zip(pattern.template.axes, indices, strict=True)), self._in(name)
@@ -219,7 +224,11 @@ class Derivation:
         return name
 
     def stream(self, name: str) -> str:
-        """The name of a weight's random numbers: that of the module, with the place of its part in it."""
+        """The name of a weight's random numbers: that of the module, with the place of its part in it.
+
+        A copied expert with a name of its own has those of its source, a copied layer its own.
+        """
+        name = self.source_name(name, but="layers")
         for text, parts in self.layout.assembly.items():
             whole = NameTemplate(text)
             for number, part in enumerate(map(NameTemplate, parts)):

@@ -63,7 +63,8 @@ class Run:
 
     ``scale`` multiplies the run's entries; ``fill`` and ``new`` say what becomes of new entries;
     ``shield`` marks parts (q, k, gate) that zero fill leaves copied, whichever factor of their dim grows;
-    ``part`` numbers what has a distribution of its own (see ``widening.parts``), where entries are random.
+    ``part`` numbers what has a distribution of its own (see ``widening.parts``), where entries are random;
+    ``drawn_as`` is the part whose distribution and numbers it has: of a copied expert, its source.
     """
 
     target: int
@@ -74,6 +75,7 @@ class Run:
     fill: Fill = Fill.COPY
     shield: bool = False
     part: tuple[int, ...] = ()
+    drawn_as: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -415,7 +417,7 @@ def _runs(
             parts = enumerate(PACKINGS[expr.name])
             return tuple(Run(i, i, 1, shield=part in NONLINEAR_LABELS) for i, part in parts)
         if treatment.random and _apart(expr, dim):
-            return tuple(Run(i, i, 1, part=(i,)) for i in range(size))
+            return tuple(Run(i, i, 1, part=(i,), drawn_as=(i,)) for i in range(size))
         return (Run(0, 0, size, shield=shield),)
     inner = [
         _runs(e, dim, sizes, growth, treatment, consumed, label)
@@ -426,7 +428,7 @@ def _runs(
     if isinstance(expr, Sum):
         if treatment.random and dim.role is not Role.IN:
             inner = [
-                tuple(replace(run, part=(number, *run.part)) for run in runs)
+                tuple(replace(r, part=(number, *r.part), drawn_as=(number, *r.drawn_as)) for r in runs)
                 for number, runs in enumerate(inner)
             ]
         return _concatenated(inner, widths)
@@ -477,6 +479,13 @@ def _grown_runs(
             if low < high:
                 runs.append(Run(at, low, high - low, new, scale, fill if new else Fill.COPY, shield))
                 at += high - low
+    if treatment.random and dim.role is Role.STACK:  # a copied expert is one as a whole, random entries too
+        ones = ((run, i) for run in runs for i in range(run.length))
+        return tuple(
+            replace(r, target=t, source=s, length=1, part=(t,), drawn_as=(s,))
+            for r, i in ones
+            for t, s in [(r.target + i, r.source + i)]
+        )
     return tuple(runs)
 
 
@@ -508,6 +517,7 @@ def _flattened(outer: tuple[Run, ...], inner: tuple[Run, ...], width: int) -> tu
             fill=max(o.fill, r.fill) if not (o.shield or r.shield) else Fill.COPY,
             shield=o.shield or r.shield,
             part=o.part + r.part,
+            drawn_as=o.drawn_as + r.drawn_as,
         )
         for o in outer
         for i in range(o.length)

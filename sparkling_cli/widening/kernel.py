@@ -313,7 +313,7 @@ class Kernel:
         drawn = {}
         for unit in {step.unit for step in image.program.steps if step.fill in _DRAWN}:
             box = self._boxes[unit]
-            numbers, moments = given.draw(unit, box.before(image.start), box.before(image.stop))
+            numbers, moments = given.draw(box.drawn_as, box.before(image.start), box.before(image.stop))
             drawn[unit] = numbers.reshape(rows, *box.shape[self.split + 1 :]), moments
         self._run(image.program, old, new, drawn, means, given.noise)
 

@@ -68,12 +68,13 @@ class Box:
 
     Attributes:
         unit: which one.
+        drawn_as: the unit whose distribution and random numbers it has; itself, if it is no copy.
         dims: its entries along every dim.
         sizes: of the whole tensor along every dim.
     """
 
-    def __init__(self, unit: Unit, dims: Sequence[Along], sizes: Sequence[int]) -> None:
-        self.unit, self.dims, self.sizes = unit, tuple(dims), tuple(sizes)
+    def __init__(self, unit: Unit, drawn_as: Unit, dims: Sequence[Along], sizes: Sequence[int]) -> None:
+        self.unit, self.drawn_as, self.dims, self.sizes = unit, drawn_as, tuple(dims), tuple(sizes)
         self.shape = tuple(dim.size for dim in self.dims)
         self.entries = prod(self.shape)
 
@@ -105,6 +106,8 @@ def boxes(view: View, *, source: bool) -> Iterator[Box]:
     """Every unit of a tensor, in the source or in the target."""
     dims = [along(dim, source=source) for dim in view]
     sizes = [dim.source if source else dim.target for dim in view]
+    drawn_as = [{run.part: run.drawn_as for run in dim.runs} for dim in view]
     for chosen in product(*(dim.items() for dim in dims)):
         unit = tuple(number for part, _ in chosen for number in part)
-        yield Box(unit, [found for _, found in chosen], sizes)
+        numbers = (n for dim, (part, _) in zip(drawn_as, chosen, strict=True) for n in dim[part])
+        yield Box(unit, tuple(numbers), [found for _, found in chosen], sizes)

@@ -340,7 +340,7 @@ def _along(dim: Dim, rules: Rules, consumed: frozenset[str], wide: str, moment: 
             own = np.where(new, NOISY, own)
         filled = np.maximum(np.where(widened & ~np.asarray(shielded), how, COPY), own).astype(np.int8)
     if dim.role is Role.STACK:
-        cut = np.arange(len(source)), tuple((i,) for i in range(len(source)))
+        cut = np.arange(len(source)), tuple((int(i),) for i in source)  # copies are drawn as their sources
     elif dim.role is Role.IN or (dim.role is not Role.SCALE and not isinstance(dim.expr, (Product, Sum))):
         cut = np.zeros(len(source), np.int64), ((),)
     return Along(size, source, new, filled, tuple(factors), *cut)

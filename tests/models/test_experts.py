@@ -231,3 +231,28 @@ def test_every_class_with_experts(model_type: str, tmp_path: Path) -> None:
 
 #: Classes whose layout is a file of the package, in which the number of experts does not grow.
 BY_FILE = {"granitemoehybrid"}
+
+
+@pytest.mark.parametrize("names", ["module", "disk"])
+@pytest.mark.parametrize("init", ["random-copy", "random-zero", "copy-copy"])
+def test_copied_experts_copy_their_random_channels_too(init: str, names: str, tmp_path: Path) -> None:
+    """Doubled with an inner width that is drawn: the same function as of the inner width alone."""
+    small = trained(CONFIGS["mixtral"], tmp_path / "small")
+    inner = [{"axis": "ffn", "factor": 2}]
+    for folder, axes in (("inner", inner), ("both", [*inner, *BOTH])):
+        to = tmp_path / folder
+        api.expand(small.folder, to, axes=axes, init=init, names=names, report="none", threads=1)
+        api.verify(small.folder, to)
+    alone, both = (load_file(tmp_path / folder / "model.safetensors") for folder in ("inner", "both"))
+    for name, tensor in both.items():
+        if ".experts.gate_up_proj" in name or ".experts.down_proj" in name:
+            assert torch.equal(tensor, torch.cat([alone[name], alone[name]])), name
+        elif ".experts." in name:
+            head, number, tail = name.split(".experts.")[0], *name.split(".experts.")[1].split(".", 1)
+            assert torch.equal(tensor, alone[f"{head}.experts.{int(number) % 6}.{tail}"]), name
+    with torch.no_grad():
+        one, other = (
+            reloaded(small, tmp_path / folder)(input_ids=small.ids).logits.double()
+            for folder in ("inner", "both")
+        )
+    assert (one - other).abs().max() < 1e-6 * one.abs().max()
