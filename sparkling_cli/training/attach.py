@@ -19,7 +19,7 @@ from sparkling_cli.schedule.rewarmup import Rewarmup
 from sparkling_cli.training import fsdp1, megatron
 from sparkling_cli.training.copies import copies
 from sparkling_cli.training.history import History, read_history
-from sparkling_cli.training.kept_step import KeptStep, kept_steps, scale_adam, scale_others
+from sparkling_cli.training.kept_step import KeptStep, kept_steps, scale_others
 from sparkling_cli.training.moved import Moved, moved
 from sparkling_cli.training.rules import Rule
 from sparkling_cli.training.slices import (
@@ -30,8 +30,8 @@ from sparkling_cli.training.slices import (
     new_entries_of_pieces,
 )
 from sparkling_cli.training.update import (
-    AdamStep,
     Factor,
+    StepCounts,
     correct_adam,
     correct_heavy_ball,
     in_closed_form,
@@ -40,7 +40,6 @@ from sparkling_cli.training.update import (
     is_heavy_ball,
     keep,
     redo_adam,
-    step_counts,
 )
 from sparkling_cli.training.zero import base_of, is_zero, pieces_of
 from sparkling_cli.widening.geometry import View
@@ -324,6 +323,7 @@ class _Attached:
     starts: dict[int, Tensor] = field(default_factory=dict)
     #: parameters with new entries before a step that is measured, and how far they have moved in the last one
     copies: dict[int, Tensor] = field(default_factory=dict)
+    counts: StepCounts = field(default_factory=StepCounts)
     #: the call that is running makes no step of the run
     no_step: bool = False
     moved: Moved = field(default_factory=Moved)
@@ -386,18 +386,19 @@ class _Attached:
         return sum((moved(p.tensor, copies[id(p.tensor)], p.entries, last) for p in held), Moved())
 
     def _correct_adam(self, rates: Mapping[int, float], kept: Mapping[tuple[int, int], list[Tensor]]) -> None:
-        scaled = scale_adam(self.optimizer, self.matrices)
         # a parameter without a gradient made no step
         live = [(g, p) for g, p in self._live() if p.tensor.grad is not None]
         if all(rates[s] == 1.0 and not self._fresh(s) for _, p in live for s in p.entries.stages):
-            return
-        counts = step_counts(self.optimizer, [p.tensor for _, p in live])
-        for (group, param), count in zip(live, counts, strict=True):
-            made = scaled.get(id(param.tensor)) or AdamStep.of(
-                group, self.optimizer.state[param.tensor], count
-            )
+            live = []
+        scaled = [one for one in self.matrices.values() if one.param.grad is not None]
+        params = [*(p.tensor for _, p in live), *(one.param for one in scaled)]
+        steps = self.counts.steps(self.optimizer, params)
+        for one in scaled:
+            steps[id(one.param)] = one.scaled(steps[id(one.param)])
+        for group, param in live:
+            made = steps[id(param.tensor)]
             for stage in param.entries.stages:
-                factor = Factor(rates[stage], self._moment(stage, group, count))
+                factor = Factor(rates[stage], self._moment(stage, group, made.count))
                 if factor.nothing:
                     continue
                 old = kept.get((id(param.tensor), stage))

@@ -30,7 +30,7 @@ from sparkling_cli.formats.muon import step_rms
 from sparkling_cli.training.history import History
 from sparkling_cli.training.rules import ADAM, UNKNOWN_DECAY, Rule, decay_of, is_candidate, refused, rule_for
 from sparkling_cli.training.slices import NewEntries, Piece, local_tensor, new_entries
-from sparkling_cli.training.update import PRECISE, AdamStep, is_adam, step_counts
+from sparkling_cli.training.update import PRECISE, AdamStep, is_adam
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class KeptStep:
     def scaled(self, made: AdamStep) -> AdamStep:
         """Adam's step just made, after the whole parameter's has been scaled in place by what it carries."""
         first, second = (local_tensor(made.state[slot]) for slot in ("exp_avg", made.second))
-        denominator = second.sqrt().div_(made.root).add_(made.eps)
+        denominator = second.sqrt().add_(made.eps)
         local_tensor(self.param).addcdiv_(first, denominator, value=(1 - self.carried) * made.size)
         return replace(made, size=self.carried * made.size)
 
@@ -175,18 +175,6 @@ def kept_steps(
             before = history.shape_before(name, since)
             found.append(KeptStep(name, param, entries, since, before, old, carried))
     return found
-
-
-def scale_adam(optimizer: Optimizer, kept: Mapping[int, KeptStep]) -> dict[int, AdamStep]:
-    """Scale what carries a factor, as a whole, after Adam's step; what is left to say of its steps, by id."""
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    live = [one for one in kept.values() if one.param.grad is not None]
-    counts = step_counts(optimizer, [one.param for one in live])
-    made = (
-        AdamStep.of(groups[id(one.param)], optimizer.state[one.param], n)
-        for one, n in zip(live, counts, strict=True)
-    )
-    return {id(one.param): one.scaled(step) for one, step in zip(live, made, strict=True)}
 
 
 def scale_others(optimizer: Optimizer, kept: Mapping[int, KeptStep], starts: Mapping[int, Tensor]) -> None:

@@ -8,7 +8,7 @@ nothing needs to be kept; for SGD with momentum it is the momentum buffer itself
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +57,17 @@ def in_closed_form(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor
 
 @dataclass(frozen=True)
 class AdamStep:
-    """One Adam step of one parameter: ``p = old (1 - decay) - size m / (sqrt(v)/root + eps)``."""
+    """One Adam step of one parameter: ``p = old (1 - decay) - size m / (sqrt(v) + eps)``.
 
+    That is torch's ``lr/c m / (sqrt(v)/root + eps)``, with ``root`` taken into both, which saves a pass.
+
+    Attributes:
+        count: how many steps the parameter has made.
+    """
+
+    count: float
     decay: float
     size: float
-    root: float
     eps: float
     state: Mapping[str, Any]
     second: str
@@ -71,12 +77,13 @@ class AdamStep:
         """The step that a parameter of ``group`` has just made, its ``step``-th."""
         beta1, beta2 = (float(b) for b in group["betas"])
         lr = float(group["lr"])
+        root = (1 - beta2**step) ** 0.5
         decoupled = bool(group.get("decoupled_weight_decay"))
         return cls(
+            count=step,
             decay=lr * float(group["weight_decay"]) if decoupled else 0.0,
-            size=lr / (1 - beta1**step),
-            root=(1 - beta2**step) ** 0.5,
-            eps=float(group["eps"]),
+            size=lr / (1 - beta1**step) * root,
+            eps=float(group["eps"]) * root,
             state=state,
             second="max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq",
         )
@@ -86,7 +93,7 @@ class AdamStep:
         first = entries.of(self.state["exp_avg"], stage)
         second = entries.of(self.state[self.second], stage)
         for m, v in zip(first, second, strict=True):
-            yield m, v.sqrt().div_(self.root).add_(self.eps)
+            yield m, v.sqrt().add_(self.eps)
 
 
 def correct_adam(param: Tensor, entries: NewEntries, stage: int, step: AdamStep, factor: Factor) -> None:
@@ -124,7 +131,7 @@ def redo_adam(
     pieces = zip(entries.of(param, stage), kept, entries.of(step.state["exp_avg"], stage),
                  entries.of(step.state[step.second], stage), strict=True)  # fmt: skip
     for p, old, m, v in pieces:
-        denominator = v.float().sqrt_().div_(step.root).add_(step.eps)
+        denominator = v.float().sqrt_().add_(step.eps)
         moved = old.float().mul_(1 - factor.rate * step.decay)
         p.copy_(moved.addcdiv_(m.float(), denominator, value=-factor.rate * factor.moment * step.size))
 
@@ -138,16 +145,47 @@ def interpolate(param: Tensor, kept: list[Tensor], entries: NewEntries, stage: i
     """``old + rate (p - old)`` in place, exact for any optimizer whose update is proportional to the rate."""
     for p, old in zip(entries.of(param, stage), kept, strict=True):
         if p.dtype in PRECISE:
-            p.copy_(torch.lerp(old, p, rate))
+            p.lerp_(old, 1 - rate)
         else:
             p.copy_(torch.lerp(old.float(), p.float(), rate))
 
 
-def step_counts(optimizer: Optimizer, params: list[Tensor]) -> list[float]:
-    """Adam's step counter of each parameter; one transfer when they lie on an accelerator."""
-    counters = [optimizer.state[p]["step"] for p in params]
-    if not counters:
-        return []
+class StepCounts:
+    """Adam's step counters of parameters, read again only where they have not just been counted on.
+
+    Reading a counter that lies on an accelerator waits for all work there. A counter that is the same tensor
+    as after the last step, and has been written once since then, is one further.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, int, float]] = {}
+
+    def steps(self, optimizer: Optimizer, params: Iterable[Tensor]) -> dict[int, AdamStep]:
+        """The steps that parameters have just made, by id."""
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        held = list({id(p): p for p in params}.values())
+        both = zip(held, self.of(optimizer, held), strict=True)
+        return {id(p): AdamStep.of(groups[id(p)], optimizer.state[p], count) for p, count in both}
+
+    def of(self, optimizer: Optimizer, params: list[Tensor]) -> list[float]:
+        """After a step; one transfer for all that have to be read from an accelerator."""
+        counters = [optimizer.state[p]["step"] for p in params]
+        counts = [self._counted(counter) for counter in counters]
+        unknown = [i for i, count in enumerate(counts) if count is None]
+        for i, value in zip(unknown, _read([counters[i] for i in unknown]), strict=True):
+            counts[i] = value
+        found = [count for count in counts if count is not None]
+        both = zip(counters, found, strict=True)
+        versioned = [(c, n) for c, n in both if isinstance(c, Tensor) and not c.is_inference()]
+        self._known |= {id(c): (c, c._version, n) for c, n in versioned}
+        return found
+
+    def _counted(self, counter: Any) -> float | None:
+        known = self._known.get(id(counter))
+        return known[2] + 1 if known is not None and counter._version == known[1] + 1 else None
+
+
+def _read(counters: list[Any]) -> list[float]:
     if any(isinstance(c, Tensor) and c.device.type != "cpu" for c in counters):
         return [float(x) for x in torch.stack([local_tensor(c).reshape(()) for c in counters]).tolist()]
     return [float(c) for c in counters]

@@ -11,7 +11,7 @@ from lion_pytorch import Lion
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
 from sparkling_cli.errors import LayoutError, SparklingError, SpecError
-from sparkling_cli.training import rewarm
+from sparkling_cli.training import rewarm, update
 from tests.training import reference as ref
 
 ELEMENTWISE: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
@@ -219,6 +219,47 @@ def test_steps_that_gradscaler_skips_do_not_count(fused: bool) -> None:
     scaler.step(optimizer)
     assert handle.step == ref.TE + 1
     assert ref.distance(ref.parameters(net), before) > 0
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_step_counters_are_read_when_they_are_not_one_further(
+    options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read at first, after state is loaded, and after another's step; what is counted is what is there."""
+    net = ref.model()
+    optimizer = AdamW(net.parameters(), **options)
+    read: list[int] = []
+    monkeypatch.setattr(
+        update, "_read", lambda counters: read.append(len(counters)) or list(map(float, counters))
+    )
+    counts = update.StepCounts()
+    params = list(net.parameters())
+
+    def step(*, without: int | None = None) -> list[float]:
+        optimizer.zero_grad()
+        net(ref.data(0)).backward()
+        if without is not None:
+            params[without].grad = None
+        optimizer.step()
+        held = [p for i, p in enumerate(params) if i != without]
+        found = counts.of(optimizer, held)
+        assert found == [float(optimizer.state[p]["step"]) for p in held]
+        return found
+
+    step()
+    step()
+    step(without=2)
+    assert read == [len(params), 0, 0]
+    step()  # the third parameter's counter has not moved meanwhile: one further
+    optimizer.step()  # without being counted
+    step()
+    assert read[3:] == [0, len(params)]
+    state = optimizer.state_dict()
+    for one in state["state"].values():
+        one["step"] = torch.tensor(70.0)
+    optimizer.load_state_dict(state)
+    assert step() == [71.0] * len(params)
+    assert read[5:] == [len(params)]
 
 
 def test_parameters_without_gradients_stay() -> None:
