@@ -65,7 +65,8 @@ def _check_keep_step(
             hint="give --keep-step again",
         )
     slots = {base_name(slot) for state in checkpoint.states for slot in state.tensors}
-    if asked and slots and not slots & MOMENTUM and not carried:
+    plain = any("dampening" in group for group in checkpoint.param_groups)  # torch's SGD
+    if asked and slots and (plain or not slots & MOMENTUM) and not carried:
         raise SpecError(
             f"--keep-step is for Muon, whose state is a {' or '.join(sorted(MOMENTUM))}; this optimizer's is "
             f"{', '.join(sorted(slots))}: its steps do not follow the shape of a matrix, and the model "

@@ -193,10 +193,13 @@ def test_probing_leaves_the_optimizer_alone(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_asked_for_where_it_means_nothing(tmp_path: Path) -> None:
-    """AdamW, and a second expansion that would give it up."""
+    """AdamW, SGD, and a second expansion that would give it up."""
     adam = next(case for case in CASES if case.name == "AdamW (torch)")
     with pytest.raises(SpecError, match=r"--keep-step is for Muon.*exp_avg"):
         expanded(adam, tmp_path / "adam", keep=True)
+    sgd = Case("SGD", "torch", opt.of("torch.optim", "SGD", lr=1e-3, momentum=0.9), "")
+    with pytest.raises(SpecError, match=r"--keep-step is for Muon.*momentum_buffer"):
+        expanded(sgd, tmp_path / "sgd", keep=True)
     case = next(case for case in CASES if case.name == "Muon (torch)")
     wide = expanded(case, tmp_path, keep=True)
     with pytest.raises(SpecError, match="expansion 1 of this run was made with --keep-step"):
