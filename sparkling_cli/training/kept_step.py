@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, sqrt
 from typing import Any
 
 import torch
@@ -31,6 +30,10 @@ from sparkling_cli.training.history import History
 from sparkling_cli.training.rules import ADAM, UNKNOWN_DECAY, Rule, decay_of, is_candidate, refused, rule_for
 from sparkling_cli.training.slices import NewEntries, Piece, local_tensor, new_entries
 from sparkling_cli.training.update import PRECISE, AdamStep, is_adam
+
+#: the largest quotient of both RMS: where old entries have hardly any momentum (frozen by a mask, say), new
+#: ones would be thrown far
+MOST = 2.0
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,10 @@ class KeptStep:
                 raise SparklingError(f"the optimizer's weight decay is {decay_of(group)}, {UNKNOWN_DECAY}")
             decayed = start * decay
             moved += decayed.mul_(moved * start <= 0) if self.rule.decay == "cautious" else decayed
-        factor = self._factor(moved)
-        if factor is not None:
-            local.add_(moved, alpha=factor - 1)
+        local.add_(moved.mul_(self._factor(moved) - 1))
 
-    def _factor(self, moved: Tensor) -> float | None:
-        """By what the update is multiplied; None where nothing moves."""
+    def _factor(self, moved: Tensor) -> Tensor | float:
+        """By what the update is multiplied: one number where the update lies, which nothing waits for."""
         assert self.rule is not None
         (rows, columns), (rows_before, columns_before) = self.param.shape, self.before
         by_shape = step_rms(self.rule.factor, rows_before, columns_before)
@@ -136,17 +137,16 @@ class KeptStep:
         by_shape *= self.carried
         if not self.old:
             return by_shape
-        new = moved.new_zeros((), dtype=torch.float64)
+        wide = torch.float32 if moved.device.type == "mps" else torch.float64
+        new = moved.new_zeros((), dtype=wide)
         for stage in self.entries.stages:
             if stage >= self.since:
                 for piece in self.entries.of(moved, stage):
-                    new += piece.square().sum(dtype=torch.float64)
-        sums = _of_all_ranks(self.param, torch.stack([moved.square().sum(dtype=torch.float64), new]))
-        whole, newer = sums.tolist()
+                    new += piece.square().sum(dtype=wide)
+        whole, newer = _of_all_ranks(self.param, torch.stack([moved.square().sum(dtype=wide), new]))
         old = (whole - newer) / self.old
-        if old <= 0 or not isfinite(whole):
-            return None
-        return by_shape * sqrt(whole / (rows * columns) / old)
+        share = (whole / (rows * columns) / old).sqrt().clamp(max=MOST)
+        return torch.where(old > 0, by_shape * share, 1.0)  # old entries may not move at all
 
 
 def kept_steps(

@@ -221,6 +221,22 @@ def test_an_output_that_exists_is_given_it(tmp_path: Path) -> None:
     assert "--rho 1.25" in commands[1] and commands[1].replace(" --rho 1.25", "") == commands[0]
 
 
+def test_frozen_old_entries_do_not_throw_new_ones() -> None:
+    """Without gradients of their own they are left where they are, within twice the step by shape."""
+    found = []
+    for keep in (False, True):
+        weight = nn.Parameter(torch.ones(ref.H, ref.F, dtype=torch.float64))
+        muon = Muon([weight], lr=1.0, weight_decay=0.0)
+        history = ref.history_of(add_stage(None, ref.BASE, ref.TE, rho=1.0, steps=0, keep_step=keep))
+        rewarm(muon, [("down.weight", weight)], history, announce=False)
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[ref.H0 :, ref.F0 :] = torch.eye(ref.H - ref.H0, ref.F - ref.F0)
+        muon.step()
+        found.append(weight.detach() - 1)
+    assert not found[1][: ref.H0, : ref.F0].any()
+    assert float(found[1].abs().max()) <= 2 * sqrt(ref.F / ref.F0) * float(found[0].abs().max())
+
+
 def test_two_expansions_are_kept_since_the_first() -> None:
     """The oldest entries step as they did before the first; what each added is re-warmed on its own."""
     births = {"hidden": [[0, 5, 0], [5, ref.H, 2]], "ffn": [[0, 6, 0], [6, 9, 1], [9, ref.F, 2]]}
