@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.storage.tensors import Extent, StoredTensor
+from sparkling_cli.widening.geometry import View
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ class Declared(NamedTuple):
         source_file: file that the (first) source extent lies in; the output goes into its counterpart.
         around: shape after widening of the tensor that this one is a part of (codes of quantized state); ()
             of a tensor by itself.
+        view: which entries come from where.
     """
 
     key: str
@@ -189,6 +191,7 @@ class Declared(NamedTuple):
     shape: tuple[int, ...]
     source_file: str
     around: tuple[int, ...] = ()
+    view: View = ()
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ _BEHIND = re.compile(r"^num_kv_shared_layers$")
 _INDICES = re.compile(r"idx|indices|_layers$|layer_ids")
 #: Lists that have something for each layer under a name that looks like one of numbers.
 _EACH = re.compile(r"no_rope_layers$")
-#: Lists of as many entries as there are layers by chance: tables of rotary frequencies, tokens, names.
+#: Lists of as many entries as there are layers by chance: tables of rotary frequencies, tokens, names, files.
 _OTHERS = re.compile(
-    r"rope_(scaling|parameters)|token|architectures|section|label|languages|limit$|range$|(ssm|mlp)_multipliers$"
+    r"rope_(scaling|parameters)|token|architectures|section|label|languages|limit$|range$|(ssm|mlp)_multipliers$|"
+    r"_path$"
 )
 #: A text with a letter for each layer.
 _LETTERS = re.compile(r"pattern$")

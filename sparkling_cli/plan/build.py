@@ -169,6 +169,7 @@ def lay_out(plan: Plan) -> tuple[OutputFile, ...]:
             shape=row.shape,
             source_file=row.source.extents[0].path if row.source.extents else "",
             around=target_shape(row.recipe.view) if row.recipe.blocks is not None else (),
+            view=row.recipe.view,
         )
         for row in plan.rows
     )
@@ -233,7 +234,8 @@ class _Recipes:
         mark = (slot, pattern.name, dtype, fitted, fresh, form, silent, id(growth), *found)
         if mark not in self._made:
             stored = form.stored if form is not None else tuple
-            view = self._view(pattern.dims, found, growth)
+            stack = self.silent(name, new=LAYERS in growth and LAYERS in pattern.dims.axes())
+            view = self._view(pattern.dims, found, growth, layers=Fill.COPY if stack is None else Fill.ZERO)
             scale, offset = self._factor(found, fitted) if silent is None else (0.0, silent)
             recipe = Recipe(
                 kind=Kind.COPY if slot else Kind.WEIGHT,
@@ -363,10 +365,12 @@ class _Recipes:
         growth: Mapping[str, Growth],
         *,
         copied: bool = False,
+        layers: Fill = Fill.COPY,
     ) -> View:
         """The view of a weight; ``copied`` for state, whose fills are not the weight's."""
         consumed = frozenset(item.axis for item in compensations if item.fan_in)
         treatment = Treatment(scaling=self.treatment.scaling) if copied else self.treatment
+        treatment = treatment if layers is Fill.COPY else replace(treatment, layers=layers)
         return view_of(dims, self.layout.sizes, growth, treatment, consumed=consumed)
 
     def _factor(self, compensations: Iterable[Compensation], fitted: float) -> tuple[float, float]:

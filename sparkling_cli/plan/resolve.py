@@ -120,10 +120,18 @@ def _order(layers: Growth, spec: ExpansionSpec, layout: ModelLayout) -> Order:
             f"axes.layers: layout {layout.name} does not say which tensors make a layer silent",
             hint="add them to the layout file under [silent], or pass --layer-mode interleave or stack",
         )
-    behind = spec.layer_mode == "stack" or spec.at == "end" or spec.at == (before - 1,)
-    if layout.numbered and not behind:
+    stacked = any(LAYERS in p.dims.axes() for p in layout.tensors)
+    if stacked and spec.layer_mode == "identity" and any(layout.silent.values()):
         raise SpecError(
-            f"axes.layers: what a layer of {layout.name} is depends on its number, so old ones keep theirs",
+            f"axes.layers: {layout.name} has all layers in one tensor, of which new ones can be silent by "
+            "zeros alone, and the layout says other numbers",
+            hint="pass --layer-mode stack",
+        )
+    behind = spec.layer_mode == "stack" or spec.at == "end" or spec.at == (before - 1,)
+    if (layout.numbered or stacked) and not behind:
+        why = "depends on its number" if layout.numbered else "stands in tensors of all layers by its number"
+        raise SpecError(
+            f"axes.layers: what a layer of {layout.name} is {why}, so old ones keep theirs",
             hint=f"put new ones behind them: --at end, --layer-mode stack, or --at {before - 1}",
         )
     if not isinstance(spec.at, str) and max(spec.at) >= before:

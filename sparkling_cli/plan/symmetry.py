@@ -28,7 +28,7 @@ def treatment_of(spec: ExpansionSpec) -> Treatment:
     """The spec's initialization pair and scaling as geometry rules."""
     fan_out, fan_in = spec.init.split("-")
     noisy = spec.router_noise > 0
-    return Treatment(_FILLS[fan_out], _FILLS[fan_in], spec.scaling, _FILLS[spec.vocab_fill], noisy)
+    return Treatment(_FILLS[fan_out], _FILLS[fan_in], spec.scaling, _FILLS[spec.vocab_fill], noisy=noisy)
 
 
 def parting_inits(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Treatment) -> tuple[str, ...]:

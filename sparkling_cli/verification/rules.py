@@ -165,7 +165,11 @@ class Derivation:
         scale, offset, consumed = self._compensated(name, fitted)
         fresh = None if new is None else self._compensated(name, new)[0]
         factors = {"consumed": consumed, "scale": scale, "fresh": fresh, "offset": offset}
-        return self._wanted(dims, dtype, self._in(name), **factors)
+        rules = self._in(name)
+        stack = self.spec.layer_mode == "identity" and self.layout.silent.get(name) == 0
+        if stack and "layers" in dims.axes() & self.rules.growth.keys():
+            rules = replace(rules, layers="zero")
+        return self._wanted(dims, dtype, rules, **factors)
 
     def _in(self, name: str) -> Rules:
         """The rules in the layer that a tensor is of: which expert is a copy of which may differ in each."""
@@ -306,7 +310,7 @@ class Derivation:
         return self._wanted(parse_layout(text), stored.dtype, self.rules)
 
     def _wanted(self, dims: TensorLayout, dtype: str, rules: Rules, **options: Any) -> Wanted:
-        key = (dims.text, dtype, rules.experts, *sorted(options.items()))
+        key = (dims.text, dtype, rules.experts, rules.layers, *sorted(options.items()))
         if key not in self._made:
             self._made[key] = Wanted(dims, rules, dtype, **options)
         return self._made[key]

@@ -300,14 +300,15 @@ def _least_copied(originals: Sequence[int], count: int) -> list[int]:
 class Treatment:
     """Rules for a tensor's new entries and for its fan-in columns.
 
-    ``vocab`` is the fill of new entries of the vocabulary, in whatever tensor; ``noisy`` gives noise to the
-    router's new rows.
+    ``vocab`` is the fill of new entries of the vocabulary, in whatever tensor, ``layers`` that of new layers
+    in a tensor of all of them; ``noisy`` gives noise to the router's new rows.
     """
 
     fan_out: Fill = Fill.COPY
     fan_in: Fill = Fill.COPY
     scaling: str = "rms"
     vocab: Fill = Fill.MEAN
+    layers: Fill = Fill.COPY
     noisy: bool = False
 
     def alpha(self, growth: Growth) -> float:
@@ -462,7 +463,7 @@ def _grown_runs(
     if counted:
         routes = dim.role is Role.OUT and isinstance(dim.expr, Axis)  # a row of scores for each expert
         copies = Fill.NOISY if treatment.noisy and routes else Fill.COPY
-        fill = treatment.vocab if name == "vocab" else copies
+        fill = {"vocab": treatment.vocab, LAYERS: treatment.layers}.get(name, copies)
     elif dim.role is Role.IN:
         fill = treatment.fan_in
     elif dim.role in (Role.OUT, Role.BIAS):

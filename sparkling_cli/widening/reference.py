@@ -65,7 +65,7 @@ class Rules:
         scaling: rms, function, calibrated or none.
         copied: axes on which everything that meets is copied; see :func:`copied_axes`.
         originals: axis -> the original that every entry is a copy of, for axes that have grown before.
-        vocab: fill of new rows of the vocabulary: mean, random, zero, or copy (in proofs of layouts).
+        vocab, layers: fill of new rows of the vocabulary (copy: in proofs of layouts), of new stacked layers.
         noise: on new rows of routers, as a share of the old rows' standard deviation.
         means: of each new row the old ones that it is the mean of, () for all; () where it is all for each.
         order, experts: the source of each layer, and of each expert of one layer; () where nothing was said.
@@ -82,6 +82,7 @@ class Rules:
     noise: float = 0.0
     means: tuple[tuple[int, ...], ...] = ()
     order: tuple[int, ...] = ()
+    layers: str = "copy"
     experts: tuple[int, ...] = ()
 
     def origin(self, axis: str) -> Array:
@@ -283,9 +284,9 @@ def _term(expr: Expr, rules: Rules, scaled: frozenset[str], label: str | None) -
     else:
         source, factor, new = np.arange(size), np.ones(size), np.zeros(size, bool)
     name = expr.name if isinstance(expr, Axis) else ""
-    own = np.where(new & (name == "vocab"), _FILLS[rules.vocab], COPY).astype(np.int8)
-    wide = new & (name not in COUNTED)
-    nonlinear = np.full(len(source), label in NONLINEAR_LABELS)
+    fill = {"vocab": rules.vocab, "layers": rules.layers}.get(name, "copy")
+    own = np.where(new, _FILLS[fill], COPY).astype(np.int8)
+    wide, nonlinear = new & (name not in COUNTED), np.full(len(source), label in NONLINEAR_LABELS)
     if isinstance(expr, Fixed) and size in _FUSED:
         units = tuple((i,) for i in range(size))
         return _Term(size, source, new, wide, own, nonlinear, factor, source, units)
@@ -304,8 +305,7 @@ def _along(dim: Dim, rules: Rules, consumed: frozenset[str], wide: str, moment: 
     """
     import numpy as np
 
-    scaled = frozenset(axis_names(dim.expr)) if dim.role is Role.IN else frozenset()
-    scaled = consumed if dim.role is Role.SCALE else scaled
+    scaled = {Role.IN: frozenset(axis_names(dim.expr)), Role.SCALE: consumed}.get(dim.role, frozenset())
     # each factor of the dim's term is one factor of the arithmetic, rounded to its precision
     terms = [_term(expr, rules, scaled, label) for expr, label in _flattened(dim.expr, None)]
     size, count = prod(t.size for t in terms), prod(len(t.source) for t in terms)

@@ -36,6 +36,7 @@ class Sizes(NamedTuple):
     experts: int = 0
     bf16: bool = True
     topk: int = 2
+    layers: int = 2
     router: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -46,7 +47,7 @@ class Sizes(NamedTuple):
         return Namespace(
             hidden_size=self.hidden, ffn_hidden_size=self.ffn, num_query_groups=self.groups,
             num_attention_heads=HEADS // GROUPS * self.groups, group_query_attention=True,
-            kv_channels=SIZE, num_layers=2, swiglu=True,
+            kv_channels=SIZE, num_layers=self.layers, swiglu=True,
             num_experts=self.experts or None, moe_ffn_hidden_size=self.ffn if self.experts else None,
             moe_router_topk=self.topk, **dict(self.router),
             params_dtype=torch.bfloat16 if self.bf16 else torch.float32, attention_backend=AttnBackend.auto,
@@ -138,7 +139,7 @@ class Run:
             }  # fmt: skip
         dtype = torch.bfloat16 if sizes.bf16 else torch.float32
         config = TransformerConfig(
-            num_layers=2, hidden_size=sizes.hidden, ffn_hidden_size=sizes.ffn, kv_channels=SIZE,
+            num_layers=sizes.layers, hidden_size=sizes.hidden, ffn_hidden_size=sizes.ffn, kv_channels=SIZE,
             num_attention_heads=HEADS // GROUPS * sizes.groups, num_query_groups=sizes.groups,
             gated_linear_unit=True, add_bias_linear=False, use_cpu_initialization=True,
             normalization="RMSNorm", hidden_dropout=0.0, attention_dropout=0.0, bias_dropout_fusion=False,

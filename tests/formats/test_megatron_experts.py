@@ -12,6 +12,7 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.formats.dcp.megatron import pieces_of
 from sparkling_cli.formats.dcp.metadata import read_metadata
 from sparkling_cli.layout.presence import by_config
+from sparkling_cli.widening.geometry import Run, ViewDim
 from tests.formats.make_dcp import on_ranks
 from tests.formats.make_megatron import BUCKETS, BY_PARAMETER, Sizes, World, load_wide, save_both
 from tests.formats.widening import check_moments, tensors_of, widen
@@ -33,10 +34,16 @@ ROUTERS: dict[str, dict[str, Any]] = {
 def test_objects_of_layers_and_experts() -> None:
     """Each gets its new number of parts, and copies get what their sources have; the model's own stay."""
     name = "decoder.layers.mlp.experts.experts.linear_fc1."
-    shapes = {f"{name}weight": ((2, 4, 80, 48), (2, 8, 80, 48)), "output_layer.weight": ((68, 48), (68, 48))}
-    own = f"{name}_extra_state/shard_1.3_2.4"
-    found = pieces_of([own, "output_layer._extra_state/shard_0_1"], shapes)
-    assert found == {own: tuple(f"{name}_extra_state/shard_1.{at}_2.8" for at in (3, 7))}
+    layers, head = ViewDim(2, 2, (Run(0, 0, 2),), 0), ViewDim(68, 68, (Run(0, 0, 68),), 0)
+    experts = ViewDim(4, 7, (Run(0, 0, 4), Run(4, 3, 1, new=True), Run(5, 1, 2, new=True)), 1)
+    own = [f"{name}_extra_state/shard_1.{at}_2.4" for at in (2, 3)]
+    views = {f"{name}weight": (layers, experts), "output_layer.weight": (head,)}
+    found = pieces_of([*own, "output_layer._extra_state/shard_0_1"], views)
+    wanted = ((2, 6), (3, 4))
+    assert found == {
+        entry: tuple(f"{name}_extra_state/shard_1.{at}_2.7" for at in places)
+        for entry, places in zip(own, wanted, strict=True)
+    }
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class Gpt(nn.Module):
         table = nn.Embedding(VOCAB, args.hidden_size)
         self.embedding = nn.ModuleDict({"word_embeddings": table})
         layers = nn.ModuleList(
-            Layer(args.hidden_size, args.ffn_hidden_size, heads, groups) for _ in range(LAYERS)
+            Layer(args.hidden_size, args.ffn_hidden_size, heads, groups) for _ in range(args.num_layers)
         )
         self.decoder = nn.ModuleDict({"layers": layers, "final_layernorm": nn.RMSNorm(args.hidden_size)})
         self.output_layer = nn.Linear(args.hidden_size, VOCAB, bias=False)

@@ -18,7 +18,7 @@ from tests.training import reference as ref
 
 FIRST, STEPS, TAU, RHO = 3, 50, 6, 1.3
 PEAK, MINIMUM, WARMUP, TOTAL = 1e-2, 1e-3, 2, 80
-FFN, EXPERTS = 40, 4
+FFN, EXPERTS, LAYERS = 40, 4, 2
 FFN_2 = {"ffn": 2.0}
 MASTERS = "optimizer.state.param."
 WORLDS = {
@@ -27,6 +27,7 @@ WORLDS = {
     "pipeline": (World(2, pipeline=2), Sizes(), None, FFN_2),
     "experts": (World(2, expert=2), Sizes(experts=EXPERTS), None, FFN_2),
     "more experts": (World(2, expert=2), Sizes(experts=EXPERTS), None, {"experts": 2.0}),
+    "more layers": (World(2, pipeline=2), Sizes(), None, {"layers": 2.0}),
 }
 
 
@@ -70,7 +71,10 @@ def reference(path: Path, axes: dict[str, float]) -> dict[str, torch.Tensor]:
     parts, moments = {}, {}
     for key, value in weights.items():
         new = torch.zeros(value.shape, dtype=torch.bool)
-        if "experts" in axes:
+        if "layers" in axes:
+            if "decoder.layers." in key:
+                new[LAYERS:] = True
+        elif "experts" in axes:
             if ".mlp.experts." in key or ".router." in key:
                 new[:, EXPERTS:] = True
         elif "linear_fc1.weight" in key:
@@ -105,7 +109,8 @@ def test_equal_to_separate_parameters(tmp_path: Path, name: str) -> None:
     pytest.importorskip("megatron.core", reason="pip install megatron-core==0.16.1")
     world, sizes, bucket, axes = WORLDS[name]
     on_ranks(world.ranks, save_both, str(tmp_path), world, sizes, bucket)
-    wide = widen(tmp_path / BUCKETS, tmp_path / "wide", axes, rewarmup={"steps": TAU, "rho": RHO})
+    places = {"at": "end"} if "layers" in axes else {}
+    wide = widen(tmp_path / BUCKETS, tmp_path / "wide", axes, rewarmup={"steps": TAU, "rho": RHO}, **places)
     last = FIRST + STEPS
     found = {}
     for stops in ((last,), (FIRST + 20, last)):

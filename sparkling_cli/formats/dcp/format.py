@@ -209,9 +209,8 @@ class DcpFormat:
             else:
                 files.append(common)
         new = megatron.added if megatron is not None else {}
-        own = (name for name in checkpoint.weights.values() if name in declared)
-        sizes = {name: (checkpoint.tensors[name].shape, declared[name].shape) for name in own}
-        pieces = pieces_of(parsed.entries, sizes) if megatron is not None else {}
+        views = {name: declared[name].view for name in checkpoint.weights.values() if name in declared}
+        pieces = pieces_of(parsed.entries, views) if megatron is not None else {}
         for one in parsed.directories:
             files += directory_outputs(one, declared, numbers, new, pieces)
         if parsed.config_file:

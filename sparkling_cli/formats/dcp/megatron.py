@@ -32,6 +32,7 @@ from sparkling_cli.formats.statedict import with_shapes
 from sparkling_cli.formats.torchfile import ATTRIBUTES, TorchFile, TreePath, plain, read_torch_file
 from sparkling_cli.formats.torchfile.unpickle import Anything
 from sparkling_cli.storage.tensors import StoredTensor
+from sparkling_cli.widening.geometry import Run, View
 
 FILE, OBJECT, BACKEND = "common.pt", "common_state/shard_0_1", "metadata.json"
 #: what says how state lies, and that it lies by parameter, or in buckets
@@ -182,32 +183,38 @@ def state_entry(weight: str, slot: str) -> str:
     return f"optimizer.state.{slot}.{weight}"
 
 
-def pieces_of(
-    entries: Iterable[str], shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-) -> dict[str, tuple[str, ...]]:
+def pieces_of(entries: Iterable[str], views: Mapping[str, View]) -> dict[str, tuple[str, ...]]:
     """What modules save beside their tensors, once for each layer and expert.
 
     Args:
         entries: names of all.
-        shapes: of the weights by entry, in the source and in the output.
+        views: of the weights, by entry.
 
     Returns:
         Entry -> its names in the output: its own place, and those of what is copied from it.
     """
-    stacks = {entry.rpartition(".")[0]: both for entry, both in shapes.items()}
+    stacks = {entry.rpartition(".")[0]: view for entry, view in views.items()}
     found = {}
     for entry in entries:
         piece = _PIECE.fullmatch(entry)
         if piece is None or piece["module"] not in stacks:
             continue
         at, of = (tuple(map(int, piece[part].split("."))) for part in ("at", "of"))
-        old, new = (shape[: len(of)] for shape in stacks[piece["module"]])
-        if old != of:  # of the whole model
+        dims = [dim for dim in stacks[piece["module"]] if dim.dim < len(of)]
+        if tuple(dim.source for dim in dims) != of:  # of the whole model
             continue
-        places = product(*(range(own, after, before) for own, before, after in zip(at, of, new, strict=True)))
+        copies = (_copies_of(source, dim.runs) for source, dim in zip(at, dims, strict=True))
         own = piece["module"] + piece["what"]
-        found[entry] = tuple(f"{own}{'.'.join(map(str, p))}_{'.'.join(map(str, new))}" for p in places)
+        new = ".".join(str(dim.target) for dim in dims)
+        found[entry] = tuple(f"{own}{'.'.join(map(str, place))}_{new}" for place in product(*copies))
     return found
+
+
+def _copies_of(source: int, runs: Iterable[Run]) -> list[int]:
+    """Where an entry of a dim is in the output."""
+    return [
+        run.target + source - run.source for run in runs if run.source <= source < run.source + run.length
+    ]
 
 
 def read_megatron(
