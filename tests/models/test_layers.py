@@ -247,13 +247,13 @@ FAULTS = {
     "other sources": ("sparkling_cli.layout.depth.spread", _other_order),
     "not silent": ("sparkling_cli.plan.build.silent_value", lambda layout, name: None),
     "old layers all": ("sparkling_cli.plan.build.is_new", lambda pattern, name, order: False),
-    "another config": ("sparkling_cli.plan.build.deeper_config", lambda config, counts, order: {}),
+    "another config": ("sparkling_cli.plan.config.deeper_config", lambda config, counts, order: {}),
     "births behind": (
         "sparkling_cli.manifest._births_in",
         lambda order, before, stage: [(0, 3, 0), (3, 6, stage)],
     ),
     "kinds in another order": (
-        "sparkling_cli.plan.build.deeper_config",
+        "sparkling_cli.plan.config.deeper_config",
         lambda config, counts, order: {"layer_types": config["layer_types"] * 2},
     ),
 }
