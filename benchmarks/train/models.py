@@ -91,8 +91,12 @@ _REUSED: dict[object, tuple[PreTrainedModel, Any]] = {}
 
 
 def reusable(model: PreTrainedModel, compile_: bool) -> tuple[PreTrainedModel, Any]:
-    """A module with the weights of ``model``, and what to call; one per shape: it is compiled once."""
-    key = (type(model), tuple((name, tuple(p.shape)) for name, p in model.named_parameters()))
+    """A module with the weights of ``model``, and what to call; one per shape: it is compiled once.
+
+    How many experts a token goes to is in no parameter's shape.
+    """
+    shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
+    key = (type(model), shapes, getattr(model.config, "num_experts_per_tok", None))
     if key not in _REUSED:
         _REUSED[key] = model, (torch.compile(model) if compile_ else model)
     kept, forward = _REUSED[key]

@@ -88,6 +88,19 @@ def test_what_is_counted_is_as_many_times_as_many() -> None:
     assert (more.num_experts, more.num_experts_per_tok, more.moe_intermediate_size) == (16, 4, 24)
 
 
+def test_a_module_is_reused_for_the_same_model_alone() -> None:
+    """Models of the same shapes whose tokens go to other numbers of experts are two."""
+    held, both = (
+        models.fresh("moe", "micro", {"experts": 2, "experts_per_token": factor}, 0) for factor in (1, 2)
+    )
+    kept = [models.reusable(model, compile_=False)[0] for model in (held, both)]
+    assert [model.config.num_experts_per_tok for model in kept] == [2, 4]
+    again = models.fresh("moe", "micro", {"experts": 2}, 1)
+    assert models.reusable(again, compile_=False)[0] is held
+    ids = torch.arange(16)[None]
+    assert not torch.equal(kept[0](input_ids=ids).logits, kept[1](input_ids=ids).logits)
+
+
 def test_results_are_added_and_put_in_place_of_the_same_jobs(tmp_path: Path) -> None:
     """Sorted by job, so that a file's history reads well."""
     kept = Store(tmp_path / "results" / "x.jsonl")
