@@ -111,7 +111,8 @@ def test_the_pages_say_how_far_auto_reaches() -> None:
 
 def test_locked_copies_are_none_or_all(found: list[Setting]) -> None:
     """The verdict's shares: every finished run is far on one side of them."""
-    logs = [(name, log) for s in found for name, runs in s.results.runs.items() for log in runs.values()]
+    widths = [s for s in found if not s.counts]
+    logs = [(name, log) for s in widths for name, runs in s.results.runs.items() for log in runs.values()]
     ended = [(name, log["locked"]) for name, log in logs if "locked" in log]
     assert {name for name, _ in ended} >= {COPY_COPY, "random-zero", "naive"}
     for name, locked in ended:
@@ -128,8 +129,23 @@ def test_the_page_has_the_tables_of_the_records(found: list[Setting], main: Sett
         horizon.longer_table(found),
         horizon.calibrated_table(found),
         horizon.overview(found),
+        horizon.counted_table(found),
     ):
         assert made and made in PAGE
+
+
+def test_what_is_counted_needs_its_rewarmup_more_than_fresh_state(found: list[Setting]) -> None:
+    """In every seed, as the page says."""
+    counted = {setting.results.widening.axes: setting.results for setting in found if setting.counts}
+    assert set(counted) == {("layers",), ("experts",)}
+    for axes, results in counted.items():
+        ways = {name: results.paired(name, COPY_COPY) for name in (*horizon.STATES, "small")}
+        assert len(ways["small"]) == (3 if axes == ("layers",) else 1)
+        assert min(ways["asymmetric"]) > 0.01 and min(ways["small"]) > 0.005
+        if axes == ("layers",):
+            assert all(abs(difference) < 0.0025 for difference in ways["state-copied"])
+        else:
+            assert min(ways["naive"]) > 0.01 and min(ways["drop"]) > 0.01
 
 
 def test_the_way_to_the_wide_model_is_that_of_the_records(main: Setting) -> None:
