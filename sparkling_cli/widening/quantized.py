@@ -118,51 +118,62 @@ def requantized(view: View, factor: float, blocks: Blocks, parts: Sequence[Array
     codes, scales = unpacked(parts[0], blocks.bits), parts[1].view(np.float32)
     picker = _Picker(view, factor)
     slabs = len(codes) // prod(picker.before)
-    made = [
-        _slab(picker, blocks, old, own, levels)
-        for old, own in zip(np.split(codes, slabs), np.split(scales, slabs), strict=True)
-    ]
-    if blocks.scales:
-        return np.concatenate([own for _, own in made])
-    return np.concatenate([packed(new, blocks.bits) for new, _ in made])
+    pairs = zip(np.split(codes, slabs), np.split(scales, slabs), strict=True)
+    made = [_slab(picker, blocks, *pair, levels) for pair in pairs]
+    return np.concatenate([one if blocks.scales else packed(one, blocks.bits) for one in made])
 
 
-def _slab(
-    picker: _Picker, blocks: Blocks, codes: Array, scales: Array, levels: Levels
-) -> tuple[Array, Array]:
-    """Codes, one per entry, and scales of one tensor."""
+def _slab(picker: _Picker, blocks: Blocks, codes: Array, scales: Array, levels: Levels) -> Array:
+    """Codes, one per entry, or scales of one tensor."""
     import numpy as np
 
-    count = prod(picker.after)
-    made = np.zeros(count, np.uint8), np.zeros(-(-count // blocks.size), np.float32)
-    step = blocks.size * max(_CHUNK // blocks.size, 1)
+    count, size = prod(picker.after), blocks.size
+    made = np.zeros(-(-count // size), np.float32) if blocks.scales else np.zeros(count, np.uint8)
+    step = size * max(_CHUNK // size, 1)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        found = _some(picker.places(start, stop), blocks.size, codes, scales, levels)
-        made[0][start:stop] = found[0][: stop - start]
-        made[1][start // blocks.size : -(-stop // blocks.size)] = found[1]
+        found = _Some(picker.places(start, stop), size, codes, scales, levels)
+        if blocks.scales:
+            made[start // size : -(-stop // size)] = found.scales
+        else:
+            made[start:stop] = found.codes(levels)[: stop - start]
     return made
 
 
-def _some(
-    places: tuple[Array, Array, Array], size: int, codes: Array, scales: Array, levels: Levels
-) -> tuple[Array, Array]:
-    """Some blocks: codes (the last block filled up) and scales."""
-    import numpy as np
+class _Some:
+    """Some blocks of the target: what their entries shall be, and their scales."""
 
-    source, zero, factors = (_filled(one, size, fill) for one, fill in zip(places, (0, True, 1), strict=True))
-    old, home = codes[source], source // size
-    values = np.where(zero, np.float32(0), levels.table[old] * scales[home] * factors.astype(np.float32))
-    low, high = levels.ends
-    reach = values.max(axis=1) / np.float32(high)
-    if low < 0:
-        reach = np.maximum(reach, values.min(axis=1) / np.float32(low))
-    first = np.where(zero, len(scales), home).min(axis=1)
-    last = np.where(zero, -1, home).max(axis=1)
-    same = (first == last) & (zero | (factors == 1)).all(axis=1)
-    new = np.where(same, scales[np.maximum(last, 0)], reach).astype(np.float32)
-    shares = np.divide(values, new[:, None], out=np.zeros_like(values), where=new[:, None] > 0)
-    return np.where(same[:, None] & ~zero, old, levels.nearest(shares)).reshape(-1), new
+    def __init__(
+        self, places: tuple[Array, Array, Array], size: int, codes: Array, scales: Array, levels: Levels
+    ) -> None:
+        import numpy as np
+
+        pairs = zip(places, (0, True, 1), strict=True)
+        source, zero, factors = (_filled(one, size, fill) for one, fill in pairs)
+        self._old, home = codes[source], source // size
+        values = levels.table[self._old] * scales[home]
+        if not (factors == 1).all():
+            values *= factors.astype(np.float32)
+        values[zero] = 0
+        low, high = levels.ends
+        reach = values.max(axis=1) / np.float32(high)
+        if low < 0:
+            reach = np.maximum(reach, values.min(axis=1) / np.float32(low))
+        first = np.where(zero, len(scales), home).min(axis=1)
+        last = np.where(zero, -1, home).max(axis=1)
+        self._same = (first == last) & (zero | (factors == 1)).all(axis=1)
+        self.scales = np.where(self._same, scales[np.maximum(last, 0)], reach).astype(np.float32)
+        self._values, self._zero = values, zero
+
+    def codes(self, levels: Levels) -> Array:
+        """One per entry; the last block is filled up."""
+        import numpy as np
+
+        made = np.where(self._zero, levels.nearest(np.zeros(1, np.float32)), self._old)
+        anew = np.flatnonzero(~self._same & (self.scales > 0))
+        shares = self._values[anew] / self.scales[anew, None]
+        made[anew] = np.where(self._zero[anew], made[anew], levels.nearest(shares))
+        return made.reshape(-1)
 
 
 def _filled(one: Array, size: int, fill: Any) -> Array:
@@ -191,6 +202,7 @@ class _Picker:
             sizes[part.dim] *= part.source
         self.before = tuple(sizes)
         self.after = tuple(len(source) for source, _ in self._dims)
+        self._zero = [fills == Fill.ZERO for _, fills in self._dims]
 
     def places(self, start: int, stop: int) -> tuple[Array, Array, Array]:
         """Of target entries in their order: the source's entry, whether they are zero, and their factor."""
@@ -199,10 +211,12 @@ class _Picker:
         at = np.unravel_index(np.arange(start, stop), self.after)
         source = np.zeros(stop - start, np.int64)
         zero, factors = np.zeros(stop - start, bool), np.full(stop - start, self._factor)
-        for index, (own, fills), stride, scale in zip(
-            at, self._dims, row_major(self.before), self._scales, strict=True
+        for index, (own, _), new, stride, scale in zip(
+            at, self._dims, self._zero, row_major(self.before), self._scales, strict=True
         ):
             source += own[index] * stride
-            zero |= fills[index] == Fill.ZERO
-            factors = factors * scale[index]
+            if new.any():
+                zero |= new[index]
+            if (scale != 1).any():
+                factors *= scale[index]
         return source, zero, factors

@@ -197,6 +197,40 @@ def test_torchaos_blocks_must_make_up_the_tensor(tmp_path: Path) -> None:
         trained_on(*opt.resumed(tmp_path / name, case), case)
 
 
+@pytest.mark.parametrize(
+    ("option", "package"), [("adamw_torch_8bit", "torchao"), ("adamw_bnb_8bit", "bitsandbytes")]
+)
+def test_the_trainer_goes_on_with_quantized_state(tmp_path: Path, option: str, package: str) -> None:
+    """Transformers' own: ten steps, wider, resumed from there for twenty more, its state as it was saved."""
+    pytest.importorskip(package, reason=f"pip install {package}")
+    from transformers import Trainer, TrainingArguments
+
+    def run(net: Any, folder: Path, steps: int, resumed: str | None = None) -> Any:
+        options: dict[str, Any] = {"optim": option, "max_steps": steps, "save_steps": 10, "use_cpu": True}
+        args = TrainingArguments(str(folder), report_to=[], learning_rate=1e-3, **options)
+        tokens = [opt.batch(step)[0] for step in range(8 * steps)]
+        trainer = Trainer(net, args, train_dataset=[{"input_ids": t, "labels": t} for t in tokens])
+        trainer.train(resume_from_checkpoint=resumed)
+        return trainer
+
+    run(opt.model(), tmp_path / "narrow", 10)
+    narrow, wide = (tmp_path / name / "checkpoint-10" for name in ("narrow", "wide"))
+    api.expand(narrow, wide, axes=FFN, report="none")
+    api.verify(narrow, wide)
+    trainer = run(opt.loaded(wide), tmp_path / "wide", 30, str(wide))
+    assert trainer.state.global_step == 30
+    up = trainer.model.model.layers[0].mlp.up_proj.weight.detach()
+    assert (up[opt.FFN :] - up[: opt.FFN]).abs().max() > 1e-5
+    states = trainer.optimizer.optimizer.state.values()
+    quantized = [v for s in states for v in s.values() if hasattr(v, "codes") or is_code(v)]
+    assert len(quantized) >= 2 * 6  # of all matrices; bitsandbytes keeps the embedding's in 32 bits
+
+
+def is_code(value: Any) -> bool:
+    """Whether a piece of state is bitsandbytes' codes."""
+    return isinstance(value, Tensor) and value.dtype == torch.uint8
+
+
 def table() -> str:
     """The table of the docs."""
     lines = ["| optimizer | package | widened | old entries' updates | state |", "|---|---|---|---|---|"]
