@@ -88,6 +88,29 @@ def test_all_copies_are_chosen(tmp_path: Path, router: str) -> None:
 
 
 @pytest.mark.slow
+def test_chosen_copies(tmp_path: Path) -> None:
+    """Two of every second expert: Megatron loads them, and has every entry of weights and state."""
+    pytest.importorskip("megatron.core", reason="pip install megatron-core==0.16.1")
+    sizes = _sizes({}, bf16=False)
+    on_ranks(1, save_both, str(tmp_path), World(), sizes, None)
+    copies = {"all": [1, 2, 1, 2]}
+    target = widen(tmp_path / BUCKETS, tmp_path / "wide", {"experts": 1.5}, copies=copies)
+    on_ranks(
+        1, load_wide, str(tmp_path), str(target), World(), sizes._replace(experts=6), str(tmp_path / "again")
+    )
+    old, new, again = (tensors_of(tmp_path / of) for of in (BY_PARAMETER, "wide", "again"))
+    assert again.keys() == new.keys() == old.keys()
+    for key, tensor in old.items():
+        assert torch.equal(again[key], new[key]), key
+        if ".exp_avg" in key:
+            check_moments({key: tensor}, new, key)
+        elif ".experts." in key or ".router." in key:
+            assert torch.equal(new[key], tensor[:, [0, 1, 2, 3, 1, 3]]), key
+        else:
+            assert torch.equal(new[key], tensor), key
+
+
+@pytest.mark.slow
 def test_experts_on_two_ranks(tmp_path: Path) -> None:
     """With their objects: one for each layer and expert, as Megatron asks for them."""
     pytest.importorskip("megatron.core", reason="pip install megatron-core==0.16.1")
