@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -23,7 +25,7 @@ from sparkling_cli.training import Piece, rewarm
 from sparkling_cli.training.slices import new_entries_of_pieces
 from tests.training import loops
 from tests.training import reference as ref
-from tests.training.zero_run import CASES
+from tests.training.zero_run import CASES, CPU_ADAM
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -187,13 +189,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip(
         "deepspeed", reason="pip install deepspeed==0.19.8 hjson py-cpuinfo ninja msgpack einops"
     )
-    out = tmp_path_factory.mktemp("zero")
+    return run(tmp_path_factory.mktemp("zero"), CASES)
+
+
+def run(out: Path, cases: Iterable[str], timeout: int = 400) -> Path:
+    """What two processes ended with."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "tests.training.zero_run", str(out),
+        "-m", "tests.training.zero_run", str(out), *cases,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 
@@ -210,6 +216,21 @@ def test_zero_equals_separate_parameters_and_itself(runs: Path, case: str) -> No
     assert ref.distance(whole, wanted) < exact.limit
     assert ref.distance(plain, wanted) > 0.05
     assert [name for name, value in whole.items() if not torch.equal(value, legs[name])] == []
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_adam_in_the_hosts_memory(tmp_path: Path) -> None:
+    """To float32's rounding; resumed too: it has powers of the betas, which it multiplies up in one run."""
+    pytest.importorskip("deepspeed", reason="pip install deepspeed==0.19.8 and what it needs to compile")
+    if shutil.which("g++") is None:
+        pytest.skip("DeepSpeed's CPUAdam is compiled by g++")
+    run(tmp_path, CPU_ADAM, timeout=1500)
+    wanted = loops.separate(torch.float32)
+    for case in CPU_ADAM:
+        whole, legs, plain = (torch.load(tmp_path / f"{case}-{run}.pt") for run in ("whole", "legs", "plain"))
+        assert ref.distance(whole, wanted) < loops.FLOAT32.limit
+        assert ref.distance(legs, whole) < loops.FLOAT32.limit
+        assert ref.distance(plain, wanted) > 0.05
 
 
 @pytest.mark.slow

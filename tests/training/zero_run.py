@@ -28,6 +28,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2-offloaded": (2, {"zero_force_ds_cpu_optimizer": False}),
     "zero3-offloaded": (3, {"zero_force_ds_cpu_optimizer": False}),
 }
+#: DeepSpeed's own optimizer for the host's memory, which is compiled when it is first used
+CPU_ADAM: dict[str, tuple[int, dict[str, Any]]] = {
+    "zero2-cpuadam-offloaded": (2, {}),
+    "zero3-cpuadam-offloaded": (3, {}),
+}
 RUNS = ("whole", "legs", "plain")
 
 
@@ -55,7 +60,7 @@ def engine_of(case: str) -> tuple[Any, Any]:
     """The expanded model and state at step TE."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    stage, options = CASES[case]
+    stage, options = {**CASES, **CPU_ADAM}[case]
     net, optimizer, _ = ref.expanded(loops.adamw, torch.float32)
     states = {name: optimizer.state[p] for name, p in net.named_parameters()}
     if "bf16" in options:  # masters are made from what the model has
@@ -75,7 +80,12 @@ def engine_of(case: str) -> tuple[Any, Any]:
         "gradient_clipping": 0.0,
         **options,
     }
-    engine, given = initialized(net, loops.adamw(groups), config, case.endswith("accelerate"))
+    made = loops.adamw(groups)
+    if case in CPU_ADAM:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        made = DeepSpeedCPUAdam(groups, lr=ref.BASE.peak, weight_decay=0.1)
+    engine, given = initialized(net, made, config, case.endswith("accelerate"))
     for group in engine.optimizer.param_groups:  # a step that makes the state and moves nothing
         group["lr"] = 0.0
     engine.backward(engine(ref.data(0)))
@@ -93,7 +103,7 @@ def engine_of(case: str) -> tuple[Any, Any]:
                 held = torch.nn.functional.pad(value.flatten(), (0, share * dist.get_world_size()))
                 safe_set_local_optimizer_state(p, held[rank * share :][:share], key)
     for state in engine.optimizer.optimizer.state.values():
-        state["step"] = torch.tensor(float(ref.TE))
+        state["step"] = ref.TE if case in CPU_ADAM else torch.tensor(float(ref.TE))
     return engine, given
 
 
