@@ -164,6 +164,30 @@ def _check(
     resumed.train(1)
 
 
+def test_chosen_copies_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each layer others: torchtitan loads them behind the old ones, with moments of zero, and steps."""
+    compute_on_cpu(monkeypatch)
+    run = make_torchtitan(tmp_path / "run", family="qwen3-moe")
+    (tmp_path / "wide").mkdir()
+    copies = {"all": [1, 2, 1, 2], "1": [3, 1, 1, 1]}
+    widen(tmp_path / "run" / "step-3", tmp_path / "wide" / "step-3", {"experts": 1.5}, copies=copies)
+    resumed = Run(tmp_path / "wide", Sizes(experts=6), family="qwen3-moe")
+    assert resumed.manager.load(3)
+    old, new = run.optimizers.optimizers[0], resumed.optimizers.optimizers[0]
+    grown = 0
+    for (name, before), after in zip(run.model.named_parameters(), resumed.model.parameters(), strict=True):
+        behind = [0, 0] if "layers.1." in name else [1, 3]
+        more = after.shape != before.shape
+        grown += more
+        assert torch.equal(after, torch.cat([before, before[behind]]) if more else before), name
+        for slot in ("exp_avg", "exp_avg_sq"):
+            kept = old.state[before][slot]
+            wanted = torch.cat([kept, torch.zeros_like(kept[behind])]) if more else kept
+            assert torch.equal(new.state[after][slot], wanted), (name, slot)
+    assert grown >= 2 * 4
+    resumed.train(1)
+
+
 def _old_entries(wide: torch.Tensor, old: torch.Tensor, name: str) -> torch.Tensor:
     """The entries that were there before: the first of every dim, or of each half that it consists of."""
     if not name.endswith(".eh_proj.weight"):
