@@ -28,6 +28,7 @@ class Sizes:
     shared_dim: int = 32
     experts: int = 4
     top_k: int = 2
+    groups: int = 0
     vision_ffn: int = 20
 
 
@@ -102,7 +103,7 @@ def _qwen3(sizes: Sizes, fuse_qkv: bool, *, tied: bool = False, experts: bool = 
 
 
 def _deepseek(
-    sizes: Sizes, fuse_qkv: bool, *, q_lora: int = 0, mtp: int = 0, vision: bool = False
+    sizes: Sizes, fuse_qkv: bool, *, q_lora: int = 0, mtp: int = 0, vision: bool = False, norm: bool = False
 ) -> nn.Module:
     from torchtitan.models import deepseek_v3 as dsv3
     from torchtitan.models.common import ComplexRoPE
@@ -123,8 +124,11 @@ def _deepseek(
         moe_hidden_dim=sizes.expert_dim,
         num_experts=sizes.experts,
         num_shared_experts=1,
-        router_top_k=2,
+        router_top_k=sizes.top_k,
         router_score_func="sigmoid",
+        router_route_norm=norm,
+        router_num_expert_groups=sizes.groups or None,
+        router_num_limited_groups=sizes.groups // 2 or None,
         attn_backend="flex",
         moe_comm_backend="standard",
         non_blocking_capacity_factor=None,
@@ -173,6 +177,7 @@ _LAYERS: dict[str, Any] = {
     "qwen3-moe": partial(_qwen3, experts=True),
     "qwen3-moe-tied": partial(_qwen3, experts=True, tied=True),
     "deepseek-v3": _deepseek,
+    "deepseek-v3-norm": partial(_deepseek, norm=True),
     "deepseek-v3-lora": partial(_deepseek, q_lora=18),
     "deepseek-v3-mtp": partial(_deepseek, mtp=2),
     "gpt-oss": _gpt_oss,

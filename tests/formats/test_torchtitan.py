@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sparkling_cli.errors import LayoutError
+from sparkling_cli.api import layout_of
+from sparkling_cli.errors import LayoutError, SpecError
+from sparkling_cli.layout.file import to_toml
 from sparkling_cli.training import rewarm
 from tests.formats.widening import check_moments, corner, widen
 
@@ -137,10 +140,30 @@ def test_uneven_factors(
     _check(tmp_path, family, axes, Sizes(**wide), fuse_qkv=True, scaling="function")
 
 
+@pytest.mark.parametrize("groups", [0, 2])
+def test_experts_by_a_layout_of_ones_own(
+    tmp_path: Path, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek-V3 normalizes shares; copies of a group are a group where there are more groups."""
+    compute_on_cpu(monkeypatch)
+    axes = {"experts": 2.0}
+    narrow, wide = Sizes(groups=groups), Sizes(experts=8, top_k=4, groups=2 * groups)
+    make_torchtitan(tmp_path / "first", narrow, family="deepseek-v3-norm")
+    with pytest.raises(SpecError, match="which do not stand in the checkpoint") as refused:
+        widen(tmp_path / "first" / "step-3", tmp_path / "no", axes)
+    assert "--layout" in refused.value.message
+    layout = layout_of(tmp_path / "first" / "step-3")
+    own = replace(layout, axes={**layout.axes, "experts": replace(layout.axes["experts"], widenable=True)})
+    (tmp_path / "own.toml").write_text(to_toml(own))
+    options = {"narrow": narrow, "layout": tmp_path / "own.toml"}
+    _check(tmp_path, "deepseek-v3-norm", axes, wide, True, **options)
+
+
 def _check(
     tmp_path: Path, family: str, axes: dict[str, float], wide: Sizes, fuse_qkv: bool, **options: Any
 ) -> None:
-    run = make_torchtitan(tmp_path / "run", fuse_qkv=fuse_qkv, family=family)
+    narrow = options.pop("narrow", None)
+    run = make_torchtitan(tmp_path / "run", narrow, fuse_qkv=fuse_qkv, family=family)
     (tmp_path / "wide").mkdir()
     widen(tmp_path / "run" / "step-3", tmp_path / "wide" / "step-3", axes, **options)
     resumed = Run(tmp_path / "wide", wide, fuse_qkv=fuse_qkv, family=family)
