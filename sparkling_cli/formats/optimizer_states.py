@@ -87,8 +87,8 @@ FACTORS = frozenset({"second_momentum_buffer"})
 #: matrices on one dim: Shampoo, SOAP, SPlus, Kron
 PRECONDITIONERS = frozenset({"GG", "pre_cond", "inv_pre_cond", "sides"})
 BASES = frozenset({"Q", "q_sides"})
-#: also the directions of columns in which Dion keeps a matrix's momentum, where they are fewer than columns:
-#: they are a product with the momentum, and zero where it is
+#: also the directions in which Dion keeps a matrix's momentum, fewer than the dim has: a product with the
+#: momentum, and zero where it is; of columns, or, in one of its classes, of rows where these are fewer
 DIRECTIONS = "Q"
 
 _DUAL = "this optimizer makes the weights anew at every step, of such sums (dual averaging)"
@@ -190,8 +190,8 @@ def form_of(slot: str, shape: Shape, parameter: Shape) -> Form | None:
     """
     name, count = base_name(slot), len(parameter)
     whole = tuple(range(count))
-    if name == DIRECTIONS and count == len(shape) == 2 and shape[0] == parameter[1] and shape[1] < shape[0]:
-        return Form((1, None))
+    if name == DIRECTIONS and count == len(shape) == 2 and shape[1] < shape[0] and shape[0] in parameter:
+        return Form((int(shape[0] == parameter[1]), None))
     if name in PRECONDITIONERS | BASES:
         return _on_one_dim(slot, shape, parameter)
     if name in ROWS | COLUMNS and count > 1:
@@ -225,6 +225,20 @@ def turns(slot: str, shape: Shape, parameter: Shape) -> bool:
     """
     columns = base_name(slot) in FACTORS and len(shape) == len(parameter) == 2 and shape[0] == 1 < shape[1]
     return columns and parameter[0] >= parameter[1]
+
+
+def changes_sides(slot: str, shape: Shape, parameter: Shape, after: Shape) -> bool:
+    """Whether an optimizer would take directions of one side for those of the other at the new size.
+
+    Args:
+        slot: the state's name.
+        shape: of the state.
+        parameter: the parameter's shape.
+        after: the parameter's shape after widening.
+    """
+    if base_name(slot) != DIRECTIONS or len(shape) != 2 or shape[1] >= shape[0] or len(parameter) != 2:
+        return False
+    return (parameter[0] < parameter[1]) != (after[0] < after[1])
 
 
 def _sizes(dims: tuple[int | None, ...], parameter: Shape) -> Shape:
@@ -263,7 +277,7 @@ def state_kind(slot: str, dtype: str, shape: Shape, parameter_shape: Shape) -> S
         return StateKind.OTHER
     if shape == parameter_shape and name not in _TABLE:
         return StateKind.UNKNOWN
-    if name == DIRECTIONS and form.dims == (1, None):
+    if name == DIRECTIONS and form.dims[-1] is None:
         return StateKind.MOMENT
     return _TABLE.get(name, StateKind.OTHER)
 

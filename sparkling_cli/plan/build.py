@@ -15,6 +15,7 @@ from sparkling_cli.formats.optimizer_states import (
     Form,
     StateKind,
     base_name,
+    changes_sides,
     form_of,
     is_apart,
     is_named,
@@ -279,6 +280,13 @@ class _Recipes:
             dims = form.layout(pattern.dims, stored.shape)
             view = state_view(self._view(dims, found, growth, copied=True), optimizer, kind, form)
             after = target_shape(self._view(pattern.dims, found, growth, copied=True))
+            if changes_sides(slot, stored.shape, self.layout.shape_of(pattern), after):
+                raise CheckpointError(
+                    f"optimizer state {slot!r} of {name!r} has the directions of one side, and in the new "
+                    f"shape {after} the other side is the shorter one, to which they do not belong",
+                    hint="choose other sizes, or expand a copy of the checkpoint without the optimizer's "
+                    "state, with --init random-copy, and restart the optimizer",
+                )
             if turns(slot, stored.shape, after):
                 view = turned(stored.shape[1], after[0])
             scaled = optimizer == "asymmetric-scaled" and kind is StateKind.MOMENT

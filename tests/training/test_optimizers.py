@@ -197,6 +197,16 @@ def test_torchaos_blocks_must_make_up_the_tensor(tmp_path: Path) -> None:
         trained_on(*opt.resumed(tmp_path / name, case), case)
 
 
+def test_directions_that_change_sides_are_refused(tmp_path: Path) -> None:
+    """Dion takes them of rows where these are fewer: at a size where they no longer are, it is refused."""
+    case = next(case for case in CASES if case.name == "Dion")
+    needs(case)
+    source = narrow(case, tmp_path / "narrow")
+    with pytest.raises(SparklingError, match="directions") as caught:
+        api.expand(source, tmp_path / "wide", axes=[{"axis": "hidden", "factor": 2}], report="none")
+    assert "random-copy" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     ("option", "package"), [("adamw_torch_8bit", "torchao"), ("adamw_bnb_8bit", "bitsandbytes")]
 )
