@@ -46,9 +46,11 @@ def parting_inits(growth: Mapping[str, Growth], layout: ModelLayout, treatment: 
 
 
 def with_fills(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Treatment) -> dict[str, Growth]:
-    """The growth with ``copied`` as the fills on each axis say."""
-    copied = {axis: all(fills <= {Fill.COPY} for fills in _fills(axis, layout, treatment)) for axis in growth}
-    return {axis: replace(grown, copied=copied[axis]) for axis, grown in growth.items()}
+    """The growth with ``copied`` as the fills on each axis say; of one on no tensor, as all others'."""
+    found = {axis: _fills(axis, layout, treatment) for axis in growth}
+    copied = {a: all(f <= {Fill.COPY} for f in fills) for a, fills in found.items() if any(fills)}
+    rest = all(copied.values())
+    return {axis: replace(grown, copied=copied.get(axis, rest)) for axis, grown in growth.items()}
 
 
 def check_pair(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Treatment) -> None:
@@ -64,8 +66,8 @@ def check_pair(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Tre
         if treatment.fan_out is Fill.ZERO:
             _check_parts(axis, layout)
         *produced, _ = _fills(axis, layout, treatment)
-        if treatment.fan_out is Fill.COPY or (produced and all(treatment.fan_out in f for f in produced)):
-            continue
+        if treatment.fan_out is Fill.COPY or all(treatment.fan_out in fills for fills in produced):
+            continue  # or nothing has the axis, which is a number that another one is divided by
         wanted = treatment.fan_out.name.lower()
         also = ", or widen kv_heads, with which v grows" if axis == "q_per_kv" else ""
         raise SpecError(

@@ -128,3 +128,21 @@ def test_a_weight_and_its_copy_in_the_optimizer_agree(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "wide" / "optimizer.pt", weights_only=True)
     for i, name in enumerate(old):
         assert torch.equal(saved["state"][i]["master_param"].bfloat16(), new[name]), name
+
+
+@pytest.mark.parametrize("init", ["random-copy", "zero-copy"])
+def test_heads_that_no_tensor_has_do_not_stand_in_the_way(init: str, tmp_path: Path) -> None:
+    """A class that divides hidden by its heads: both grow, and what is new in hidden is drawn, or zero."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4,
+             "num_hidden_layers": 2, "vocab_size": 64, "max_position_embeddings": 32}  # fmt: skip
+    small = tmp_path / "small"
+    build_model({"model_type": "opt", **sizes}, meta=False).save_pretrained(small)
+    asked = [{"axis": "hidden", "factor": 2}, {"axis": "heads", "factor": 2}]
+    api.expand(small, tmp_path / "wide", axes=asked, init=init, report="none")
+    assert api.verify(small, tmp_path / "wide").ok
+    name = "model.decoder.embed_tokens.weight"
+    old, new = module_weights(small)[name], module_weights(tmp_path / "wide")[name]
+    assert torch.equal(new[:, :32], old)
+    assert close(new[:, 32:], old) if init == "random-copy" else not new[:, 32:].any()
+    assert not torch.equal(new[:, 32:], old)
