@@ -116,7 +116,7 @@ class KeptStep:
             start: what this process held of the matrix before it.
             group: that the optimizer has it in.
         """
-        if self.param.grad is None or self.rule is None:
+        if self.rule is None:
             return
         local = local_tensor(self.param)
         moved = local - start
@@ -124,7 +124,7 @@ class KeptStep:
         if decay:
             if self.rule.decay == "unknown":
                 raise SparklingError(f"the optimizer's weight decay is {decay_of(group)}, {UNKNOWN_DECAY}")
-            decayed = start * decay
+            decayed = start * decay * moved.any()  # what made no step has not decayed either
             moved += decayed.mul_(moved * start <= 0) if self.rule.decay == "cautious" else decayed
         local.add_(moved.mul_(self._factor(moved) - 1))
 

@@ -221,6 +221,18 @@ def test_an_output_that_exists_is_given_it(tmp_path: Path) -> None:
     assert "--rho 1.25" in commands[1] and commands[1].replace(" --rho 1.25", "") == commands[0]
 
 
+def test_without_a_gradient_nothing_moves() -> None:
+    """Neither by the optimizer, weight decay included, nor by what is scaled."""
+    net = ref.model()
+    muon = Muon([net.up.weight, net.down.weight], lr=1.0, weight_decay=0.1)
+    rewarm(muon, net, ref.history_of(rewarmup()), announce=False)
+    net.up.weight.grad = torch.randn_like(net.up.weight)
+    before = ref.parameters(net)
+    muon.step()
+    assert torch.equal(net.down.weight, before["down.weight"])
+    assert not torch.equal(net.up.weight, before["up.weight"])
+
+
 def test_frozen_old_entries_do_not_throw_new_ones() -> None:
     """Without gradients of their own they are left where they are, within twice the step by shape."""
     found = []
