@@ -2,11 +2,12 @@
 
 ``python -m benchmarks.train_overhead [--rounds 5] [--tokens 1024] [--json FILE]``
 
-The hooks do nothing but scale the update of new entries; a round measures one optimizer step without and
-one with them, in alternating order, on the same model and state, so that a busy machine troubles both
-alike. The time of forward and backward is measured beside it; the overhead is the hooks' extra time over
-the whole step without them. Times are the process's own CPU time on one thread. Memory is the largest
-growth of the process's peak during a step with hooks, above that of a step without.
+Whole training steps (forward, backward, optimizer) without and with hooks, in alternating order, on the same
+model and state, so that a busy machine troubles both alike. "hooks" is the median extra time of the
+optimizer's step, and its share that of the whole step; "whole steps" is the ratio of neighbours, its median
+and its quartiles, which has the noise of forward and backward in it. Times are the process's own CPU time on
+one thread. Memory is the largest growth of the process's peak during an optimizer step with hooks, above that
+of one without.
 """
 
 from __future__ import annotations
@@ -63,31 +64,43 @@ def peak_bytes(step: Any) -> int:
     return peak
 
 
-def measure(name: str, model: LlamaForCausalLM, found: History, rounds: int) -> dict[str, float]:
-    """Median seconds of a step without and with hooks, and the extra peak of memory in bytes."""
+def measure(
+    name: str, model: LlamaForCausalLM, found: History, ids: torch.Tensor, rounds: int
+) -> dict[str, Any]:
+    """Seconds of a step and of its parts, and the extra peak of memory in bytes."""
     optimizer = make(name, model)
-    optimizer.step()  # makes the state
 
-    def timed(hooks: bool) -> float:
-        handle: Rewarming | None = rewarm(optimizer, parameters(name, model), found) if hooks else None
+    def timed(hooks: bool) -> tuple[float, float]:
+        """Seconds of the whole step and of the optimizer's."""
+        named = parameters(name, model)
+        handle: Rewarming | None = rewarm(optimizer, named, found, announce=False) if hooks else None
         began = time.process_time()
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        passed = time.process_time()
         optimizer.step()
-        took = time.process_time() - began
+        ended = time.process_time()
         if handle is not None:
             handle.remove()
-        return took
+        return ended - began, ended - passed
 
-    plain, hooked = [], []
+    timed(False)  # makes the state
+    pairs = []
     for i in range(rounds):
-        for hooks in (False, True) if i % 2 else (True, False):
-            (hooked if hooks else plain).append(timed(hooks))
+        order = (False, True) if i % 2 else (True, False)
+        both = {hooks: timed(hooks) for hooks in order}
+        pairs.append((both[False], both[True]))
     without = peak_bytes(optimizer.step)
-    handle = rewarm(optimizer, parameters(name, model), found)
+    handle = rewarm(optimizer, parameters(name, model), found, announce=False)
     with_hooks = peak_bytes(optimizer.step)
     handle.remove()
+    ratios = [hooked[0] / plain[0] for plain, hooked in pairs]
     return {
-        "step": statistics.median(plain),
-        "hooks": statistics.median(h - p for h, p in zip(hooked, plain, strict=True)),
+        "whole": statistics.median(plain[0] for plain, _ in pairs),
+        "optimizer": statistics.median(plain[1] for plain, _ in pairs),
+        "hooks": statistics.median(hooked[1] - plain[1] for plain, hooked in pairs),
+        "ratio": statistics.median(ratios),
+        "quartiles": statistics.quantiles(ratios, n=4, method="inclusive")[::2],
         "extra_bytes": float(with_hooks - without),
     }
 
@@ -122,19 +135,24 @@ def main() -> None:
     model = LlamaForCausalLM(config)
     entries = sum(p.numel() for p in model.parameters())
     ids = torch.randint(config.vocab_size, (1, options.tokens))
-    began = time.process_time()
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    passes = time.process_time() - began
     found = history(config)
-    print(f"{entries / 1e6:.0f}M parameters; forward and backward of {options.tokens} tokens {passes:.2f} s")
-    print(f"{'optimizer':15}{'step':>9}{'hooks':>9}{'of the training step':>22}{'extra memory':>14}")
-    results: dict[str, Any] = {"parameters": entries, "tokens": options.tokens, "passes": passes}
+    print(f"{entries / 1e6:.0f}M parameters, {options.tokens} tokens in a step, {options.rounds} rounds")
+    print(
+        f"{'optimizer':15}{'step':>9}{'optimizer':>11}{'hooks':>9}{'of the step':>13}"
+        f"{'whole steps (quartiles)':>26}{'extra memory':>14}"
+    )
+    results: dict[str, Any] = {"parameters": entries, "tokens": options.tokens}
     for name in options.optimizers:
-        row = measure(name, model, found, options.rounds)
-        share = row["hooks"] / (row["step"] + passes)
+        row = measure(name, model, found, ids, options.rounds)
+        share = row["hooks"] / row["whole"]
         memory = row["extra_bytes"] / (4 * entries)
         results[name] = {**row, "share_of_step": share, "share_of_parameters": memory}
-        print(f"{name:15}{row['step']:8.3f}s{row['hooks']:8.3f}s{share:>21.2%}{memory:>14.2%}", flush=True)
+        low, high = row["quartiles"]
+        print(
+            f"{name:15}{row['whole']:8.3f}s{row['optimizer']:10.3f}s{row['hooks']:8.3f}s{share:>13.2%}"
+            f"{row['ratio']:>12.4f} ({low:.4f}-{high:.4f}){memory:>13.2%}",
+            flush=True,
+        )
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1))
 
