@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from fixtures.tiny import build_trainer
 from sparkling_cli.api import expand
@@ -172,6 +172,25 @@ def test_tensorboard_has_the_new_entries_rate(wide: Path, tmp_path: Path) -> Non
     assert [e.value for e in events.Scalars("train/update_rms_old")] == pytest.approx(
         [e["update_rms_old"] for e in entries]
     )
+
+
+def test_the_console_has_the_new_entries_rate(
+    wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every line that the Trainer prints: placed first, or given to it when it is made."""
+    for first in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(wide)
+        mine = SparklingCallback(wide)
+        given = {} if first else {"callbacks": (mine,)}
+        trainer = build_trainer(model, tmp_path / str(first), max_steps=END, **given)
+        trainer.add_callback(PrinterCallback)  # the Trainer's own, last, as the Trainer places it
+        if first:
+            trainer.callback_handler.callbacks.insert(0, mine)
+        trainer.args.logging_steps = 1
+        trainer.train(resume_from_checkpoint=str(wide))
+        printed = [line for line in capsys.readouterr().out.splitlines() if "'learning_rate'" in line]
+        assert len(printed) == END - TE
+        assert all("'learning_rate_new'" in line for line in printed)
 
 
 def test_only_new_entries_move_otherwise(wide: Path, tmp_path: Path) -> None:
