@@ -40,7 +40,7 @@ Births = list[tuple[int, int, int]]
 
 
 class _Data(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class AxisHistory(_Data):

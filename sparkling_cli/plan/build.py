@@ -342,6 +342,8 @@ class _Recipes:
 
     def new(self, pattern: TensorPattern, name: str, *axes: str) -> bool:
         """Whether a parameter is of a new layer, or expert; of certain axes only, if they are given."""
+        if not self.orders:
+            return False
         orders = {axis: own for axis, own in self.orders.items() if not axes or axis in axes}
         return bool(orders) and is_new(pattern, name, orders)
 

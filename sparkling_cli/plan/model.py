@@ -5,6 +5,7 @@ A plan is made from shapes alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -162,11 +163,11 @@ class Calibration:
 
     def of(self, stream: str) -> float:
         """The factor on a tensor, or part of one, that has these random numbers (see ``widening.parts``)."""
-        return self.factors.get(stream.partition("[")[0], 1.0)
+        return self.factors.get(stream.partition("[")[0], 1.0) if self.factors else 1.0
 
     def of_new(self, stream: str) -> float | None:
         """The factor on its new entries; None where it is that of the others."""
-        return self.fresh.get(stream.partition("[")[0])
+        return self.fresh.get(stream.partition("[")[0]) if self.fresh else None
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,10 @@ class Plan:
     def nbytes(self, *, after: bool) -> tuple[int, int]:
         """Bytes of weights and of optimizer state, of the source or of the output."""
         found = [0, 0]
-        for row in self.rows:
-            size = (prod(row.shape) if after else row.entries_before) * ITEM_BYTES[row.dtype]
-            found[bool(row.slot)] += size
+        counts = Counter(row.recipe for row in self.rows if after or not row.new)
+        for recipe, count in counts.items():
+            shape = recipe.shape if after else recipe.before
+            found[bool(recipe.slot)] += count * prod(shape) * ITEM_BYTES[recipe.dtype]
         return found[0], found[1]
 
     @property

@@ -25,7 +25,7 @@ Level = Literal["good", "note", "attention"]
 class Result(BaseModel):
     """A part of a result, or a whole one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     def __repr__(self) -> str:
         """Its plain values, and how many there are of what it holds several of."""
