@@ -60,9 +60,17 @@ def views(draw: st.DrawFn, floating: bool = True, largest: int = 5) -> View:
     if any(run.fill is Fill.RANDOM for found in made for run in found):  # distributions need old entries
         made = [_kept_before(source, found) for source, found in zip(sources, made, strict=True)]
     for source, found in zip(sources, made, strict=True):
-        if draw(st.booleans()):  # entries in turns belong to two parts
+        cut = draw(st.sampled_from(["whole", "in turns", "one by one"]))
+        if cut != "whole":  # entries in turns belong to two parts; or each is one, drawn as its source is
             found = tuple(
-                replace(run, target=run.target + i, source=j, length=1, part=(j % 2,))
+                replace(
+                    run,
+                    target=run.target + i,
+                    source=j,
+                    length=1,
+                    part=(j % 2,) if cut == "in turns" else (run.target + i,),
+                    drawn_as=(j % 2,) if cut == "in turns" else (j,),
+                )
                 for run in found
                 for i, j in enumerate(range(run.source, run.source + run.length))
             )

@@ -104,7 +104,7 @@ def entry_by_entry(
     out = torch.zeros([dim.target for dim in view], dtype=tensor.dtype)
     sizes = [dim.target for dim in view]
     for index in product(*(range(n) for n in sizes)):
-        unit = part_of(view, index, "target")
+        unit, drawn_as = part_of(view, index, "target"), part_of(view, index, "target", "drawn_as")
         number = drawn[unit] = drawn.get(unit, -1) + 1
         found = [
             next(r for r in dim.runs if r.target <= t < r.target + r.length)
@@ -121,8 +121,8 @@ def entry_by_entry(
         if how is Fill.ZERO:
             continue
         if how is Fill.RANDOM:
-            noise = float(fill.normal(3, stream_of("s", unit), number, number + 1)[0])
-            std, mean = np.std(neighbours[unit]), np.mean(neighbours[unit])
+            noise = float(fill.normal(3, stream_of("s", drawn_as), number, number + 1)[0])
+            std, mean = np.std(neighbours[drawn_as]), np.mean(neighbours[drawn_as])
             value = wide(noise) * wide(wide(std) * factor) + wide(wide(mean) * factor + wide(offset))
             out[index] = torch.tensor(float(value), dtype=torch.float64)
         elif factor == 1 and offset == 0.0:
@@ -134,12 +134,12 @@ def entry_by_entry(
     return to_bytes(out)
 
 
-def part_of(view: View, index: Sequence[int], side: str) -> Unit:
-    """The unit of an entry of the source or the target."""
+def part_of(view: View, index: Sequence[int], side: str, which: str = "part") -> Unit:
+    """The unit of an entry of the source or the target; or the one that it is ``drawn_as``."""
     unit: Unit = ()
     for i, dim in zip(index, view, strict=True):
         runs = [run for run in dim.runs if not (side == "source" and run.new)]
-        unit += next(r.part for r in runs if getattr(r, side) <= i < getattr(r, side) + r.length)
+        unit += next(getattr(r, which) for r in runs if getattr(r, side) <= i < getattr(r, side) + r.length)
     return unit
 
 

@@ -69,11 +69,13 @@ def _drawn(
     flat = source.reshape(-1)
     targets = {box.unit: box for box in boxes(view, source=False)}
     noise, std, mean = (torch.zeros(targets[next(iter(targets))].sizes, dtype=factor.dtype) for _ in range(3))
-    for box in boxes(view, source=True):
+    old = {box.unit: box for box in boxes(view, source=True)}
+    for target in targets.values():
+        box = old[target.drawn_as]
         values = flat[torch.from_numpy(box.places(0, box.entries))].to(torch.float64).numpy()
         found = merged(block_moments(values[at : at + BLOCK]) for at in range(0, len(values), BLOCK))
-        there = torch.from_numpy(targets[box.unit].places(0, targets[box.unit].entries))
-        numbers = torch.from_numpy(normal(seed, stream_of(stream, box.unit), 0, len(there)).copy())
+        there = torch.from_numpy(target.places(0, target.entries))
+        numbers = torch.from_numpy(normal(seed, stream_of(stream, target.drawn_as), 0, len(there)).copy())
         for tensor, value in ((noise, numbers.to(factor.dtype)), (std, found.std), (mean, found.mean)):
             tensor.view(-1)[there] = value
     return noise * (std * factor) + (mean * factor + offset)
