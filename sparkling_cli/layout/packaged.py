@@ -231,7 +231,7 @@ def _refuse_unknown_ties(
 def _shared_is_tied(checkpoint: Checkpoint, layout: ModelLayout) -> bool:
     """Whether all names that share their bytes are tied in the layout."""
     owners: dict[str, str] = {}
-    return all(
+    return len(set(checkpoint.weights.values())) == len(checkpoint.weights) or all(
         layout.canonical(owners.setdefault(key, name)) == layout.canonical(name)
         for name, key in checkpoint.weights.items()
     )

@@ -342,10 +342,14 @@ class _Recipes:
 
     def new(self, pattern: TensorPattern, name: str, *axes: str) -> bool:
         """Whether a parameter is of a new layer, or expert; of certain axes only, if they are given."""
-        if not self.orders:
-            return False
         orders = {axis: own for axis, own in self.orders.items() if not axes or axis in axes}
         return bool(orders) and is_new(pattern, name, orders)
+
+    def same_for_all(self, pattern: TensorPattern) -> bool:
+        """Whether one recipe is that of all tensors of a pattern, and none of them has copies."""
+        counted = not (self.growth.keys() | self.orders.keys()).isdisjoint(pattern.template.axes)
+        own = pattern.template.key in self._compensated or any(g.by_layer for g in self.growth.values())
+        return not (counted or own or self.calibration.factors or self.calibration.fresh)
 
     def silent(self, name: str, *, new: bool) -> float | None:
         """The number in all entries of a weight of a new layer that adds nothing yet; None of others."""
@@ -456,13 +460,19 @@ def state_view(
 
 def _weight_rows(weights: Iterable[Weight], recipes: _Recipes) -> list[Row]:
     """A row per weight."""
-    rows = []
+    rows: list[Row] = []
+    known: dict[tuple[int, str], Recipe] = {}
     for key, name, module, stored, pattern, stream in weights:
+        if (usual := known.get((id(pattern), stored.dtype))) and stored.shape == usual.before:
+            rows.append(Row(key, name, stored, usual, stream))
+            continue
         layer = recipes.new(pattern, name, LAYERS)
         recipe = recipes.weight(pattern, module, stored.dtype, stream=stream, new=layer)
         if stored.shape != recipe.before:
             recipes.layout.check_one(name, pattern, stored.shape)
         rows.append(Row(key, name, stored, recipe, stream, new=recipes.new(pattern, name)))
+        if recipes.same_for_all(pattern):
+            known[id(pattern), stored.dtype] = recipe
         for copy in copies_on_disk(name, pattern, recipes.growth_at(pattern, name), recipes.orders):
             if key != name:
                 raise CheckpointError(
