@@ -34,6 +34,8 @@ OTHERS: Mapping[str, str] = {
     "wide": "black",
     "wide-compute": "tab:purple",
 }
+#: those that a curve is drawn of: the shorter run has a schedule of its own, so only its end is compared
+ALONG = tuple(name for name in OTHERS if name != "wide-compute")
 #: the one that ``--init auto`` stands for
 KEPT = "random-zero-function"
 #: the pairs among them
@@ -173,7 +175,7 @@ def crossing(curve: Mapping[int, Sequence[float]]) -> int | None:
 
 def curve_table(setting: Setting) -> str:
     """How far every run lies above copy-copy along the horizon, copy-copy's cosine, and where they cross."""
-    curves = {name: above(setting, name) for name in OTHERS}
+    curves = {name: above(setting, name) for name in ALONG}
     lines = _along(curves, {"cosine of copy-copy's copies there": _cosines_at_marks(setting)})
     return "\n".join([*lines, "", *(crossing_stated(n, curves[n]) for n in PAIRS if curves[n])])
 
@@ -326,14 +328,14 @@ def figure(found: Sequence[Setting], path: Path) -> None:
 
 def _curves(panel: Any, setting: Setting) -> None:
     late: list[float] = []
-    for name, colour in OTHERS.items():
-        found = above(setting, name)
+    for name in ALONG:
+        found, colour = above(setting, name), OTHERS[name]
         if not found:
             continue
         means = [statistics.fmean(values) for values in found.values()]
         errors = [_error(values) for values in found.values()]
         panel.errorbar(list(found), means, errors, fmt=".-", color=colour, label=name, elinewidth=0.8)
-        late += [m for s, m in zip(found, means, strict=True) if s >= 500 and name[:4] != "wide"]
+        late += [m for s, m in zip(found, means, strict=True) if s >= 500 and name != "wide"]
     if late and max(late) > min(late):  # the jump of the first steps, and the wide model, may leave the panel
         room = 0.15 * (max(late) - min(late))
         panel.set_ylim(min(late) - room, max(late) + room)
