@@ -327,6 +327,9 @@ class _Work:
         meanings = _Meanings(found, self.derivation.layout)
         self.output_faults += meanings.faults(self.manifest)
         for key, entry in self.manifest.tensors.items():
+            if key not in stored:
+                self.output_faults.append(f"tensor {key!r} is missing")
+                continue
             try:
                 self.subjects.append(self._subject(key, entry, stored[key], meanings))
             except _OtherSourceError as error:
@@ -336,8 +339,6 @@ class _Work:
                 faults.append(f"tensor {key!r}: {error.message}")
             except CheckpointError as error:
                 self.output_faults.append(f"tensor {key!r}: {error.message}")
-            except KeyError:
-                self.output_faults.append(f"tensor {key!r} is missing")
 
     def _subject(self, key: str, entry: TensorEntry, stored: StoredTensor, meanings: _Meanings) -> Subject:
         if stored.dtype != entry.dtype or stored.shape != entry.shape:
@@ -372,7 +373,9 @@ class _Work:
 
     def _quantized(self, key: str, entry: TensorEntry, state: ParamState | None) -> Subject | None:
         """The subject of codes or scales of a quantized moment; None of any other tensor."""
-        if state is None or entry.slot in self.derivation.spec.state or self.found is None:
+        if state is None or self.found is None or entry.slot not in state.tensors:  # of none, or carried
+            return None
+        if entry.slot in self.derivation.spec.state:
             return None
         wide = {slot: self.found.tensors[own] for slot, own in state.tensors.items()}
         if wide[entry.slot].dtype not in ("uint8", "float8_e4m3fn", "float32"):

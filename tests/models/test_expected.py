@@ -42,7 +42,7 @@ def test_an_output_that_its_class_would_not_load_never_appears(
     dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are wide and the config is narrow: refused before the rename, and nothing is left."""
-    monkeypatch.setattr(build, "_config", lambda *_: {})
+    monkeypatch.setattr(build, "changed_config", lambda *_: {})
     with pytest.raises(OutputError, match=r"down_proj.*LlamaForCausalLM has"):
         api.expand(dense_checkpoint, tmp_path / "out", report="none", **FFN)
     assert list(tmp_path.iterdir()) == []
