@@ -289,10 +289,20 @@ def counted_table(found: Sequence[Setting]) -> str:
 
 
 def shapes_table(found: Sequence[Setting]) -> str:
-    """Width, depth, and both, where layers grew: parameters, and the end against the small model."""
+    """Width, depth, and both, where layers grew: the end against the small model, by parameters.
+
+    What has as many parameters costs as much, by C = 6 N D.
+    """
     runs = {setting.run for setting in found if setting.results.widening.axes == ("layers",)}
-    head = ["grown", "parameters", "steps left", "seeds", "copy-copy, above the small model", KEPT]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    head = [
+        "grown",
+        "parameters",
+        "steps left",
+        "seeds",
+        "copy-copy, above the small model",
+        f"{KEPT}, above it",
+    ]
+    rows = []
     for setting in found:
         results = setting.results
         small, ends = results.paired(COPY_COPY, "small"), results.final(COPY_COPY)
@@ -301,8 +311,9 @@ def shapes_table(found: Sequence[Setting]) -> str:
             grown = " then ".join(_stages(results.widening))
             kept = mean_error(results.paired(KEPT, "small"))
             cells = [grown, f"{parameters:,}", f"{setting.left:,}", f"{len(ends)}", mean_error(small), kept]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+            rows.append((parameters, f"| {' | '.join(cells)} |"))
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(row for _, row in sorted(rows))]
+    return "\n".join(lines) if rows else ""
 
 
 def figure(found: Sequence[Setting], path: Path) -> None:

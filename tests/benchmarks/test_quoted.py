@@ -117,13 +117,21 @@ def test_the_pages_say_how_far_auto_reaches() -> None:
 
 
 def test_locked_copies_are_none_or_all(found: list[Setting]) -> None:
-    """The verdict's shares: every finished run is far on one side of them."""
-    widths = [s for s in found if not s.counts]
+    """The verdict's shares: every finished run is far on one side of them, but for copies in new layers.
+
+    Of these, which are as many as there are new layers, all stay locked, as the page says.
+    """
+    widths = [s for s in found if not s.counts and "layers" not in s.results.widening.axes]
     logs = [(name, log) for s in widths for name, runs in s.results.runs.items() for log in runs.values()]
     ended = [(name, log["locked"]) for name, log in logs if "locked" in log]
     assert {name for name, _ in ended} >= {COPY_COPY, "random-zero", "naive"}
     for name, locked in ended:
         assert locked == (1.0 if name == "naive" else 0.0)
+    for setting in (s for s in found if not s.counts and "layers" in s.results.widening.axes):
+        new = 1 - 1 / setting.results.widening.factor
+        for name, runs in setting.results.runs.items():
+            share = {COPY_COPY: round(new, 4), KEPT: 0.0}.get(name)
+            assert all(log.get("locked") == share for log in runs.values()), name
     assert 0 < verdict.FEW_LOCKED < verdict.LOCKED_SHARE < 1
 
 
@@ -137,6 +145,7 @@ def test_the_page_has_the_tables_of_the_records(found: list[Setting], main: Sett
         horizon.calibrated_table(found),
         horizon.overview(found),
         horizon.counted_table(found),
+        horizon.shapes_table(found),
     ):
         assert made and made in PAGE
 
