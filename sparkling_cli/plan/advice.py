@@ -17,7 +17,7 @@ from sparkling_cli.layout.names import compress
 from sparkling_cli.plan.model import Row
 from sparkling_cli.plan.resolve import all_chosen
 from sparkling_cli.plan.steps import step_notes
-from sparkling_cli.plan.symmetry import locked_axes, parting_inits, treatment_of
+from sparkling_cli.plan.symmetry import locked_axes, locked_within, parting_inits, treatment_of
 from sparkling_cli.results.evidence import INNER
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
@@ -198,7 +198,8 @@ def check_locked(
         moments: whether there is optimizer state that is parameter-shaped and no copy of the weights.
 
     Returns:
-        A warning where copies stay locked and the spec allows it; None where they part.
+        A warning where copies stay locked and the spec allows it, or in new layers and experts alone; None
+        where they part.
 
     Raises:
         SpecError: they stay locked, and the spec does not allow it.
@@ -208,7 +209,9 @@ def check_locked(
     locked = symmetry_warning(growth, optimizer)
     if locked is None and locked_axes(stateless, None):
         locked = symmetry_warning(stateless, None, "the optimizer has no state for any of their parameters:")
-    if locked is None or spec.allow_locked:
+    if locked is None:
+        return within_warning(layout, spec, growth)
+    if spec.allow_locked:
         return locked
     if not moments and any(set(state.tensors) - {FSDP_COPY} for state in checkpoint.states):
         return (  # of torch's ASGD, for one: what else it keeps may be more than is known here
@@ -226,6 +229,27 @@ def check_locked(
         ways.append(f"choose {' or '.join(f'--init {init}' for init in inits)}")
     ways.append("add --allow-locked for an experiment")
     raise SpecError(locked, hint="; or ".join(ways))
+
+
+def within_warning(layout: ModelLayout, spec: ExpansionSpec, growth: Mapping[str, Growth]) -> str | None:
+    """What to know of copies that part in old layers and experts alone; None where they part in all.
+
+    Args:
+        layout: of the model before.
+        spec: what was asked for.
+        growth: of the plan, with the fills that are used.
+    """
+    locked = locked_within(growth, layout)
+    if not locked:
+        return None
+    inside = {axis: growth[axis] for axes in locked.values() for axis in axes}
+    inits = () if spec.scaling == "function" else parting_inits(inside, layout, treatment_of(spec))
+    ways = [f"--init {init} parts them, or " for init in inits[-1:]]
+    where = "; ".join(f"of {', '.join(axes)} in new {outer}" for outer, axes in locked.items())
+    return (
+        f"copies {where} stay equal to their sources for ever, as neither has state; in old ones they part: "
+        f"{''.join(ways)}grow them later, in an expansion of their own (docs/evidence.md)"
+    )
 
 
 def _stateless(

@@ -128,6 +128,26 @@ def _fills(axis: str, layout: ModelLayout, treatment: Treatment) -> list[set[Fil
     return [*produced.values(), consumed]
 
 
+def locked_within(growth: Mapping[str, Growth], layout: ModelLayout) -> dict[str, tuple[str, ...]]:
+    """Layers or experts that are new -> widths whose copies stay equal to their sources inside them.
+
+    All that a new layer or expert has is new, so no optimizer state tells a copied channel from its source
+    there. An axis that other tensors have too (hidden) parts by what these do.
+
+    Args:
+        growth: of a plan: with the fills that are used.
+        layout: of the model before.
+    """
+    found = {}
+    for outer in (axis for axis in ("layers", "experts") if axis in growth):
+        without = {axis for p in layout.tensors if outer not in p.axes for axis in p.dims.axes()}
+        inside = {axis for p in layout.tensors if outer in p.axes for axis in p.dims.axes()} - without
+        locked = tuple(a for a, g in growth.items() if a in inside - COUNTED and g.copied)
+        if locked:
+            found[outer] = locked
+    return found
+
+
 def locked_axes(growth: Mapping[str, Growth], optimizer: str | None) -> tuple[str, ...]:
     """Axes whose copies and sources get equal updates, and so stay equal for ever.
 

@@ -11,6 +11,7 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.model import AxisInfo, ModelLayout, TensorPattern
 from sparkling_cli.plan.advice import small_share
 from sparkling_cli.plan.resolve import resolve_growth, whole_heads
+from sparkling_cli.plan.symmetry import locked_within
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.widening.geometry import Growth
 
@@ -142,3 +143,32 @@ def test_an_inner_width_of_few_layers_is_said() -> None:
     assert small_share(deep, {"expert_ffn": Growth(2, 4)}) is None
     assert small_share(deep, {"ffn": Growth(18, 36), "expert_ffn": Growth(2, 4)}) is None
     assert small_share(deep, {"hidden": Growth(7, 14)}) is None
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [
+        (("layers", "ffn"), {"layers": ("ffn",)}),
+        (("layers", "ffn", "hidden"), {"layers": ("ffn",)}),
+        (("experts", "expert_ffn"), {"experts": ("expert_ffn",)}),
+        (("experts", "ffn"), {}),
+        (("layers", "hidden"), {}),
+        (("layers", "experts"), {}),
+        (("ffn", "expert_ffn"), {}),
+        (("layers",), {}),
+    ],
+)
+def test_copies_inside_what_is_new(axes: tuple[str, ...], expected: dict[str, tuple[str, ...]]) -> None:
+    """A new layer or expert has no state: its own axes' copies stay locked, those of the stream do not."""
+    tensors = (
+        TensorPattern("wte", "vocab | hidden"),
+        TensorPattern("h.{layers}.mlp.up", "ffn <- hidden"),
+        TensorPattern("h.{layers}.mlp.down", "hidden <- ffn"),
+        TensorPattern("h.{layers}.moe.{experts}.up", "expert_ffn <- hidden"),
+        TensorPattern("h.{layers}.moe.router", "experts <- hidden"),
+    )
+    infos = {a: AxisInfo(4, True) for a in ("hidden", "ffn", "expert_ffn", "experts", "layers", "vocab")}
+    growth = {axis: Growth(4, 8) for axis in axes}
+    assert locked_within(growth, ModelLayout("Toy", infos, tensors)) == expected
+    drawn = {axis: Growth(4, 8, copied=axis in ("layers", "experts")) for axis in axes}
+    assert "expert_ffn" not in str(locked_within(drawn, ModelLayout("Toy", infos, tensors)))
