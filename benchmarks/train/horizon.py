@@ -194,7 +194,9 @@ def longer_table(found: Sequence[Setting]) -> str:
     """The lead of what ``auto`` stands for, by the steps that the whole run has left; "" for one length."""
     main = found[0]
     same = [s for s in found if replace(s.run, steps=main.run.steps, warmup=main.run.warmup) == main.run]
-    same = [s for s in same if s.results.widening == main.results.widening and above(s, KEPT)]
+    kind = (main.results.kind, main.results.optimizer, main.results.widening)
+    same = [s for s in same if (s.results.kind, s.results.optimizer, s.results.widening) == kind]
+    same = [s for s in same if above(s, KEPT)]
     same.sort(key=lambda setting: setting.left)
     curves = {f"of {s.left:,}": above(s, KEPT) for s in same}
     more = {f"cosine of copies, of {s.left:,}": _cosines_at_marks(s) for s in same}

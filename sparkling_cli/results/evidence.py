@@ -13,7 +13,7 @@ INNER = ("ffn", "expert_ffn", "shared_ffn")
 #: Adam's beta2 in the quoted runs.
 BETA2 = 0.95
 #: Steps after the expansion -> by how many nats per byte ``random-zero`` that keeps the function ended below
-#: ``copy-copy``, in the mean over seeds; under a cosine it was below it at every step measured.
+#: ``copy-copy``, in the mean over seeds; under AdamW and a cosine it was below it at every step measured.
 AHEAD = {1500: 0.014, 12_000: 0.011, 20_000: 0.006, 32_000: 0.006}
 STEPS = max(AHEAD)
 #: The cosine of ``copy-copy``'s copies to their sources, after so many steps.
@@ -51,11 +51,11 @@ def pair_note(axes: Iterable[str], init: str, left: int) -> str | None:
         for words in ([f"{lead:g}" for lead in AHEAD.values()], [f"{steps:,}" for steps in AHEAD])
     )
     return (
-        f"{left:,} steps remain. In small models widened half-way, under a cosine, --init random-zero with "
-        f"--scaling function was ahead of copy-copy at every step measured, and ended ahead by {leads} nats "
-        f"per byte after {ends}{beyond}; widened after a quarter of the run, or at a rate that stays high, "
-        "the two came level. In the paper's model copy-copy ended ahead of zero-copy by 0.0001 and of "
-        "random-copy by 0.0018, after 32,000 (docs/evidence.md)"
+        f"{left:,} steps remain. In small models widened half-way, under AdamW and a cosine, --init "
+        "random-zero with --scaling function was ahead of copy-copy at every step measured, and ended ahead "
+        f"by {leads} nats per byte after {ends}{beyond}; widened after a quarter of the run, or at a rate "
+        "that stays high, the two came level. In the paper's model copy-copy ended ahead of zero-copy by "
+        "0.0001 and of random-copy by 0.0018, after 32,000 (docs/evidence.md)"
     )
 
 
