@@ -172,6 +172,21 @@ def test_what_is_counted_needs_its_rewarmup_more_than_fresh_state(found: list[Se
             assert all(abs(difference) < 0.0015 for difference in above_small)
 
 
+def test_width_and_depth_together_are_where_the_page_says(found: list[Setting]) -> None:
+    """At equal cost: behind ``ffn`` alone at 1.5x, ahead of either at 2x, in every seed, by both pairs."""
+    runs = {str(s.results.widening): s.results for s in found if s.run.steps == 3000}
+
+    def ends(shape: str, name: str, other: str, than: str) -> list[float]:
+        a, b = runs[shape].final(name), runs[other].final(than)
+        return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+    for name in (COPY_COPY, KEPT):
+        assert min(ends("ffn+layers*1.5", name, "ffn*2.75", name)) > 0
+        assert max(ends("ffn+layers", name, "ffn*5", name)) < 0
+        assert max(ends("ffn+layers", name, "layers*3", COPY_COPY)) < 0
+        assert max(ends("ffn+layers*1.5", KEPT, "ffn+layers*1.5", COPY_COPY)) < 0
+
+
 def test_the_way_to_the_wide_model_is_that_of_the_records(main: Setting) -> None:
     """Shares of the way from the small model to the wide one from scratch, on the page and in the README."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
