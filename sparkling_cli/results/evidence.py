@@ -31,7 +31,8 @@ def pair_for(axes: Iterable[str], left: int | None) -> tuple[str, str]:
         axes: that grow.
         left: steps that remain; None where that is not known.
     """
-    measured = set(axes) <= set(INNER) and left is not None and left <= STEPS
+    inner = set(axes) - {"layers", "experts", "experts_per_token"}  # in new ones copies would stay locked
+    measured = bool(inner) and inner <= set(INNER) and left is not None and left <= STEPS
     return ("random-zero", "function") if measured else ("copy-copy", "rms")
 
 

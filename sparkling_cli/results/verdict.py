@@ -243,8 +243,8 @@ def _symmetry(locked: str | None, copies: bool | None) -> Iterator[Finding]:
     elif copies:
         yield Finding(
             level="good",
-            text="Old entries keep their optimizer state and new ones start from zero, so copies part "
-            "from their sources at the first step.",
+            text="Old entries keep their optimizer state and new ones start from zero, so copies of "
+            "old entries part from them at the first step.",
         )
     else:
         yield Finding(

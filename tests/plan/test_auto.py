@@ -16,6 +16,7 @@ from sparkling_cli.results.evidence import STEPS
 from sparkling_cli.spec.sources import make_spec
 
 FFN, HIDDEN = [{"axis": "ffn", "factor": 1.5}], [{"axis": "hidden", "factor": 2}]
+LAYERS = [{"axis": "layers", "factor": 2}]
 LONG = {"type": "cosine", "peak": 1e-3, "minimum": 1e-5, "warmup_steps": 10}
 
 
@@ -26,6 +27,8 @@ LONG = {"type": "cosine", "peak": 1e-3, "minimum": 1e-5, "warmup_steps": 10}
         ({"axes": FFN, "scaling": "calibrated"}, ("random-zero", "calibrated")),
         ({"axes": HIDDEN}, ("copy-copy", "rms")),
         ({"axes": FFN + HIDDEN}, ("copy-copy", "rms")),
+        ({"axes": LAYERS}, ("copy-copy", "rms")),
+        ({"axes": FFN + LAYERS}, ("random-zero", "function")),
         ({"axes": FFN, "baseline": {**LONG, "total_steps": 600 + STEPS}}, ("random-zero", "function")),
         ({"axes": FFN, "baseline": {**LONG, "total_steps": 601 + STEPS}}, ("copy-copy", "rms")),
     ],
