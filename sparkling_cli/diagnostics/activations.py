@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from math import inf, nan, sqrt
 from typing import TYPE_CHECKING
 
@@ -233,10 +234,7 @@ def tokens_for(probe: Probe, on: Tokens | Sample) -> Tokens:
     if isinstance(on, Tokens):
         return on
     root, length = probe.checkpoint.root, min(on.length, probe.context or on.length)
-    folder = root if root.is_dir() else None
-    return load_tokens(
-        on.data, folder, vocab=probe.vocab, sequences=on.sequences, length=length, seed=on.seed
-    )
+    return load_tokens(replace(on, length=length), root if root.is_dir() else None, probe.vocab)
 
 
 def batches_of(ids: torch.Tensor, each: int, memory: int) -> tuple[torch.Tensor, ...]:

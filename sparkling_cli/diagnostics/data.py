@@ -73,24 +73,13 @@ class Sample:
 USUAL = Sample()
 
 
-def load_tokens(
-    data: Path | None,
-    tokenizer_directory: Path | None,
-    *,
-    vocab: int,
-    sequences: int = SEQUENCES,
-    length: int = LENGTH,
-    seed: int = 0,
-) -> Tokens:
-    """Sequences from ``data``, else from the bundled text, else random ones.
+def load_tokens(on: Sample, tokenizer_directory: Path | None, vocab: int) -> Tokens:
+    """Sequences of the user's data, else from the bundled text, else random ones.
 
     Args:
-        data: ``.bin`` (uint16 or uint32), ``.npy``, ``.jsonl`` or text; None for the bundled text.
+        on: which; the context of the model is the caller's business.
         tokenizer_directory: the checkpoint, if it may hold a tokenizer.
         vocab: ids must be below.
-        sequences: how many, at most.
-        length: tokens in each; the context of the model is the caller's business.
-        seed: of random tokens.
 
     Raises:
         SpecError: nothing is asked for; the file holds no usable tokens, or ids outside the vocabulary.
@@ -99,18 +88,19 @@ def load_tokens(
     """
     import torch
 
-    if sequences < 1 or length < 2:
+    data = on.data
+    if on.sequences < 1 or on.length < 2:
         raise SpecError(
-            f"{sequences} sequences of {length} tokens: nothing to measure on",
+            f"{on.sequences} sequences of {on.length} tokens: nothing to measure on",
             hint="give at least one sequence of two tokens (--sequences 1 --length 2)",
         )
     if data is None:
         if tokenizer_directory is None or not _has_tokenizer(tokenizer_directory):
-            return _random(vocab, sequences, length, seed, "the checkpoint has no tokenizer")
+            return _random(vocab, on, "the checkpoint has no tokenizer")
         try:
             tokenizer = _tokenizer(tokenizer_directory)
         except SparklingError as error:
-            return _random(vocab, sequences, length, seed, error.message)
+            return _random(vocab, on, error.message)
         text = resources.files(__package__).joinpath("sample.txt").read_text(encoding="utf-8")
         ids: Sequence[int] | np.ndarray[Any, Any] = tokenizer(text)
         source = "the bundled text (Moby Dick, chapters 130 and following)"
@@ -120,7 +110,7 @@ def load_tokens(
             ids, source = _token_file(data, vocab)
         else:
             ids, source = _text_file(data, tokenizer_directory)
-    found = _cut(ids, sequences, length, source)
+    found = _cut(ids, on.sequences, on.length, source)
     _check_ids(found, vocab, source)
     return Tokens(torch.from_numpy(found), f"{source}, {found.shape[0]} x {found.shape[1]} tokens")
 
@@ -150,14 +140,14 @@ def _decoded(path: Path, raw: bytes, limit: int) -> str:
         ) from None
 
 
-def _random(vocab: int, sequences: int, length: int, seed: int, reason: str) -> Tokens:
+def _random(vocab: int, on: Sample, reason: str) -> Tokens:
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocab, (sequences, length), generator=generator)
+    generator = torch.Generator().manual_seed(on.seed)
+    ids = torch.randint(0, vocab, (on.sequences, on.length), generator=generator)
     words = (
-        f"RANDOM tokens ({sequences} x {length}, seed {seed}), because {reason}: magnitudes differ from "
-        "those on text; pass --data with your own tokens"
+        f"RANDOM tokens ({on.sequences} x {on.length}, seed {on.seed}), because {reason}: magnitudes "
+        "differ from those on text; pass --data with your own tokens"
     )
     return Tokens(ids, words, random=True)
 

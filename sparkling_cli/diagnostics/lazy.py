@@ -197,17 +197,16 @@ class LazyWeights(TorchFunctionMode):
 
     def _cut(self, parameter: torch.Tensor) -> bool:
         """Whether this is a parameter that had better not be held whole."""
-        name = self._name(parameter)
-        if name is None or name in self._kept or not self.reader.sliceable(name):
-            return False
-        return nbytes_of(parameter) > min(self.block, self.cache)
+        return self._divisible(parameter) and nbytes_of(parameter) > min(self.block, self.cache)
 
     def _passing(self, parameter: torch.Tensor) -> bool:
         """Whether this is a parameter that is not kept: experts are asked for one after the other."""
+        return self._divisible(parameter) and self._kept_bytes + nbytes_of(parameter) > self.cache
+
+    def _divisible(self, parameter: torch.Tensor) -> bool:
+        """Whether this is a parameter on disk of which rows can be read."""
         name = self._name(parameter)
-        if name is None or name in self._kept or not self.reader.sliceable(name):
-            return False
-        return self._kept_bytes + nbytes_of(parameter) > self.cache
+        return name is not None and name not in self._kept and self.reader.recipes[name].sliceable
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         name = str(self._name(weight))

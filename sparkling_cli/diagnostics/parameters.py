@@ -8,8 +8,9 @@ conversion rules, so that what is measured is what ``from_pretrained`` would loa
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import CheckpointError, MissingDependencyError
@@ -22,36 +23,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Direct:
-    """The parameter is one weight on disk."""
-
-    weight: str
-
-
-@dataclass(frozen=True)
-class Converted:
-    """The parameter comes out of a conversion of several weights on disk.
+class Recipe:
+    """How a parameter comes out of one weight on disk, or by a conversion out of several.
 
     Attributes:
+        sources: (the conversion's source pattern, weight on disk), in stacking order.
         first: the name that the conversion is called with.
-        converter: transformers' rule; copied before every use, as it keeps state.
-        sources: (the rule's source pattern, weight on disk), in stacking order.
-        stacked: entry i of dim 0 depends on the i-th weight of every pattern alone.
+        converter: transformers' rule; copied before every use, as it keeps state. None: the weight as it is.
+        sliceable: rows can be read without the rest; entry i of dim 0 of what is converted depends on the
+            i-th weight of every pattern alone.
     """
 
-    first: str
-    converter: Any
     sources: tuple[tuple[str, str], ...]
-    stacked: bool = False
+    first: str = ""
+    converter: Any = None
+    sliceable: bool = True
 
-
-Recipe = Direct | Converted
-
-
-@dataclass
-class _Group:
-    converter: Any
-    sources: list[tuple[str, str]] = field(default_factory=list)
+    def nth(self, index: int) -> Recipe:
+        """Of the ``index``-th weight of every pattern."""
+        counted: Counter[str] = Counter()
+        found = []
+        for pattern, name in self.sources:
+            if counted[pattern] == index:
+                found.append((pattern, name))
+            counted[pattern] += 1
+        return replace(self, sources=tuple(found))
 
 
 class ParameterReader:
@@ -60,103 +56,64 @@ class ParameterReader:
     Args:
         model: on the meta device; some conversions look at its shapes.
         source: the checkpoint's tensors.
+
+    Attributes:
         recipes: name in the module -> how to make it.
         names: id of a parameter object -> its name with a recipe (tied ones have one).
         unused: weights on disk that the model does not use.
+
+    Raises:
+        CheckpointError: a parameter is not in the checkpoint, or has another shape there.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        source: TensorSource,
-        recipes: Mapping[str, Recipe],
-        names: Mapping[int, str],
-        unused: tuple[str, ...],
-    ) -> None:
-        self.model = model
-        self.source = source
-        self.recipes = recipes
-        self.names = names
-        self.unused = unused
-
-    def sliceable(self, name: str) -> bool:
-        """Whether rows can be read without the rest."""
-        recipe = self.recipes[name]
-        return isinstance(recipe, Direct) or recipe.stacked
+    def __init__(self, model: nn.Module, source: TensorSource) -> None:
+        self._model, self._source = model, source
+        stored = {name: source.checkpoint.tensors[key] for name, key in source.checkpoint.weights.items()}
+        wanted = dict(model.named_parameters(remove_duplicate=False))
+        state = model.state_dict(keep_vars=True)
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in state}
+        everything: dict[str, torch.Tensor] = {**buffers, **wanted}
+        if all(name in stored for name in dict(model.named_parameters())):
+            self.recipes = {name: Recipe((("", name),)) for name in everything if name in stored}
+        else:
+            self.recipes = _conversions(model, everything, stored)
+        self.names: dict[int, str] = {}
+        for name, parameter in wanted.items():
+            if name in self.recipes:
+                self.names.setdefault(id(parameter), name)
+        for name, parameter in wanted.items():
+            if id(parameter) not in self.names:
+                raise CheckpointError(
+                    f"the model's parameter {name!r} {tuple(parameter.shape)} is not among the checkpoint's "
+                    f"{len(stored)} weights",
+                    hint="config.json may describe another model, or a shard may be missing",
+                )
+        for name, recipe in self.recipes.items():
+            weight = recipe.sources[0][1]
+            if recipe.converter is None and stored[weight].shape != tuple(everything[name].shape):
+                raise CheckpointError(
+                    f"weight {weight!r} has shape {stored[weight].shape}; the model that "
+                    f"config.json describes has {tuple(everything[name].shape)} there"
+                )
+        used = {weight for recipe in self.recipes.values() for _, weight in recipe.sources}
+        self.unused = tuple(sorted(set(stored) - used))
 
     def whole(self, name: str) -> torch.Tensor:
         """The parameter, as stored."""
         recipe = self.recipes[name]
-        if isinstance(recipe, Direct):
-            return self.source.weight(recipe.weight)
-        return _convert(self.model, recipe, recipe.sources, self.source.weight)[name]
+        if recipe.converter is None:
+            return self._source.weight(recipe.sources[0][1])
+        return _convert(self._model, recipe, self._source.weight)[name]
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start <= i < stop`` of a sliceable parameter, as stored."""
         import torch
 
         recipe = self.recipes[name]
-        if isinstance(recipe, Direct):
-            return self.source.weight(recipe.weight, rows=slice(start, stop))
-        parts = [
-            _convert(self.model, recipe, _nth(recipe.sources, i), self.source.weight)[name]
-            for i in range(start, stop)
-        ]
+        if recipe.converter is None:
+            return self._source.weight(recipe.sources[0][1], rows=slice(start, stop))
+        parts = [_convert(self._model, recipe.nth(i), self._source.weight)[name] for i in range(start, stop)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def parameter_reader(model: nn.Module, source: TensorSource) -> ParameterReader:
-    """Find how every parameter of ``model`` is stored.
-
-    Raises:
-        CheckpointError: a parameter is not in the checkpoint, or has another shape there.
-    """
-    stored = {name: source.checkpoint.tensors[key] for name, key in source.checkpoint.weights.items()}
-    wanted = dict(model.named_parameters(remove_duplicate=False))
-    buffers = _persistent_buffers(model)
-    everything: dict[str, torch.Tensor] = {**buffers, **wanted}
-    if all(name in stored for name in dict(model.named_parameters())):
-        recipes: dict[str, Recipe] = {name: Direct(name) for name in everything if name in stored}
-    else:
-        recipes = _conversions(model, everything, stored)
-    names: dict[int, str] = {}
-    for name, parameter in wanted.items():
-        if name in recipes:
-            names.setdefault(id(parameter), name)
-    for name, parameter in wanted.items():
-        if id(parameter) not in names:
-            raise CheckpointError(
-                f"the model's parameter {name!r} {tuple(parameter.shape)} is not among the checkpoint's "
-                f"{len(stored)} weights",
-                hint="config.json may describe another model, or a shard may be missing",
-            )
-    _check_shapes(recipes, everything, stored)
-    used = {weight for recipe in recipes.values() for weight in _weights_of(recipe)}
-    return ParameterReader(model, source, recipes, names, tuple(sorted(set(stored) - used)))
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    state = set(model.state_dict(keep_vars=True))
-    return {name: buffer for name, buffer in model.named_buffers() if name in state}
-
-
-def _weights_of(recipe: Recipe) -> tuple[str, ...]:
-    if isinstance(recipe, Direct):
-        return (recipe.weight,)
-    return tuple(name for _, name in recipe.sources)
-
-
-def _check_shapes(
-    recipes: Mapping[str, Recipe],
-    wanted: Mapping[str, torch.Tensor],
-    stored: Mapping[str, StoredTensor],
-) -> None:
-    for name, recipe in recipes.items():
-        if isinstance(recipe, Direct) and stored[recipe.weight].shape != tuple(wanted[name].shape):
-            raise CheckpointError(
-                f"weight {recipe.weight!r} has shape {stored[recipe.weight].shape}; the model that "
-                f"config.json describes has {tuple(wanted[name].shape)} there"
-            )
 
 
 def _conversions(
@@ -183,7 +140,7 @@ def _conversions(
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     prefix = getattr(model, "base_model_prefix", None)
     recipes: dict[str, Recipe] = {}
-    groups: dict[str, _Group] = {}
+    groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
     for name in sorted(stored, key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
         if renamed not in wanted and name in wanted:
@@ -191,19 +148,18 @@ def _conversions(
         if renamed not in wanted:
             continue
         if pattern is None:
-            recipes.setdefault(renamed, Direct(name))
+            recipes.setdefault(renamed, Recipe((("", name),)))
         else:
-            group = groups.setdefault(renamed, _Group(by_pattern[pattern]))
-            group.sources.append((pattern, name))
-    for first, group in groups.items():
-        recipes.update(_group_recipes(model, first, group, wanted, stored))
+            groups.setdefault(renamed, (by_pattern[pattern], []))[1].append((pattern, name))
+    for first, (converter, sources) in groups.items():
+        recipe = Recipe(tuple(sources), first, converter, sliceable=False)
+        recipes.update(_group_recipes(model, recipe, wanted, stored))
     return recipes
 
 
 def _group_recipes(
     model: nn.Module,
-    first: str,
-    group: _Group,
+    recipe: Recipe,
     wanted: Mapping[str, torch.Tensor],
     stored: Mapping[str, StoredTensor],
 ) -> dict[str, Recipe]:
@@ -214,8 +170,7 @@ def _group_recipes(
 
         return torch.empty(stored[name].shape, device="meta")
 
-    recipe = Converted(first, group.converter, tuple(group.sources))
-    made = _convert(model, recipe, recipe.sources, meta)
+    made = _convert(model, recipe, meta)
     for name, tensor in made.items():
         if name in wanted and tuple(tensor.shape) != tuple(wanted[name].shape):
             raise CheckpointError(
@@ -223,11 +178,10 @@ def _group_recipes(
                 f"{tuple(tensor.shape)} for {name!r}; the model that config.json describes has "
                 f"{tuple(wanted[name].shape)} there"
             )
-    if _stacks(group.converter):
-        stacked = Converted(first, group.converter, tuple(group.sources), stacked=True)
-        one = _convert(model, stacked, _nth(stacked.sources, 0), meta)
-        if all(one[name].shape == (1, *tensor.shape[1:]) for name, tensor in made.items()):
-            recipe = stacked
+    if _stacks(recipe.converter):
+        one = _convert(model, recipe.nth(0), meta)
+        stacked = all(one[name].shape == (1, *tensor.shape[1:]) for name, tensor in made.items())
+        recipe = replace(recipe, sliceable=stacked)
     return {name: recipe for name in made if name in wanted}
 
 
@@ -241,25 +195,11 @@ def _stacks(converter: Any) -> bool:
     )
 
 
-def _nth(sources: tuple[tuple[str, str], ...], index: int) -> tuple[tuple[str, str], ...]:
-    """The ``index``-th weight of every pattern."""
-    seen: dict[str, int] = {}
-    found = []
-    for pattern, name in sources:
-        if seen.setdefault(pattern, 0) == index:
-            found.append((pattern, name))
-        seen[pattern] += 1
-    return tuple(found)
-
-
 def _convert(
-    model: nn.Module,
-    recipe: Converted,
-    sources: tuple[tuple[str, str], ...],
-    read: Callable[[str], torch.Tensor],
+    model: nn.Module, recipe: Recipe, read: Callable[[str], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     converter = copy.deepcopy(recipe.converter)
-    for pattern, name in sources:
+    for pattern, name in recipe.sources:
         converter.add_tensor(recipe.first, name, pattern, lambda name=name: read(name))
     made = converter.convert(recipe.first, model=model, config=getattr(model, "config", None))
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}

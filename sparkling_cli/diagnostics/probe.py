@@ -49,7 +49,7 @@ class Probe:
         source: TensorSource | None = None,
     ) -> None:
         from sparkling_cli.diagnostics.lazy import LazyWeights, load_buffers
-        from sparkling_cli.diagnostics.parameters import parameter_reader
+        from sparkling_cli.diagnostics.parameters import ParameterReader
         from sparkling_cli.diagnostics.stream import Squares, StreamWatch
         from sparkling_cli.storage.read import TensorSource
 
@@ -61,7 +61,7 @@ class Probe:
         self._vocabulary = 0
         self._loss, self._predicted = 0.0, 0
         self._source = TensorSource(checkpoint) if source is None else source
-        reader = parameter_reader(self.model, self._source)
+        reader = ParameterReader(self.model, self._source)
         self.unused = reader.unused
         load_buffers(self.model, reader)
         self._labels = _labels(self.model, reader.names)

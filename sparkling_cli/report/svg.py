@@ -124,8 +124,8 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
     return [round(i * step, digits) for i in range(first, last + 1)]
 
 
-def domain(values: Iterable[float], *, least: float = 0.1) -> tuple[float, float]:
-    """Low and high around the values, at least ``least`` of their size apart.
+def domain(values: Iterable[float]) -> tuple[float, float]:
+    """Low and high around the values, at least a tenth of their size apart.
 
     Without the least width, differences of rounding would fill the whole chart.
     """
@@ -133,7 +133,7 @@ def domain(values: Iterable[float], *, least: float = 0.1) -> tuple[float, float
     if not found:
         return 0.0, 1.0
     low, high = min(found), max(found)
-    width = max(high - low, least * max(abs(low), abs(high)), 1e-12)
+    width = max(high - low, 0.1 * max(abs(low), abs(high)), 1e-12)
     middle = (low + high) / 2
     padded = (middle - 0.58 * width, middle + 0.58 * width)
     return (max(0.0, padded[0]) if low >= 0 else padded[0]), padded[1]

@@ -120,11 +120,8 @@ def _ratios(
     return table
 
 
-def measurement_table(found: Measurement, *, rows: int | None = None) -> Table:
-    """One model's functions and linear layers, one row per kind, with a sparkline of r over depth.
-
-    ``rows`` limits the kinds.
-    """
+def measurement_table(found: Measurement) -> Table:
+    """One model's functions and linear layers, one row per kind, with a sparkline of r over depth."""
     kinds: dict[str, list[LayerStat]] = {}
     for layer in (*found.functions, *found.layers):
         kinds.setdefault(skeleton(layer.name), []).append(layer)
@@ -135,7 +132,7 @@ def measurement_table(found: Measurement, *, rows: int | None = None) -> Table:
         caption=_stream_line(found),
     )
     prefix = _common_prefix(list(kinds))
-    for kind, layers in list(kinds.items())[:rows]:
+    for kind, layers in kinds.items():
         ratios = [layer.r for layer in layers]
         known = [r for r in ratios if r is not None]
         table.add_row(
@@ -150,9 +147,9 @@ def measurement_table(found: Measurement, *, rows: int | None = None) -> Table:
     return table
 
 
-def weight_table(report: Weights, *, slots: Sequence[str] | None = None) -> Table:
+def weight_table(report: Weights) -> Table:
     """RMS of weights and of each kind of optimizer state per name, with a sparkline over depth."""
-    slots = report.slots if slots is None else slots
+    slots = report.slots
     names: dict[str, dict[str, list[TensorStat]]] = {}
     for stat in report.tensors:
         names.setdefault(stat.role, {}).setdefault(stat.slot, []).append(stat)

@@ -41,7 +41,7 @@ def copies(params: Iterable[tuple[Tensor, View]]) -> dict[str, float]:
         if local_tensor(param) is not param:
             continue
         value = param.detach()
-        copied, old = _taken(value, [_places(one) for one, _ in indices(view)]), old_entries(value, view)
+        copied, old = _taken(value, [places_of(one) for one, _ in indices(view)]), old_entries(value, view)
         count += value.numel() - old.numel()
         kept, origin, distance = squares(old), squares(copied), copied - value
         near = LOCKED * sqrt(origin / max(copied.numel(), 1))
@@ -60,7 +60,7 @@ def old_entries(tensor: Tensor, view: View) -> Tensor:
     """What a tensor has of its size before the growth, in its shape then."""
     import numpy as np
 
-    return _taken(tensor, [np.unique(_places(source)) for source, _ in indices(view)])
+    return _taken(tensor, [np.unique(places_of(source)) for source, _ in indices(view)])
 
 
 def _taken(tensor: Tensor, places: Iterable[Array]) -> Tensor:
@@ -69,7 +69,7 @@ def _taken(tensor: Tensor, places: Iterable[Array]) -> Tensor:
     return tensor
 
 
-def _places(source: Array) -> Array:
+def places_of(source: Array) -> Array:
     """Target index -> the target index of the old entry that it is or copies: the first with its source."""
     import numpy as np
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import fsum, isfinite, log, sqrt
+from statistics import linear_regression
 from typing import Any
 
 #: logged losses that a forecast is made from, at least
@@ -39,9 +40,7 @@ class LossForecast:
         if len(points) < FEWEST or len({step for step, _ in points}) < 2:
             return None
         xs, ys = [log(step) for step, _ in points], [loss for _, loss in points]
-        x, y = fsum(xs) / len(xs), fsum(ys) / len(ys)
-        slope = fsum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / fsum((a - x) ** 2 for a in xs)
-        level = y - slope * x
+        slope, level = linear_regression(xs, ys)
         rest = fsum((b - level - slope * a) ** 2 for a, b in zip(xs, ys, strict=True))
         return cls(level, slope, sqrt(rest / (len(points) - 2)), points[0][0], expansion)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparkling_cli.diagnostics.data import load_tokens
+from sparkling_cli.diagnostics.data import Sample, load_tokens
 from sparkling_cli.errors import CheckpointError, SpecError
 
 VOCAB = 512
@@ -28,7 +28,7 @@ def test_bin_files_of_both_widths(tmp_path: Path, dtype: str) -> None:
     """A .bin of 16- or 32-bit ids is told apart by its content and cut into even windows."""
     ids = np.random.default_rng(0).integers(0, VOCAB, 1000)
     ids.astype(dtype).tofile(tmp_path / "tokens.bin")
-    found = load_tokens(tmp_path / "tokens.bin", None, vocab=VOCAB, sequences=3, length=50)
+    found = load_tokens(Sample(tmp_path / "tokens.bin", sequences=3, length=50), None, VOCAB)
     rows = [ids[i * (1000 // 3) : i * (1000 // 3) + 50] for i in range(3)]
     assert torch.equal(found.ids, torch.from_numpy(np.stack(rows)))
     assert ("uint16" if dtype == "<u2" else "uint32") in found.source
@@ -41,14 +41,14 @@ def test_bin_file_with_a_header(tmp_path: Path) -> None:
     header = np.zeros(256, dtype="<i4")
     header[:3] = [20240520, 1, 100]
     (tmp_path / "t.bin").write_bytes(header.tobytes() + ids.tobytes())
-    found = load_tokens(tmp_path / "t.bin", None, vocab=VOCAB, sequences=1, length=100)
+    found = load_tokens(Sample(tmp_path / "t.bin", sequences=1, length=100), None, VOCAB)
     assert found.ids[0].tolist() == list(range(100))
 
 
 def test_npy_file(tmp_path: Path) -> None:
     """An array of any integer type and shape is read as one row of ids."""
     np.save(tmp_path / "t.npy", np.arange(60, dtype=np.int32).reshape(6, 10))
-    found = load_tokens(tmp_path / "t.npy", None, vocab=VOCAB, sequences=2, length=30)
+    found = load_tokens(Sample(tmp_path / "t.npy", sequences=2, length=30), None, VOCAB)
     assert found.ids.reshape(-1).tolist() == list(range(60))
 
 
@@ -56,7 +56,7 @@ def test_text_goes_through_the_checkpoints_tokenizer(
     tmp_path: Path, dense_checkpoint: Path, heldout_text: Path
 ) -> None:
     """The first window of a text is the beginning of what transformers' tokenizer gives."""
-    found = load_tokens(heldout_text, dense_checkpoint, vocab=VOCAB, sequences=4, length=64)
+    found = load_tokens(Sample(heldout_text, sequences=4, length=64), dense_checkpoint, VOCAB)
     ids = tokenized(dense_checkpoint, heldout_text.read_text(encoding="utf-8"))
     assert found.ids.shape == (4, 64)
     assert found.ids[0].tolist() == ids[:64]
@@ -69,7 +69,7 @@ def test_json_lines(tmp_path: Path, dense_checkpoint: Path) -> None:
 
     lines = [{"text": "Call me Ishmael."}, {"content": "Some years ago."}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    found = load_tokens(tmp_path / "a.jsonl", dense_checkpoint, vocab=VOCAB, sequences=1, length=1000)
+    found = load_tokens(Sample(tmp_path / "a.jsonl", sequences=1, length=1000), dense_checkpoint, VOCAB)
     end = AutoTokenizer.from_pretrained(dense_checkpoint).eos_token_id
     ending = [] if end is None else [end]
     expected = tokenized(dense_checkpoint, "Call me Ishmael.") + ending
@@ -79,7 +79,7 @@ def test_json_lines(tmp_path: Path, dense_checkpoint: Path) -> None:
 
 def test_bundled_text_is_the_default(dense_checkpoint: Path) -> None:
     """Without data a checkpoint with a tokenizer is measured on the text in the package."""
-    found = load_tokens(None, dense_checkpoint, vocab=VOCAB)
+    found = load_tokens(Sample(None), dense_checkpoint, VOCAB)
     assert not found.random
     assert found.ids.shape == (8, 256)
     assert "bundled" in found.source
@@ -87,9 +87,9 @@ def test_bundled_text_is_the_default(dense_checkpoint: Path) -> None:
 
 def test_random_tokens_say_so(tmp_path: Path) -> None:
     """Without data and tokenizer the tokens are random, the same for one seed, and named so."""
-    one = load_tokens(None, tmp_path, vocab=100, sequences=2, length=9, seed=3)
-    same = load_tokens(None, tmp_path, vocab=100, sequences=2, length=9, seed=3)
-    other = load_tokens(None, tmp_path, vocab=100, sequences=2, length=9, seed=4)
+    one = load_tokens(Sample(None, sequences=2, length=9, seed=3), tmp_path, 100)
+    same = load_tokens(Sample(None, sequences=2, length=9, seed=3), tmp_path, 100)
+    other = load_tokens(Sample(None, sequences=2, length=9, seed=4), tmp_path, 100)
     assert one.random and "RANDOM" in one.source and "no tokenizer" in one.source
     assert torch.equal(one.ids, same.ids)
     assert not torch.equal(one.ids, other.ids)
@@ -99,18 +99,18 @@ def test_random_tokens_say_so(tmp_path: Path) -> None:
 def test_few_tokens_make_few_sequences(tmp_path: Path) -> None:
     """A short file gives what it has."""
     np.save(tmp_path / "t.npy", np.arange(25))
-    assert load_tokens(tmp_path / "t.npy", None, vocab=99, sequences=8, length=10).ids.shape == (2, 10)
-    assert load_tokens(tmp_path / "t.npy", None, vocab=99, sequences=8, length=90).ids.shape == (1, 25)
+    assert load_tokens(Sample(tmp_path / "t.npy", sequences=8, length=10), None, 99).ids.shape == (2, 10)
+    assert load_tokens(Sample(tmp_path / "t.npy", sequences=8, length=90), None, 99).ids.shape == (1, 25)
 
 
 def test_ids_outside_the_vocabulary(tmp_path: Path) -> None:
     """Data of another tokenizer is refused with the range that was found."""
     np.save(tmp_path / "t.npy", np.array([1, 2, 600]))
     with pytest.raises(SpecError, match=r"1 to 600.*512"):
-        load_tokens(tmp_path / "t.npy", None, vocab=VOCAB)
+        load_tokens(Sample(tmp_path / "t.npy"), None, VOCAB)
     np.array([1, 600, 2], dtype="<u2").tofile(tmp_path / "t.bin")
     with pytest.raises(SpecError, match="512"):
-        load_tokens(tmp_path / "t.bin", None, vocab=VOCAB)
+        load_tokens(Sample(tmp_path / "t.bin"), None, VOCAB)
 
 
 def test_unusable_files(tmp_path: Path, dense_checkpoint: Path) -> None:
@@ -129,14 +129,14 @@ def test_unusable_files(tmp_path: Path, dense_checkpoint: Path) -> None:
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(SpecError, match=message):
-            load_tokens(tmp_path / name, dense_checkpoint, vocab=VOCAB)
+            load_tokens(Sample(tmp_path / name), dense_checkpoint, VOCAB)
     np.save(tmp_path / "floats.npy", np.zeros(9))
     with pytest.raises(SpecError, match="integers"):
-        load_tokens(tmp_path / "floats.npy", None, vocab=VOCAB)
+        load_tokens(Sample(tmp_path / "floats.npy"), None, VOCAB)
 
 
 def test_text_without_a_tokenizer(tmp_path: Path) -> None:
     """Text cannot be used when the checkpoint has no tokenizer; the message says what can."""
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(CheckpointError, match="no tokenizer"):
-        load_tokens(tmp_path / "a.txt", tmp_path, vocab=VOCAB)
+        load_tokens(Sample(tmp_path / "a.txt"), tmp_path, VOCAB)
