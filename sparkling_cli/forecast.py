@@ -6,7 +6,7 @@ From a checkpoint, or from a ``config.json`` alone; no weight is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from sparkling_cli.compute.flops import plan_compute, run_flops, share_saved
 from sparkling_cli.compute.quantity import parse_count, parse_moment
 from sparkling_cli.compute.shape import shape_of
 from sparkling_cli.errors import SpecError
-from sparkling_cli.layout.depth import LAYERS, deeper_layout
+from sparkling_cli.layout.depth import LAYERS
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.results.commands import RunPlan
 from sparkling_cli.results.evidence import tokens_note
@@ -25,7 +25,7 @@ from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.options import from_keywords
 from sparkling_cli.spec.sources import axis_with_factor, make_spec
 from sparkling_cli.storage.tensors import ITEM_BYTES
-from sparkling_cli.widening.geometry import Growth
+from sparkling_cli.widening.geometry import Growth, grown_layout
 
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint
@@ -47,8 +47,7 @@ class Subject:
         name: of the checkpoint or config.
         layout: of the model.
         config: its sizes.
-        weight_bytes: bytes of weights per parameter.
-        state_bytes: bytes of optimizer state per parameter.
+        bytes_per_parameter: of weights and optimizer state.
         assumed: what the bytes rest on, in words.
         checkpoint: that it is of; None where there is a config alone.
     """
@@ -56,8 +55,7 @@ class Subject:
     name: str
     layout: ModelLayout
     config: Mapping[str, Any]
-    weight_bytes: float
-    state_bytes: float
+    bytes_per_parameter: float
     assumed: str
     checkpoint: Checkpoint | None = None
 
@@ -135,19 +133,17 @@ def subject_of(source: Path, *, layout: Path | None = None, model: str | None = 
         config = read_json(source.parent, source.name)
         found = read_layout(layout) if layout is not None else infer(config, model=model)
         item, words = _config_bytes(config)
-        return Subject(source.name, found, config, item, 2.0 * item, f"{words}, AdamW's two moments alike")
+        return Subject(source.name, found, config, 3.0 * item, f"{words}, AdamW's two moments alike")
     from sparkling_cli.api import open_source
 
     checkpoint, found, _ = open_source(source, layout=layout, model=model)
-    weights, states, entries = _stored_bytes(checkpoint)
+    keys = set(checkpoint.weights.values())
+    states = [key for state in checkpoint.states for key in state.tensors.values()]
+    nbytes = sum(checkpoint.tensors[key].nbytes for key in (*keys, *states))
+    entries = sum(prod(checkpoint.tensors[key].shape) for key in keys)
+    each = nbytes / max(entries, 1)
     return Subject(
-        checkpoint.root.name,
-        found,
-        checkpoint.config or {},
-        weights / entries,
-        states / entries,
-        "as in this checkpoint",
-        checkpoint,
+        checkpoint.root.name, found, checkpoint.config or {}, each, "as in this checkpoint", checkpoint
     )
 
 
@@ -156,15 +152,6 @@ def _config_bytes(config: Mapping[str, Any]) -> tuple[float, str]:
     if name in ITEM_BYTES:
         return float(ITEM_BYTES[name]), f"weights in {name} as the config says"
     return 4.0, "weights in float32, as the config names no dtype"
-
-
-def _stored_bytes(checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """Bytes of weights, bytes of state, entries of weights; shared storage once."""
-    keys = set(checkpoint.weights.values())
-    weights = sum(checkpoint.tensors[key].nbytes for key in keys)
-    entries = sum(prod(checkpoint.tensors[key].shape) for key in keys)
-    states = sum(checkpoint.tensors[k].nbytes for state in checkpoint.states for k in state.tensors.values())
-    return weights, states, max(entries, 1)
 
 
 def parse_then(text: str, tokens: int, *, multiple_of: int | None = None) -> Expansion:
@@ -219,14 +206,9 @@ def forecast(
         warnings.append(small_share(layout, growth))
         if subject.checkpoint is not None:
             lengths += step_notes(subject.checkpoint, layout, growth)
-        grown = {name: replace(layout.axes[name], size=g.target) for name, g in growth.items()}
-        if LAYERS in growth:
-            layout = deeper_layout(layout, growth[LAYERS].order)
-        layout = replace(layout, axes={**layout.axes, **grown})
+        layout = grown_layout(layout, growth)
     shape = shape_of(subject.layout, subject.config, top_k=experts_per_token)
-    phases = plan_compute(
-        shape, steps, tokens, bytes_per_parameter=subject.weight_bytes + subject.state_bytes
-    )
+    phases = plan_compute(shape, steps, tokens, bytes_per_parameter=subject.bytes_per_parameter)
     flops = run_flops(phases)
     notes = [
         tokens_note(growth, *((p.stop_tokens - p.start_tokens) / p.active_parameters for p in pair))

@@ -20,7 +20,7 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.stream import Written
 from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.layout import file as layout_file
-from sparkling_cli.layout.depth import LAYERS, Order, deeper_layout, new_layers, ordered
+from sparkling_cli.layout.depth import LAYERS, Order, new_layers, ordered
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.plan.model import Calibration, Expansion, Recipe, Row
 from sparkling_cli.plan.symmetry import treatment_of, with_fills
@@ -29,7 +29,7 @@ from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.crc import FileDigest
 from sparkling_cli.storage.sidecar import FOLDER, MANIFEST, sidecar_root
-from sparkling_cli.widening.geometry import Growth, Span
+from sparkling_cli.widening.geometry import Growth, Span, grown_layout
 
 FORMAT = 2
 #: Earlier ones that can be read: 1 also said what became of every tensor, which follows from the rest.
@@ -206,7 +206,7 @@ def make_manifest(expansion: Expansion, written: Written, others: Mapping[str, b
         "format_version": FORMAT,
         "tool": {"name": "sparkling-cli", "version": __version__},
         "spec": spec,
-        "layout": _layout_after(plan.layout, plan.growth),
+        "layout": layout_file.to_dict(grown_layout(plan.layout, plan.growth)),
         "axes": {name: {"births": b} for name, b in sorted(births_after(plan.growth, before).items())},
         "stages": stages,
         "source": {
@@ -263,15 +263,6 @@ def _births_in(order: Order, before: Births, stage: int) -> Births:
     born = [stage if new else old[source] for source, new in zip(order, new_layers(order), strict=True)]
     edges = [0, *(i for i in range(1, len(born)) if born[i] != born[i - 1]), len(born)]
     return [(start, stop, born[start]) for start, stop in pairwise(edges)]
-
-
-def _layout_after(layout: ModelLayout, growth: Mapping[str, Growth]) -> dict[str, Any]:
-    if LAYERS in growth:
-        layout = deeper_layout(layout, growth[LAYERS].order)
-    data = layout_file.to_dict(layout)
-    for name, grown in growth.items():
-        data["axes"][name]["size"] = grown.target
-    return data
 
 
 def _tensors(rows: tuple[Row, ...], common: Mapping[Recipe, str], written: Written) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,18 +199,10 @@ def _measure(
     expansion: Expansion, written: Written, memory: int, begin: Begin
 ) -> tuple[Activations | None, str]:
     """Activations of source and output on the same tokens, or why they were not measured."""
-    from math import prod
-
-    from sparkling_cli.diagnostics.activations import measure_change
-    from sparkling_cli.diagnostics.data import Sample
-    from sparkling_cli.diagnostics.measurement import Enlarged
-    from sparkling_cli.formats.detect import open_checkpoint
-    from sparkling_cli.storage.tensors import ITEM_BYTES
-
     plan, asked = expansion.plan, expansion.invocation
     data, report = asked.data, asked.report
     weights = [row for row in plan.rows if not row.slot]
-    size = sum(prod(row.shape) * ITEM_BYTES[row.dtype] for row in weights)
+    size, _ = plan.nbytes(after=True)
     if report == "none":
         return None, "not asked for (--report none)"
     if report == "auto" and (size > AUTO_LIMIT or len(weights) > AUTO_TENSORS):
@@ -217,6 +210,11 @@ def _measure(
             f"the output's weights take {size / (1 << 30):.1f} GiB in {len(weights):,} tensors; measure with "
             "--report full, or later by `sparkling inspect SRC --against DST`"
         )
+    from sparkling_cli.diagnostics.activations import measure_change  # torch is of no use before
+    from sparkling_cli.diagnostics.data import Sample
+    from sparkling_cli.diagnostics.measurement import Enlarged
+    from sparkling_cli.formats.detect import open_checkpoint
+
     assert written.root is not None  # the output is complete, but not in place yet
     sample = Sample(data)
     if report == "auto" and data is None:

@@ -37,7 +37,7 @@ def plan_compute(
         bytes_per_parameter: of its checkpoints.
 
     Raises:
-        SpecError: moments that are not in order or not inside the run; an axis that does not fit.
+        SpecError: moments that are not in order or not inside the run.
     """
     moments = [0, *(at for at, _ in expansions), tokens]
     for before, after in pairwise(moments):
@@ -51,13 +51,13 @@ def plan_compute(
     phases = []
     for i, (start, stop) in enumerate(pairwise(moments)):
         if i:
-            shape = _widened(shape, expansions[i - 1][1])
+            shape = shape.grown(expansions[i - 1][1])
         found = shape.count()
         phases.append(
             Phase(
                 start_tokens=start,
                 stop_tokens=stop,
-                sizes={axis: shape.sizes[axis] for axis in dict.fromkeys(shown)},
+                sizes={axis: shape.layout.sizes[axis] for axis in dict.fromkeys(shown)},
                 parameters=found.total,
                 active_parameters=found.active,
                 embedding_parameters=found.embedding,
@@ -76,13 +76,6 @@ def run_flops(phases: Sequence[Phase]) -> Flops:
         scratch=train_flops(phases[-1].active_parameters, tokens),
         progressive=sum(phase.flops for phase in phases),
     )
-
-
-def _widened(shape: ModelShape, growth: Mapping[str, Growth]) -> ModelShape:
-    for axis, grown in growth.items():
-        if shape.sizes.get(axis) != grown.source:
-            raise SpecError(f"axis {axis!r} has {shape.sizes.get(axis)} entries, not {grown.source}")
-    return shape.grown(growth)
 
 
 def share_saved(progressive: float, scratch: float) -> float:

@@ -13,17 +13,16 @@ too; a tied output head is the embedding itself and is not counted again.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.depth import LAYERS, deeper_patterns
 from sparkling_cli.layout.expr import Product, Role, axis_names
 from sparkling_cli.layout.model import ModelLayout, TensorPattern, entries_of
-from sparkling_cli.widening.geometry import Growth
+from sparkling_cli.widening.geometry import Growth, grown_layout
 
 #: Config keys that say how many experts work on one token. Each is what one or more model families of
 #: transformers, or a trainer, call it; the meaning is the same, so no architecture is named.
@@ -67,25 +66,18 @@ class ModelShape:
     """What counting needs of a model.
 
     Attributes:
-        patterns: of every parameter of the module.
-        sizes: axis -> entries.
+        layout: of the model.
         used: expert axis -> how many of its entries work on one token.
-        tied: groups of names that share one storage.
     """
 
-    patterns: tuple[TensorPattern, ...]
-    sizes: Mapping[str, int]
+    layout: ModelLayout
     used: Mapping[str, int] = field(default_factory=dict)
-    tied: tuple[tuple[str, ...], ...] = ()
 
     def grown(self, growth: Mapping[str, Growth]) -> ModelShape:
         """The same model with wider axes, and more layers."""
-        sizes = {**self.sizes, **{axis: g.target for axis, g in growth.items()}}
         more = growth.get("experts_per_token")
         used = self.used if more is None else dict.fromkeys(self.used, more.target)
-        layers = growth.get(LAYERS)
-        patterns = self.patterns if layers is None else deeper_patterns(self.patterns, layers.order)
-        return replace(self, patterns=patterns, sizes=sizes, used=used)
+        return ModelShape(grown_layout(self.layout, growth), used)
 
     def count(self) -> ParameterCount:
         """Total and active parameters.
@@ -95,14 +87,15 @@ class ModelShape:
         """
         total = embedding = 0
         active = Fraction(0)
-        for pattern in self.patterns:
-            entries = entries_of(pattern, self.sizes)
+        sizes, parameters = self.layout.sizes, _parameters(self.layout)
+        for pattern in parameters:
+            entries = entries_of(pattern, sizes)
             total += entries
             active += entries * self._share(pattern)
             if "vocab" in pattern.dims.axes():
                 embedding += entries
-        for pattern in self._counted_twice():
-            entries = prod(pattern.dims.shape(self.sizes))
+        for pattern in _counted_twice(self.layout.tied, parameters):
+            entries = prod(pattern.dims.shape(sizes))
             total -= entries
             active -= entries * self._share(pattern)
             if "vocab" in pattern.dims.axes():
@@ -113,14 +106,22 @@ class ModelShape:
         """The share of a pattern's entries that works on one token."""
         share = Fraction(1)
         for axis in expert_axes(pattern) & set(self.used):
-            share *= Fraction(min(self.used[axis], self.sizes[axis]), self.sizes[axis])
+            size = self.layout.sizes[axis]
+            share *= Fraction(min(self.used[axis], size), size)
         return share
 
-    def _counted_twice(self) -> Iterable[TensorPattern]:
-        """The pattern of every name in a tied group but the first, where the layout lists it."""
-        for group in self.tied:
-            listed = [p for name in group for p in self.patterns if p.template.matches(name)]
-            yield from listed[1:]
+
+def _parameters(layout: ModelLayout) -> list[TensorPattern]:
+    return [pattern for pattern in layout.tensors if pattern.name not in layout.buffers]
+
+
+def _counted_twice(
+    tied: Iterable[Iterable[str]], parameters: Iterable[TensorPattern]
+) -> Iterator[TensorPattern]:
+    """The pattern of every name in a tied group but the first, where the layout lists it."""
+    for group in tied:
+        listed = [p for name in group for p in parameters if p.template.matches(name)]
+        yield from listed[1:]
 
 
 def experts_per_token(config: Mapping[str, Any]) -> int | None:
@@ -153,18 +154,16 @@ def shape_of(
     Raises:
         LayoutError: the layout has experts, and nothing says how many of them work on one token.
     """
-    parameters = tuple(p for p in layout.tensors if p.name not in layout.buffers)
-    shape = ModelShape(parameters, layout.sizes, {}, layout.tied)
-    routed = {axis for pattern in parameters for axis in expert_axes(pattern)}
+    routed = {axis for pattern in _parameters(layout) for axis in expert_axes(pattern)}
     if not routed:
-        return shape
+        return ModelShape(layout)
     used = top_k if top_k is not None else experts_per_token(config or {})
     if used is None:
         raise LayoutError(
             f"{layout.name} has routed experts, but the config does not say how many work on one token",
             hint="give the number by --experts-per-token",
         )
-    return replace(shape, used=dict.fromkeys(sorted(routed), used))
+    return ModelShape(layout, dict.fromkeys(sorted(routed), used))
 
 
 def expert_axes(pattern: TensorPattern) -> set[str]:

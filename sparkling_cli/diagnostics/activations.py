@@ -10,19 +10,17 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from math import inf, nan, sqrt
-from typing import TYPE_CHECKING
+
+import torch
 
 from sparkling_cli.diagnostics.data import USUAL, Sample, Tokens, load_tokens
 from sparkling_cli.diagnostics.measurement import UNCHANGED, Enlarged, compare, split_name
 from sparkling_cli.diagnostics.probe import Probe, pieces
+from sparkling_cli.diagnostics.stream import Squares
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.depth import Places
 from sparkling_cli.results.measured import Activations, Measurement, Routing
-
-if TYPE_CHECKING:
-    import torch
-
-    from sparkling_cli.widening.geometry import Growth
+from sparkling_cli.widening.geometry import Growth
 
 #: begins a stage by its title and the bytes that it goes over (None: not known); called with bytes gone over
 Begin = Callable[[str, "int | None"], Callable[[int], None]]
@@ -107,8 +105,6 @@ class _LogitsMeter:
     """Sums up how far logits moved, position by position."""
 
     def __init__(self) -> None:
-        from sparkling_cli.diagnostics.stream import Squares
-
         self.largest, self.reference = 0.0, 0.0
         self.difference, self.size = Squares(), Squares()
 
@@ -157,8 +153,6 @@ class _StreamMeter:
 
     def compare(self, path: str, name: str, hidden: torch.Tensor) -> None:
         """The stream at one place of the second model; behind a new layer, with that before it."""
-        import torch
-
         before = self.kept.get((path, self._places.behind(name) or name if self._places else name))
         if before is None or hidden.shape[-1] < before.shape[-1]:
             return
@@ -183,8 +177,6 @@ class _StreamMeter:
 
 def _spread(positions: torch.Tensor, count: int) -> torch.Tensor:
     """A copy of so many rows, evenly spread."""
-    import torch
-
     return positions[torch.linspace(0, len(positions) - 1, count).long()]
 
 
@@ -213,8 +205,6 @@ class _RoutingMeter:
 
     def _sources(self, name: str) -> torch.Tensor:
         """The expert that each one of a router of the second model is a copy of."""
-        import torch
-
         assert self.experts is not None
         layer = split_name(name)[0]
         if layer not in self.sources:
@@ -239,7 +229,5 @@ def tokens_for(probe: Probe, on: Tokens | Sample) -> Tokens:
 
 def batches_of(ids: torch.Tensor, each: int, memory: int) -> tuple[torch.Tensor, ...]:
     """As many sequences at a time as fit into an eighth of the budget; their logits are held twice."""
-    import torch
-
     batches: tuple[torch.Tensor, ...] = torch.split(ids, max(1, memory // 8 // each))
     return batches

@@ -29,7 +29,12 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import ceil, isfinite, log, nan, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 from sparkling_cli.diagnostics.activations import batches_of, tokens_for
 from sparkling_cli.diagnostics.data import Sample
@@ -47,13 +52,6 @@ from sparkling_cli.widening.entries import as_doubles
 from sparkling_cli.widening.kernel import Given, compile_kernel
 from sparkling_cli.widening.means import Means
 from sparkling_cli.widening.parts import boxes, stream_of
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    Array = np.ndarray[Any, Any]
-
 
 #: sequences to fit on at first, and at most where that is too few
 SEQUENCES, MOST = 64, 512
@@ -88,8 +86,6 @@ def calibrate(plan: Plan, *, data: Path | None, model: str | None, memory: int) 
         LayoutError: a ratio cannot be brought back; or no model can be built and run.
         CheckpointError, MissingDependencyError: no model can be built and run.
     """
-    import torch
-
     options: dict[str, Any] = {"model": model, "memory": memory // 4}
     count, found = SEQUENCES, None
     while True:
@@ -251,8 +247,6 @@ class _Pass:
 
     def error(self, after: _Pass) -> float:
         """The largest standard error of a change of a ratio, as a share, from how batches differ in it."""
-        import numpy as np
-
         if len(self.weights) < 2:
             return 0.0
         weights = np.array(self.weights) / sum(self.weights)
@@ -276,9 +270,6 @@ def _run(probe: Probe, batches: Sequence[torch.Tensor]) -> _Pass:
     The loss is convex in a factor on the logits; it is taken at fixed places, with a parabola through the
     lowest three.
     """
-    import numpy as np
-    from torch.nn.functional import cross_entropy
-
     places = np.geomspace(*_TEMPERATURES, _PLACES)
     losses = np.zeros(_PLACES)
     logs: list[dict[str, float]] = []
@@ -342,9 +333,6 @@ class WidenedSource(TensorSource):
         return made if rows is None else made[rows]
 
     def _widened(self, row: Row, old: torch.Tensor) -> torch.Tensor:
-        import numpy as np
-        import torch
-
         recipe = row.recipe
         kernel = compile_kernel(recipe.view, recipe.dtype, recipe.scale, recipe.offset, fresh=recipe.fresh)
         source = old.contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -413,8 +401,6 @@ class _Fit(Probe):
     def __init__(
         self, plan: Plan, targets: Mapping[str, float], shares: Mapping[str, float], **options: Any
     ) -> None:
-        from torch import nn
-
         plan = with_calibration(plan, _calibration({}, shares))
         super().__init__(widened_checkpoint(plan), source=WidenedSource(plan), **options)
         self._targets, self.shares = targets, shares

@@ -23,7 +23,6 @@ from sparkling_cli.results.measured import (
     LoggedLoss,
     Measurement,
     Symmetry,
-    Weights,
 )
 from sparkling_cli.results.verdict import verdict_of_change, verdict_of_training
 from sparkling_cli.spec.sources import make_spec
@@ -76,31 +75,31 @@ def inspect_checkpoint(
     symmetry: Symmetry | None = None
     logged: LoggedLoss | None = None
     tokens, random = "", False
-    steps: int | None = None
-    if against is not None:
-        against = Path(against)
-        other = _open(against, model, layout)
+    other = None if against is None else _open(Path(against), model, layout)
+    if other is not None:
         found, doubt = _unrelated(checkpoint, other)
         notes += found
         symmetry = _symmetry(path, checkpoint, other)
         logged = None if symmetry is None else _logged_loss(checkpoint, other)
-        now, then = (c.facts.get("global_step") for c in (checkpoint, other))
-        steps = now - then if isinstance(now, int) and isinstance(then, int) else None
-        if activations:
-            try:
-                done = _since(checkpoint, other)
-                change, _, own = measure_change(
-                    other, checkpoint, sample, model=model, memory=memory, done=done
-                )
-                tokens, random = change.data, change.random_tokens
-            except (LayoutError, MissingDependencyError) as error:
-                notes.append(f"activations were not measured: {error}")
-    elif activations:
+    if activations:
+        options: dict[str, Any] = {"model": model, "memory": memory}
         try:
-            own, used = measure(checkpoint, sample, model=model, memory=memory)
-            tokens, random = used.source, used.random
+            if other is None:
+                own, used = measure(checkpoint, sample, **options)
+                tokens, random = used.source, used.random
+            else:
+                done = _since(checkpoint, other)
+                change, _, own = measure_change(other, checkpoint, sample, done=done, **options)
+                tokens, random = change.data, change.random_tokens
         except (LayoutError, MissingDependencyError) as error:
             notes.append(f"activations were not measured: {error}")
+    verdict: Verdict | None = None
+    if symmetry is not None and other is not None:
+        now, then = (c.facts.get("global_step") for c in (checkpoint, other))
+        steps = now - then if isinstance(now, int) and isinstance(then, int) else None
+        verdict = verdict_of_training(symmetry, logged, change, weights.nonfinite, steps)
+    elif change is not None:
+        verdict = verdict_of_change(change)
     if own is not None and own.unused:
         notes.append(f"{len(own.unused)} weight(s) on disk are not used by the model: {own.unused[0]}, ...")
     return Inspection(
@@ -116,27 +115,8 @@ def inspect_checkpoint(
         change=change,
         symmetry=symmetry,
         logged_loss=logged,
-        verdict=_verdict(symmetry, logged, change, weights, steps),
+        verdict=verdict,
     )
-
-
-def _verdict(
-    symmetry: Symmetry | None,
-    logged: LoggedLoss | None,
-    change: Activations | None,
-    weights: Weights,
-    steps: int | None,
-) -> Verdict | None:
-    """Go or no-go for what was trained on from an expansion; else what a measured change means."""
-    if symmetry is not None:
-        return verdict_of_training(symmetry, logged, change, weights.nonfinite, steps)
-    return None if change is None else verdict_of_change(change)
-
-
-def _widened(checkpoint: Checkpoint, other: Checkpoint) -> set[str]:
-    """Names of the weights whose shapes differ."""
-    there = other.shapes
-    return {name for name, shape in checkpoint.shapes.items() if there.get(name, shape) != shape}
 
 
 def _since(checkpoint: Checkpoint, other: Checkpoint) -> Enlarged:
@@ -144,7 +124,8 @@ def _since(checkpoint: Checkpoint, other: Checkpoint) -> Enlarged:
 
     Between two checkpoints of one size there was no expansion.
     """
-    widened = _widened(checkpoint, other)
+    there = other.shapes
+    widened = {name for name, shape in checkpoint.shapes.items() if there.get(name, shape) != shape}
     manifest = manifest_of(checkpoint.root)
     if manifest is None or checkpoint.shapes == other.shapes:
         return Enlarged(widened)
@@ -189,11 +170,11 @@ def _unrelated(checkpoint: Checkpoint, other: Checkpoint) -> tuple[list[str], st
             f"these are different models ({here or 'not known'}, {there or 'not known'}): "
             "the comparison says nothing about an expansion"
         )
-    if checkpoint.shapes == other.shapes:
-        if _has_manifest(other):
-            return [], ""
+    same = checkpoint.shapes == other.shapes
+    known = (sidecar_root((other if same else checkpoint).root) / MANIFEST).is_file()
+    if same and not known:
         return ["no expansion lies between these two: no symmetry meter"], ""
-    if not _has_manifest(checkpoint):
+    if not known:
         return [], "their sizes differ, and no expansion is known between these two: they may be unrelated"
     return [], ""
 
@@ -226,10 +207,6 @@ def _logged_loss(checkpoint: Checkpoint, expanded: Checkpoint) -> LoggedLoss | N
         forecast=fsum(forecast.at(s) for s, _ in last) / len(last),
         spread=forecast.spread,
     )
-
-
-def _has_manifest(checkpoint: Checkpoint) -> bool:
-    return (sidecar_root(checkpoint.root) / MANIFEST).is_file()
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +20,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sparkling_cli.diagnostics.parameters import ParameterReader, nbytes_of
-from sparkling_cli.diagnostics.stream import tensors_in
+from sparkling_cli.diagnostics.stream import StreamWatch, tensors_in
 
-if TYPE_CHECKING:
-    from sparkling_cli.diagnostics.stream import StreamWatch
-
-    Observer = Callable[[str, torch.Tensor, torch.Tensor], None]
+Observer = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 _TAG = "_sparkling_parameter"
 

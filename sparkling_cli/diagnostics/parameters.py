@@ -11,15 +11,14 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from sparkling_cli.errors import CheckpointError, MissingDependencyError
 from sparkling_cli.storage.read import TensorSource
 from sparkling_cli.storage.tensors import ITEM_BYTES, StoredTensor
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,6 @@ class ParameterReader:
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start <= i < stop`` of a sliceable parameter, as stored."""
-        import torch
-
         recipe = self.recipes[name]
         if recipe.converter is None:
             return self._source.weight(recipe.sources[0][1], rows=slice(start, stop))
@@ -166,8 +163,6 @@ def _group_recipes(
     """Recipes of all parameters that one conversion yields, tried on the meta device."""
 
     def meta(name: str) -> torch.Tensor:
-        import torch
-
         return torch.empty(stored[name].shape, device="meta")
 
     made = _convert(model, recipe, meta)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook
+
+from sparkling_cli.diagnostics.lazy import LazyWeights, load_buffers, parameters_on_meta
+from sparkling_cli.diagnostics.parameters import ParameterReader
+from sparkling_cli.diagnostics.stream import Squares, StreamWatch
 from sparkling_cli.errors import LayoutError, MissingDependencyError, SparklingError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.results.measured import LayerStat, Measurement, StreamStat
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from sparkling_cli.diagnostics.lazy import LazyWeights
-    from sparkling_cli.diagnostics.stream import Squares
-    from sparkling_cli.storage.read import TensorSource
+from sparkling_cli.storage.read import TensorSource
 
 #: Config keys that limit a sequence's length.
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "block_size", "seq_length")
@@ -48,11 +49,6 @@ class Probe:
         memory: int = 1 << 29,
         source: TensorSource | None = None,
     ) -> None:
-        from sparkling_cli.diagnostics.lazy import LazyWeights, load_buffers
-        from sparkling_cli.diagnostics.parameters import ParameterReader
-        from sparkling_cli.diagnostics.stream import Squares, StreamWatch
-        from sparkling_cli.storage.read import TensorSource
-
         self.checkpoint = checkpoint
         self.model = build_lazy(checkpoint, model)
         self._layers: dict[str, tuple[Squares, Squares, int]] = {}
@@ -74,7 +70,7 @@ class Probe:
         self._watch = StreamWatch(
             self.model, {f"{path}.{i}": block for path, blocks in lists for i, block in enumerate(blocks)}
         )
-        self._weights: LazyWeights = LazyWeights(
+        self._weights = LazyWeights(
             reader, self._observe, self._watch, block=max(1, memory // 8), cache=memory // 4
         )
         for path, blocks in lists:
@@ -98,8 +94,6 @@ class Probe:
     @property
     def vocab(self) -> int:
         """Entries of the vocabulary."""
-        from torch import nn
-
         config = self._sizes()
         size = config.get("vocab_size")
         if isinstance(size, int):
@@ -124,9 +118,6 @@ class Probe:
 
     def run(self, ids: torch.Tensor) -> torch.Tensor:
         """One forward pass over ids [sequences, tokens]; logits [sequences, tokens, vocab]."""
-        import torch
-        from torch.nn.modules.module import register_module_forward_hook
-
         self._watch.choices.clear()
         hook = register_module_forward_hook(self._watch.module_ended)
         try:
@@ -188,8 +179,6 @@ class Probe:
         return self.checkpoint.config or {}
 
     def _observe(self, parameter: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        from sparkling_cli.diagnostics.stream import Squares
-
         label = self._labels.get(parameter, parameter)
         ins, outs, calls = self._layers.get(label) or (Squares(), Squares(), 0)
         ins.add(x)
@@ -219,14 +208,10 @@ class Probe:
         return hook
 
     def _add_stream(self, path: str, name: str, hidden: torch.Tensor) -> None:
-        from sparkling_cli.diagnostics.stream import Squares
-
         self._streams.setdefault(path, {}).setdefault(name, Squares()).add(hidden)
         self.streamed(path, name, hidden)
 
     def _add_loss(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
-        from torch.nn import functional
-
         if logits.shape[1] != ids.shape[1]:
             return
         for row, targets in zip(logits, ids, strict=True):
@@ -260,7 +245,6 @@ def build_lazy(checkpoint: Checkpoint, model: str | None) -> nn.Module:
                 "activations are measured on the model that transformers builds, and it is not installed",
                 hint="pip install '.[hf]' in the clone",
             ) from None
-    from sparkling_cli.diagnostics.lazy import parameters_on_meta
     from sparkling_cli.models.skeleton import build_model, load_factory, model_errors
 
     with model_errors(config, model), parameters_on_meta():
@@ -279,8 +263,6 @@ def _stats(sums: Mapping[str, tuple[Squares, Squares, int]]) -> tuple[LayerStat,
 
 def _labels(model: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
     """Parameter's name with a recipe -> what to call the layer: a tied head is not the embedding."""
-    from torch import nn
-
     labels: dict[str, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -293,8 +275,6 @@ def _labels(model: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
 
 def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The lists of blocks: those that lie in no other list (experts of a layer do)."""
-    from torch import nn
-
     lists: list[tuple[str, nn.ModuleList]] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer, _ in lists)
@@ -305,8 +285,6 @@ def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 def _first_tensor(values: Any) -> torch.Tensor | None:
     """The first floating-point tensor of at least 3 dims: the hidden states."""
-    import torch
-
     for value in values:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 3:
             return value
@@ -319,8 +297,6 @@ def _first_tensor(values: Any) -> torch.Tensor | None:
 
 def pieces(positions: torch.Tensor, vocab: int | None = None) -> tuple[torch.Tensor, ...]:
     """Positions of logits a few at a time, so that copies of them stay small."""
-    import torch
-
     each = positions.shape[-1] if vocab is None else vocab
     pieces: tuple[torch.Tensor, ...] = torch.split(positions, max(1, (1 << 19) // each))
     return pieces

@@ -11,15 +11,13 @@ each is measured before they are summed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from torch import nn
+from sparkling_cli.diagnostics.measurement import root_mean
 
 _STREAM = "_sparkling_stream"
 _NORMED = "_sparkling_normed_stream"
@@ -75,8 +73,6 @@ class Squares:
     @property
     def rms(self) -> float:
         """Root of the mean square; 0 of nothing."""
-        from sparkling_cli.diagnostics.measurement import root_mean
-
         return root_mean(self.total, self.count)
 
 
@@ -239,8 +235,6 @@ class StreamWatch:
 
 def _expert_counts(block: nn.Module) -> set[int]:
     """How many experts a block may have: lengths of its lists, first dims of its stacked parameters."""
-    from torch import nn
-
     lists = {len(module) for module in block.modules() if isinstance(module, nn.ModuleList)}
     return lists | {parameter.shape[0] for parameter in block.parameters() if parameter.ndim >= 3}
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
+
+import torch
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.detect import open_checkpoint
@@ -26,9 +28,6 @@ from sparkling_cli.training.copies import LOCKED, old_entries, places_of
 from sparkling_cli.training.moved import Moved, squares
 from sparkling_cli.widening.derived import indices
 from sparkling_cli.widening.geometry import Treatment, View, growth_at, view_of
-
-if TYPE_CHECKING:
-    import torch
 
 #: a group of channels: numbers in the tensors' names (layer, expert), axis, stacked experts or none
 _Key: TypeAlias = tuple[tuple[int, ...], str, int]
@@ -97,8 +96,6 @@ def _add(
     view: View,
     grown: Set[str],
 ) -> None:
-    import torch
-
     shaped = tensor.reshape([dim.target for dim in view]).to(torch.float64)
     stacks = [i for i, dim in enumerate(view) if dims.dims[dim.dim].role is Role.STACK]
     terms = [factor for dim in dims.dims for factor in factors(dim.expr)]
@@ -123,8 +120,6 @@ def _add(
 
 
 def _rows(sums: Mapping[_Key, torch.Tensor]) -> Iterator[ChannelSymmetry]:
-    import torch
-
     groups: dict[tuple[int | None, str], list[torch.Tensor]] = {}
     for (numbers, axis, _), value in sums.items():
         groups.setdefault((numbers[0] if numbers else None, axis.partition(" of ")[0]), []).append(value)

@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
-from typing import TYPE_CHECKING
+
+import torch
 
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.names import skeleton
 from sparkling_cli.results.measured import TensorStat, Weights
 from sparkling_cli.storage.read import PIECE, TensorSource
 from sparkling_cli.storage.tensors import FLOATING
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass
@@ -33,8 +31,6 @@ class _Sum:
     inf: int = 0
 
     def add(self, piece: torch.Tensor) -> None:
-        import torch
-
         flat = piece.reshape(-1)
         if flat.dtype.is_floating_point and flat.element_size() < 4:
             flat = flat.to(torch.float32)

@@ -14,7 +14,7 @@ from typing import Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.keys import lookup
-from sparkling_cli.layout.model import ModelLayout, TensorPattern
+from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.names import NUMBER, NameTemplate, renumbered, skeleton
 
 #: Target layer -> the layer that it is read from.
@@ -144,11 +144,6 @@ def _with_layers(
 ) -> ModelLayout:
     axes = {**layout.axes, LAYERS: replace(layout.axes[LAYERS], size=size)}
     return replace(layout.renamed(lambda text: renumbered(text, LAYERS, change)), axes=axes)
-
-
-def deeper_patterns(patterns: Iterable[TensorPattern], order: Order) -> tuple[TensorPattern, ...]:
-    """Patterns of the deeper model."""
-    return tuple(replace(p, name=renumbered(p.name, LAYERS, _targets(order))) for p in patterns)
 
 
 def _targets(order: Order) -> Callable[[Collection[int]], list[int]]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+from markupsafe import Markup
+
 from sparkling_cli.report import svg
 from sparkling_cli.results.numbers import significant
 
@@ -64,7 +66,7 @@ class Chart:
     zero: bool = False
 
 
-def draw(chart: Chart, width: float, height: float, class_: str = "") -> str:
+def draw(chart: Chart, width: float, height: float, class_: str = "") -> Markup:
     """The chart as an SVG element of this size."""
     x, y = _scales(chart, width, height)
     body = [*_grid(chart, x, y, width)]
@@ -176,7 +178,7 @@ class Bar:
     words: str
 
 
-def bars(title: str, description: str, rows: Sequence[Bar], width: float, class_: str = "") -> str:
+def bars(title: str, description: str, rows: Sequence[Bar], width: float, class_: str = "") -> Markup:
     """Horizontal stacked bars on one scale, each under its name."""
     longest = max((sum(p.value for p in row.parts) for row in rows), default=0.0) or 1.0
     room = width - 8

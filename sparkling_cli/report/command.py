@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sparkling_cli.plan.model import Expansion, Invocation
 from sparkling_cli.schedule.baseline import example
-from sparkling_cli.spec.model import BaselineSpec, ExpansionSpec, RewarmupSpec
-from sparkling_cli.spec.options import FLAGS, OPTIONS, as_options, as_word
+from sparkling_cli.spec.model import ExpansionSpec
+from sparkling_cli.spec.options import as_options, as_word
 
 #: what :func:`schedule_command` describes
 EXAMPLE = "an example that holds the present rate"
@@ -20,8 +20,22 @@ def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
     Relative paths stand as they were given. Of absolute ones only as much is kept as tells source and
     output apart: an output neither depends on where on a machine it lies, nor tells.
     """
+    places = _places(invocation.source, invocation.destination)
+    words = ["sparkling", "expand", *places, *_words_of(chosen)]
+    files = {
+        "--layout": invocation.layout, "--param-order": invocation.param_order, "--data": invocation.data
+    }  # fmt: skip
+    for option, path in files.items():
+        words += [option, _place(path)] if path is not None else []
+    words += ["--model", invocation.model] if invocation.model is not None else []
+    words += ["--report", invocation.report] if invocation.report != "auto" else []
+    return shlex.join(words)
+
+
+def _words_of(chosen: ExpansionSpec) -> list[str]:
+    """The options that give a spec."""
     spec = chosen.as_data()
-    words = ["sparkling", "expand", *_places(invocation.source, invocation.destination)]
+    words = []
     axes = spec["axes"]
     mixed = len({(axis["to"] is None, axis["factor"] is None) for axis in axes}) > 1
     for axis in axes:
@@ -41,15 +55,7 @@ def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
         words += ["--carry", pattern]
     for name, kind in spec["state"].items():
         words += ["--state", f"{name}={kind}"]
-    words += ["--allow-nonfinite"] if spec.get("allow_nonfinite") else []
-    files = {
-        "--layout": invocation.layout, "--param-order": invocation.param_order, "--data": invocation.data
-    }  # fmt: skip
-    for option, path in files.items():
-        words += [option, _place(path)] if path is not None else []
-    words += ["--model", invocation.model] if invocation.model is not None else []
-    words += ["--report", invocation.report] if invocation.report != "auto" else []
-    return shlex.join(words)
+    return [*words, "--allow-nonfinite"] if spec["allow_nonfinite"] else words
 
 
 def places_in(command: str, destination: str) -> tuple[str, str]:
@@ -65,22 +71,9 @@ def schedule_command(expansion: Expansion, where: str) -> str:
     )
 
 
-def with_schedule_options(command: str, spec: ExpansionSpec) -> str:
-    """A recorded command with the options of another schedule, in their place."""
-    words = shlex.split(command)
-    options = {*OPTIONS[RewarmupSpec].values(), *OPTIONS[BaselineSpec].values()}
-    kept = []
-    rest = iter(words)
-    for word in rest:
-        if word in options:
-            if word.removeprefix("--") not in FLAGS:
-                next(rest)
-        else:
-            kept.append(word)
-    others = {"--factor", "--to", *OPTIONS[ExpansionSpec].values()}
-    after = 2 + max(at for at, word in enumerate(kept) if word in others)
-    new = [*as_options(spec.rewarmup), *as_options(spec.baseline)]
-    return shlex.join([*kept[:after], *new, *kept[after:]])
+def with_spec(command: str, old: ExpansionSpec, new: ExpansionSpec) -> str:
+    """A recorded command with the options of another spec in the place of its own."""
+    return command.replace(shlex.join(_words_of(old)), shlex.join(_words_of(new)), 1)
 
 
 def _place(path: Path) -> str:

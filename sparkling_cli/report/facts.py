@@ -19,7 +19,7 @@ from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.advice import symmetry_warning
 from sparkling_cli.plan.model import CARRIED, Expansion, Plan, Recipe, Row
 from sparkling_cli.plan.resolve import all_chosen
-from sparkling_cli.report.command import EXAMPLE, command_of, schedule_command, with_schedule_options
+from sparkling_cli.report.command import EXAMPLE, command_of, schedule_command, with_spec
 from sparkling_cli.report.plan import fills, parameter_counts
 from sparkling_cli.report.rates import learning_rate_of
 from sparkling_cli.results.expansion import (
@@ -38,6 +38,7 @@ from sparkling_cli.results.verdict import verdict_of_expansion
 from sparkling_cli.schedule.rewarmup import Rewarmup
 from sparkling_cli.schedule.write import notes, remarks
 from sparkling_cli.spec.model import ExpansionSpec
+from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.tensors import ITEM_BYTES
 from sparkling_cli.widening.geometry import Growth
 
@@ -115,7 +116,7 @@ def with_rewarmup(
     old_warnings, old_notes = ((), ()) if before is None else (notes(before), remarks(before, spec))
     facts = {name: getattr(report, name) for name in Report.model_fields}
     facts |= {
-        "command": with_schedule_options(report.command, spec),
+        "command": with_spec(report.command, make_spec(report.spec), spec),
         "spec": spec.as_data(),
         "learning_rate": learning_rate_of(rewarmup),
         "learning_rate_missing": "",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
+from markupsafe import Markup
+
 from sparkling_cli.diagnostics.measurement import split_name
 from sparkling_cli.report import charts
 from sparkling_cli.report.charts import Bar, Chart, Note, Part, Series
@@ -174,7 +176,7 @@ def learning_rate_ratio(rate: LearningRate) -> Chart | None:
     )
 
 
-def axes(grown: Sequence[AxisChange]) -> Callable[[float, str], str]:
+def axes(grown: Sequence[AxisChange]) -> Callable[[float, str], Markup]:
     """A bar per axis, relative to its size before: the entries that were there, and the new ones."""
     rows = []
     for axis in grown:
@@ -189,7 +191,7 @@ def axes(grown: Sequence[AxisChange]) -> Callable[[float, str], str]:
     return partial(charts.bars, "Axes that grew", f"Widened: {names}.", rows)
 
 
-def optimizer(summary: OptimizerSummary) -> Callable[[float, str], str]:
+def optimizer(summary: OptimizerSummary) -> Callable[[float, str], Markup]:
     """Bars of kept and new entries per kind of state."""
     kind = {"copy": "copied", "drop": "zero"}.get(summary.treatment, "zero")
     rows = []
@@ -204,7 +206,7 @@ def optimizer(summary: OptimizerSummary) -> Callable[[float, str], str]:
     return partial(charts.bars, "Optimizer state, kept and new entries", description, rows)
 
 
-def compute(facts: Compute, before: Size, after: Size) -> Callable[[float, str], str]:
+def compute(facts: Compute, before: Size, after: Size) -> Callable[[float, str], Markup]:
     """Bars of training compute: from scratch and progressive, relative to from scratch."""
     wide = after.active or after.parameters
     small = before.active or before.parameters

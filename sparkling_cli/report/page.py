@@ -1,6 +1,6 @@
 """``sparkling/report.html``: the report as one page, from the template ``page.html.jinja``.
 
-The template has the words and the structure; here is what it asks for: drawings, number formats, and
+The template has the words, the structure and the drawings; here is what it asks for: number formats, and
 which rows are shown. Equal facts give equal bytes.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -60,12 +59,6 @@ def render(data: Report) -> bytes:
         # matrices first: a norm's drawing tells little
         drawn=sorted(data.tensors, key=lambda change: change.role == "elementwise")[:BLOCKS_AT_MOST],
         **_signal(data.activations),
-        **_rates(data),
-        axes_bars=_drawing(figures.axes(data.axes)),
-        optimizer_bars=_drawing(figures.optimizer(data.optimizer)) if data.optimizer else None,
-        compute_bars=_drawing(figures.compute(data.compute, data.before, data.after))
-        if data.compute
-        else None,
         spec=json.dumps(data.spec, indent=2),
         facts=_facts(data),
     )
@@ -92,21 +85,6 @@ def _signal(measured: Activations | None) -> dict[str, Any]:
         "calm_functions": len(measured.functions) - len(functions),
         "layers": layers[: ROWS_WHEN_CALM if measured.functions else rows],
         "calm_layers": len(measured.layers) - len(layers),
-        "residual": figures.residual(measured),
-        "divergence": figures.divergence(measured),
-        "function_charts": list(figures.ratios(measured.functions, "RMS(f)/RMS(h)", named=True)),
-        "layer_charts": list(figures.ratios(measured.layers, "RMS(y)/RMS(x)", named=not measured.functions)),
-    }
-
-
-def _rates(data: Report) -> dict[str, Any]:
-    """What the section on learning rates shows."""
-    rate = data.learning_rate
-    if rate is None:
-        return {}
-    return {
-        "rate_chart": figures.learning_rate(rate),
-        "rate_ratio": figures.learning_rate_ratio(rate),
     }
 
 
@@ -131,21 +109,13 @@ def _template() -> Template:
         "moved": numbers.moved,
         "factor": numbers.factor,
     }
-    environment.globals |= {
-        "draw": _drawing(charts.draw),
-        "tensor_block": _drawing(tensor_block),
-    }
+    environment.globals |= {"figures": figures, "draw": charts.draw, "tensor_block": tensor_block}
     return environment.from_string(_text("page.html.jinja"))
 
 
 @cache
 def _text(name: str) -> str:
     return resources.files("sparkling_cli.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _drawing(draw: Callable[..., str]) -> Callable[..., Markup]:
-    """A drawing function for the template: its text is escaped already."""
-    return lambda *arguments: Markup(draw(*arguments))
 
 
 def breakable(name: str) -> Markup:

@@ -97,11 +97,28 @@ def _draw(
         columns: panels beside each other, at most.
         size: of one panel, in inches.
     """
-    from matplotlib.ticker import MaxNLocator
-
+    if path.suffix.lower() not in KINDS:
+        raise OutputError(
+            f"--plot {path}: cannot write {path.suffix or 'a file without ending'}",
+            hint=f"end the name in {', '.join(KINDS)}",
+        )
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise MissingDependencyError(
+            "plots need matplotlib", hint="pip install '.[plot]' in the clone, or pip install matplotlib"
+        ) from None
     columns = min(columns, max(len(charts), 1))
     rows = max(1, ceil(len(charts) / columns))
-    figure, panels = _figure(path, rows, columns, (size[0] * columns, size[1] * rows))
+    with rc_context({"font.size": 9}):
+        figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+        panels = [*figure.subplots(rows, columns, squeeze=False).flat]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(True, axis="y", color="0.9", linewidth=0.6)
+        panel.set_axisbelow(True)
     for panel in panels[len(charts) :]:
         panel.set_visible(False)
     for panel, (name, chart) in zip(panels, charts, strict=False):
@@ -129,38 +146,6 @@ def _draw(
             panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.set(title=name, xlabel=chart.x_label, ylabel=chart.y_label)
     return figure, panels[: len(charts)]
-
-
-def _figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    check_kind(path)
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError(
-            "plots need matplotlib", hint="pip install '.[plot]' in the clone, or pip install matplotlib"
-        ) from None
-    with rc_context({"font.size": 9}):
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False)
-    for panel in panels.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(True, axis="y", color="0.9", linewidth=0.6)
-        panel.set_axisbelow(True)
-    return figure, list(panels.flat)
-
-
-def check_kind(path: Path) -> None:
-    """The file's name says a kind that can be written.
-
-    Raises:
-        OutputError: it does not.
-    """
-    if path.suffix.lower() not in KINDS:
-        raise OutputError(
-            f"--plot {path}: cannot write {path.suffix or 'a file without ending'}",
-            hint=f"end the name in {', '.join(KINDS)}",
-        )
 
 
 def _save(figure: Figure, path: Path) -> None:

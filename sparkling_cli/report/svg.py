@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, isfinite, log10
 
+from markupsafe import Markup
+
 
 def num(value: float) -> str:
     """A coordinate: two decimals at most, no trailing zeros, no minus zero."""
@@ -66,9 +68,9 @@ def marker(shape: str, x: float, y: float, class_: str, title: str = "", size: f
     return rect(x - size * 0.9, y - size * 0.9, size * 1.8, size * 1.8, class_, hint)
 
 
-def svg(width: float, height: float, title: str, description: str, *body: str, class_: str = "") -> str:
-    """A drawing with a title and a description for those who cannot see it."""
-    return tag(
+def svg(width: float, height: float, title: str, description: str, *body: str, class_: str = "") -> Markup:
+    """A drawing with a title and a description for those who cannot see it; its text is escaped already."""
+    drawing = tag(
         "svg",
         tag("title", escape(title)),
         tag("desc", escape(description)),
@@ -78,6 +80,7 @@ def svg(width: float, height: float, title: str, description: str, *body: str, c
         class_=class_ or None,
         style=f"max-width:{num(width * 1.35)}px",
     )
+    return Markup(drawing)
 
 
 @dataclass(frozen=True)

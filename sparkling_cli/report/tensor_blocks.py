@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import log, prod, sqrt
 
+from markupsafe import Markup
+
 from sparkling_cli.report import svg
 from sparkling_cli.results.expansion import TensorChange
 from sparkling_cli.results.numbers import significant
@@ -12,7 +14,7 @@ from sparkling_cli.results.numbers import significant
 BLOCKS_AT_MOST = 8
 
 
-def tensor_block(change: TensorChange) -> str:
+def tensor_block(change: TensorChange) -> Markup:
     """One tensor to scale: what was there, and behind it the new rows and columns."""
     width, height = 168.0, 132.0
     stacked = change.after[:-2] != change.before[:-2]

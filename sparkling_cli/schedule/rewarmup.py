@@ -14,13 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.schedule.curves import Curve, Rewarmed
+from sparkling_cli.spec.choices import BiasCorrection
 from sparkling_cli.storage.sidecar import MANIFEST, REWARMUP, sidecar_root
 
 FORMAT: Literal[2] = 2
 #: earlier versions that are still read
 EARLIER = (1,)
-
-BiasCorrection = Literal["inherit", "fresh"]
 
 
 class _Data(BaseModel):
@@ -79,12 +78,8 @@ def add_stage(
     baseline: Curve,
     expansion_step: int,
     *,
-    rho: float,
-    steps: int,
-    bias_correction: BiasCorrection = "inherit",
-    betas: tuple[float, float] | None = None,
-    keep_step: bool = False,
     number: int | None = None,
+    **fields: Any,
 ) -> Rewarmup:
     """The re-warmups after one more expansion; earlier stages go on where they are.
 
@@ -93,24 +88,12 @@ def add_stage(
         baseline: the old entries' curve. Where it is another one than before (a longer run), the earlier
             stages' curves follow from it too.
         expansion_step: te.
-        rho: peak over eta_e.
-        steps: tau_w.
-        bias_correction: ``fresh`` corrects the new entries' first Adam updates.
-        betas: Adam's, at the expansion, if known.
-        keep_step: old entries of matrices that Muon steps move as far as before.
         number: of the expansion; by default one more than the last.
+        fields: of :class:`Stage`.
     """
     earlier = () if previous is None else previous.stages
-    made = Stage(
-        stage=number if number is not None else 1 + (earlier[-1].stage if earlier else 0),
-        expansion_step=expansion_step,
-        rho=rho,
-        steps=steps,
-        bias_correction=bias_correction,
-        betas=betas,
-        keep_step=keep_step,
-    )
-    return Rewarmup(baseline, (*earlier, made))
+    number = 1 + (earlier[-1].stage if earlier else 0) if number is None else number
+    return Rewarmup(baseline, (*earlier, Stage(stage=number, expansion_step=expansion_step, **fields)))
 
 
 def to_data(rewarmup: Rewarmup, notes: tuple[str, ...] = ()) -> dict[str, Any]:

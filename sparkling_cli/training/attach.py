@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +352,7 @@ class _Attached:
             if in_closed_form(self.optimizer, group, param.tensor):
                 continue
             for stage in param.entries.stages:
-                if rates[stage] != 1.0 or self._fresh(stage):
+                if rates[stage] != 1.0 or stage in self._fresh:
                     self.kept[id(param.tensor), stage] = keep(param.tensor, param.entries, stage)
 
     @torch.no_grad()
@@ -388,7 +389,7 @@ class _Attached:
     def _correct_adam(self, rates: Mapping[int, float], kept: Mapping[tuple[int, int], list[Tensor]]) -> None:
         # a parameter without a gradient made no step
         live = [(g, p) for g, p in self._live() if p.tensor.grad is not None]
-        if all(rates[s] == 1.0 and not self._fresh(s) for _, p in live for s in p.entries.stages):
+        if all(rates[s] == 1.0 and s not in self._fresh for _, p in live for s in p.entries.stages):
             live = []
         scaled = [one for one in self.matrices.values() if one.param.grad is not None]
         params = [*(p.tensor for _, p in live), *(one.param for one in scaled)]
@@ -429,15 +430,16 @@ class _Attached:
         stages = {stage for p in self.params.values() for stage in p.entries.stages}
         return {stage: known.get(stage, 1.0) for stage in stages}
 
-    def _fresh(self, stage: int) -> bool:
-        return any(s.stage == stage and s.bias_correction == "fresh" for s in self.rewarmup.stages)
+    @cached_property
+    def _fresh(self) -> dict[int, int]:
+        """Stages whose new entries get the bias correction of a fresh Adam -> the step of their expansion."""
+        return {s.stage: s.expansion_step for s in self.rewarmup.stages if s.bias_correction == "fresh"}
 
     def _moment(self, stage: int, group: Mapping[str, Any], count: float) -> float:
-        for s in self.rewarmup.stages:
-            if s.stage == stage and s.bias_correction == "fresh":
-                beta1, beta2 = (float(b) for b in group["betas"])
-                return fresh_factor(beta1, beta2, self.step - s.expansion_step + 1, int(count))
-        return 1.0
+        if stage not in self._fresh:
+            return 1.0
+        beta1, beta2 = (float(b) for b in group["betas"])
+        return fresh_factor(beta1, beta2, self.step - self._fresh[stage] + 1, int(count))
 
     def _live(self) -> list[tuple[dict[str, Any], _Param]]:
         """Group and parameter of all that the optimizer holds now."""

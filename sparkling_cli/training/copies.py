@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +15,7 @@ from sparkling_cli.training.slices import local_tensor
 from sparkling_cli.widening.derived import indices
 from sparkling_cli.widening.geometry import View
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Array = np.ndarray[Any, Any]
+Array = np.ndarray[Any, Any]
 
 #: what is closer to its source than this share of the source's size counts as locked: rounding, and a rate of
 #: their own, move copies apart that learn nothing of their own
@@ -58,8 +56,6 @@ def copies(params: Iterable[tuple[Tensor, View]]) -> dict[str, float]:
 
 def old_entries(tensor: Tensor, view: View) -> Tensor:
     """What a tensor has of its size before the growth, in its shape then."""
-    import numpy as np
-
     return _taken(tensor, [np.unique(places_of(source)) for source, _ in indices(view)])
 
 
@@ -71,8 +67,6 @@ def _taken(tensor: Tensor, places: Iterable[Array]) -> Tensor:
 
 def places_of(source: Array) -> Array:
     """Target index -> the target index of the old entry that it is or copies: the first with its source."""
-    import numpy as np
-
     _, first, inverse = np.unique(source, return_index=True, return_inverse=True)
     places: Array = first[inverse]
     return places

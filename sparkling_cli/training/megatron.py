@@ -11,7 +11,6 @@ from math import prod
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.training.slices import Piece
@@ -28,8 +27,8 @@ def chained(optimizer: Any) -> list[Any]:
     return [optimizer] if found is None else list(found)
 
 
-def base_of(distributed: Any) -> Optimizer:
-    """The torch optimizer whose ``step()`` changes the masters.
+def base_of(distributed: Any) -> Any:
+    """The optimizer whose ``step()`` changes the masters.
 
     Raises:
         SpecError: the masters lie elsewhere, or other optimizers step them.
@@ -40,10 +39,7 @@ def base_of(distributed: Any) -> Optimizer:
                 f"Megatron's distributed optimizer with {name}: its masters are not what one optimizer steps",
                 hint=f"re-warm without --{name.replace('_', '-')}",
             )
-    base = distributed.optimizer
-    if not isinstance(base, Optimizer):
-        raise SpecError(f"Megatron's distributed optimizer holds a {type(base).__name__}, no torch optimizer")
-    return base
+    return distributed.optimizer
 
 
 def pieces_of(distributed: Any, model: nn.Module | Iterable[nn.Module]) -> Iterator[Piece]:

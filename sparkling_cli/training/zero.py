@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, distributed, nn
-from torch.optim import Optimizer
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.training.slices import Piece
@@ -20,8 +19,8 @@ def is_zero(optimizer: Any) -> bool:
     return any(hasattr(optimizer, name) for name in FLAT)
 
 
-def base_of(zero: Any) -> Optimizer:
-    """The torch optimizer whose ``step()`` changes the flat tensors.
+def base_of(zero: Any) -> Any:
+    """The optimizer whose ``step()`` changes the flat tensors.
 
     Raises:
         SpecError: other tensors are stepped, or another optimizer steps some of them.
@@ -33,12 +32,7 @@ def base_of(zero: Any) -> Optimizer:
                 "optimizer, or kept where it is",
                 hint="re-warm under ZeRO 1, 2 or 3 without it",
             )
-    base = zero.optimizer
-    if not isinstance(base, Optimizer):
-        raise SpecError(
-            f"DeepSpeed's {type(zero).__name__} holds a {type(base).__name__}, no torch optimizer"
-        )
-    return base
+    return zero.optimizer
 
 
 def pieces_of(zero: Any, model: nn.Module) -> Iterator[Piece]:

@@ -17,7 +17,7 @@ from itertools import pairwise, product
 from math import sqrt
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.depth import LAYERS
+from sparkling_cli.layout.depth import LAYERS, deeper_layout
 from sparkling_cli.layout.expr import (
     COUNTED,
     NONLINEAR_LABELS,
@@ -34,6 +34,7 @@ from sparkling_cli.layout.expr import (
     factors,
     size_of,
 )
+from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.spec.choices import ALL, LayerKey
 
@@ -260,6 +261,14 @@ def growth_at(growth: Mapping[str, Growth], template: NameTemplate, name: str) -
         raise LayoutError(f"{template.text!r} does not stand for {name!r}, whose layer has copies of its own")
     layer = indices[template.axes.index(LAYERS)]
     return {axis: grown.in_layer(layer) for axis, grown in growth.items()}
+
+
+def grown_layout(layout: ModelLayout, growth: Mapping[str, Growth]) -> ModelLayout:
+    """The layout of the widened model."""
+    if LAYERS in growth:
+        layout = deeper_layout(layout, growth[LAYERS].order)
+    axes = {name: replace(layout.axes[name], size=grown.target) for name, grown in growth.items()}
+    return replace(layout, axes={**layout.axes, **axes})
 
 
 def _entries(spans: Iterable[Span]) -> list[int]:

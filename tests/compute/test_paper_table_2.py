@@ -7,15 +7,9 @@ from decimal import Decimal
 
 import pytest
 
-from sparkling_cli.compute import (
-    ModelShape,
-    parse_count,
-    plan_compute,
-    run_flops,
-    shape_of,
-    share_saved,
-    train_flops,
-)
+from sparkling_cli.compute.flops import plan_compute, run_flops, share_saved, train_flops
+from sparkling_cli.compute.quantity import parse_count
+from sparkling_cli.compute.shape import ModelShape, shape_of
 from sparkling_cli.widening.geometry import Growth
 from tests.compute.paper import PAPER_LAYOUT, TABLE_2_FLOPS, TABLE_2_PARAMETERS
 

@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparkling_cli.compute import (
-    ModelShape,
-    experts_per_token,
-    parse_count,
-    plan_compute,
-    run_flops,
-    shape_of,
-    share_saved,
-    step_saving,
-    train_flops,
-)
+from sparkling_cli.compute.flops import plan_compute, run_flops, share_saved, step_saving, train_flops
+from sparkling_cli.compute.quantity import parse_count
+from sparkling_cli.compute.shape import ModelShape, experts_per_token, shape_of
 from sparkling_cli.errors import LayoutError, SpecError
 from sparkling_cli.layout.model import AxisInfo, ModelLayout, TensorPattern
 from sparkling_cli.models.infer import infer
@@ -123,7 +115,7 @@ def test_router_and_its_bias_are_active() -> None:
     layout = layout_of(
         {"experts": 6, "hidden": 7}, {"r.weight": "experts <- hidden", "r.bias": "bias experts"}
     )
-    count = ModelShape(layout.tensors, layout.sizes, {"experts": 2}).count()
+    count = ModelShape(layout, {"experts": 2}).count()
     assert count.active == count.total == 6 * 7 + 6
 
 
