@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from sparkling_cli import __version__
 from sparkling_cli.cli import console
 from sparkling_cli.cli.architectures import architectures
 from sparkling_cli.cli.expand import expand
@@ -42,7 +43,7 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(console.version_text())
+        typer.echo(f"sparkling {__version__}")
         raise typer.Exit
 
 

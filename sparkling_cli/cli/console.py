@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
-from sparkling_cli import __version__
 from sparkling_cli.errors import ExitCode, Interrupted, OutputError, SparklingError, UsageError
 
 if TYPE_CHECKING:
@@ -146,8 +145,3 @@ def _usage_error() -> type[Exception]:
     import typer
 
     return next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-
-
-def version_text() -> str:
-    """What ``--version`` prints."""
-    return f"sparkling {__version__}"

@@ -123,11 +123,9 @@ def _summary(planned: ExpansionPlan) -> Table:
 
 
 def _kinds(kinds: Iterable[TensorKind], *, everything: bool) -> Table:
-    from rich.table import Table
+    from sparkling_cli.report.terminal import table_of
 
-    table = Table(box=None, pad_edge=False)
-    for title in ("tensor", "count", "before", "after", "scale", "new"):
-        table.add_column(title, justify="right" if title in ("count", "scale") else "left", overflow="fold")
+    table = table_of("~tensor", ">count", "~before", "~after", ">scale", "~new")
     for kind in kinds:
         changed = kind.before != kind.after or kind.scale != (1.0, 1.0)
         if not everything and (kind.slot or not changed):

@@ -10,10 +10,9 @@ import json
 import re
 import shlex
 from functools import cache
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from sparkling_cli.report import charts, figures
@@ -48,7 +47,6 @@ def render(data: Report) -> bytes:
         data=data,
         verify=shlex.join(["sparkling", "verify", source, output]),
         snippet=snippet(data.provenance.format, output),
-        style=Markup(_text("page.css")),  # the package's own
         locked=data.verdict.headline == LOCKED,
         signs=SIGNS,
         treatments=TREATMENTS,
@@ -96,26 +94,14 @@ def _facts(data: Report) -> Markup:
 
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
-    environment.filters |= {
-        "breakable": breakable,
-        "sentence": sentence,
-        "short": _short,
-        "count": numbers.count,
-        "nbytes": numbers.nbytes,
-        "significant": numbers.significant,
-        "signed": numbers.signed,
-        "percent": numbers.percent,
-        "moved": numbers.moved,
-        "factor": numbers.factor,
-    }
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, loader=PackageLoader("sparkling_cli.report", "")
+    )
+    own = ("count", "nbytes", "significant", "signed", "percent", "moved", "factor")
+    environment.filters |= {name: getattr(numbers, name) for name in own}
+    environment.filters |= {"breakable": breakable, "sentence": sentence, "short": _short}
     environment.globals |= {"figures": figures, "draw": charts.draw, "tensor_block": tensor_block}
-    return environment.from_string(_text("page.html.jinja"))
-
-
-@cache
-def _text(name: str) -> str:
-    return resources.files("sparkling_cli.report").joinpath(name).read_text(encoding="utf-8")
+    return environment.get_template("page.html.jinja")
 
 
 def breakable(name: str) -> Markup:

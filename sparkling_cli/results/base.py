@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf, isfinite
 from textwrap import shorten
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -48,9 +48,7 @@ class Result(BaseModel):
 
 
 class Rows(Result):
-    """A result that is a table: ``rows_of`` names the field that holds its rows."""
-
-    rows_of: ClassVar[str]
+    """A result that is a table: its rows are the first of its fields that holds several of something."""
 
     def to_pandas(self, field: str = "") -> Any:
         """The rows as a ``pandas.DataFrame``, a column for each of their numbers and names.
@@ -67,7 +65,8 @@ class Rows(Result):
             raise MissingDependencyError(
                 "a table for pandas needs pandas, which is not installed", hint="pip install pandas"
             ) from None
-        return pandas.DataFrame([row.to_dict() for row in getattr(self, field or self.rows_of)])
+        rows = getattr(self, field) if field else next(value for _, value in self if isinstance(value, tuple))
+        return pandas.DataFrame([row.to_dict() for row in rows])
 
 
 def deviation_of(before: float | None, after: float | None) -> float | None:

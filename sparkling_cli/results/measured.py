@@ -9,7 +9,7 @@ to the stream: ``r = RMS(f(Norm h)) / RMS(h)`` (Sec. 3.1, App. B).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -45,8 +45,6 @@ class StreamStat(Result):
 
 class Measurement(Rows):
     """One model's forward passes over all the tokens."""
-
-    rows_of: ClassVar[str] = "layers"
 
     layers: Annotated[tuple[LayerStat, ...], Field(description="linear layers, in the order of the pass")]
     functions: Annotated[tuple[LayerStat, ...], Field(description="of the blocks: what each adds")]
@@ -138,8 +136,6 @@ class Routing(Result):
 class Activations(Rows):
     """Two models on the same tokens: RMS of activations, residual stream, logits, loss, routing."""
 
-    rows_of: ClassVar[str] = "layers"
-
     data: Annotated[str, Field(description="what was measured on, in words")]
     random_tokens: Annotated[bool, Field(description="true: random tokens, the loss means little")]
     tokens: int
@@ -224,8 +220,6 @@ class TensorStat(Result):
 class Weights(Rows):
     """Weights and optimizer state of a checkpoint, in the order of its tensors."""
 
-    rows_of: ClassVar[str] = "tensors"
-
     tensors: tuple[TensorStat, ...]
     nonfinite: Annotated[tuple[str, ...], Field(description="names of those with NaN or Inf in them")]
 
@@ -255,8 +249,6 @@ class ChannelSymmetry(Result):
 
 class Symmetry(Rows):
     """The same over all layers and axes."""
-
-    rows_of: ClassVar[str] = "layers"
 
     cosine: Number
     distance: Number

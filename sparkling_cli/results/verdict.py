@@ -56,6 +56,18 @@ MOVED = "The signal is not kept: read what moved before you train on."
 READY = "Ready to train on."
 
 
+def _good(text: str) -> Finding:
+    return Finding(level="good", text=text)
+
+
+def _note(text: str) -> Finding:
+    return Finding(level="note", text=text)
+
+
+def _attention(text: str) -> Finding:
+    return Finding(level="attention", text=text)
+
+
 def verdict_of_expansion(
     activations: Activations | None,
     activations_missing: str,
@@ -85,13 +97,13 @@ def verdict_of_expansion(
     schedule = list(_schedule(learning_rate, learning_rate_missing))
     if activations is None:
         text = f"Activations were not measured: {activations_missing or 'not asked for'}."
-        signal = [Finding(level="note", text=text)]
+        signal = [_note(text)]
     else:
         signal = list(_signal(activations, keeps_function=keeps_function))
         if remedy and _needs_attention(signal):
-            signal.append(Finding(level="attention", text=remedy))
+            signal.append(_attention(remedy))
     known = {finding.text for finding in (*symmetry, *schedule, *signal)}
-    others = [Finding(level="attention", text=sentence(w)) for w in warnings if sentence(w) not in known]
+    others = [_attention(sentence(w)) for w in warnings if sentence(w) not in known]
     if locked is not None:
         headline = LOCKED
     elif learning_rate is None:
@@ -128,11 +140,9 @@ def verdict_of_training(
     """
     findings = [*_parted(symmetry, steps), *_travelled(symmetry, steps), *_logged(logged)]
     if nonfinite:
-        findings.append(
-            Finding(level="attention", text=f"NaN or Inf in {len(nonfinite)} tensors: {nonfinite[0]}.")
-        )
+        findings.append(_attention(f"NaN or Inf in {len(nonfinite)} tensors: {nonfinite[0]}."))
     if change is None:
-        findings.append(Finding(level="note", text="The loss was not measured."))
+        findings.append(_note("The loss was not measured."))
     else:
         findings += [*_finiteness(change), *_loss(change, None)]
     stop = _needs_attention(findings)
@@ -143,14 +153,13 @@ def _parted(symmetry: Symmetry, steps: int | None) -> Iterator[Finding]:
     """Whether new channels have left their sources, against what was measured in other runs."""
     locked, cosine = symmetry.locked, symmetry.cosine
     if steps == 0:
-        yield Finding(level="note", text="Nothing was trained since the expansion: every copy is its source.")
+        yield _note("Nothing was trained since the expansion: every copy is its source.")
         return
     if locked is None or locked > LOCKED_SHARE:
-        yield Finding(
-            level="attention",
-            text=f"{percent(locked)} of new channels are still equal to their sources (limit "
+        yield _attention(
+            f"{percent(locked)} of new channels are still equal to their sources (limit "
             f"{LOCKED_SHARE:.0%}; measured: 0% after the first steps with the optimizer's state, 100% for "
-            "ever without it). Was that state loaded, and was it --optimizer asymmetric?",
+            "ever without it). Was that state loaded, and was it --optimizer asymmetric?"
         )
     else:
         few = locked <= FEW_LOCKED
@@ -179,15 +188,11 @@ def _travelled(symmetry: Symmetry, steps: int | None) -> Iterator[Finding]:
     low, high = UPDATE_RATIO
     text = f"New entries are {significant(ratio)} times as far from where they began as old ones"
     if ratio == 0:
-        yield Finding(
-            level="attention", text="New entries have not moved, and old ones have: they are not trained."
-        )
+        yield _attention("New entries have not moved, and old ones have: they are not trained.")
     elif low <= ratio <= high:
-        yield Finding(level="good", text=f"{text}.")
+        yield _good(f"{text}.")
     else:
-        yield Finding(
-            level="note", text=f"{text}, where {low:g} to {high:g} is usual: is the re-warmup applied?"
-        )
+        yield _note(f"{text}, where {low:g} to {high:g} is usual: is the re-warmup applied?")
 
 
 def _logged(logged: LoggedLoss | None) -> Iterator[Finding]:
@@ -201,13 +206,11 @@ def _logged(logged: LoggedLoss | None) -> Iterator[Finding]:
         "the expansion"
     )
     if above > LOSS_SHARE:
-        yield Finding(level="attention", text=f"{text}: more than {LOSS_SHARE:.0%} above it.")
+        yield _attention(f"{text}: more than {LOSS_SHARE:.0%} above it.")
     elif above > LOSS_ABOVE:
-        yield Finding(
-            level="note", text=f"{text}: more than {LOSS_ABOVE:.0%} above it; look again some steps later."
-        )
+        yield _note(f"{text}: more than {LOSS_ABOVE:.0%} above it; look again some steps later.")
     else:
-        yield Finding(level="good", text=f"{text}.")
+        yield _good(f"{text}.")
 
 
 def _verdict(findings: list[Finding], headline: str) -> Verdict:
@@ -233,35 +236,29 @@ def _needs_attention(findings: Iterable[Finding]) -> bool:
 
 def _symmetry(locked: str | None, copies: bool | None) -> Iterator[Finding]:
     if locked is not None:
-        yield Finding(level="attention", text=sentence(locked))
+        yield _attention(sentence(locked))
     elif copies is None:
-        yield Finding(
-            level="good",
-            text="New layers get gradients of their own, as they stand at other depths than their sources: "
-            "nothing is locked to a copy.",
+        yield _good(
+            "New layers get gradients of their own, as they stand at other depths than their sources: "
+            "nothing is locked to a copy."
         )
     elif copies:
-        yield Finding(
-            level="good",
-            text="Old entries keep their optimizer state and new ones start from zero, so copies of "
-            "old entries part from them at the first step.",
+        yield _good(
+            "Old entries keep their optimizer state and new ones start from zero, so copies of "
+            "old entries part from them at the first step."
         )
     else:
-        yield Finding(
-            level="good",
-            text="New entries start different from their sources, so nothing is locked to a copy.",
-        )
+        yield _good("New entries start different from their sources, so nothing is locked to a copy.")
 
 
 def _schedule(learning_rate: LearningRate | None, missing: str) -> Iterator[Finding]:
     if learning_rate is None:
         text = f"No re-warmup schedule was written: {missing or 'the old schedule is not known'}."
-        yield Finding(level="attention", text=text)
+        yield _attention(text)
         return
-    yield Finding(
-        level="good",
-        text=f"New entries re-warm over {learning_rate.rewarmup_steps} steps to {learning_rate.rho:g} x the "
-        "learning rate at the expansion. Only the training side can apply it: add the callback or hook.",
+    yield _good(
+        f"New entries re-warm over {learning_rate.rewarmup_steps} steps to {learning_rate.rho:g} x the "
+        "learning rate at the expansion. Only the training side can apply it: add the callback or hook."
     )
 
 
@@ -280,10 +277,9 @@ def _finiteness(activations: Activations) -> Iterator[Finding]:
     broken += [point.name for point in activations.residual if point.after is None]
     broken += ["the logits"] if activations.logits.after is None else []
     if broken:
-        yield Finding(
-            level="attention",
-            text=f"Activations are not finite after the change in {len(broken)} place(s), the first is "
-            f"{broken[0]}.",
+        yield _attention(
+            f"Activations are not finite after the change in {len(broken)} place(s), the first is "
+            f"{broken[0]}."
         )
 
 
@@ -317,10 +313,9 @@ def _functions(activations: Activations) -> Iterator[Finding]:
             f"most in {found[0].name} ({_moved(found[0])})"
             for kind, found in kinds.items()
         )
-        yield Finding(
-            level="attention",
-            text=f"The signal ratio {ratio} moved by more than {limit} in {len(far)} of {len(entries)} "
-            f"{what}: {words}.{_added(activations)}",
+        yield _attention(
+            f"The signal ratio {ratio} moved by more than {limit} in {len(far)} of {len(entries)} "
+            f"{what}: {words}.{_added(activations)}"
         )
         return
     worst = max(entries, key=lambda e: e.moved)
@@ -329,16 +324,12 @@ def _functions(activations: Activations) -> Iterator[Finding]:
         if worst.moved < 5e-5
         else f"the farthest, {worst.name}, moved {_by(worst)}"
     )
-    yield Finding(
-        level="good",
-        text=f"All {len(entries)} {what} keep their signal ratio {ratio} within {limit}; {farthest}.",
-    )
+    yield _good(f"All {len(entries)} {what} keep their signal ratio {ratio} within {limit}; {farthest}.")
     matrix = activations.worst(1)
     if activations.functions and matrix and matrix[0].moved > DEVIATION_LIMIT:
-        yield Finding(
-            level="good",
-            text=f"RMS(y)/RMS(x) of a single matrix may move where its block does not: {matrix[0].name} "
-            f"moved {_by(matrix[0])}.",
+        yield _good(
+            f"RMS(y)/RMS(x) of a single matrix may move where its block does not: {matrix[0].name} "
+            f"moved {_by(matrix[0])}."
         )
 
 
@@ -369,10 +360,9 @@ def _stream(activations: Activations) -> Iterator[Finding]:
         return
     point, deviation = max(growth, key=lambda pair: float("inf") if pair[1] is None else abs(pair[1]))
     if deviation is None or abs(deviation) > DEVIATION_LIMIT:
-        yield Finding(
-            level="attention",
-            text=f"The residual stream grows otherwise over depth: behind {point.name} its RMS, relative to "
-            f"the embeddings, moved by {moved(deviation)}.",
+        yield _attention(
+            f"The residual stream grows otherwise over depth: behind {point.name} its RMS, relative to "
+            f"the embeddings, moved by {moved(deviation)}."
         )
 
 
@@ -380,21 +370,18 @@ def _logits(activations: Activations) -> Iterator[Finding]:
     logits = activations.logits
     if logits.moved > DEVIATION_LIMIT:
         change = "" if logits.before == 0 else f" by {moved(logits.deviation)}"
-        yield Finding(
-            level="attention",
-            text=f"The RMS of the logits moved{change}, from "
-            f"{significant(logits.before)} to {significant(logits.after)}.",
+        yield _attention(
+            f"The RMS of the logits moved{change}, from "
+            f"{significant(logits.before)} to {significant(logits.after)}."
         )
     difference = activations.logit_change
     if difference is None:
         return
     if difference == 0:
-        yield Finding(level="good", text="The function is preserved: every logit is equal to the last bit.")
+        yield _good("The function is preserved: every logit is equal to the last bit.")
     elif difference <= STREAM_ROUNDING:
-        yield Finding(
-            level="good",
-            text=f"The function is preserved to rounding: logits differ by {percent(difference)} of their "
-            "RMS.",
+        yield _good(
+            f"The function is preserved to rounding: logits differ by {percent(difference)} of their RMS."
         )
     else:
         text = f"Logits moved by {percent(difference)} of their RMS"
@@ -403,7 +390,7 @@ def _logits(activations: Activations) -> Iterator[Finding]:
             places = {one.name: percent(one.difference) for one in (stream[0], stream[-1])}
             words = " and ".join(f"{share} behind {name}" for name, share in places.items())
             text += f", and the residual stream by {words}"
-        yield Finding(level="good", text=f"{text}.")
+        yield _good(f"{text}.")
 
 
 def _loss(activations: Activations, keeps_function: bool | None) -> Iterator[Finding]:
@@ -414,34 +401,27 @@ def _loss(activations: Activations, keeps_function: bool | None) -> Iterator[Fin
     where = " on random tokens, which says little" if activations.random_tokens else ""
     uniform = log(activations.vocabulary)
     if keeps_function and abs(after - before) > LOSS_TOLERANCE:
-        yield Finding(
-            level="attention",
-            text=f"{text}{where}, although this widening should keep the function: "
-            "compare logits in float32 before you train on.",
+        yield _attention(
+            f"{text}{where}, although this widening should keep the function: "
+            "compare logits in float32 before you train on."
         )
     elif not activations.random_tokens and before < uniform < after:
-        yield Finding(
-            level="attention",
-            text=f"{text}: worse than uniform prediction, which costs log({activations.vocabulary}) = "
-            f"{uniform:.4f}. The model has lost what it knew; choose another --init.",
+        yield _attention(
+            f"{text}: worse than uniform prediction, which costs log({activations.vocabulary}) = "
+            f"{uniform:.4f}. The model has lost what it knew; choose another --init."
         )
     elif not activations.random_tokens and after - before > LOSS_SHARE * before:
-        yield Finding(
-            level="attention",
-            text=f"{text}, by {percent(after / before - 1)}: more than a small jump at the boundary.",
-        )
+        yield _attention(f"{text}, by {percent(after / before - 1)}: more than a small jump at the boundary.")
     elif keeps_function or abs(after - before) <= LOSS_TOLERANCE:
         change = activations.logit_change
         equal = keeps_function or (change is not None and change <= STREAM_ROUNDING)
         what = "the function is kept" if equal else "nearly as before"
-        yield Finding(level="good", text=f"{text}{where}: {what}.")
+        yield _good(f"{text}{where}: {what}.")
     elif after < before:
-        yield Finding(level="good", text=f"{text}{where}.")
+        yield _good(f"{text}{where}.")
     else:
-        yield Finding(
-            level="good",
-            text=f"{text}{where}. A jump at the boundary is expected here and does not predict "
-            "the final loss.",
+        yield _good(
+            f"{text}{where}. A jump at the boundary is expected here and does not predict the final loss."
         )
 
 

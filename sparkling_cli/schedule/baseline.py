@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from math import isclose
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
 from sparkling_cli.errors import SpecError
 from sparkling_cli.schedule.curves import HALF_WAVE, Curve
+from sparkling_cli.spec.choices import BaselineType
 from sparkling_cli.spec.model import BaselineSpec
 from sparkling_cli.spec.options import OPTIONS
 
@@ -45,10 +46,11 @@ def baseline_of(checkpoint: Checkpoint, given: BaselineSpec) -> tuple[Curve, int
         needed.append("decay_steps")
     missing = [name for name in needed if values.get(name) is None]
     if missing:
+        choices = {"type": f" {'|'.join(get_args(BaselineType))}"}
         raise SpecError(
             f"{_name(checkpoint)}: the learning-rate schedule's {', '.join(missing)} cannot be read from "
-            f"this checkpoint{_of_what(values)}",
-            hint="pass " + ", ".join(_with_choices(name) for name in missing),
+            f"this checkpoint{' (' + values['type'] + ')' if values.get('type') else ''}",
+            hint="pass " + ", ".join(f"{_OPTION[name]}{choices.get(name, '')}" for name in missing),
         )
     step = int(values.pop("expansion_step"))
     try:
@@ -272,14 +274,6 @@ _READ: Mapping[str, Callable[[_Source], dict[str, Any]]] = {
 
 def _name(checkpoint: Checkpoint) -> str:
     return checkpoint.root.name or str(checkpoint.root)
-
-
-def _of_what(values: Mapping[str, Any]) -> str:
-    return f" ({values['type']})" if values.get("type") else ""
-
-
-def _with_choices(field: str) -> str:
-    return _OPTION[field] + (" cosine|linear|constant|wsd" if field == "type" else "")
 
 
 def _check(curve: Curve, step: int) -> None:
