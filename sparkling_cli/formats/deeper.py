@@ -114,12 +114,9 @@ def as_read(
 def with_names(checkpoint: Checkpoint, groups: Sequence[Pairs]) -> Checkpoint:
     """A deeper checkpoint as it was read from its files, with names for the numbers of its parameters."""
     names = [[new for new, _ in pairs] for pairs in groups]
-    flat = [name for own in names for name in own]
-    states = checkpoint.states
-    if states and all(state.param.isdigit() for state in states):
-        states = tuple(replace(state, param=flat[int(state.param)]) for state in states)
     named = tuple(
         {**group, "params": own} if "params" in group else group
         for group, own in zip(checkpoint.param_groups, names, strict=True)
     )
-    return replace(checkpoint, states=states, param_groups=named)
+    numbers = {str(number): name for number, name in enumerate(name for own in names for name in own)}
+    return replace(checkpoint.renamed(numbers), param_groups=named)

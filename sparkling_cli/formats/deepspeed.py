@@ -120,7 +120,7 @@ class UniversalCheckpoint:
             models: those of model states.
             files: model states, a pipeline model's layers, and those of parameters.
         """
-        states, steps = _read_states(files)
+        states = _read_states(files)
         tree = files[models[0]].tree
         if isinstance(tree, dict) and tree.get("module", "") is None:
             layers = {int(found[1]): files[name] for name in files if (found := _LAYER.fullmatch(name))}
@@ -135,14 +135,12 @@ class UniversalCheckpoint:
         groups, shared = read_options(root, present, partitioned=partitioned)
         boxes = _flat_boxes(files, _param_shapes(tree), states)
         if shared is not None:  # ZeRO-3: the fp32 files are the weights
+            step, places = {"step": shared.value}, {"step": shared.places}
             states = tuple(
-                ParamState(
-                    s.param, {k: v for k, v in s.tensors.items() if k != "fp32"}, {"step": shared.value}
-                )
+                ParamState(s.param, {k: v for k, v in s.tensors.items() if k != "fp32"}, step, places)
                 for s in states
             )
-            steps = {(number, "step"): shared.places for number in range(len(states))}
-        found_files = StateFiles(files, boxes, steps)
+        found_files = StateFiles(files, boxes)
         tensors, others = found_files.found(weights, states)
         if shared is not None:
             others += shared.further
@@ -267,25 +265,21 @@ def _parameter_files(present: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for n in present if n.startswith(ZERO) and n.count("/") == 2 and n.endswith(".pt"))
 
 
-def _read_states(
-    files: Mapping[str, TorchFile],
-) -> tuple[tuple[ParamState, ...], dict[tuple[int, str], tuple[Place, ...]]]:
-    """One state per folder below ``zero``, and the places of their steps.
+def _read_states(files: Mapping[str, TorchFile]) -> tuple[ParamState, ...]:
+    """One state per folder below ``zero``.
 
     Raises:
         CheckpointError: a file of an optimizer's state holds no tensor, or there is no fp32 weight.
     """
     folders: dict[str, dict[str, str]] = {}
-    scalars: dict[str, dict[str, float]] = {}
-    places: dict[str, Place] = {}
+    steps: dict[str, tuple[float, Place]] = {}
     for name, file in files.items():
         if not name.startswith(ZERO):
             continue
         _, param, slot = name.split("/")
         slot = slot.removesuffix(".pt")
         if slot == "step" and type(file.tree) in (int, float):  # of an optimizer that counts in Python
-            scalars.setdefault(param, {})[slot] = float(file.tree)
-            places[param] = Place(name, ())
+            steps[param] = float(file.tree), Place(name, ())
             continue
         keyed = keys_by_path(file)
         key = keyed.get((), keyed.get(("param",), ""))
@@ -294,19 +288,18 @@ def _read_states(
         if not key:  # a file of the user's own
             continue
         if slot == "step" and prod(file.tensors[key].shape) == 1:
-            scalars.setdefault(param, {})[slot] = numbers_of(file, [key])[key]
-            places[param] = Place(name, key)
+            steps[param] = numbers_of(file, [key])[key], Place(name, key)
         else:
             folders.setdefault(param, {})[slot] = key
+    states = []
     for param, slots in folders.items():
         if "fp32" not in slots:
             raise CheckpointError(f"zero/{param} has no fp32.pt: the conversion was not finished")
-    states = tuple(ParamState(p, slots, scalars.get(p, {})) for p, slots in folders.items())
-    steps: dict[tuple[int, str], tuple[Place, ...]] = {}
-    for number, state in enumerate(states):
-        if state.param in places:
-            steps[number, "step"] = (places[state.param],)
-    return states, steps
+        scalars, places = {}, {}
+        if param in steps:
+            scalars["step"], places["step"] = steps[param][0], steps[param][1:]
+        states.append(ParamState(param, slots, scalars, places))
+    return tuple(states)
 
 
 def _layer_weights(

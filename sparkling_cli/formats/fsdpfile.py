@@ -8,6 +8,7 @@ follow their parameters as optimizer state does that holds weights (``optimizer_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError
@@ -71,7 +72,7 @@ def with_copies(states: tuple[ParamState, ...], file: TorchFile) -> tuple[ParamS
     copies = {name: key for key, name in owners.items()}
     known = {state.param for state in states}
     return tuple(
-        ParamState(state.param, {**state.tensors, FSDP_COPY: copies[state.param]}, state.scalars)
+        replace(state, tensors={**state.tensors, FSDP_COPY: copies[state.param]})
         if state.param in copies
         else state
         for state in states

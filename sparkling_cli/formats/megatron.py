@@ -17,7 +17,7 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside, list_files
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
 from sparkling_cli.formats.statedict import OptimizerTree, Place, is_state_dict, keys_by_path, optimizer_in
-from sparkling_cli.formats.statefiles import Box, StateFiles, first_states
+from sparkling_cli.formats.statefiles import Box, StateFiles
 from sparkling_cli.formats.torchfile import ATTRIBUTES, Call, TensorNode, TorchFile, plain, read_torch_file
 from sparkling_cli.formats.trainer_facts import curve_facts
 
@@ -72,9 +72,7 @@ class MegatronLegacy:
         files = [[read_torch_file(inside(root, p, "the folder"), p) for p in stage] for stage in grid]
         args = _arguments(files[0][0])
         found = _Parts(files, gated=bool(args.get("swiglu")))
-        numbers = first_states(found.states)
-        scalars = {(numbers[param], name): at for (param, name), at in found.scalars.items()}
-        ranks = StateFiles({f.relative: f for stage in files for f in stage}, found.boxes, scalars)
+        ranks = StateFiles({f.relative: f for stage in files for f in stage}, found.boxes)
         tensors, others = ranks.found(found.weights, found.states)
         facts: dict[str, Any] = {"kind": "Megatron, torch format", **facts_in(files[0][0].tree)}
         if found.states:
@@ -181,7 +179,8 @@ class _Parts:
         weights: name in the whole model -> key.
         states: of all parameters.
         groups: of the optimizer, without its parameters.
-        boxes, scalars: see :class:`~sparkling_cli.formats.statefiles.StateFiles`.
+        boxes: see :class:`~sparkling_cli.formats.statefiles.StateFiles`.
+        places: parameter -> where the numbers of its state stand, on all ranks.
     """
 
     files: Sequence[Sequence[TorchFile]]
@@ -190,7 +189,7 @@ class _Parts:
     states: list[ParamState] = field(default_factory=list)
     groups: list[Mapping[str, Any]] = field(default_factory=list)
     boxes: dict[str, tuple[Box, ...]] = field(default_factory=dict)
-    scalars: dict[tuple[str, str], tuple[Place, ...]] = field(default_factory=dict)
+    places: dict[str, dict[str, list[Place]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first = 0
@@ -273,7 +272,7 @@ class _Parts:
                 )
             for index, number in enumerate(numbers):
                 extra[str(number)] = keys["optimizer", "fp32_from_fp16_params", place, index]
-        for index, state in enumerate(tree.states):
+        for state in tree.states:
             name, shape = named[state.param]
             slots: dict[str, str] = {}
             found = {**state.tensors, **({MASTER: extra[state.param]} if state.param in extra else {})}
@@ -284,11 +283,11 @@ class _Parts:
                         f"weight has {shape}"
                     )
                 slots[slot] = self._place(name, slot, key, shape, rank, ranks) or key
+            places = self.places.setdefault(name, {})
+            for scalar, at in state.places.items():
+                places.setdefault(scalar, []).extend(at)
             if rank == 0 or not any(key in self.boxes for key in found.values()):
-                self.states.append(ParamState(name, slots, state.scalars))
-            for scalar in state.scalars:
-                known = self.scalars.get((name, scalar), ())
-                self.scalars[name, scalar] = (*known, *tree.scalars[index, scalar])
+                self.states.append(ParamState(name, slots, state.scalars, places))
         if not self.groups:
             self.groups = [{**group, "params": []} for group in tree.groups]
 

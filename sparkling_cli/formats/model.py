@@ -15,7 +15,7 @@ Life of a checkpoint:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -34,11 +34,13 @@ class ParamState:
             until ``checkpoint.optimizer.name_parameters`` has resolved it.
         tensors: state name (``exp_avg``) -> key in ``Checkpoint.tensors``.
         scalars: state name (``step``) -> number, for state that is no tensor or a one-entry tensor.
+        places: name of a scalar -> every place where it stands, as the format describes it.
     """
 
     param: str
     tensors: Mapping[str, str]
     scalars: Mapping[str, float] = field(default_factory=dict)
+    places: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 class Further(NamedTuple):
@@ -130,6 +132,21 @@ class Checkpoint:
         named = {s.param for s in self.states if s.tensors and not s.param.isdigit()}
         return frozenset(n for n in self.weights if (n not in named if named else "." not in n))
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The checkpoint with the optimizer's parameters under other names; those without one keep theirs.
+
+        Args:
+            names: old name, or number as text -> new name.
+        """
+        states = tuple(replace(state, param=names.get(state.param, state.param)) for state in self.states)
+        groups = tuple(
+            {**group, "params": [names.get(str(param), param) for param in group["params"]]}
+            if isinstance(group.get("params"), (list, tuple))
+            else group
+            for group in self.param_groups
+        )
+        return replace(self, states=states, param_groups=groups)
+
     def without_weights(self, names: Collection[str]) -> Checkpoint:
         """The checkpoint with these weights among the further tensors."""
         if not names:
@@ -207,6 +224,14 @@ class OutputRequest:
     tensors: tuple[Declared, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
+
+    def numbers(self, states: Iterable[ParamState]) -> Iterator[tuple[Any, float]]:
+        """Every place of a scalar that changes, and its new value."""
+        for state in states if self.scalars else ():
+            for name, places in state.places.items():
+                value = self.scalars.get(f"{state.param}.{name}")
+                if value is not None:
+                    yield from ((place, value) for place in places)
 
     def by_key(self, known: Collection[str], where: str) -> dict[str, Declared]:
         """Output tensors by key, of a format in which weights lie under the module's own names.

@@ -20,7 +20,6 @@ from sparkling_cli.formats.statedict import OptimizerTree, Place, weights_in
 from sparkling_cli.formats.statefiles import (
     Box,
     StateFiles,
-    first_states,
     read_optimizer_file,
     read_weights_file,
 )
@@ -117,9 +116,7 @@ class NanochatStep:
         weights = weights_in(model, ())
         read = [read_optimizer_file(root, name) for name in own.optimizers]
         found = _States({name: model.tensors[key].shape for name, key in weights.items()}, read)
-        numbers = first_states(found.states)
-        scalars = {(numbers[param], name): at for (param, name), at in found.scalars.items()}
-        files = StateFiles({file.relative: file for file in (model, *found.files)}, found.boxes, scalars)
+        files = StateFiles({file.relative: file for file in (model, *found.files)}, found.boxes)
         tensors, others = files.found(weights, found.states)
         theirs = {name for _, files in steps.items() for names in files.values() for name in names.values()}
         facts: dict[str, Any] = {"kind": "nanochat", "global_step": step}
@@ -219,7 +216,8 @@ class _States:
         read: the files, one per rank, with what is in them.
         states: a parameter may have several: small ones have their whole state on every rank.
         groups: with names.
-        boxes, scalars: see :class:`~sparkling_cli.formats.statefiles.StateFiles`.
+        boxes: see :class:`~sparkling_cli.formats.statefiles.StateFiles`.
+        places: parameter -> where the numbers of its state stand, on all ranks.
     """
 
     shapes: Mapping[str, Shape]
@@ -227,7 +225,7 @@ class _States:
     states: list[ParamState] = field(default_factory=list)
     groups: list[Mapping[str, Any]] = field(default_factory=list)
     boxes: dict[str, tuple[Box, ...]] = field(default_factory=dict)
-    scalars: dict[tuple[str, str], tuple[Place, ...]] = field(default_factory=dict)
+    places: dict[str, dict[str, list[Place]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for rank, (file, tree) in enumerate(self.read):
@@ -242,16 +240,13 @@ class _States:
                 for group, names in zip((g for g in tree.groups if g["params"]), named, strict=True)
                 for place, number in enumerate(group["params"])
             }
-            for index, state in enumerate(tree.states):
+            for state in tree.states:
                 names = owners.get(state.param)
                 if names is None:
                     raise CheckpointError(f"{file.relative}: state of {state.param}, which is in no group")
                 stacked = any(len(file.tensors[key].shape) == 3 for key in state.tensors.values())
                 add = self._muon if stacked else self._adamw
                 add(rank, file, state, names)
-                for name in state.scalars:
-                    known = self.scalars.get((names[0], name), ())
-                    self.scalars[names[0], name] = (*known, *tree.scalars[index, name])
 
     @property
     def files(self) -> list[TorchFile]:
@@ -272,8 +267,11 @@ class _States:
             if split:
                 slots[slot] = f"{self.files[0].relative}:{name}.{slot}"
                 self.boxes[key] = (Box(slots[slot], (rank * rows, *[0] * (len(whole) - 1)), found),)
+        places = self.places.setdefault(name, {})
+        for scalar, at in state.places.items():
+            places.setdefault(scalar, []).extend(at)
         if rank == 0 or not split:
-            self.states.append(ParamState(name, slots, state.scalars))
+            self.states.append(ParamState(name, slots, state.scalars, places))
 
     def _check_count(self, file: TorchFile, name: str, whole: Shape, found: Shape) -> None:
         """State of another shape than the number of files gives.

@@ -9,7 +9,7 @@ shape that its parameter gives it, and if no other assignment would do as well.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def name_parameters(
     named = _given_names(checkpoint, problem)
     if named is None:
         named = _resolve(problem, [name for name, _ in parameters], decay, vocabulary)
-    return _renamed(checkpoint, named)
+    return checkpoint.renamed(named)
 
 
 #: what prints the names for ``--param-order``
@@ -94,16 +94,7 @@ def name_in_order(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]],
         raise CheckpointError(
             f"{path}: {_mismatch(problem, wrong, named[wrong])}", hint=f"print it by {_PRINT}"
         )
-    return _renamed(checkpoint, named)
-
-
-def _renamed(checkpoint: Checkpoint, named: Mapping[str, str]) -> Checkpoint:
-    states = tuple(replace(state, param=named[state.param]) for state in checkpoint.states)
-    groups = tuple(
-        {**group, "params": [named[str(number)] for number in group.get("params", ())]}
-        for group in checkpoint.param_groups
-    )
-    return replace(checkpoint, states=states, param_groups=groups)
+    return checkpoint.renamed(named)
 
 
 @dataclass(frozen=True)

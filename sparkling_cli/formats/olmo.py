@@ -97,7 +97,7 @@ class OlmoStep:
 def _read(root: Path, files: Mapping[str, TorchFile], tree: OptimizerTree, config_file: str) -> Checkpoint:
     """What both torch files hold."""
     weights = weights_in(files[MODEL], ())
-    states = StateFiles(files, scalars=tree.scalars)
+    states = StateFiles(files)
     tensors, others = states.found(weights, tree.states)
     return Checkpoint(
         root=root,

@@ -191,14 +191,12 @@ def read_sections(
     weights = weights_in(file, sections.model)
     trees = [optimizer_in(file, path) for path in sections.optimizers]
     optimizer = joined(trees, file.path.name) if trees else OptimizerTree()
-    if sections.kind in ("lightning", "composer"):
-        bare = without_attribute(weights)
-        weights = {bare[name]: key for name, key in weights.items()}
-        optimizer = optimizer.renamed(bare)
+    bare = without_attribute(weights) if sections.kind in ("lightning", "composer") else {}
+    weights = {bare.get(name, name): key for name, key in weights.items()}
     if config is None and sections.config is not None:
         config = plain(at(file.tree, sections.config))
         config_file = f"{file.path.name}: {'.'.join(map(str, sections.config))}"
-    files = StateFiles({file.relative: file}, scalars=optimizer.scalars)
+    files = StateFiles({file.relative: file})
     tensors, others = files.found(weights, optimizer.states)
     notes = []
     if not trees:
@@ -219,7 +217,7 @@ def read_sections(
         facts=facts_of(file.tree, sections, optimizer),
         notes=tuple(notes),
         private=Parsed(files, sections),
-    )
+    ).renamed(bare)
 
 
 def write_sections(checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:

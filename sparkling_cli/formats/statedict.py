@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -43,30 +43,16 @@ class Place(NamedTuple):
     at: str | TreePath
 
 
-@dataclass(frozen=True)
-class OptimizerTree:
+class OptimizerTree(NamedTuple):
     """An optimizer's state dict, parsed.
 
     Attributes:
-        states: one per parameter, in the file's order.
+        states: one per parameter, in the file's order; the places of numbers are :class:`Place`.
         groups: param groups as plain data.
-        scalars: ``(number in states, name)`` -> every place of it.
     """
 
     states: tuple[ParamState, ...] = ()
     groups: tuple[Mapping[str, Any], ...] = ()
-    scalars: Mapping[tuple[int, str], tuple[Place, ...]] = field(default_factory=dict)
-
-    def renamed(self, names: Mapping[str, str]) -> OptimizerTree:
-        """The same with parameters under other names; those that have none keep theirs."""
-        states = tuple(replace(state, param=names.get(state.param, state.param)) for state in self.states)
-        groups = tuple(
-            {**group, "params": [names.get(param, param) for param in group["params"]]}
-            if isinstance(group.get("params"), (list, tuple))
-            else group
-            for group in self.groups
-        )
-        return replace(self, states=states, groups=groups)
 
 
 def keys_by_path(file: TorchFile) -> dict[TreePath, str]:
@@ -140,39 +126,39 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
     named = bool(holders) and all(isinstance(i, str) and not i.isdigit() for i in holders)
     names = bare_names(holders) if named else {i: str(i) for i in holders}
     states = []
-    places: dict[tuple[int, str], str | TreePath] = {}
+    counters: list[tuple[dict[str, float], str, str]] = []
     found: list[tuple[str, TreePath, Any, dict[str, str]]]
     found = [(names[ident], (*path, "state", ident), state, {}) for ident, state in holders.items()]
-    for index, (param, home, state, own) in enumerate([*found, *_in_groups(optimizer, path, keys)]):
+    for param, home, state, own in [*found, *_in_groups(optimizer, path, keys)]:
         if not isinstance(state, dict):
             raise CheckpointError(
                 f"{file.path.name}: the optimizer's state of {param!r} is {type(state).__name__}"
             )
-        tensors, scalars = dict(own), {}
+        tensors, places = dict(own), {}
+        scalars: dict[str, float] = {}
         for name, value in state.items():
             if isinstance(value, TensorNode) and _is_counter(name, value):
-                places[index, name] = keys[(*home, name)]
+                key = keys[(*home, name)]
+                counters.append((scalars, name, key))
+                places[name] = (Place(file.relative, key),)
             elif isinstance(value, (int, float)):
                 scalars[name] = _number(value, f"{file.path.name}: {name!r} of parameter {param!r}")
-                places[index, name] = (*home, name)
+                places[name] = (Place(file.relative, (*home, name)),)
             else:
                 tensors.update(
                     {slot: keys[place] for slot, place in _tensors(value, str(name), (*home, name))}
                 )
-        states.append(ParamState(param, tensors, scalars))
-    values = numbers_of(file, (key for key in places.values() if isinstance(key, str)))
-    for (index, name), key in places.items():
-        if isinstance(key, str):
-            state = states[index]
-            states[index] = replace(state, scalars={**state.scalars, name: values[key]})
+        states.append(ParamState(param, tensors, scalars, places))
+    values = numbers_of(file, (key for _, _, key in counters))
+    for scalars, name, key in counters:
+        scalars[name] = values[key]
     groups = plain(optimizer["param_groups"])
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
         raise CheckpointError(
             f"{file.path.name}: the optimizer's param_groups must be a list of dictionaries, "
             f"found {groups!r:.80}"
         )
-    found_at = {number: (Place(file.relative, place),) for number, place in places.items()}
-    return OptimizerTree(tuple(states), tuple(groups), found_at)
+    return OptimizerTree(tuple(states), tuple(groups))
 
 
 def _in_groups(
@@ -228,11 +214,9 @@ def joined(trees: Sequence[OptimizerTree], where: str) -> OptimizerTree:
         raise CheckpointError(f"{where}: one optimizer knows its parameters by number, another by name")
     states: list[ParamState] = []
     groups: list[Mapping[str, Any]] = []
-    places: dict[tuple[int, str], tuple[Place, ...]] = {}
     base = 0
     for tree in trees:
         shift = base if all(known) else None
-        places.update({(len(states) + i, name): place for (i, name), place in tree.scalars.items()})
         states += [replace(state, param=_shifted(state.param, shift)) for state in tree.states]
         for group in tree.groups:
             params = group.get("params", ())
@@ -244,7 +228,7 @@ def joined(trees: Sequence[OptimizerTree], where: str) -> OptimizerTree:
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(f"{where}: two optimizers have state of parameter {twice!r}")
-    return OptimizerTree(tuple(states), tuple(groups), places)
+    return OptimizerTree(tuple(states), tuple(groups))
 
 
 def _shifted(param: str, shift: int | None) -> str:

@@ -20,7 +20,6 @@ from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFil
 from sparkling_cli.formats.other_files import further_in
 from sparkling_cli.formats.statedict import (
     OptimizerTree,
-    Place,
     is_optimizer,
     is_state_dict,
     optimizer_in,
@@ -88,14 +87,6 @@ def read_optimizer_file(root: Path, name: str, hint: str | None = None) -> tuple
     return file, optimizer_in(file, ())
 
 
-def first_states(states: Iterable[ParamState]) -> dict[str, int]:
-    """Parameter -> the number of its state, of several the first."""
-    found: dict[str, int] = {}
-    for number, state in enumerate(states):
-        found.setdefault(state.param, number)
-    return found
-
-
 @dataclass(frozen=True)
 class StateFiles:
     """Torch files that make up a checkpoint, or the part of it that is no weight file.
@@ -103,13 +94,10 @@ class StateFiles:
     Attributes:
         files: by relative path.
         boxes: key of a stored tensor -> its boxes; one that is not here is a tensor by itself.
-        scalars: number of a state (of several of one parameter, the first) and name of a number in it ->
-            every place of it.
     """
 
     files: Mapping[str, TorchFile]
     boxes: Mapping[str, tuple[Box, ...]] = field(default_factory=dict)
-    scalars: Mapping[tuple[int, str], tuple[Place, ...]] = field(default_factory=dict)
 
     def found(
         self, weights: Mapping[str, str], states: Iterable[ParamState]
@@ -180,14 +168,11 @@ class StateFiles:
         declared = {item.key: item for item in request.tensors}
         changes = {name: dict((edits or {}).get(name, {})) for name in self.files}
         values: dict[str, dict[str, bytes]] = {name: {} for name in self.files}
-        numbers = first_states(checkpoint.states) if request.scalars else {}
-        for full, value in request.scalars.items():
-            param, _, name = full.rpartition(".")
-            for path, place in self.scalars[numbers[param], name]:
-                if isinstance(place, str):
-                    values[path][place] = packed(self.files[path].tensors[place].dtype, value)
-                else:
-                    changes[path][place] = type(at(self.files[path].tree, place))(value)
+        for (path, place), value in request.numbers(checkpoint.states):
+            if isinstance(place, str):
+                values[path][place] = packed(self.files[path].tensors[place].dtype, value)
+            else:
+                changes[path][place] = type(at(self.files[path].tree, place))(value)
         return tuple(
             self._output(file, declared, checkpoint.tensors, changes[name], values[name])
             for name, file in self.files.items()

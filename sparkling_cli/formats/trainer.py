@@ -105,7 +105,7 @@ class TrainerDirectory:
         stale = [name for name in present if name not in ours and _is_other_weights(name)]
         notes += [f"{name} is not carried over: it holds the weights at their old size" for name in stale]
         notes += _optimizer_notes(file, optimizer)
-        files = StateFiles({part.relative: part for part in (file, copy) if part}, scalars=optimizer.scalars)
+        files = StateFiles({part.relative: part for part in (file, copy) if part})
         moments, others = files.found({}, states)
         further = [item._replace(left_out=True) for name in stale for item in tensors_of(root, name)]
         return Checkpoint(
@@ -148,7 +148,7 @@ class TrainerDirectory:
             (name,) = files.files
             found = deeper_files(checkpoint, files.files, None, [(name, ())], weights, groups)
             tree = optimizer_in(found[name], ())
-            files = StateFiles(found, scalars=tree.scalars)
+            files = StateFiles(found)
         moments, others = files.found({}, tree.states)
         names = {name for name, _ in weights}
         own = {name: key for name, key in weight_files.weights.items() if name in names}

@@ -187,11 +187,7 @@ class DcpFormat:
         megatron = parsed.megatron
         added = megatron.tensors if megatron is not None else {}
         declared = request.by_key({**parsed.entries, **added}, str(checkpoint.root))
-        numbers: dict[str, Any] = dict(parsed.lists)
-        by_name = {state.param: number for number, state in enumerate(checkpoint.states)}
-        for full, value in request.scalars.items():
-            param, _, slot = full.rpartition(".")
-            numbers[parsed.scalar_keys[by_name[param], slot]] = value
+        numbers: dict[str, Any] = {**parsed.lists, **dict(request.numbers(checkpoint.states))}
         within = parsed.within and (megatron is None or megatron.args is None)
         for key, value in request.config.items() if within else ():
             name = parsed.within + key
@@ -232,10 +228,10 @@ def _read(
     """What all directories hold; for the arguments see :class:`~sparkling_cli.formats.dcp.read.Parsed`."""
     entries, roles = read_entries(root, directories)
     weights = {name: entries[name].stored() for name in dict.fromkeys(roles.weights.values())}
-    states, tensors, scalar_keys = read_states(roles, entries)
+    states, tensors = read_states(roles, entries)
     values = {**read_fields(roles, entries), **(lists or {})}
     groups = read_groups(roles, values)
-    further = list(read_further(roles, entries, scalar_keys.values(), values))
+    further = list(read_further(roles, entries, states, values))
     megatron = read_megatron(root, entries, weights)
     if megatron is not None:
         states = (*states, *megatron.param_states(roles.weights))
@@ -250,7 +246,7 @@ def _read(
         states=states,
         param_groups=groups,
         further=tuple(further),
-        private=Parsed(directories, entries, scalar_keys, config_file, within, roles, lists or {}, megatron),
+        private=Parsed(directories, entries, config_file, within, roles, lists or {}, megatron),
     )
 
 

@@ -155,7 +155,6 @@ class Parsed:
     Attributes:
         directories: the directories.
         entries: of all of them.
-        scalar_keys: number of a state and name -> entry of a one-number tensor.
         config_file: with the model's sizes; "" if it has none of its own.
         within: what the names of entries begin with that are keys of the config.
         roles: of the entries.
@@ -165,7 +164,6 @@ class Parsed:
 
     directories: tuple[Directory, ...]
     entries: Mapping[str, Entry]
-    scalar_keys: Mapping[tuple[int, str], str]
     config_file: str
     within: str
     roles: Roles
@@ -204,37 +202,36 @@ def read_entries(root: Path, directories: tuple[Directory, ...]) -> tuple[dict[s
 
 def read_states(
     roles: Roles, entries: Mapping[str, Entry]
-) -> tuple[tuple[ParamState, ...], dict[str, StoredTensor], dict[tuple[int, str], str]]:
-    """Optimizer state, its tensors, and which entries hold its one-number tensors (``step``)."""
+) -> tuple[tuple[ParamState, ...], dict[str, StoredTensor]]:
+    """Optimizer state, its numbers (``step``) with the entries that hold them, and its tensors."""
     tensors: dict[str, StoredTensor] = {}
-    scalar_keys: dict[tuple[int, str], str] = {}
     states = []
-    for number, (param, slots) in enumerate(roles.states.items()):
-        kept, scalars = {}, {}
+    for param, slots in roles.states.items():
+        kept, scalars, places = {}, {}, {}
         for slot, name in slots.items():
             value = entries[name].number() if slot == "step" else None
             if value is None:
                 kept[slot] = name
                 tensors[name] = entries[name].stored()
             else:
-                scalars[slot] = value
-                scalar_keys[number, slot] = name
-        states.append(ParamState(param, kept, scalars))
-    return tuple(states), tensors, scalar_keys
+                scalars[slot], places[slot] = value, (name,)
+        states.append(ParamState(param, kept, scalars, places))
+    return tuple(states), tensors
 
 
 def read_further(
-    roles: Roles, entries: Mapping[str, Entry], scalars: Iterable[str], values: Mapping[str, Any]
+    roles: Roles, entries: Mapping[str, Entry], states: Iterable[ParamState], values: Mapping[str, Any]
 ) -> Iterator[Further]:
     """Every tensor that is no weight and no state, those inside of pickled objects included.
 
     Args:
         roles: of its entries.
         entries: all of them.
-        scalars: entries of one-number tensors that the states have as numbers.
+        states: some of whose one-number tensors are numbers.
         values: of the optimizer's groups.
     """
     fields = (name for name, value in values.items() if not isinstance(value, (int, float, type(None))))
+    scalars = (name for state in states for places in state.places.values() for name in places)
     for name in (*roles.others, *scalars, *fields):
         entry = entries[name]
         if not entry.is_tensor:
