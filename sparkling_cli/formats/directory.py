@@ -64,8 +64,8 @@ def inside(root: Path, relative: str, named_by: str) -> Path:
     parts = relative.replace("\\", "/").split("/")
     if relative.startswith(("/", "\\")) or ".." in parts or "" in parts or ":" in parts[0]:
         raise CheckpointError(f"{named_by} names {relative!r}, which is no path inside the checkpoint")
-    path = root / relative
-    if path.is_symlink() or any(parent.is_symlink() for parent in _parents(path, root)):
+    path, inner = root / relative, Path(relative)
+    if any((root / place).is_symlink() for place in (inner, *inner.parents) if place != Path()):
         try:
             target = path.resolve(strict=True)
         except (OSError, RuntimeError) as error:
@@ -98,15 +98,6 @@ def kind_of(path: Path) -> str:
     mode = path.stat().st_mode
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
-
-
-def _parents(path: Path, root: Path) -> list[Path]:
-    found = []
-    for parent in path.parents:
-        if parent == root:
-            break
-        found.append(parent)
-    return found
 
 
 def read_json(root: Path, relative: str) -> dict[str, Any]:

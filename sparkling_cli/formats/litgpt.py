@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside, list_files, read_yaml, rewritten_file
-from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
-from sparkling_cli.formats.singlefile import deeper_sections, find_sections, read_sections, write_sections
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.formats.singlefile import SingleFile, find_sections, read_sections
 from sparkling_cli.formats.torchfile import read_torch_file
 
 WEIGHTS = "lit_model.pth"
 CONFIG = "model_config.yaml"
 
 
-class LitGptDirectory:
+class LitGptDirectory(SingleFile):
     """A LitGPT checkpoint directory. Order of calls: ``claims``, ``open``, ``outputs``."""
 
     name = "litgpt"
@@ -46,15 +45,12 @@ class LitGptDirectory:
         file = read_torch_file(inside(root, WEIGHTS, "the directory"), WEIGHTS)
         config = read_yaml(root, CONFIG)
         carried = tuple(name for name in present if name not in (WEIGHTS, CONFIG))
+        files, sections = {WEIGHTS: file}, find_sections(file)
         return read_sections(
-            root, self.name, file, find_sections(file), config=config, config_file=CONFIG, carried=carried
+            root, self.name, files, sections, config=config, config_file=CONFIG, carried=carried
         )
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """The torch file and the config, whose other lines stay as they are."""
         config = rewritten_file(checkpoint.root, CONFIG, request.config)
-        return (*write_sections(checkpoint, request), config)
-
-    def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
-        """See :class:`~sparkling_cli.formats.model.Deepening`."""
-        return deeper_sections(checkpoint, weights, groups)
+        return (*super().outputs(checkpoint, request), config)

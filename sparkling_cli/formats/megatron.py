@@ -16,6 +16,7 @@ from typing import Any
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside, list_files
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
+from sparkling_cli.formats.numbered_states import name_parameters
 from sparkling_cli.formats.statedict import OptimizerTree, Place, is_state_dict, keys_by_path, optimizer_in
 from sparkling_cli.formats.statefiles import Box, StateFiles
 from sparkling_cli.formats.torchfile import ATTRIBUTES, Call, TensorNode, TorchFile, plain, read_torch_file
@@ -259,8 +260,8 @@ class _Parts:
             return
         inner = "optimizer" in optimizer
         path = ("optimizer", "optimizer") if inner else ("optimizer",)
-        tree = optimizer_in(file, path)
-        named = _named(tree, own, file)
+        tree, shapes = optimizer_in(file, path), dict(own)
+        named = self._named(tree, file, shapes)
         keys = keys_by_path(file)
         masters = optimizer.get("fp32_from_fp16_params") if inner else None
         extra: dict[str, str] = {}
@@ -272,8 +273,8 @@ class _Parts:
                 )
             for index, number in enumerate(numbers):
                 extra[str(number)] = keys["optimizer", "fp32_from_fp16_params", place, index]
-        for state in tree.states:
-            name, shape = named[state.param]
+        for state, name in zip(tree.states, named, strict=True):
+            shape = shapes[name]
             slots: dict[str, str] = {}
             found = {**state.tensors, **({MASTER: extra[state.param]} if state.param in extra else {})}
             for slot, key in found.items():
@@ -291,36 +292,19 @@ class _Parts:
         if not self.groups:
             self.groups = [{**group, "params": []} for group in tree.groups]
 
+    def _named(self, tree: OptimizerTree, file: TorchFile, shapes: Mapping[str, Shape]) -> list[str]:
+        """The parameters of a rank's states: matrices are decayed, in a group of their own, vectors are not.
 
-def _named(
-    tree: OptimizerTree, own: Sequence[tuple[str, Shape]], file: TorchFile
-) -> dict[str, tuple[str, Shape]]:
-    """Number -> parameter: matrices and vectors are in groups of their own, each in the model's order.
-
-    Raises:
-        CheckpointError: groups of other kinds or sizes.
-    """
-    dims = {
-        state.param: len(file.tensors[key].shape) for state in tree.states for key in state.tensors.values()
-    }
-    named: dict[str, tuple[str, Shape]] = {}
-    groups = [[str(n) for n in group.get("params", ())] for group in tree.groups]
-    for numbers in groups:
-        kinds = {dims[number] > 1 for number in numbers if number in dims}
-        alike = [item for item in own if (len(item[1]) > 1) in kinds]
-        if len(kinds) > 1:
-            alike = list(own)
-        if kinds and len(alike) == len(numbers):
-            named.update(zip(numbers, alike, strict=True))
-    lost = next((state.param for state in tree.states if state.param not in named), None)
-    if lost is not None:
-        raise CheckpointError(
-            f"{file.relative}: its optimizer has groups of {', '.join(str(len(g)) for g in groups)} "
-            f"parameters, its model {sum(len(s) > 1 for _, s in own)} matrices and "
-            f"{sum(len(s) < 2 for _, s in own)} vectors: which is which cannot be told",
-            hint=_OTHER_FORMAT,
-        )
-    return named
+        Raises:
+            CheckpointError: groups of other kinds or sizes.
+        """
+        held = Checkpoint(file.path, MegatronLegacy.name, file.tensors, {}, tree.states, tree.groups)
+        decayed = {name for name, shape in shapes.items() if len(shape) > 1}
+        try:
+            named = name_parameters(held, list(shapes.items()), decayed)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file.relative}: {error.message}", hint=_OTHER_FORMAT) from error
+        return [state.param for state in named.states]
 
 
 def facts_in(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import list_files, read_json, rewritten_file
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
-from sparkling_cli.formats.statedict import OptimizerTree, Place, weights_in
+from sparkling_cli.formats.statedict import OptimizerTree, Place, optimizer_in, weights_in
 from sparkling_cli.formats.statefiles import (
     Box,
     StateFiles,
@@ -41,20 +41,6 @@ _MATRICES = "transformer.h."
 _SMALL = 1024
 _EARLIER = "take an earlier step of the run"
 Shape = tuple[int, ...]
-
-
-class Step(NamedTuple):
-    """The files of one step.
-
-    Attributes:
-        model: the weights.
-        meta: sizes and options.
-        optimizers: one per rank, in order; empty without optimizer.
-    """
-
-    model: str
-    meta: str
-    optimizers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -107,16 +93,16 @@ class NanochatStep:
         """
         steps = _steps(root)
         step = self._chosen(root, steps)
-        own = _files_of(root, step, steps.get(step, {}))
-        meta = read_json(root, own.meta)
+        model_file, meta_file, ranks = _files_of(root, step, steps.get(step, {}))
+        meta = read_json(root, meta_file)
         config = meta.get("model_config")
         if not isinstance(config, dict):
-            raise CheckpointError(f"{own.meta}: there is no model_config, the model's sizes, in it")
-        model = read_weights_file(root, own.model)
+            raise CheckpointError(f"{meta_file}: there is no model_config, the model's sizes, in it")
+        model = read_weights_file(root, model_file)
         weights = weights_in(model, ())
-        read = [read_optimizer_file(root, name) for name in own.optimizers]
-        found = _States({name: model.tensors[key].shape for name, key in weights.items()}, read)
-        files = StateFiles({file.relative: file for file in (model, *found.files)}, found.boxes)
+        optimizers = [read_optimizer_file(root, name) for name in ranks]
+        found = _States({name: model.tensors[key].shape for name, key in weights.items()}, optimizers)
+        files = StateFiles({file.relative: file for file in (model, *optimizers)}, found.boxes)
         tensors, others = files.found(weights, found.states)
         theirs = {name for _, files in steps.items() for names in files.values() for name in names.values()}
         facts: dict[str, Any] = {"kind": "nanochat", "global_step": step}
@@ -138,12 +124,12 @@ class NanochatStep:
             states=tuple(found.states),
             param_groups=tuple(found.groups),
             config=config,
-            config_file=f"{own.meta}: model_config",
+            config_file=f"{meta_file}: model_config",
             carried=tuple(name for name in list_files(root) if name not in theirs),
             further=tuple(others),
             facts=facts,
             notes=tuple(notes),
-            private=Parsed(files, own.meta),
+            private=Parsed(files, meta_file),
         )
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
@@ -186,7 +172,14 @@ def _steps(root: Path) -> dict[int, dict[str, dict[int, str]]]:
     return {step: kinds for step, kinds in found.items() if "model" in kinds or len(kinds) > 1}
 
 
-def _files_of(root: Path, step: int, kinds: Mapping[str, Mapping[int, str]]) -> Step:
+def _files_of(
+    root: Path, step: int, kinds: Mapping[str, Mapping[int, str]]
+) -> tuple[str, str, tuple[str, ...]]:
+    """Names of the files of one step: weights, sizes and options, and the optimizer's, one per rank.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
     for kind, name in (("model", f"model_{step:06d}.pt"), ("meta", f"meta_{step:06d}.json")):
         if kind not in kinds:
             raise CheckpointError(
@@ -197,7 +190,7 @@ def _files_of(root: Path, step: int, kinds: Mapping[str, Mapping[int, str]]) -> 
     lost = next((rank for rank in range(max(ranks, default=0)) if rank not in ranks), None)
     if lost is not None:
         raise _missing_rank(root, step, lost, f"there is one of rank {max(ranks)}")
-    return Step(kinds["model"][0], kinds["meta"][0], tuple(ranks[rank] for rank in sorted(ranks)))
+    return kinds["model"][0], kinds["meta"][0], tuple(ranks[rank] for rank in sorted(ranks))
 
 
 def _missing_rank(root: Path, step: int, rank: int, why: str) -> CheckpointError:
@@ -213,7 +206,7 @@ class _States:
 
     Attributes:
         shapes: of the weights, in the model's order.
-        read: the files, one per rank, with what is in them.
+        files: one per rank.
         states: a parameter may have several: small ones have their whole state on every rank.
         groups: with names.
         boxes: see :class:`~sparkling_cli.formats.statefiles.StateFiles`.
@@ -221,14 +214,15 @@ class _States:
     """
 
     shapes: Mapping[str, Shape]
-    read: Sequence[tuple[TorchFile, OptimizerTree]]
+    files: Sequence[TorchFile]
     states: list[ParamState] = field(default_factory=list)
     groups: list[Mapping[str, Any]] = field(default_factory=list)
     boxes: dict[str, tuple[Box, ...]] = field(default_factory=dict)
     places: dict[str, dict[str, list[Place]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for rank, (file, tree) in enumerate(self.read):
+        for rank, file in enumerate(self.files):
+            tree = optimizer_in(file, ())
             named = _named_groups(tree, self.shapes, file.relative)
             if rank == 0:
                 self.groups = [
@@ -247,11 +241,6 @@ class _States:
                 stacked = any(len(file.tensors[key].shape) == 3 for key in state.tensors.values())
                 add = self._muon if stacked else self._adamw
                 add(rank, file, state, names)
-
-    @property
-    def files(self) -> list[TorchFile]:
-        """One per rank."""
-        return [file for file, _ in self.read]
 
     def _adamw(self, rank: int, file: TorchFile, state: ParamState, names: Sequence[str]) -> None:
         name, count = names[0], len(self.files)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
-from sparkling_cli.formats.deeper import as_read, deeper_files
 from sparkling_cli.formats.directory import list_files, read_yaml, rewritten_file
-from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
-from sparkling_cli.formats.statedict import OptimizerTree, optimizer_in, weights_in
-from sparkling_cli.formats.statefiles import StateFiles, read_optimizer_file, read_weights_file
-from sparkling_cli.formats.torchfile import TorchFile, TreePath, read_torch_file
-from sparkling_cli.formats.trainer_facts import curve_facts, optimizer_class
+from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest
+from sparkling_cli.formats.singlefile import Section, Sections, SingleFile, read_sections
+from sparkling_cli.formats.statefiles import read_optimizer_file, read_weights_file
+from sparkling_cli.formats.torchfile import read_torch_file
+from sparkling_cli.formats.trainer_facts import curve_facts
 
 MODEL, OPTIMIZER, TRAIN, CONFIG = "model.pt", "optim.pt", "train.pt", "config.yaml"
 #: schedules that are one curve, by OLMo's names
 _CURVES = {"cosine_with_warmup": "cosine", "linear_with_warmup": "linear", "constant": "constant"}
 
 
-class OlmoStep:
+class OlmoStep(SingleFile):
     """A folder ``stepN-unsharded``. Order of calls: ``claims``, ``open``, ``outputs``."""
 
     name = "olmo"
@@ -59,57 +58,26 @@ class OlmoStep:
         sizes = config.get("model")
         if not isinstance(sizes, dict):
             raise CheckpointError(f"{root / CONFIG}: there is no block model, the model's sizes, in it")
-        files, tree = {MODEL: read_weights_file(root, MODEL)}, OptimizerTree()
+        files, sections = {MODEL: read_weights_file(root, MODEL)}, Sections("OLMo", Section(MODEL, ()))
         if OPTIMIZER in present:
-            files[OPTIMIZER], tree = read_optimizer_file(root, OPTIMIZER)
-        found = _read(root, files, tree, f"{CONFIG}: model")
+            files[OPTIMIZER] = read_optimizer_file(root, OPTIMIZER)
+            sections = replace(sections, optimizers=(Section(OPTIMIZER, ()),))
+        carried = tuple(name for name in present if name != CONFIG and name not in files)
+        found = read_sections(
+            root, self.name, files, sections, config=sizes, config_file=f"{CONFIG}: model", carried=carried
+        )
         notes = [] if OPTIMIZER in present else [f"there is no {OPTIMIZER}: weights only"]
         if OPTIMIZER in present and TRAIN not in present:
             notes.append(f"{TRAIN} is missing, without which OLMo does not resume, nor is the step known")
-        facts: dict[str, Any] = {"kind": "OLMo", **_steps(root, present), **_schedule(config)}
-        if found.states:
-            facts["optimizer_class"] = optimizer_class(found.states, found.param_groups, {})
-        return replace(
-            found,
-            config=sizes,
-            carried=tuple(name for name in present if name != CONFIG and name not in files),
-            facts=facts,
-            notes=tuple(notes),
-        )
-
-    def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
-        """See :class:`~sparkling_cli.formats.model.Deepening`."""
-        own: StateFiles = checkpoint.private
-        optimizers: list[tuple[str, TreePath]] = [(OPTIMIZER, ())] if OPTIMIZER in own.files else []
-        files = deeper_files(checkpoint, own.files, (MODEL, ()), optimizers, weights, groups)
-        tree = optimizer_in(files[OPTIMIZER], ()) if optimizers else OptimizerTree()
-        read = _read(checkpoint.root, files, tree, checkpoint.config_file)
-        return as_read(checkpoint, read, files, groups)
+        facts = {name: found.facts[name] for name in ("kind", "optimizer_class") if name in found.facts}
+        facts |= {**_steps(root, present), **_schedule(config)}
+        return replace(found, facts=facts, notes=tuple(notes))
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
         """Both torch files, and the config, whose other lines stay as they are."""
-        files: StateFiles = checkpoint.private
         changes = {f"model.{key}": value for key, value in request.config.items()}
         config = rewritten_file(checkpoint.root, CONFIG, changes)
-        return (config, *files.outputs(checkpoint, request))
-
-
-def _read(root: Path, files: Mapping[str, TorchFile], tree: OptimizerTree, config_file: str) -> Checkpoint:
-    """What both torch files hold."""
-    weights = weights_in(files[MODEL], ())
-    states = StateFiles(files)
-    tensors, others = states.found(weights, tree.states)
-    return Checkpoint(
-        root=root,
-        format=OlmoStep.name,
-        tensors=tensors,
-        weights=weights,
-        states=tree.states,
-        param_groups=tree.groups,
-        config_file=config_file,
-        further=tuple(others),
-        private=states,
-    )
+        return (config, *super().outputs(checkpoint, request))
 
 
 def _steps(root: Path, present: tuple[str, ...]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -36,22 +36,8 @@ _EVENTS = "events.out.tfevents"
 _LONGEST_PICKLE = 1 << 28
 
 
-@dataclass(frozen=True)
-class OpenFile:
-    """A further file that can be written back with other shapes.
-
-    Attributes:
-        keys: key of a tensor in the checkpoint -> its name in the file.
-        parsed: the file.
-    """
-
-    keys: dict[str, str]
-    parsed: TorchFile | SafetensorsFile
-
-    @property
-    def literals(self) -> bool:
-        """Whether small tensors may be written as part of the file's own text."""
-        return isinstance(self.parsed, TorchFile)
+#: a further file that can be written back with other shapes
+OpenFile = TorchFile | SafetensorsFile
 
 
 def further_in(file: TorchFile, used: Collection[str], label: str = "") -> list[Further]:
@@ -110,13 +96,12 @@ def lay_out_further(parsed: OpenFile, relative: str, declared: Sequence[Declared
     Args:
         parsed: the file.
         relative: its path in the output.
-        declared: all output tensors; those of other files are left aside.
+        declared: its output tensors.
     """
-    own = {item.key: item for item in declared if item.key in parsed.keys}
-    if isinstance(parsed.parsed, TorchFile):
-        return with_shapes(parsed.parsed, {key: (item.dtype, item.shape) for key, item in own.items()})
-    rows = ((key, parsed.keys[key], item.dtype, item.shape) for key, item in own.items())
-    return lay_out_safetensors(relative, rows, parsed.parsed.metadata)
+    if isinstance(parsed, TorchFile):
+        return with_shapes(parsed, {item.key: (item.dtype, item.shape) for item in declared})
+    rows = ((d.key, d.key.removeprefix(f"{relative}:"), d.dtype, d.shape) for d in declared)
+    return lay_out_safetensors(relative, rows, parsed.metadata)
 
 
 def tensors_of(root: Path, relative: str) -> list[Further]:
@@ -173,11 +158,8 @@ def tensors_in_item(root: Path, file: str, offset: int, length: int, name: str) 
 
 def _safetensors(path: Path, relative: str) -> tuple[list[Further], OpenFile]:
     parsed = read_safetensors(path, relative)
-    keys = {f"{relative}:{name}": name for name in parsed.tensors}
-    found = [
-        Further(f"{relative}: {name}", relative, key, parsed.tensors[name]) for key, name in keys.items()
-    ]
-    return found, OpenFile(keys, parsed)
+    found = parsed.tensors.items()
+    return [Further(f"{relative}: {n}", relative, f"{relative}:{n}", stored) for n, stored in found], parsed
 
 
 def _torch(path: Path, relative: str) -> tuple[list[Further], OpenFile | None]:
@@ -186,7 +168,7 @@ def _torch(path: Path, relative: str) -> tuple[list[Further], OpenFile | None]:
     except CheckpointError:  # objects of other libraries: listed, and only ever copied as a whole
         file = read_torch_file(path, relative, allow=Anything())
         return [item._replace(key="") for item in further_in(file, ())], None
-    return further_in(file, ()), OpenFile({key: key for key in file.tensors}, file)
+    return further_in(file, ()), file
 
 
 def _pickle(path: Path, relative: str) -> list[Further]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError, NoModelError
 from sparkling_cli.formats.deeper import as_read, deeper_files
@@ -40,14 +40,21 @@ SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin"})
 _RANK = re.compile(r"-rank\d+\.pt$")
 
 
+class Section(NamedTuple):
+    """A part of what is saved: its file, and its path in the file's tree."""
+
+    file: str
+    path: TreePath
+
+
 @dataclass(frozen=True)
 class Sections:
-    """Where in the tree what lies."""
+    """Where what lies; the config, if there is one, in the model's file."""
 
     kind: str
-    model: TreePath
-    optimizers: tuple[TreePath, ...]
-    config: TreePath | None
+    model: Section
+    optimizers: tuple[Section, ...] = ()
+    config: TreePath | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,10 @@ class Parsed:
 
 
 class SingleFile:
-    """A checkpoint that is one torch file. Order of calls: ``claims``, ``open``, ``outputs``."""
+    """A checkpoint that is one torch file; base of those whose parts lie in few, with a config beside them.
+
+    Order of calls: ``claims``, ``open``, ``outputs``.
+    """
 
     name = "torch-file"
 
@@ -80,16 +90,27 @@ class SingleFile:
             UnsafePickleError: its pickle is not weights-only-safe; it was not executed.
         """
         file = read_torch_file(root, "")
-        sections = find_sections(file)
-        return read_sections(root, self.name, file, sections)
+        return read_sections(root, self.name, {"": file}, find_sections(file))
 
     def outputs(self, checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
-        """The one output file."""
-        return write_sections(checkpoint, request)
+        """The torch files.
+
+        Raises:
+            CheckpointError: the request renames weights, which lie under the module's own names here.
+        """
+        parsed: Parsed = checkpoint.private
+        files, (name, _) = parsed.files.files, parsed.sections.model
+        request.by_key({key for file in files.values() for key in file.tensors}, files[name].path.name)
+        edits = {name: config_edits(files[name].tree, parsed.sections, request.config)}
+        return parsed.files.outputs(checkpoint, request, edits)
 
     def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
         """See :class:`~sparkling_cli.formats.model.Deepening`."""
-        return deeper_sections(checkpoint, weights, groups)
+        parsed: Parsed = checkpoint.private
+        files, sections = parsed.files.files, parsed.sections
+        files = deeper_files(checkpoint, files, sections.model, sections.optimizers, weights, groups)
+        read = read_sections(checkpoint.root, checkpoint.format, files, sections)
+        return as_read(checkpoint, read, files, groups)
 
 
 def find_sections(file: TorchFile) -> Sections:
@@ -108,7 +129,7 @@ def find_sections(file: TorchFile) -> Sections:
     if len(models) > 1 and len(models[0]) == 1:  # what lies deeper is another matter
         models = [path for path in models if len(path) == 1]
     if not models and is_state_dict(tree) and all(isinstance(v, TensorNode) for v in tree.values()):
-        return Sections("state-dict", (), (), None)
+        return Sections("state-dict", Section(file.relative, ()))
     first = file.path.with_name(_RANK.sub("-rank0.pt", file.path.name))
     if not models and first != file.path:
         raise CheckpointError(
@@ -130,7 +151,8 @@ def find_sections(file: TorchFile) -> Sections:
         kind = "lightning"
     elif home and is_timestamp(at(tree, home).get("timestamp")):
         kind = "composer"
-    return Sections(kind, models[0], _optimizer_paths(tree), _config_path(tree, home))
+    optimizers = tuple(Section(file.relative, path) for path in _optimizer_paths(tree))
+    return Sections(kind, Section(file.relative, models[0]), optimizers, _config_path(tree, home))
 
 
 def is_timestamp(value: Any) -> bool:
@@ -170,34 +192,35 @@ def _config_path(tree: Mapping[str, Any], home: TreePath) -> TreePath | None:
 def read_sections(
     root: Path,
     format_name: str,
-    file: TorchFile,
+    files: Mapping[str, TorchFile],
     sections: Sections,
     *,
     config: Mapping[str, Any] | None = None,
     config_file: str = "",
     carried: tuple[str, ...] = (),
 ) -> Checkpoint:
-    """The checkpoint in a torch file.
+    """The checkpoint in torch files.
 
     Args:
         root: the checkpoint.
         format_name: of the format.
-        file: the file.
-        sections: where what lies in it.
+        files: by relative path.
+        sections: where what lies in them.
         config: the model's sizes, if they are in another file.
         config_file: that file.
-        carried: files beside it.
+        carried: files beside them.
     """
-    weights = weights_in(file, sections.model)
-    trees = [optimizer_in(file, path) for path in sections.optimizers]
+    file = files[sections.model.file]
+    weights = weights_in(file, sections.model.path)
+    trees = [optimizer_in(files[name], path) for name, path in sections.optimizers]
     optimizer = joined(trees, file.path.name) if trees else OptimizerTree()
     bare = without_attribute(weights) if sections.kind in ("lightning", "composer") else {}
     weights = {bare.get(name, name): key for name, key in weights.items()}
     if config is None and sections.config is not None:
         config = plain(at(file.tree, sections.config))
         config_file = f"{file.path.name}: {'.'.join(map(str, sections.config))}"
-    files = StateFiles({file.relative: file})
-    tensors, others = files.found(weights, optimizer.states)
+    held = StateFiles(files)
+    tensors, others = held.found(weights, optimizer.states)
     notes = []
     if not trees:
         notes.append("there is no optimizer state in this file: weights only")
@@ -216,32 +239,8 @@ def read_sections(
         further=tuple(others),
         facts=facts_of(file.tree, sections, optimizer),
         notes=tuple(notes),
-        private=Parsed(files, sections),
+        private=Parsed(held, sections),
     ).renamed(bare)
-
-
-def write_sections(checkpoint: Checkpoint, request: OutputRequest) -> tuple[OutputFile, ...]:
-    """The output file.
-
-    Raises:
-        CheckpointError: the request renames weights, which lie under the module's own names here.
-    """
-    parsed: Parsed = checkpoint.private
-    ((name, file),) = parsed.files.files.items()
-    request.by_key(file.tensors, file.path.name)
-    edits = {name: config_edits(file.tree, parsed.sections, request.config)}
-    return parsed.files.outputs(checkpoint, request, edits)
-
-
-def deeper_sections(checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
-    """The checkpoint in a torch file as that of a deeper model."""
-    parsed: Parsed = checkpoint.private
-    (name,) = parsed.files.files
-    optimizers = [(name, path) for path in parsed.sections.optimizers]
-    model = (name, parsed.sections.model)
-    files = deeper_files(checkpoint, parsed.files.files, model, optimizers, weights, groups)
-    read = read_sections(checkpoint.root, checkpoint.format, files[name], parsed.sections)
-    return as_read(checkpoint, read, files, groups)
 
 
 def config_edits(tree: Any, sections: Sections, changes: Mapping[str, Any]) -> dict[TreePath, Any]:
@@ -265,12 +264,11 @@ def facts_of(tree: Any, sections: Sections, optimizer: OptimizerTree) -> dict[st
     """Step and schedule numbers that stand in the file."""
     facts: dict[str, Any] = {"kind": sections.kind}
     for key in STEP_KEYS:
-        if sections.model and type(tree.get(key)) is int:
+        if sections.model.path and type(tree.get(key)) is int:
             facts["global_step"] = tree[key]
             break
     if sections.kind == "composer":
-        facts["kind"] = "composer"
-        home = at(tree, sections.model[:-1])
+        home = at(tree, sections.model.path[:-1])
         if type(home["timestamp"]["Timestamp"].get("batch")) is int:
             facts["global_step"] = home["timestamp"]["Timestamp"]["batch"]
         for scheduler in (home.get("schedulers") or {}).values():  # its shape is a function, not a number

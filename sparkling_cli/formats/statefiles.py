@@ -19,10 +19,8 @@ from sparkling_cli.formats.directory import inside
 from sparkling_cli.formats.model import Checkpoint, Declared, Further, OutputFile, OutputRequest, ParamState
 from sparkling_cli.formats.other_files import further_in
 from sparkling_cli.formats.statedict import (
-    OptimizerTree,
     is_optimizer,
     is_state_dict,
-    optimizer_in,
     packed,
     with_shapes,
 )
@@ -68,7 +66,7 @@ def read_weights_file(root: Path, name: str) -> TorchFile:
     return file
 
 
-def read_optimizer_file(root: Path, name: str, hint: str | None = None) -> tuple[TorchFile, OptimizerTree]:
+def read_optimizer_file(root: Path, name: str, hint: str | None = None) -> TorchFile:
     """A file that is an optimizer's state dict.
 
     Args:
@@ -84,7 +82,7 @@ def read_optimizer_file(root: Path, name: str, hint: str | None = None) -> tuple
         raise CheckpointError(
             f"{name}: expected an optimizer's state dict: state and param_groups", hint=hint
         )
-    return file, optimizer_in(file, ())
+    return file
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.deeper import deeper_files, with_names
 from sparkling_cli.formats.directory import list_files, read_json, rewritten_file
 from sparkling_cli.formats.fsdpfile import check_alone, read_copy, with_copies
-from sparkling_cli.formats.gc_pause import collector_paused
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
 from sparkling_cli.formats.other_files import tensors_of
 from sparkling_cli.formats.statedict import OptimizerTree, optimizer_in
@@ -92,7 +91,8 @@ class TrainerDirectory:
                 )
         weights = read_weights(root, present)
         config = read_json(root, CONFIG) if CONFIG in present else None
-        file, optimizer = _optimizer(root, present)
+        file = _optimizer(root, present)
+        optimizer = optimizer_in(file, ()) if file is not None else OptimizerTree()
         facts, notes = run_facts(root, present)
         args = facts.get("training_args", {})
         if file is not None:
@@ -104,7 +104,10 @@ class TrainerDirectory:
         ours = {*weights.paths, CONFIG, *(part.relative for part in (file, copy) if part)}
         stale = [name for name in present if name not in ours and _is_other_weights(name)]
         notes += [f"{name} is not carried over: it holds the weights at their old size" for name in stale]
-        notes += _optimizer_notes(file, optimizer)
+        if file is None:
+            notes.append("there is no optimizer state in this directory: weights only")
+        elif not optimizer.states:
+            notes.append(f"{file.relative} holds no state: the optimizer has not made a step yet")
         files = StateFiles({part.relative: part for part in (file, copy) if part})
         moments, others = files.found({}, states)
         further = [item._replace(left_out=True) for name in stale for item in tensors_of(root, name)]
@@ -130,8 +133,13 @@ class TrainerDirectory:
         Raises:
             CheckpointError: the request does not fit the formats of these files.
         """
-        with collector_paused():
-            return tuple(_outputs(checkpoint, request))
+        parsed: Parsed = checkpoint.private
+        files = list(weight_outputs(parsed.weights, [item for item in request.tensors if item.name]))
+        if checkpoint.config is not None:
+            files.append(rewritten_file(checkpoint.root, CONFIG, request.config))
+        elif request.config:
+            raise CheckpointError(f"{checkpoint.root.name}: sizes change, but there is no {CONFIG}")
+        return (*files, *parsed.files.outputs(checkpoint, request))
 
     def deeper(self, checkpoint: Checkpoint, weights: Pairs, groups: Sequence[Pairs]) -> Checkpoint:
         """See :class:`~sparkling_cli.formats.model.Deepening`."""
@@ -163,25 +171,14 @@ class TrainerDirectory:
         return with_names(deeper, groups)
 
 
-def _outputs(checkpoint: Checkpoint, request: OutputRequest) -> list[OutputFile]:
-    parsed: Parsed = checkpoint.private
-    declared = [item for item in request.tensors if item.name]
-    files = list(weight_outputs(parsed.weights, declared))
-    if checkpoint.config is not None:
-        files.append(rewritten_file(checkpoint.root, CONFIG, request.config))
-    elif request.config:
-        raise CheckpointError(f"{checkpoint.root.name}: sizes change, but there is no {CONFIG}")
-    return [*files, *parsed.files.outputs(checkpoint, request)]
-
-
 def _is_other_weights(name: str) -> bool:
     """Whole-model weights in files that are read, at the top of the directory."""
     top = "/" not in name
     return top and (name.endswith(".safetensors") or (name.startswith("pytorch_model") and ".bin" in name))
 
 
-def _optimizer(root: Path, present: tuple[str, ...]) -> tuple[TorchFile | None, OptimizerTree]:
-    """The optimizer's file, parsed; empty without one.
+def _optimizer(root: Path, present: tuple[str, ...]) -> TorchFile | None:
+    """The optimizer's file.
 
     Raises:
         CheckpointError: several optimizers, or no optimizer in the file.
@@ -195,17 +192,9 @@ def _optimizer(root: Path, present: tuple[str, ...]) -> tuple[TorchFile | None, 
             hint="move those that the run does not resume from out of the directory",
         )
     if not found:
-        return None, OptimizerTree()
+        return None
     hint = (
         f"expand a copy of the directory without {found[0]}, with --init random-copy (what parts "
         "copies is the state), and restart the optimizer"
     )
     return read_optimizer_file(root, found[0], hint)
-
-
-def _optimizer_notes(file: TorchFile | None, optimizer: OptimizerTree) -> list[str]:
-    if file is None:
-        return ["there is no optimizer state in this directory: weights only"]
-    if not optimizer.states:
-        return [f"{file.relative} holds no state: the optimizer has not made a step yet"]
-    return []

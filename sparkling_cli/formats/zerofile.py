@@ -16,11 +16,11 @@ from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.directory import inside
 from sparkling_cli.formats.model import Further
 from sparkling_cli.formats.other_files import further_in
-from sparkling_cli.formats.statedict import Place, keys_by_path, numbers_of, removed
-from sparkling_cli.formats.torchfile import REMOVED, TensorNode, TorchFile, TreePath, plain, read_torch_file
+from sparkling_cli.formats.statedict import Place, is_optimizer, optimizer_in, removed
+from sparkling_cli.formats.torchfile import REMOVED, TorchFile, TreePath, plain, read_torch_file
 
 OPTIMIZER = "zero/optimizer_state.pt"
-_STATES = ("optimizer_state_dict", "state")
+_STATES = "optimizer_state_dict"
 _FLAT = "fp32_flat_groups"
 #: objects that DeepSpeed keeps beside plain data; they stay inert
 _OWN = frozenset(
@@ -41,23 +41,18 @@ class SharedStep:
         file: the file.
         value: of the first state, which DeepSpeed takes for all parameters.
         places: of all counters: they are dropped together.
+        partitions: flat ones: those on their own, and those beside the steps.
     """
 
     file: TorchFile
     value: float
     places: tuple[Place, ...]
+    partitions: tuple[TreePath, ...]
 
     @property
     def edits(self) -> dict[TreePath, Any]:
-        """The file's tree without flat partitions: those on their own, and those beside the steps."""
-        states = self.file.tree[_STATES[0]][_STATES[1]].items()
-        beside = [
-            (*_STATES, index, name)
-            for index, state in states
-            for name, item in state.items()
-            if isinstance(item, TensorNode) and name != "step"
-        ]
-        return dict.fromkeys([*[(_FLAT,)] * (_FLAT in self.file.tree), *beside], REMOVED)
+        """The file's tree without flat partitions."""
+        return dict.fromkeys(self.partitions, REMOVED)
 
     @property
     def further(self) -> list[Further]:
@@ -102,25 +97,19 @@ def read_options(
 
 
 def _shared_step(root: Path, file: TorchFile) -> SharedStep:
-    tree: Any = file.tree
-    for name in _STATES:
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    keys = keys_by_path(file)
-    steps = {}
-    for index, state in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(state, dict) and "step" in state:
-            steps[(*_STATES, index, "step")] = state["step"]
-    tensors = [path for path, value in steps.items() if isinstance(value, TensorNode)]
-    numbers = [path for path, value in steps.items() if type(value) in (int, float)]
-    if not steps or len(tensors) + len(numbers) != len(steps):
+    held = is_optimizer(file.tree.get(_STATES) if isinstance(file.tree, dict) else None)
+    states = optimizer_in(file, (_STATES,)).states if held else ()
+    counted = [state for state in states if "step" in state.places]
+    if not counted:
         raise CheckpointError(
             f"{root / OPTIMIZER}: there is no optimizer_state_dict.state with a step in it, by which "
             "DeepSpeed resumes under ZeRO-3",
             hint="convert the checkpoint again: python -m deepspeed.checkpoint.ds_to_universal",
         )
-    values = numbers_of(file, [keys[path] for path in tensors])
-    first = next(iter(steps))
-    value = values[keys[first]] if first in tensors else float(steps[first])
-    places = [Place(file.relative, keys[path]) for path in tensors]
-    places += [Place(file.relative, path) for path in numbers]
-    return SharedStep(file, value, tuple(places))
+    beside = [file.paths[key] for state in states for key in state.tensors.values()]
+    return SharedStep(
+        file,
+        counted[0].scalars["step"],
+        tuple(place for state in counted for place in state.places["step"]),
+        (*[(_FLAT,)] * (_FLAT in file.tree), *beside),
+    )

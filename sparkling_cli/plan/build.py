@@ -23,6 +23,7 @@ from sparkling_cli.formats.optimizer_states import (
     turns,
 )
 from sparkling_cli.formats.other_files import OpenFile, lay_out_further
+from sparkling_cli.formats.safetensors import SafetensorsFile
 from sparkling_cli.layout.depth import LAYERS, deeper_layout, silent_value
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation, ModelLayout, TensorPattern
@@ -175,14 +176,16 @@ def lay_out(plan: Plan) -> tuple[OutputFile, ...]:
         for row in plan.rows
     )
     further = plan.source.further_files
-    keys = {item.key for item in declared} if further else set()
-    rewritten = [path for path, parsed in further.items() if keys & parsed.keys.keys()]
-    theirs = {key for path in rewritten for key in further[path].keys}
-    own = tuple(item for item in declared if item.key not in theirs) if theirs else declared
+    files = {item.key: item.file for item in plan.source.further if item.file in further}
+    apart: dict[str, list[Declared]] = {path: [] for path in further}
+    for item in declared if files else ():
+        if item.key in files:
+            apart[files[item.key]].append(item)
+    own = tuple(item for item in declared if item.key not in files) if files else declared
     request = OutputRequest(own, plan.config, plan.scalars)
     return (
         *format_of(plan.source.format).outputs(plan.read or plan.source, request),
-        *(lay_out_further(further[path], path, declared) for path in rewritten),
+        *(lay_out_further(further[path], path, items) for path, items in apart.items() if items),
     )
 
 
@@ -595,6 +598,6 @@ def _further_rows(checkpoint: Checkpoint, found: Sorted, recipes: _Recipes) -> I
             continue  # copied as a whole
         streamed = stored.nbytes > _LITERAL or any(extent.strides for extent in stored.extents)
         streamed = streamed or item.key in checkpoint.tensors
-        if streamed or (further is not None and not further.literals):
+        if streamed or isinstance(further, SafetensorsFile):  # which holds no bytes but in its tensors
             recipe = recipes.unchanged(Kind.OTHER, CARRIED, stored)
             yield Row(item.key, item.name, stored, recipe, item.name)

@@ -16,7 +16,7 @@ from sparkling_cli.formats.dcp import lingua
 from sparkling_cli.formats.dcp.buckets import WAY_OUT
 from sparkling_cli.formats.dcp.deeper import deeper_directories
 from sparkling_cli.formats.dcp.megatron import FILE as COMMON
-from sparkling_cli.formats.dcp.megatron import pieces_of, read_megatron
+from sparkling_cli.formats.dcp.megatron import read_megatron
 from sparkling_cli.formats.dcp.metadata import METADATA
 from sparkling_cli.formats.dcp.read import (
     Directory,
@@ -204,11 +204,10 @@ class DcpFormat:
                 numbers[megatron.entry] = common
             else:
                 files.append(common)
-        new = megatron.added if megatron is not None else {}
         views = {name: declared[name].view for name in checkpoint.weights.values() if name in declared}
-        pieces = pieces_of(parsed.entries, views) if megatron is not None else {}
+        becomes = megatron.becomes(parsed.entries, views) if megatron is not None else {}
         for one in parsed.directories:
-            files += directory_outputs(one, declared, numbers, new, pieces)
+            files += directory_outputs(one, declared, numbers, becomes)
         if parsed.config_file:
             changes = request.config
             if parsed.config_file == lingua.CONFIG:

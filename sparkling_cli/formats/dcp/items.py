@@ -5,18 +5,18 @@ A tensor item's inner directory says where its raw bytes lie. A bytes item is a 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checksum, OutputFile
-from sparkling_cli.formats.statedict import PACKED, numbers_of, packed
+from sparkling_cli.formats.statedict import packed
 from sparkling_cli.formats.torchfile import TorchFile, lay_out, lay_out_tensor, read_torch_file
 from sparkling_cli.formats.torchfile.archive import open_window, read_archive
+from sparkling_cli.storage.tensors import Extent
 
 #: the end of an archive's directory lies in so many last bytes
 _END_OF_ARCHIVE = 22 + 65535
@@ -79,15 +79,6 @@ def tensor_key(item: TorchFile, name: str) -> str:
     return next(iter(item.tensors))
 
 
-def scalar_of(item: TorchFile, name: str) -> float | None:
-    """The value of a one-entry tensor of a numeric dtype; None for anything else."""
-    key = tensor_key(item, name)
-    stored = item.tensors[key]
-    if stored.dtype not in PACKED or prod(stored.shape) != 1:
-        return None
-    return numbers_of(item, [key])[key]
-
-
 def number(item: TorchFile, name: str, value: Any) -> OutputFile:
     """The item of a one-entry tensor, or of a plain value, with another value."""
     if not item.tensors:
@@ -125,14 +116,22 @@ def new_box(file: str, key: str, dtype: str, start: tuple[int, ...], shape: tupl
     return replace(laid, tensors=tuple((key, extent._replace(start=start)) for _, extent in laid.tensors))
 
 
-def shifted(file: OutputFile, offset: int) -> OutputFile:
-    """The same layout, ``offset`` bytes further on."""
-    return replace(
-        file,
-        literals=tuple((at + offset, data) for at, data in file.literals),
-        tensors=tuple((key, e._replace(offset=e.offset + offset)) for key, e in file.tensors),
-        checksums=tuple(
-            Checksum(c.start + offset, c.stop + offset, tuple(at + offset for at in c.at))
-            for c in file.checksums
-        ),
-    )
+def joined(path: str, items: Iterable[OutputFile]) -> OutputFile:
+    """A ``.distcp`` file of items, one behind the other.
+
+    Args:
+        path: of the file.
+        items: each laid out by itself.
+    """
+    size = 0
+    literals: list[tuple[int, bytes]] = []
+    tensors: list[tuple[str, Extent]] = []
+    checksums: list[Checksum] = []
+    for item in items:
+        literals += ((size + at, data) for at, data in item.literals)
+        tensors += ((key, extent._replace(offset=size + extent.offset)) for key, extent in item.tensors)
+        checksums += (
+            Checksum(size + c.start, size + c.stop, tuple(size + at for at in c.at)) for c in item.checksums
+        )
+        size += item.size
+    return OutputFile(path, size, tuple(literals), tuple(tensors), tuple(checksums))

@@ -107,12 +107,16 @@ class Megatron:
         found = (one.get("param_groups") for one in held if isinstance(one, dict))
         return tuple(g for groups in found for g in map(plain, groups or ()) if isinstance(g, dict))
 
-    @property
-    def added(self) -> dict[str, tuple[str, ...]]:
-        """Weight -> entries of its state that the output has instead of buckets."""
-        return {
-            weight: tuple(state_entry(weight, slot) for slot in own) for weight, own in self.states.items()
-        }
+    def becomes(self, entries: Iterable[str], views: Mapping[str, View]) -> dict[str, tuple[str, ...]]:
+        """Entry -> its names in the output, where these are others: state by parameter instead of buckets.
+
+        Args:
+            entries: names of all.
+            views: of the weights, by entry.
+        """
+        found = pieces_of(entries, views)
+        found |= {name: () for name in entries if self.states and FLAT.fullmatch(name)}
+        return found | {w: (w, *(state_entry(w, slot) for slot in own)) for w, own in self.states.items()}
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:

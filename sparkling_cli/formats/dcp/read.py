@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.dcp.buckets import FLAT
 from sparkling_cli.formats.dcp.check import check_metadata
-from sparkling_cli.formats.dcp.items import Item, scalar_of, tensor_key
+from sparkling_cli.formats.dcp.items import Item, tensor_key
 from sparkling_cli.formats.dcp.metadata import METADATA, read_metadata
 from sparkling_cli.formats.dcp.names import Roles, find_roles
 from sparkling_cli.formats.model import Further, ParamState
 from sparkling_cli.formats.other_files import tensors_in_item
+from sparkling_cli.formats.statedict import PACKED, numbers_of
 from sparkling_cli.formats.torchfile import plain
 from sparkling_cli.storage.tensors import Extent, StoredTensor
 
@@ -137,7 +138,10 @@ class Entry(NamedTuple):
         if not self.is_tensor or prod(self.described.size) != 1:
             return None
         chunk = next(chunk for chunk in self.described.chunks if 0 not in chunk.sizes)
-        return scalar_of(self.item(chunk.offsets).read(), self.fqn)
+        tree = self.item(chunk.offsets).read()
+        key = tensor_key(tree, self.fqn)
+        found = tree.tensors[key]
+        return numbers_of(tree, [key])[key] if found.dtype in PACKED and prod(found.shape) == 1 else None
 
     def value(self) -> Any:
         """A pickled object as plain data, or the value of a tensor of one number.

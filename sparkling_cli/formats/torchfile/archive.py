@@ -45,17 +45,6 @@ class Archive:
     records: tuple[Record, ...]
     length: int
 
-    def record(self, name: str, where: str) -> Record:
-        """The record of that name.
-
-        Raises:
-            CheckpointError: there is none.
-        """
-        for record in self.records:
-            if record.name == name:
-                return record
-        raise CheckpointError(f"{where}: the torch file has no record {name!r}")
-
 
 class Window:
     """A part of a file that can be read at offsets relative to its start; short reads are errors."""

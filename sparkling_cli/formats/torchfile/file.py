@@ -131,14 +131,14 @@ def called(file: TorchFile, relative: str) -> TorchFile:
 
 def _check_records(archive: Archive, window: Window) -> dict[str, bytes]:
     """Read the records that are no storages; refuse other byte orders and TorchScript."""
-    names = {record.name: record for record in archive.records}
-    if "constants.pkl" in names:
+    small = {r.name: window.read(r.start, r.size) for r in archive.records if not r.name.startswith("data/")}
+    if "constants.pkl" in small:
         raise CheckpointError(
             f"{window.where}: a TorchScript archive, which holds code; no checkpoint of weights",
             hint="save the module's state_dict() with torch.save",
         )
-    archive.record("data.pkl", window.where)
-    small = {r.name: window.read(r.start, r.size) for r in archive.records if not r.name.startswith("data/")}
+    if "data.pkl" not in small:
+        raise CheckpointError(f"{window.where}: the torch file has no record 'data.pkl'")
     if not small.get("version", b"3").strip().isdigit():
         raise CheckpointError(
             f"{window.where}: its version is {small['version'][:20]!r}, no number: the file is damaged",

@@ -29,7 +29,6 @@ def lay_out(
     *,
     edits: Mapping[TreePath, Any] | None = None,
     values: Mapping[str, bytes] | None = None,
-    path: str | None = None,
 ) -> OutputFile:
     """The same file with other tensor shapes and other plain values.
 
@@ -41,7 +40,6 @@ def lay_out(
         new: key -> (dtype, shape) of tensors that change; the others keep theirs.
         edits: path in the tree -> value that is put there (``REMOVED`` takes the entry out).
         values: key -> bytes of tensors that are written as literals and need no executor.
-        path: of the output file; the source's by default.
 
     Raises:
         CheckpointError: a dtype changes, tensors overlap in a storage without being the same view, or one
@@ -62,8 +60,7 @@ def lay_out(
     kept = {id(value) for _, value in walk(tree)} if edits else None
     plan = _plan_storages(where, file.nodes, file.aliases, shapes, kept, values or {})
     pickled = write_tree(tree, plan.placements, plan.entries, where)
-    path = file.relative if path is None else path
-    return lay_out_archive(path, file.archive.prefix, list(_parts(file, plan, pickled)))
+    return lay_out_archive(file.relative, file.archive.prefix, list(_parts(file, plan, pickled)))
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def _content(
     size = prod(shape) * ITEM_BYTES[dtype]
     value = values.get(key)
     if value is None:
-        return Slot(key, (0,) * len(shape), shape, size)
+        return Slot(key, shape, size)
     if len(value) != size:
         raise CheckpointError(f"{where}: {key!r} takes {size} bytes, {len(value)} were given")
     return value
