@@ -128,7 +128,7 @@ def _content(
     size = prod(shape) * ITEM_BYTES[dtype]
     value = values.get(key)
     if value is None:
-        return Slot(key, shape, size)
+        return Slot(key, (0,) * len(shape), shape, size)
     if len(value) != size:
         raise CheckpointError(f"{where}: {key!r} takes {size} bytes, {len(value)} were given")
     return value

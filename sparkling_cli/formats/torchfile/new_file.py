@@ -59,7 +59,7 @@ class _Parts:
     def tensor(self, key: str, dtype: str, shape: tuple[int, ...]) -> TensorNode:
         """A tensor in a storage of its own, for the tree."""
         number, size = str(len(self.records)), prod(shape) * ITEM_BYTES[dtype]
-        self.records.append(NewRecord(f"data/{number}", (Slot(key, shape, size),)))
+        self.records.append(NewRecord(f"data/{number}", (Slot(key, (0,) * len(shape), shape, size),)))
         kind = _STORAGES.get(dtype)
         rest: tuple[Any, ...] = (Ordered(),)
         if kind is not None:

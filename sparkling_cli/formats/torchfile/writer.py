@@ -19,9 +19,10 @@ ALIGNMENT = 64
 
 
 class Slot(NamedTuple):
-    """Room for a tensor inside a record: row-major, contiguous."""
+    """Room for a tensor (or a box of one) inside a record: row-major, contiguous."""
 
     key: str
+    start: tuple[int, ...]
     shape: tuple[int, ...]
     size: int
 
@@ -87,7 +88,7 @@ def lay_out_archive(path: str, prefix: str, parts: Sequence[NewRecord]) -> Outpu
                 layout.add(piece)
                 crc = None if crc is None else zlib.crc32(piece, crc)
             else:
-                tensors.append((piece.key, Extent(path, layout.cursor, (0,) * len(piece.shape), piece.shape)))
+                tensors.append((piece.key, Extent(path, layout.cursor, piece.start, piece.shape)))
                 if piece.size:
                     layout.skip(piece.size)
                     crc = None
