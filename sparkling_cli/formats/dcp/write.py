@@ -64,8 +64,8 @@ def directory_outputs(
             start: Shape = tuple(index.offset or ())
             before = Entry(directory, fqn).described.size
             place = grown_box(start, boxes[fqn, start], before, target.shape)
-            offset, sizes = (torch_size(part) for part in place)
-            chunks.setdefault(fqn, {})[start] = ChunkStorageMetadata(offset, sizes)
+            offset, sizes = place
+            chunks.setdefault(fqn, {})[start] = ChunkStorageMetadata(torch_size(offset), torch_size(sizes))
             parts = [
                 box(item.read(), fqn, target.key, *place)
                 if new == fqn
