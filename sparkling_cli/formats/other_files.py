@@ -90,18 +90,32 @@ def with_further(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, carried=carried, further=further, further_files=files, notes=notes)
 
 
-def lay_out_further(parsed: OpenFile, relative: str, declared: Sequence[Declared]) -> OutputFile:
-    """The file with its tensors' new shapes.
+def lay_out_further(
+    checkpoint: Checkpoint, declared: tuple[Declared, ...]
+) -> tuple[tuple[Declared, ...], tuple[OutputFile, ...]]:
+    """Output tensors that lie in the format's own files, and the further files that are written anew.
 
     Args:
-        parsed: the file.
-        relative: its path in the output.
-        declared: its output tensors.
+        checkpoint: the source.
+        declared: all output tensors.
     """
-    if isinstance(parsed, TorchFile):
-        return with_shapes(parsed, {item.key: (item.dtype, item.shape) for item in declared})
+    files = {item.key: item.file for item in checkpoint.further if item.file in checkpoint.further_files}
+    apart: dict[str, list[Declared]] = {}
+    for item in declared if files else ():
+        if item.key in files:
+            apart.setdefault(files[item.key], []).append(item)
+    if not apart:
+        return declared, ()
+    own = tuple(item for item in declared if item.key not in files)
+    found = checkpoint.further_files.items()
+    return own, tuple(_with_new_shapes(file, name, apart[name]) for name, file in found if name in apart)
+
+
+def _with_new_shapes(file: OpenFile, relative: str, declared: Sequence[Declared]) -> OutputFile:
+    if isinstance(file, TorchFile):
+        return with_shapes(file, {item.key: (item.dtype, item.shape) for item in declared})
     rows = ((d.key, d.key.removeprefix(f"{relative}:"), d.dtype, d.shape) for d in declared)
-    return lay_out_safetensors(relative, rows, parsed.metadata)
+    return lay_out_safetensors(relative, rows, file.metadata)
 
 
 def tensors_of(root: Path, relative: str) -> list[Further]:

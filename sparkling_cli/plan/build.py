@@ -175,18 +175,9 @@ def lay_out(plan: Plan) -> tuple[OutputFile, ...]:
         )
         for row in plan.rows
     )
-    further = plan.source.further_files
-    files = {item.key: item.file for item in plan.source.further if item.file in further}
-    apart: dict[str, list[Declared]] = {path: [] for path in further}
-    for item in declared if files else ():
-        if item.key in files:
-            apart[files[item.key]].append(item)
-    own = tuple(item for item in declared if item.key not in files) if files else declared
+    own, rewritten = lay_out_further(plan.source, declared)
     request = OutputRequest(own, plan.config, plan.scalars)
-    return (
-        *format_of(plan.source.format).outputs(plan.read or plan.source, request),
-        *(lay_out_further(further[path], path, items) for path, items in apart.items() if items),
-    )
+    return (*format_of(plan.source.format).outputs(plan.read or plan.source, request), *rewritten)
 
 
 @dataclass(frozen=True)
