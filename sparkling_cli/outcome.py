@@ -21,7 +21,6 @@ from sparkling_cli.manifest import make_manifest
 from sparkling_cli.plan.model import Expansion
 from sparkling_cli.plan.resolve import asked_copies, resolve_growth
 from sparkling_cli.plan.symmetry import check_pair, treatment_of
-from sparkling_cli.report.facts import assemble
 from sparkling_cli.results.evidence import pair_for
 from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.measured import Activations
@@ -119,6 +118,7 @@ def sidecar_files(
         begin: see :data:`~sparkling_cli.diagnostics.activations.Begin`.
         unasked: why the model's own class could not be asked for its names and shapes; "" if it was.
     """
+    from sparkling_cli.report.facts import assemble
     from sparkling_cli.report.page import render
 
     facts = assemble(expansion, written, *_measure(expansion, written, memory, begin), unasked())

@@ -112,7 +112,7 @@ def _range(text: str | None, rewarmup: Rewarmup) -> tuple[int, int]:
 
 
 def _chosen(first: int, last: int, *, everything: bool) -> list[int]:
-    from sparkling_cli.report.charts import thin
+    from sparkling_cli.report.rates import thin
 
     return list(range(first, last + 1)) if everything else thin(range(first, last + 1), ROWS)
 

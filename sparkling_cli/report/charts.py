@@ -198,11 +198,3 @@ def bars(title: str, description: str, rows: Sequence[Bar], width: float, class_
             x += length
         y += 54
     return svg.svg(width, y, title, description, *body, class_=f"chart {class_}".strip())
-
-
-def thin(values: Sequence[int], at_most: int) -> list[int]:
-    """At most so many of the values, evenly spread, the first and the last among them."""
-    if len(values) <= at_most:
-        return list(values)
-    last = len(values) - 1
-    return [values[round(i * last / (at_most - 1))] for i in range(at_most)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 
-from sparkling_cli.report.charts import thin
 from sparkling_cli.results.expansion import LearningRate
 from sparkling_cli.schedule.rewarmup import Rewarmup
 
@@ -48,3 +48,11 @@ def learning_rate_of(rewarmup: Rewarmup, window: tuple[int, int] | None = None) 
         new=curves[-1],
         earlier=tuple(curves[:-1]),
     )
+
+
+def thin(values: Sequence[int], at_most: int) -> list[int]:
+    """At most so many of the values, evenly spread, the first and the last among them."""
+    if len(values) <= at_most:
+        return list(values)
+    last = len(values) - 1
+    return [values[round(i * last / (at_most - 1))] for i in range(at_most)]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparkling_cli.report import charts, svg
+from sparkling_cli.report import charts, rates, svg
 from sparkling_cli.report.charts import Bar, Chart, Part, Series
 from sparkling_cli.results.numbers import significant
 
@@ -104,7 +104,7 @@ def test_series_are_told_apart_without_colour() -> None:
 @given(st.integers(1, 5000), st.integers(2, 300))
 def test_thinning_keeps_the_ends(count: int, at_most: int) -> None:
     """At most so many, in order, with the first and the last."""
-    found = charts.thin(range(count), at_most)
+    found = rates.thin(range(count), at_most)
     assert found == sorted(set(found))
     assert len(found) == min(count, at_most)
     assert (found[0], found[-1]) == (0, count - 1)
