@@ -11,7 +11,7 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint, Pairs
-from sparkling_cli.formats.statedict import keys_by_path, optimizer_in
+from sparkling_cli.formats.statedict import optimizer_in
 from sparkling_cli.formats.torchfile import Holder, More, TorchFile, TreePath, at
 
 
@@ -45,7 +45,7 @@ def deeper_files(
     more = {name: More(file) for name, file in files.items()}
     if model is not None:
         name, path = model
-        entries = keys_by_path(files[name])
+        entries = files[name].keys
         names = (raw for raw in at(files[name].tree, path) if (*path, raw) in entries)
         raw = dict(zip(checkpoint.weights, names, strict=True))
         more[name].weights(path, [(renamed(raw[old], old, new), raw[old]) for new, old in weights])
@@ -99,24 +99,18 @@ def as_read(
         files: their relative paths.
         groups: names for numbered parameters.
     """
-    deeper = replace(
-        checkpoint,
-        tensors=read.tensors,
-        weights=read.weights,
-        states=read.states,
-        param_groups=read.param_groups,
-        further=(*(item for item in checkpoint.further if item.file not in files), *read.further),
-        private=read.private,
-    )
-    return with_names(deeper, groups)
-
-
-def with_names(checkpoint: Checkpoint, groups: Sequence[Pairs]) -> Checkpoint:
-    """A deeper checkpoint as it was read from its files, with names for the numbers of its parameters."""
     names = [[new for new, _ in pairs] for pairs in groups]
     named = tuple(
         {**group, "params": own} if "params" in group else group
-        for group, own in zip(checkpoint.param_groups, names, strict=True)
+        for group, own in zip(read.param_groups, names, strict=True)
     )
     numbers = {str(number): name for number, name in enumerate(name for own in names for name in own)}
-    return replace(checkpoint.renamed(numbers), param_groups=named)
+    return replace(
+        checkpoint,
+        tensors=read.tensors,
+        weights=read.weights,
+        states=read.renamed(numbers).states,
+        param_groups=named,
+        further=(*(item for item in checkpoint.further if item.file not in files), *read.further),
+        private=read.private,
+    )

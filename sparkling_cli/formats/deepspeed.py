@@ -20,7 +20,7 @@ from sparkling_cli.formats.deeper import as_read, by_source, deeper_files
 from sparkling_cli.formats.directory import list_files
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs, ParamState
 from sparkling_cli.formats.optimizer_states import is_named
-from sparkling_cli.formats.statedict import Place, keys_by_path, numbers_of, weights_in
+from sparkling_cli.formats.statedict import Place, numbers_of, weights_in
 from sparkling_cli.formats.statefiles import Box, StateFiles
 from sparkling_cli.formats.torchfile import (
     ATTRIBUTES,
@@ -53,16 +53,16 @@ class UniversalCheckpoint:
 
     name = "deepspeed-universal"
 
-    def claims(self, root: Path) -> str | None:
+    def claims(self, root: Path) -> bool:
         """Model states and a ``zero`` folder of parameters.
 
         Raises:
             CheckpointError: flat ZeRO partitions, which the message says how to convert.
         """
         if not root.is_dir():
-            return None
+            return False
         if any(root.glob("zero/*/fp32.pt")):
-            return "DeepSpeed's Universal Checkpoint"
+            return True
         if any(root.glob("*zero_pp_rank_*_optim_states.pt")):
             target = root.with_name(f"{root.name}_universal")
             raise CheckpointError(
@@ -79,7 +79,7 @@ class UniversalCheckpoint:
             raise CheckpointError(
                 f"{root} is a DeepSpeed run's folder", hint=f"name a checkpoint in it: {root / steps[-1]}"
             )
-        return None
+        return False
 
     def open(self, root: Path) -> Checkpoint:
         """Names, shapes and places of every parameter's file.
@@ -281,7 +281,7 @@ def _read_states(files: Mapping[str, TorchFile]) -> tuple[ParamState, ...]:
         if slot == "step" and type(file.tree) in (int, float):  # of an optimizer that counts in Python
             steps[param] = float(file.tree), Place(name, ())
             continue
-        keyed = keys_by_path(file)
+        keyed = file.keys
         key = keyed.get((), keyed.get(("param",), ""))
         if not key and is_named(slot):
             raise CheckpointError(f"{name}: expected one tensor, itself or as 'param' of a dictionary")

@@ -100,7 +100,7 @@ def recognized(path: Path | str) -> tuple[Path, Format]:
         if step is not None:
             return root.parent, NanochatStep(step)
         for form in formats():
-            if form.claims(root) is not None:
+            if form.claims(root):
                 return root, form
         inside, other = _checkpoints_in(root) or _checkpoints_in(root / "checkpoints"), _other_kind(root)
     if inside:

@@ -19,7 +19,7 @@ class LitGptDirectory(SingleFile):
 
     name = "litgpt"
 
-    def claims(self, root: Path) -> str | None:
+    def claims(self, root: Path) -> bool:
         """Both files.
 
         Raises:
@@ -32,7 +32,7 @@ class LitGptDirectory(SingleFile):
                 f"{root}: a LitGPT directory with {present[0]} but without {missing}",
                 hint="name the directory that `litgpt pretrain` wrote, e.g. out/step-00001000",
             )
-        return "a LitGPT directory" if present else None
+        return bool(present)
 
     def open(self, root: Path) -> Checkpoint:
         """Names, shapes and places; sizes from ``model_config.yaml``.

@@ -17,10 +17,11 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import inside, list_files
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, ParamState
 from sparkling_cli.formats.numbered_states import name_parameters
-from sparkling_cli.formats.statedict import OptimizerTree, Place, is_state_dict, keys_by_path, optimizer_in
+from sparkling_cli.formats.statedict import OptimizerTree, Place, is_state_dict, optimizer_in
 from sparkling_cli.formats.statefiles import Box, StateFiles
 from sparkling_cli.formats.torchfile import ATTRIBUTES, Call, TensorNode, TorchFile, plain, read_torch_file
 from sparkling_cli.formats.trainer_facts import curve_facts
+from sparkling_cli.storage.tensors import Shape
 
 FILE, FLAT = "model_optim_rng.pt", "distrib_optim.pt"
 _FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
@@ -35,7 +36,6 @@ _WSD_DECAYS = {"linear": "linear", "cosine": "cosine", "minus_sqrt": "1-sqrt"}
 #: as which "state" a weight is known that is whole on every rank, on the ranks but the first
 _REPLICA = "param"
 _OTHER_FORMAT = "resume once with --ckpt-format torch_dist, save, and expand that"
-Shape = tuple[int, ...]
 
 
 class MegatronLegacy:
@@ -43,14 +43,14 @@ class MegatronLegacy:
 
     name = "megatron-torch"
 
-    def claims(self, root: Path) -> str | None:
+    def claims(self, root: Path) -> bool:
         """Folders ``mp_rank_*`` with Megatron's file.
 
         Raises:
             CheckpointError: a rank is missing, the optimizer's state is flat, or a folder of iterations.
         """
         if not root.is_dir():
-            return None
+            return False
         if (root / "latest_checkpointed_iteration.txt").is_file():
             steps = sorted(path.parent.parent.name for path in root.glob(f"iter_*/mp_rank_*/{FILE}"))
             if steps:
@@ -58,9 +58,9 @@ class MegatronLegacy:
                     f"{root} is a folder of Megatron's iterations", hint=f"name one: {root / steps[-1]}"
                 )
         if not any(root.glob(f"mp_rank_*/{FILE}")):
-            return None
+            return False
         _ranks(root)
-        return "an iteration in Megatron's torch format"
+        return True
 
     def open(self, root: Path) -> Checkpoint:
         """Names, shapes and places from all ranks; sizes and schedule from the arguments.
@@ -212,7 +212,7 @@ class _Parts:
         if not is_state_dict(tree.get("model")):
             several = "; virtual pipeline stages are not read" if "model0" in tree else ""
             raise CheckpointError(f"{file.relative}: there is no model in it{several}")
-        keys = keys_by_path(file)
+        keys = file.keys
         for local, node in tree["model"].items():
             if not isinstance(node, TensorNode) or local.endswith("_extra_state"):
                 continue
@@ -262,7 +262,7 @@ class _Parts:
         path = ("optimizer", "optimizer") if inner else ("optimizer",)
         tree, shapes = optimizer_in(file, path), dict(own)
         named = self._named(tree, file, shapes)
-        keys = keys_by_path(file)
+        keys = file.keys
         masters = optimizer.get("fp32_from_fp16_params") if inner else None
         extra: dict[str, str] = {}
         for place, group in enumerate(masters if isinstance(masters, list) else ()):

@@ -287,8 +287,8 @@ class Format(Protocol):
 
     name: str
 
-    def claims(self, root: Path) -> str | None:
-        """None if this path is clearly not of this format, else a line about what was recognized.
+    def claims(self, root: Path) -> bool:
+        """Whether this path is of this format, by the names of a few files.
 
         Raises:
             CheckpointError: it is almost this format; the message says what is missing.

@@ -25,6 +25,7 @@ from sparkling_cli.formats.statefiles import (
 )
 from sparkling_cli.formats.torchfile import TorchFile
 from sparkling_cli.formats.trainer_facts import curve_facts
+from sparkling_cli.storage.tensors import Shape
 
 _FILE = re.compile(r"(model|optim|meta)_(\d+)(?:_rank(\d+))?\.(?:pt|json)")
 #: parameters that AdamW has, by group, in nanochat's order; all others are matrices of ``transformer.h``
@@ -40,7 +41,6 @@ _MATRICES = "transformer.h."
 #: a parameter of fewer entries has its whole AdamW state on every rank
 _SMALL = 1024
 _EARLIER = "take an earlier step of the run"
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,16 @@ class NanochatStep:
     def __init__(self, step: int | None = None) -> None:
         self.step = step
 
-    def claims(self, root: Path) -> str | None:
+    def claims(self, root: Path) -> bool:
         """A folder with files of a step.
 
         Raises:
             CheckpointError: a step is not whole, or there are several.
         """
         steps = _steps(root)
-        if not steps:
-            return None
-        step = self._chosen(root, steps)
-        return f"step {step} of a nanochat run"
+        if steps:
+            self._chosen(root, steps)
+        return bool(steps)
 
     def _chosen(self, root: Path, steps: Mapping[int, Mapping[str, Mapping[int, str]]]) -> int:
         whole = sorted(step for step, files in steps.items() if "model" in files) or sorted(steps)[-1:]
@@ -269,15 +268,20 @@ class _States:
             CheckpointError: always; says which file is missing, if one is.
         """
         ranks = whole[0] // found[0] if whole and found and found[0] else 0
-        step = int(_FILE.fullmatch(file.relative)[2])  # type: ignore[index]  # it was found by it
         if ranks > len(self.files) and found == (whole[0] // ranks, *whole[1:]):
             why = f"{file.relative} has {found[0]} of the {whole[0]} rows of {name!r}: of {ranks} ranks"
-            raise _missing_rank(file.path.parent, step, len(self.files), why)
+            raise self._lost(why)
         raise CheckpointError(
             f"{file.relative}: state of {name!r} has shape {found}, the parameter has {whole}, and there are "
             f"{len(self.files)} ranks' files",
             hint=f"the files are of different runs: {_EARLIER}",
         )
+
+    def _lost(self, why: str) -> CheckpointError:
+        """The next rank's file is missing."""
+        first = self.files[0]
+        step = int(_FILE.fullmatch(first.relative)[2])  # type: ignore[index]  # it was found by it
+        return _missing_rank(first.path.parent, step, len(self.files), why)
 
     def _muon(self, rank: int, file: TorchFile, state: ParamState, names: Sequence[str]) -> None:
         each = ceil(len(names) / len(self.files))
@@ -291,8 +295,7 @@ class _States:
                 if found[1:] in (matrix, factor) and each > found[0] and rank == 0:
                     ranks = ceil(len(names) / found[0])
                     why = f"{file.relative} has {found[0]} of {len(names)} matrices {matrix[0]} x {matrix[1]}"
-                    step = int(_FILE.fullmatch(file.relative)[2])  # type: ignore[index]
-                    raise _missing_rank(file.path.parent, step, len(self.files), f"{why}: of {ranks} ranks")
+                    raise self._lost(f"{why}: of {ranks} ranks")
                 raise CheckpointError(
                     f"{file.relative}: {slot} of {names[0]!r} and {len(names) - 1} others has shape {found}, "
                     f"expected {(each, *matrix)} or {(each, *factor)}",

@@ -25,16 +25,16 @@ class OlmoStep(SingleFile):
 
     name = "olmo"
 
-    def claims(self, root: Path) -> str | None:
+    def claims(self, root: Path) -> bool:
         """Weights beside a config.
 
         Raises:
             CheckpointError: one without the other, a sharded step, or a folder of steps.
         """
         if not root.is_dir():
-            return None
+            return False
         if (root / MODEL).is_file() and (root / CONFIG).is_file():
-            return "an unsharded step of OLMo"
+            return True
         sharded = any((root / MODEL.removesuffix(".pt")).glob("rank*.pt"))
         if sharded and (root / CONFIG).is_file():
             raise CheckpointError(
@@ -44,7 +44,7 @@ class OlmoStep(SingleFile):
         if (root / OPTIMIZER).is_file() and (root / TRAIN).is_file():
             lost = MODEL if not (root / MODEL).is_file() else CONFIG
             raise CheckpointError(f"{root / lost} is missing, which OLMo writes beside {OPTIMIZER}")
-        return None
+        return False
 
     def open(self, root: Path) -> Checkpoint:
         """Names, shapes and places; sizes and schedule from ``config.yaml``.

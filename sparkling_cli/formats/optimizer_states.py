@@ -13,9 +13,7 @@ from enum import Enum
 from math import prod
 
 from sparkling_cli.layout.expr import Dim, Fixed, Role, TensorLayout
-from sparkling_cli.storage.tensors import FLOATING
-
-Shape = tuple[int, ...]
+from sparkling_cli.storage.tensors import FLOATING, Shape
 
 
 class StateKind(Enum):

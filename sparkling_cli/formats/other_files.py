@@ -7,7 +7,7 @@ listed. Nothing of a pickle is executed. Files that can be written back with oth
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -48,7 +48,7 @@ def further_in(file: TorchFile, used: Collection[str], label: str = "") -> list[
         used: keys of its weights and states.
         label: stands before the tensors' places in their names; by default the file's own path.
     """
-    where = label or file.relative or file.path.name
+    where = label or file.where
     tensors = (
         Further(f"{where}: {key[len(file.relative) + 1 :]}", file.relative, key, stored)
         for key, stored in file.tensors.items()
@@ -118,14 +118,10 @@ def _with_new_shapes(file: OpenFile, relative: str, declared: Sequence[Declared]
     return lay_out_safetensors(relative, rows, file.metadata)
 
 
-def tensors_of(root: Path, relative: str) -> list[Further]:
-    """Every tensor of one file.
-
-    Raises:
-        CheckpointError: it is named like a file of tensors and cannot be looked into.
-    """
-    read = _read(root, relative)
-    return [] if read is None else read[0]
+def left_out(root: Path, names: Iterable[str]) -> list[Further]:
+    """Every tensor of files that are not part of the output."""
+    read = (_read(root, relative) for relative in names)
+    return [item._replace(left_out=True) for found in read if found is not None for item in found[0]]
 
 
 def _read(root: Path, relative: str) -> tuple[list[Further], OpenFile | None] | None:
@@ -149,25 +145,6 @@ def _read(root: Path, relative: str) -> tuple[list[Further], OpenFile | None] | 
     part = path.suffix == ".distcp" and (path.parent / ".metadata").is_file()
     known = part or path.suffix in _NO_TENSORS or _EVENTS in path.name or b"\0" not in start
     return ([], None) if known else None
-
-
-def tensors_in_item(root: Path, file: str, offset: int, length: int, name: str) -> Iterator[Further]:
-    """Every tensor of a pickled object inside a bigger file; nothing of it can be written with another shape.
-
-    Args:
-        root: the checkpoint.
-        file: relative path.
-        offset: of the object's first byte in the file.
-        length: its bytes.
-        name: of the object.
-    """
-    with (root / file).open("rb") as stream:
-        stream.seek(offset)
-        if stream.read(4) != b"PK\x03\x04":  # a planner's own matter
-            return
-    item = read_torch_file(root / file, file, offset=offset, length=length, allow=Anything())
-    for found in further_in(item, (), name):
-        yield found._replace(key="")
 
 
 def _safetensors(path: Path, relative: str) -> tuple[list[Further], OpenFile]:

@@ -7,9 +7,7 @@ from math import prod
 from typing import NamedTuple
 
 from sparkling_cli.formats.optimizer_states import CODES, LEVELS, PACKED_CODES, SCALES
-from sparkling_cli.storage.tensors import StoredTensor
-
-Shape = tuple[int, ...]
+from sparkling_cli.storage.tensors import Shape, StoredTensor
 
 #: entries of a block of bitsandbytes', the usual one first
 _SIZES = (256, 2048, 128, 64, 512, 1024, 4096)

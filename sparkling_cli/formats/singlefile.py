@@ -73,14 +73,12 @@ class SingleFile:
 
     name = "torch-file"
 
-    def claims(self, root: Path) -> str | None:
+    def claims(self, root: Path) -> bool:
         """A file that starts like a torch zip archive."""
         if not root.is_file():
-            return None
+            return False
         with root.open("rb") as file:
-            if file.read(4) != b"PK\x03\x04" and root.suffix not in SUFFIXES:
-                return None
-        return "a file written by torch.save"
+            return file.read(4) == b"PK\x03\x04" or root.suffix in SUFFIXES
 
     def open(self, root: Path) -> Checkpoint:
         """Names, shapes and places of everything in the file.

@@ -55,11 +55,6 @@ class OptimizerTree(NamedTuple):
     groups: tuple[Mapping[str, Any], ...] = ()
 
 
-def keys_by_path(file: TorchFile) -> dict[TreePath, str]:
-    """Path -> key of the stored tensor (that of the first name, for shared ones)."""
-    return {path: file.aliases.get(key, key) for key, path in file.paths.items()}
-
-
 def is_state_dict(value: Any) -> bool:
     """A dictionary of named tensors; entries that are no tensors may stand between them."""
     return (
@@ -106,7 +101,7 @@ def without_attribute(names: Iterable[str]) -> dict[str, str]:
 
 def weights_in(file: TorchFile, path: TreePath) -> dict[str, str]:
     """Weight name (without wrappers) -> tensor key, in the file's order."""
-    keys = keys_by_path(file)
+    keys = file.keys
     names = [name for name, value in at(file.tree, path).items() if (*path, name) in keys]
     bare = bare_names(names)
     return {bare[name]: keys[(*path, name)] for name in names}
@@ -120,7 +115,7 @@ def optimizer_in(file: TorchFile, path: TreePath) -> OptimizerTree:
     Raises:
         CheckpointError: state that is no dictionary.
     """
-    keys = keys_by_path(file)
+    keys = file.keys
     optimizer = at(file.tree, path)
     holders = optimizer["state"]
     named = bool(holders) and all(isinstance(i, str) and not i.isdigit() for i in holders)

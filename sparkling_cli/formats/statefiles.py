@@ -33,9 +33,7 @@ from sparkling_cli.formats.torchfile import (
     read_torch_file,
     resized,
 )
-from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor, grown_box
-
-Shape = tuple[int, ...]
+from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, Shape, StoredTensor, grown_box
 
 
 class Box(NamedTuple):

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.formats.deeper import deeper_files, with_names
+from sparkling_cli.formats.deeper import as_read, deeper_files
 from sparkling_cli.formats.directory import list_files, read_json, rewritten_file
 from sparkling_cli.formats.fsdpfile import check_alone, read_copy, with_copies
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
-from sparkling_cli.formats.other_files import tensors_of
+from sparkling_cli.formats.other_files import left_out
 from sparkling_cli.formats.statedict import OptimizerTree, optimizer_in
 from sparkling_cli.formats.statefiles import StateFiles, read_optimizer_file
 from sparkling_cli.formats.torchfile import TorchFile
@@ -53,25 +53,24 @@ class TrainerDirectory:
 
     name = "trainer"
 
-    def claims(self, root: Path) -> str | None:
+    def claims(self, root: Path) -> bool:
         """Weight files under transformers' names.
 
         Raises:
             CheckpointError: training state or a config without weights; FSDP's parts of single ranks.
         """
         if not root.is_dir():
-            return None
+            return False
         check_alone(root)
-        found = find_weights(root)
-        if found is not None:
-            return f"a model directory with {found}"
+        if find_weights(root) is not None:
+            return True
         traces = [name for name in ("trainer_state.json", *OPTIMIZERS, CONFIG) if (root / name).is_file()]
         if traces and not any((root / name).exists() for name in ("model.pt", ".metadata")):
             raise CheckpointError(
                 f"{root.name}: it has {' and '.join(traces)}, but none of {', '.join(CANDIDATES)}",
                 hint="name the directory that the weights are in, or one `checkpoint-N` inside this one",
             )
-        return None
+        return False
 
     def open(self, root: Path) -> Checkpoint:
         """Names, shapes and places of weights and optimizer state; config, steps and schedule.
@@ -110,7 +109,6 @@ class TrainerDirectory:
             notes.append(f"{file.relative} holds no state: the optimizer has not made a step yet")
         files = StateFiles({part.relative: part for part in (file, copy) if part})
         moments, others = files.found({}, states)
-        further = [item._replace(left_out=True) for name in stale for item in tensors_of(root, name)]
         return Checkpoint(
             root=root,
             format=self.name,
@@ -121,7 +119,7 @@ class TrainerDirectory:
             config=config,
             config_file=CONFIG if config is not None else "",
             carried=tuple(name for name in present if name not in ours and name not in stale),
-            further=(*further, *others),
+            further=(*left_out(root, stale), *others),
             facts=facts,
             notes=tuple(notes),
             private=Parsed(weights, files),
@@ -160,15 +158,15 @@ class TrainerDirectory:
         moments, others = files.found({}, tree.states)
         names = {name for name, _ in weights}
         own = {name: key for name, key in weight_files.weights.items() if name in names}
-        deeper = replace(
+        read = replace(
             checkpoint,
             tensors={**{key: weight_files.tensors[key] for key in own.values()}, **moments},
             weights=own,
             states=tree.states,
-            further=(*(item for item in checkpoint.further if item.file not in files.files), *others),
+            further=tuple(others),
             private=Parsed(weight_files, files),
         )
-        return with_names(deeper, groups)
+        return as_read(checkpoint, read, files.files, groups)
 
 
 def _is_other_weights(name: str) -> bool:

@@ -16,6 +16,7 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.deeper import by_source, renamed
 from sparkling_cli.formats.directory import inside, literal_file, read_json
 from sparkling_cli.formats.model import Declared, OutputFile, Pairs
+from sparkling_cli.formats.other_files import OpenFile
 from sparkling_cli.formats.safetensors import lay_out_safetensors, read_safetensors
 from sparkling_cli.formats.statedict import bare_names
 from sparkling_cli.formats.torchfile import (
@@ -44,14 +45,14 @@ class WeightFiles:
         index_metadata: its ``metadata``.
         names: name in the files -> key. Keys are these names; tied ones that share bytes share a key.
         tensors: key -> place.
-        files: relative path -> metadata of a safetensors file, or the parsed torch file.
+        files: by relative path.
     """
 
     index: str
     index_metadata: Mapping[str, Any]
     names: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
-    files: dict[str, Mapping[str, str] | TorchFile | None] = field(default_factory=dict)
+    files: dict[str, OpenFile] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, str]:
@@ -122,9 +123,13 @@ def read_weights(root: Path, present: Sequence[str]) -> WeightFiles:
     found = WeightFiles(entry if is_index else "", metadata)
     for relative in shards:
         path = inside(root, relative, entry)
-        names, tensors, parsed = (
-            _safetensors(path, relative) if kind == "safetensors" else _torch(path, relative)
-        )
+        file: OpenFile
+        if kind == "safetensors":
+            file = read_safetensors(path, relative)
+            names, tensors = {name: name for name in file.tensors}, file.tensors
+        else:
+            file = read_torch_file(path, relative)
+            names, tensors = _named(file)
         if is_index:
             _check_shard(entry, relative, shards[relative], names)
         for name in names:
@@ -132,7 +137,7 @@ def read_weights(root: Path, present: Sequence[str]) -> WeightFiles:
                 raise CheckpointError(f"{relative}: {name!r} is in another shard too")
         found.names.update(names)
         found.tensors.update(tensors)
-        found.files[relative] = parsed
+        found.files[relative] = file
     return found
 
 
@@ -179,24 +184,16 @@ def _check_shard(entry: str, relative: str, expected: list[str], names: Mapping[
         raise CheckpointError(f"{relative}: holds {extra[0]!r}, which {entry} does not say")
 
 
-_Read = tuple[dict[str, str], dict[str, StoredTensor], "Mapping[str, str] | TorchFile | None"]
-
-
-def _safetensors(path: Path, relative: str) -> _Read:
-    file = read_safetensors(path, relative)
-    return {name: name for name in file.tensors}, dict(file.tensors), file.metadata
-
-
-def _torch(path: Path, relative: str) -> _Read:
-    file = read_torch_file(path, relative)
+def _named(file: TorchFile) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    """Names and tensors of a torch file, by the first name of each."""
     if not isinstance(file.tree, dict) or not all(isinstance(v, TensorNode) for v in file.tree.values()):
-        raise CheckpointError(f"{relative}: expected a state dict: names and tensors, nothing else")
+        raise CheckpointError(f"{file.relative}: expected a state dict: names and tensors, nothing else")
     names: dict[str, str] = {}
     first: dict[str, str] = {}
     for key, path_in_tree in file.paths.items():
         name = str(path_in_tree[0])
         names[name] = first.setdefault(file.aliases.get(key, key), name)
-    return names, {name: file.tensors[key] for key, name in first.items()}, file
+    return names, {name: file.tensors[key] for key, name in first.items()}
 
 
 def weight_outputs(weights: WeightFiles, declared: Sequence[Declared]) -> tuple[OutputFile, ...]:
@@ -224,7 +221,7 @@ def weight_outputs(weights: WeightFiles, declared: Sequence[Declared]) -> tuple[
             files.append(_torch_output(parsed, own))
         else:
             plain = ((d.key, d.name, d.dtype, d.shape) for d in own)
-            files.append(lay_out_safetensors(relative, plain, parsed))
+            files.append(lay_out_safetensors(relative, plain, parsed.metadata))
     assert not rows, f"weights of files that are not in the source: {sorted(rows)}"
     if weights.index:
         files.append(_index_output(weights, declared))

@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_looked_into(tmp_path: Path, monkeypatch: pytest
     """To recognize a format, folders are looked into: the source is to blame, not the output."""
 
     class Form:
-        def claims(self, root: Path) -> str | None:
+        def claims(self, root: Path) -> bool:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root / "sub"))
 
     monkeypatch.setattr(detect, "formats", lambda: (Form(),))

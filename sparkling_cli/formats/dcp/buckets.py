@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.storage.byte_ranges import Handles, Placement, read, slabs
-from sparkling_cli.storage.tensors import FLOATING, Extent, StoredTensor
+from sparkling_cli.storage.tensors import FLOATING, Extent, Shape, StoredTensor
 from sparkling_cli.widening.bfloat16 import round_into
 from sparkling_cli.widening.entries import as_doubles
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, Any]
-
-Shape = tuple[int, ...]
 
 #: all that the distributed optimizer keeps by group of ranks: its buckets, its groups, its buckets' sizes
 FLAT = re.compile(r"((?:chained_\d+\.)?)optimizer\.distributed\.dp_group_idx_(\d+)\.(.+)")

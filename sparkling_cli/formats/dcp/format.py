@@ -33,7 +33,7 @@ from sparkling_cli.formats.dcp.write import directory_outputs
 from sparkling_cli.formats.deeper import as_read
 from sparkling_cli.formats.directory import list_files, read_json, rewritten_file
 from sparkling_cli.formats.model import Checkpoint, OutputFile, OutputRequest, Pairs
-from sparkling_cli.formats.other_files import tensors_of
+from sparkling_cli.formats.other_files import left_out
 from sparkling_cli.formats.torchfile import read_torch_file
 from sparkling_cli.formats.trainer_facts import optimizer_class, run_facts
 from sparkling_cli.layout.keys import path_of, set_path
@@ -83,15 +83,14 @@ class DcpFormat:
 
     name = "dcp"
 
-    def claims(self, root: Path) -> str | None:
+    def claims(self, root: Path) -> bool:
         """A directory with ``.metadata`` where one of the variants has it.
 
         Raises:
             CheckpointError: there are ``.distcp`` files but no ``.metadata``.
         """
-        variant = variant_of(root)
-        if variant is not None:
-            return f"{variant.kind}: {variant.folders[0]}{METADATA} and *.distcp"
+        if variant_of(root) is not None:
+            return True
         if root.is_dir():
             for folder in ("", "model_and_optim", "pytorch_model_fsdp_0"):
                 if any((root / folder).glob("*.distcp")):
@@ -100,7 +99,7 @@ class DcpFormat:
                         hint="saving was not finished, or the file, whose name starts with a dot, was not "
                         "copied",
                     )
-        return None
+        return False
 
     def open(self, root: Path) -> Checkpoint:
         """Names, shapes and places of everything; every item's header is read and checked.
@@ -156,10 +155,7 @@ class DcpFormat:
             config=config,
             config_file=config_file,
             carried=tuple(name for name in present if name not in written and name not in stale),
-            further=(
-                *found.further,
-                *(item._replace(left_out=True) for name in stale for item in tensors_of(root, name)),
-            ),
+            further=(*found.further, *left_out(root, stale)),
             facts=facts,
             notes=tuple(notes),
         )

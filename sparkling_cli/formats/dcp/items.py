@@ -43,6 +43,12 @@ class Item(NamedTuple):
         path = self.root / self.file
         return read_torch_file(path, self.file, offset=self.offset, length=self.length, allow=allow)
 
+    def start(self, size: int) -> bytes:
+        """Its first bytes."""
+        with (self.root / self.file).open("rb") as stream:
+            stream.seek(self.offset)
+            return stream.read(size)
+
     def carried(self, name: str) -> bytes:
         """All bytes of an item that is carried over, which must be whole.
 

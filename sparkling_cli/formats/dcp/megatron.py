@@ -247,7 +247,12 @@ def read_megatron(
         return None
     if (root / BACKEND).is_file():
         read_json(root, BACKEND)  # nothing of it changes, and nothing loads without it
-    objects = dict(_objects(entries, [name for name in flat if not entries[name].is_tensor]))
+    objects = {}
+    for name in flat:
+        if not entries[name].is_tensor:
+            chain, group, rest = FLAT.fullmatch(name).groups()  # type: ignore[union-attr]
+            own = FlatObject(chain, int(group), rest.partition("/")[0])
+            objects[own] = entries[name].item().read(allow=Anything())
     found = Megatron(common, entry, objects, {})
     if not flat:
         named = {(name, state_entry(name, slot)) for name in weights for slot in _MASTERS}
@@ -262,12 +267,3 @@ def read_megatron(
 def _chain(place: TreePath) -> str:
     """What stands before the entries' names of the optimizer at a place."""
     return f"chained_{place[1]}." if len(place) > 1 else ""
-
-
-def _objects(entries: Mapping[str, Entry], names: list[str]) -> Iterator[tuple[FlatObject, TorchFile]]:
-    for name in names:
-        chain, group, rest = FLAT.fullmatch(name).groups()  # type: ignore[union-attr]
-        yield (
-            FlatObject(chain, int(group), rest.partition("/")[0]),
-            entries[name].item().read(allow=Anything()),
-        )

@@ -15,9 +15,10 @@ from sparkling_cli.formats.dcp.items import Item, tensor_key
 from sparkling_cli.formats.dcp.metadata import METADATA, read_metadata
 from sparkling_cli.formats.dcp.names import Roles, find_roles
 from sparkling_cli.formats.model import Further, ParamState
-from sparkling_cli.formats.other_files import tensors_in_item
+from sparkling_cli.formats.other_files import further_in
 from sparkling_cli.formats.statedict import PACKED, numbers_of
 from sparkling_cli.formats.torchfile import plain
+from sparkling_cli.formats.torchfile.unpickle import Anything
 from sparkling_cli.storage.tensors import Extent, StoredTensor
 
 if TYPE_CHECKING:
@@ -239,7 +240,10 @@ def read_further(
     for name in (*roles.others, *scalars, *fields):
         entry = entries[name]
         if not entry.is_tensor:
-            yield from tensors_in_item(*entry.item(), name)
+            item = entry.item()
+            if item.start(4) == b"PK\x03\x04":  # else a planner's own matter
+                tensors = further_in(item.read(allow=Anything()), (), name)
+                yield from (found._replace(key="") for found in tensors)
         elif prod(entry.described.size) > 1:
             yield Further(name, "", name, entry.stored())
         else:

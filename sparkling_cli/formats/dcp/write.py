@@ -17,13 +17,11 @@ from sparkling_cli.formats.dcp.metadata import METADATA, dump_metadata
 from sparkling_cli.formats.dcp.read import Directory, Entry
 from sparkling_cli.formats.directory import literal_file
 from sparkling_cli.formats.model import Declared, OutputFile
-from sparkling_cli.storage.tensors import grown_box
+from sparkling_cli.storage.tensors import Shape, grown_box
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
-
-Shape = tuple[int, ...]
 
 
 def directory_outputs(

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,37 @@ class TorchFile:
         path: the file.
         relative: its path relative to the checkpoint's root; starts every key and is every extent's path.
         tree: containers, numbers, text, and stand-ins; tensors are ``objects.TensorNode``.
+        base: where the archive starts in the file.
+        archive: the container's records.
+        pickled: the pickle, as read.
         tensors: key ``<relative>:<dotted path in the tree>`` -> where the tensor lies (absolute offsets).
         paths: key -> path in the tree.
         nodes: key -> the tensor's node in the tree.
         aliases: key of a tensor that is the same view of the same storage as an earlier one -> that one.
         wrapped: key -> global that wraps the tensor in something that is no plain tensor.
-        base: where the archive starts in the file.
-        archive: the container's records.
-        pickled: the pickle, as read.
     """
 
     path: Path
     relative: str
     tree: Any
-    tensors: Mapping[str, StoredTensor]
-    paths: Mapping[str, TreePath]
-    nodes: Mapping[str, TensorNode]
-    aliases: Mapping[str, str]
-    wrapped: Mapping[str, str]
     base: int
     archive: Archive
     pickled: bytes = field(repr=False)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    paths: dict[str, TreePath] = field(default_factory=dict)
+    nodes: dict[str, TensorNode] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    wrapped: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def keys(self) -> dict[TreePath, str]:
+        """Path in the tree -> key of the stored tensor (that of the first name, for shared ones)."""
+        return {path: self.aliases.get(key, key) for key, path in self.paths.items()}
+
+    @property
+    def where(self) -> str:
+        """Its name in messages."""
+        return self.relative or self.path.name
 
 
 @collector_paused()
@@ -86,11 +97,11 @@ def read_torch_file(
         pickled = small["data.pkl"]
     check_opcodes(pickled, where)
     tree = read_tree(pickled, where, allow)
-    return collected(TorchFile(path, relative, tree, {}, {}, {}, {}, {}, offset, archive, pickled), without)
+    return collected(TorchFile(path, relative, tree, offset, archive, pickled), without)
 
 
 def collected(file: TorchFile, without: Collection[str] = ()) -> TorchFile:
-    """The file with the keys and places of all tensors in its tree.
+    """The file with the keys and places of all tensors in its tree, whatever it had of them.
 
     Args:
         file: the file.
@@ -99,19 +110,11 @@ def collected(file: TorchFile, without: Collection[str] = ()) -> TorchFile:
     Raises:
         CheckpointError: one lies in no record, or outside of it.
     """
-    most = 10_000 + 2 * len(file.pickled) + 20 * len(file.archive.records)
-    found = _Collector(file.relative or file.path.name, file.relative, file.base, file.archive, most)
     tree = file.tree
+    found = TorchFile(file.path, file.relative, tree, file.base, file.archive, file.pickled)
     cut = without and isinstance(tree, dict)
-    found.collect({key: value for key, value in tree.items() if key not in without} if cut else tree)
-    return replace(
-        file,
-        tensors=found.tensors,
-        paths=found.paths,
-        nodes=found.nodes,
-        aliases=found.aliases,
-        wrapped=found.wrapped,
-    )
+    _Collector(found).collect({k: v for k, v in tree.items() if k not in without} if cut else tree)
+    return found
 
 
 def called(file: TorchFile, relative: str) -> TorchFile:
@@ -154,26 +157,20 @@ def _check_records(archive: Archive, window: Window) -> dict[str, bytes]:
 
 
 class _Collector:
-    """Walks the tree and finds every tensor's key and place."""
+    """Walks the tree of a file and puts every tensor's key and place into it."""
 
-    def __init__(self, where: str, relative: str, base: int, archive: Archive, most: int) -> None:
-        self.where = where
-        self.relative = relative
-        self.base = base
-        self.records = {r.name: r for r in archive.records}
-        self.tensors: dict[str, StoredTensor] = {}
-        self.paths: dict[str, TreePath] = {}
-        self.nodes: dict[str, TensorNode] = {}
-        self.aliases: dict[str, str] = {}
-        self.wrapped: dict[str, str] = {}
+    def __init__(self, file: TorchFile) -> None:
+        self.file = file
+        self.where = file.where
+        self.records = {r.name: r for r in file.archive.records}
         self._first: dict[tuple[Any, ...], str] = {}
         self._open: set[int] = set()
         # Containers to be visited at most: a pickle can name one list over and over.
-        self._left = most
+        self._left = 10_000 + 2 * len(file.pickled) + 20 * len(self.records)
 
     def collect(self, tree: Any) -> None:
         try:
-            self._walk(tree, (), f"{self.relative}:", None)
+            self._walk(tree, (), f"{self.file.relative}:", None)
         except RecursionError as error:
             raise CheckpointError(f"{self.where}: its content is nested too deeply") from error
 
@@ -199,18 +196,19 @@ class _Collector:
         self._open.discard(id(value))
 
     def _tensor(self, node: TensorNode, path: TreePath, key: str, wrapper: str | None) -> None:
-        while key in self.paths:
+        file = self.file
+        while key in file.paths:
             key += "~"
         view = (node.storage.key, node.offset, node.shape, node.stride)
         first = self._first.setdefault(view, key)
-        self.paths[key] = path
-        self.nodes[key] = node
+        file.paths[key] = path
+        file.nodes[key] = node
         if first != key:
-            self.aliases[key] = first
+            file.aliases[key] = first
         else:
-            self.tensors[key] = self._stored(node, key)
+            file.tensors[key] = self._stored(node, key)
         if wrapper is not None:
-            self.wrapped[key] = wrapper
+            file.wrapped[key] = wrapper
 
     def _stored(self, node: TensorNode, key: str) -> StoredTensor:
         dtype = node.dtype
@@ -235,8 +233,8 @@ class _Collector:
                     f"{node.offset} runs out of its storage of {record.size} bytes"
                 )
         strides = None if is_contiguous(node.shape, node.stride) else node.stride
-        at = self.base + record.start + node.offset * item
-        box = Extent(self.relative, at, (0,) * len(node.shape), node.shape, strides)
+        at = self.file.base + record.start + node.offset * item
+        box = Extent(self.file.relative, at, (0,) * len(node.shape), node.shape, strides)
         return StoredTensor(dtype, node.shape, (box,))
 
 
@@ -298,7 +296,7 @@ def read_values(file: TorchFile, keys: Iterable[str]) -> dict[str, bytes]:
     """
     values = {}
     wanted = {key: file.tensors[file.aliases.get(key, key)] for key in keys}
-    with open_window(file.path, file.relative or file.path.name) as window:
+    with open_window(file.path, file.where) as window:
         window.expect([stored.extents[0].offset for stored in wanted.values()], 8)
         for key, stored in wanted.items():
             extent = stored.extents[0]

@@ -13,7 +13,7 @@ from sparkling_cli.formats.gc_pause import collector_paused
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.formats.torchfile.archive import open_window
 from sparkling_cli.formats.torchfile.file import TorchFile, TreePath, walk
-from sparkling_cli.formats.torchfile.objects import FIELDS, Call, Ordered, TensorNode, copied_call, step_into
+from sparkling_cli.formats.torchfile.objects import FIELDS, Call, TensorNode, copied_call, like, step_into
 from sparkling_cli.formats.torchfile.repickle import StorageView, write_tree
 from sparkling_cli.formats.torchfile.subclass import INSIDE, REBUILD
 from sparkling_cli.formats.torchfile.writer import NewRecord, Slot, lay_out_archive
@@ -45,7 +45,7 @@ def lay_out(
         CheckpointError: a dtype changes, tensors overlap in a storage without being the same view, or one
             that grows is part of a tensor subclass of which no edit changes the size.
     """
-    where = file.relative or file.path.name
+    where = file.where
     shapes: dict[int, tuple[int, ...]] = {}
     for key, (dtype, shape) in (new or {}).items():
         node = file.nodes[key]
@@ -136,7 +136,7 @@ def _content(
 
 def _parts(file: TorchFile, plan: _StoragePlan, pickled: bytes) -> Iterator[NewRecord]:
     """All records in the source's order; storages that no tensor uses any more are left out."""
-    with open_window(file.path, file.relative or file.path.name, file.base, file.archive.length) as window:
+    with open_window(file.path, file.where, file.base, file.archive.length) as window:
         for record in file.archive.records:
             if record.name == "data.pkl":
                 yield NewRecord(record.name, (pickled,))
@@ -187,11 +187,9 @@ def _put(holder: Any, step: Any, value: Any) -> None:
 
 
 def _shallow(value: Any, path: TreePath) -> Any:
-    if isinstance(value, Ordered):
-        fresh = Ordered(value)
-        fresh.state = value.state
-        return fresh
-    if isinstance(value, (dict, list)):
+    if isinstance(value, dict):
+        return like(value, value)
+    if isinstance(value, list):
         return value.copy()
     if isinstance(value, Call):
         return copied_call(value)

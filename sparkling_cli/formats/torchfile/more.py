@@ -10,7 +10,7 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.torchfile.archive import Record
 from sparkling_cli.formats.torchfile.file import TRANSPARENT, TorchFile, TreePath, collected, walk
 from sparkling_cli.formats.torchfile.layout import edited
-from sparkling_cli.formats.torchfile.objects import Call, Ordered, TensorNode, at, copied_call
+from sparkling_cli.formats.torchfile.objects import Call, Ordered, TensorNode, at, copied_call, like
 from sparkling_cli.formats.torchfile.subclass import is_subclass
 
 
@@ -40,7 +40,7 @@ class More:
         sources = {source for _, source in names}
         found = {name: self._copies.of((path, source), old[source]) for name, source in names}
         found.update((name, value) for name, value in old.items() if name not in sources)
-        self._edits[path] = _like(old, found)
+        self._edits[path] = like(old, found)
 
     def value(self, path: TreePath, value: Any) -> None:
         """Another plain value at a path."""
@@ -70,7 +70,7 @@ class More:
             idents = list(range(first, first + len(own))) if numbered else [holder.name for holder in own]
             changed.append(_group(group, own, idents, self._file.relative))
             first += len(own)
-        self._edits[(*path, "state")] = _like(held, state)
+        self._edits[(*path, "state")] = like(held, state)
         self._edits[(*path, "param_groups")] = changed
 
     def done(self) -> TorchFile:
@@ -81,15 +81,6 @@ class More:
         records[last + 1 : last + 1] = self._copies.records
         archive = replace(self._file.archive, records=tuple(records))
         return collected(replace(self._file, tree=edited(self._file.tree, self._edits), archive=archive))
-
-
-def _like(old: Any, new: dict[Any, Any]) -> dict[Any, Any]:
-    """A dictionary of the old one's kind, with its attributes."""
-    if not isinstance(old, Ordered):
-        return new
-    fresh = Ordered(new)
-    fresh.state = old.state
-    return fresh
 
 
 def _group(group: dict[str, Any], own: Sequence[Holder], idents: list[Any], where: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class GlobalType(type):
         build = _BUILDERS.get(cls.path)
         if build is not None:
             return build(cls, args)
-        return _call(Call, cls, args, False)
+        return recorded(cls, args)
 
     def __setattr__(cls, name: str, value: Any) -> None:
         """Refuse: a pickle's BUILD opcode must not change a stand-in."""
@@ -91,6 +91,15 @@ class Ordered(dict[Any, Any]):
 
     def __setstate__(self, state: Any) -> None:
         self.state = (state,)
+
+
+def like(old: Any, new: dict[Any, Any]) -> dict[Any, Any]:
+    """A dictionary of the old one's kind, with its attributes."""
+    if not isinstance(old, Ordered):
+        return dict(new)
+    fresh = Ordered(new)
+    fresh.state = old.state
+    return fresh
 
 
 @dataclass(slots=True, eq=False)
@@ -184,7 +193,7 @@ def _rebuild_tensor(function: GlobalType, args: tuple[Any, ...]) -> TensorNode:
 
 
 def _ordered(function: GlobalType, args: tuple[Any, ...]) -> Any:
-    return Ordered() if args == () else _call(Call, function, args, False)
+    return Ordered() if args == () else recorded(function, args)
 
 
 #: objects that are nothing but their attributes
