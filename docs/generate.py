@@ -169,6 +169,8 @@ def _object(name: str, thing: Any) -> list[str]:
 
 def _signature(name: str, thing: Any, *, short: bool = False) -> str:
     try:
+        if hasattr(thing, "model_rebuild"):  # a model that nobody has used yet does not know its fields
+            thing.model_rebuild()
         signature = inspect.signature(thing)
     except (TypeError, ValueError):
         return name
