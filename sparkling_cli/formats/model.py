@@ -118,6 +118,19 @@ class Checkpoint:
         """The stored weight of that name."""
         return self.tensors[self.weights[name]]
 
+    def alike(self, one: str, other: str) -> bool:
+        """Whether the tensors under two keys are the same, byte by byte, read piece by piece."""
+        import torch
+
+        from sparkling_cli.storage.read import TensorSource
+
+        first, second = self.tensors[one], self.tensors[other]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        with TensorSource(self) as source:
+            pieces = zip(source.pieces(one), source.pieces(other), strict=True)
+            return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pieces)
+
     @property
     def stored_weights(self) -> dict[str, str]:
         """Every name among the weights -> key: those too that are none of the model's."""

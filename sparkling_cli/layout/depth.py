@@ -109,10 +109,20 @@ class Places:
         names = (p.name for p in layout.tensors if LAYERS in p.template.axes)
         return cls(tuple(dict.fromkeys(name.partition(f"{{{LAYERS}")[0] for name in names)), order)
 
-    def old(self, name: str) -> str:
-        """The name in the deeper model of what is called so in the shallower one."""
+    def source(self, name: str) -> str:
+        """The name in the shallower model of what is called so in the deeper one."""
         stack, number, rest = self._parts(name)
-        return f"{stack}{places_of(self.order)[number][0]}{rest}" if stack and number in self.order else name
+        return f"{stack}{self.order[number]}{rest}" if stack else name
+
+    def targets(self, name: str) -> list[str]:
+        """The names in the deeper model of what is called so in the shallower one, the old one's first."""
+        stack, number, rest = self._parts(name)
+        found = [target for target, source in enumerate(self.order) if source == number]
+        return [f"{stack}{target}{rest}" for target in found] if stack else [name]
+
+    def old(self, name: str) -> str:
+        """The first of these; the name itself where there is none."""
+        return next(iter(self.targets(name)), name)
 
     def behind(self, name: str) -> str | None:
         """For a name in the deeper model that is of a new layer, that of the old one last before it."""

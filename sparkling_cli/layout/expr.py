@@ -7,7 +7,7 @@ axis that nothing happens to. A *packing* is an axis whose entries have names of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
@@ -114,6 +114,16 @@ class TensorLayout:
     dims: tuple[Dim, ...]
     text: str
 
+    @classmethod
+    def of(cls, dims: Iterable[Dim]) -> TensorLayout:
+        """The layout that has these dims."""
+        found = tuple(dims)
+        return cls(found, _rendered(found))
+
+    def with_terms(self, terms: Mapping[int, Expr]) -> TensorLayout:
+        """The layout with other terms for some dims."""
+        return self.of(replace(dim, expr=terms.get(i, dim.expr)) for i, dim in enumerate(self.dims))
+
     def axes(self) -> frozenset[str]:
         """Names of all axes (packings included) in any dim."""
         return frozenset(name for dim in self.dims for name in axis_names(dim.expr))
@@ -121,6 +131,24 @@ class TensorLayout:
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The tensor's shape under the given axis sizes."""
         return tuple(size_of(dim.expr, sizes) for dim in self.dims)
+
+
+def _rendered(dims: Sequence[Dim]) -> str:
+    """The text of a layout's dims; the inverse of parsing."""
+    stack = [str(d.expr) for d in dims if d.role is Role.STACK]
+    rest = [d for d in dims if d.role is not Role.STACK]
+    prefix = " ".join(stack) + " | " if stack else ""
+    roles = [d.role for d in rest]
+    if Role.IN in roles and Role.OUT in roles:
+        first = roles[0]
+        split = next(i for i, r in enumerate(roles) if r is not first)
+        left = " ".join(str(d.expr) for d in rest[:split])
+        right = " ".join(str(d.expr) for d in rest[split:])
+        return f"{prefix}{left} {'->' if first is Role.IN else '<-'} {right}"
+    if not rest:
+        return ""
+    word = "bias" if roles[0] is Role.BIAS else "scale"
+    return f"{prefix}{word} " + " ".join(str(d.expr) for d in rest)
 
 
 def atoms(expr: Expr) -> Iterator[Axis | Fixed]:
@@ -178,3 +206,22 @@ def size_of(expr: Expr, sizes: Mapping[str, int]) -> int:
     if isinstance(expr, Product):
         return prod(size_of(factor, sizes) for factor in expr.factors)
     return sum(size_of(part, sizes) for part in expr.parts)
+
+
+def solved(
+    expr: Expr, value: int, sizes: Mapping[str, int], free: Callable[[Axis | Fixed], bool]
+) -> int | None:
+    """What the one free axis in a term must be for the term to have ``value`` entries; None if nothing fits.
+
+    Raises:
+        LayoutError: an axis that is not free has no size.
+    """
+    if isinstance(expr, (Axis, Fixed)):
+        return value if value >= 1 and free(expr) else None
+    inner = expr.factors if isinstance(expr, Product) else expr.parts
+    opened = [term for term in inner if any(map(free, atoms(term)))]
+    if len(opened) != 1:
+        return None
+    others = [size_of(term, sizes) for term in inner if term is not opened[0]]
+    left, odd = divmod(value, prod(others)) if isinstance(expr, Product) else (value - sum(others), 0)
+    return None if odd else solved(opened[0], left, sizes, free)

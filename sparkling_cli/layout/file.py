@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.model import AxisInfo, ModelLayout
+from sparkling_cli.layout.model import ModelLayout
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,9 +21,12 @@ else:
 FORMAT = 1
 
 
-#: fields that a layout and its file have alike, in the file's order
-_AS_THEY_ARE = ("notes", "ordered", "numbered", "buffers", "divisible", "ignored", "tied")
-#: a model's layout, from its file's JSON
+#: fields in the file's order
+_ORDER = (
+    *("name", "notes", "ordered", "numbered", "buffers", "divisible", "ignored", "tied", "axes"),
+    *("aliases", "config", "tensors", "disk", "assembly", "silent", "compensate"),
+)
+#: a model's layout, from its file's JSON and to it
 _LAYOUT = TypeAdapter(ModelLayout)
 #: of an axis of which the file says nothing else
 _DECLARED = {"widenable": True, "reason": "declared by the layout file"}
@@ -54,35 +57,12 @@ def from_dict(data: Mapping[str, Any], where: str) -> ModelLayout:
 
 def to_dict(layout: ModelLayout) -> dict[str, Any]:
     """The layout as plain data; ``from_dict`` gives it back. Defaults are left out."""
-    data: dict[str, Any] = {"format": FORMAT, "name": layout.name}
-    for name in _AS_THEY_ARE:
-        if value := getattr(layout, name):
-            data[name] = value if value is True else [v if isinstance(v, str) else list(v) for v in value]
-    data["axes"] = {name: _axis_dict(info) for name, info in layout.axes.items()}
-    if layout.aliases:
-        data["aliases"] = dict(layout.aliases)
+    data = _LAYOUT.dump_python(layout, mode="json", by_alias=True, exclude_defaults=True)
     data["config"] = dict(layout.config)
-    data["tensors"] = {p.name: p.layout for p in layout.tensors}
-    if layout.disk is not None:
-        data["disk"] = {p.name: p.layout for p in layout.disk}
-    if layout.assembly:
-        data["assembly"] = {name: list(parts) for name, parts in layout.assembly.items()}
-    if layout.silent:
-        data["silent"] = dict(layout.silent)
-    if layout.compensations:
-        data["compensate"] = [
-            {k: v for k, v in vars(c).items() if v not in ("", False, 0.0)} for c in layout.compensations
-        ]
-    return data
-
-
-def _axis_dict(info: AxisInfo) -> dict[str, Any]:
-    data: dict[str, Any] = {"size": info.size, "widenable": info.widenable, "reason": info.reason}
-    if info.joint:
-        data["joint"] = list(info.joint)
-    if info.multiple_of != 1:
-        data["multiple_of"] = info.multiple_of
-    return data
+    for name, info in layout.axes.items():  # of these the file has defaults of its own
+        said = {"size": info.size, "widenable": info.widenable, "reason": info.reason}
+        data["axes"][name] = {**said, **data["axes"][name]}
+    return {"format": FORMAT, **{key: data[key] for key in _ORDER if key in data}}
 
 
 _MADE_BY = "`sparkling layout CKPT > mine.toml` makes one to begin with"

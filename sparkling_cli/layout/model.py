@@ -12,7 +12,7 @@ from functools import cached_property
 from math import frexp, ldexp, prod, sqrt
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema
+from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, PlainSerializer
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import PACKINGS, TensorLayout, axis_names, size_of
@@ -105,9 +105,15 @@ def _from_table(table: dict[str, str]) -> tuple[TensorPattern, ...]:
     return tuple(TensorPattern(*item) for item in table.items())
 
 
+def _to_table(patterns: Iterable[TensorPattern]) -> dict[str, str]:
+    return {pattern.name: pattern.layout for pattern in patterns}
+
+
 #: in a file patterns are a table: name template -> layout
 _TABLE = GetPydanticSchema(
-    lambda _source, handler: handler(Annotated[dict[str, str], AfterValidator(_from_table)])
+    lambda _source, handler: handler(
+        Annotated[dict[str, str], AfterValidator(_from_table), PlainSerializer(_to_table)]
+    )
 )
 
 
@@ -270,6 +276,11 @@ class ModelLayout:
         """The name whose layout holds for a tied tensor; other names are returned as they are."""
         return self._canonical.get(name, name)
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor, by its name in the module or on disk, has a pattern."""
+        own = self.canonical(name)
+        return self.disk_table.has(own) or self.module_table.has(own)
+
     def carries(self, axes: Iterable[str]) -> bool:
         """Whether some tensor's entries carry a factor when these axes grow, fan-in factors aside."""
         grown = set(axes)
@@ -313,7 +324,12 @@ class ModelLayout:
         """
         expected = self.shape_of(pattern)
         if expected != tuple(shape):
-            raise LayoutError(self._mismatch(name, pattern, shape, expected))
+            axes = sorted(pattern.dims.axes())
+            sizes = ", ".join(f"{axis} = {self.sizes[axis]}" for axis in axes if axis in self.sizes)
+            raise LayoutError(
+                f"tensor {name!r} has shape {tuple(shape)}, its layout says {expected}\n"
+                f"    {pattern.name}: {pattern.layout}\n    {sizes}"
+            )
 
     def renamed(self, named: Callable[[str], str]) -> ModelLayout:
         """The layout with other name templates in place of its own."""
@@ -408,14 +424,3 @@ class ModelLayout:
                 hint="a shard may be missing, or the layout is for another model",
             )
         return found
-
-    def _mismatch(
-        self, name: str, pattern: TensorPattern, found: tuple[int, ...], expected: tuple[int, ...]
-    ) -> str:
-        sizes = ", ".join(
-            f"{axis} = {self.sizes[axis]}" for axis in sorted(pattern.dims.axes()) if axis in self.sizes
-        )
-        return (
-            f"tensor {name!r} has shape {tuple(found)}, its layout says {expected}\n"
-            f"    {pattern.name}: {pattern.layout}\n    {sizes}"
-        )

@@ -124,25 +124,21 @@ def base_prefixes(model_type: object) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def find_packaged(
-    checkpoint: Checkpoint, alike: Callable[[str, str], bool], sizing: Sequence[str] = ()
-) -> ModelLayout | None:
+def find_packaged(checkpoint: Checkpoint, sizing: Sequence[str] = ()) -> ModelLayout | None:
     """The layout of a checkpoint, from the one packaged file that fits it; None if none does.
 
     Args:
         checkpoint: the source.
-        alike: whether the tensors under two keys are the same, byte by byte: formats that store tied
-            weights twice (DCP) do not say which are.
         sizing: config keys whose numbers size something, which a file of a class must know.
 
     Raises:
         LayoutError: the names are those of one file but the shapes contradict it, or several fit, or the one
             that fits does not tie what is the same in the checkpoint.
     """
-    fitting, faults = _fitting(checkpoint, alike, sizing, frozenset())
+    fitting, faults = _fitting(checkpoint, sizing, frozenset())
     loose = frozenset() if fitting or faults else checkpoint.loose
     if loose:
-        fitting, faults = _fitting(checkpoint, alike, sizing, loose)
+        fitting, faults = _fitting(checkpoint, sizing, loose)
     fitting = [layout for layout in fitting if _shared_is_tied(checkpoint, layout)]
     if len(fitting) > 1:
         names = ", ".join(layout.name for layout in fitting)
@@ -153,18 +149,17 @@ def find_packaged(
     if not fitting and faults:
         raise faults[0]
     if fitting and checkpoint.format == "dcp":
-        _refuse_unknown_ties(checkpoint, fitting[0], alike)
+        _refuse_unknown_ties(checkpoint, fitting[0])
     return fitting[0] if fitting else None
 
 
 def _fitting(
-    checkpoint: Checkpoint, alike: Callable[[str, str], bool], sizing: Sequence[str], loose: Set[str]
+    checkpoint: Checkpoint, sizing: Sequence[str], loose: Set[str]
 ) -> tuple[list[ModelLayout], list[LayoutError]]:
     """The layouts of all packaged files that fit, and what contradicts those whose names do.
 
     Args:
         checkpoint: see :func:`find_packaged`.
-        alike: see there.
         sizing: see there.
         loose: weights that a file need not know.
     """
@@ -177,7 +172,7 @@ def _fitting(
     for data in sorted((data for text in possible for data in _layouts_in(text)), key=itemgetter("name")):
         apart = _unknown(data, loose)
         own = {weight: shape for weight, shape in weights.items() if weight not in apart}
-        same = _same_weights(checkpoint, alike)
+        same = _same_weights(checkpoint)
         where = f"packaged layout {data['name']}"
         try:
             fitting.append(
@@ -197,19 +192,17 @@ def _unknown(data: Mapping[str, Any], names: Set[str]) -> set[str]:
     return {name for name in names if not patterns.has(name)}
 
 
-def _same_weights(checkpoint: Checkpoint, alike: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    """Whether two weights are one: where a format stores tied ones twice their values say so."""
+def _same_weights(checkpoint: Checkpoint) -> Callable[[str, str], bool]:
+    """Whether two weights are one: where a format stores tied ones twice (DCP) their values say so."""
 
     def same(one: str, other: str) -> bool:
         keys = checkpoint.weights[one], checkpoint.weights[other]
-        return keys[0] == keys[1] or (checkpoint.format == "dcp" and alike(*keys))
+        return keys[0] == keys[1] or (checkpoint.format == "dcp" and checkpoint.alike(*keys))
 
     return same
 
 
-def _refuse_unknown_ties(
-    checkpoint: Checkpoint, layout: ModelLayout, alike: Callable[[str, str], bool]
-) -> None:
+def _refuse_unknown_ties(checkpoint: Checkpoint, layout: ModelLayout) -> None:
     """Names that models of other files tie must not share their values where the layout unties them.
 
     Raises:
@@ -219,7 +212,7 @@ def _refuse_unknown_ties(
     for group in set(map(frozenset, tied)) - {frozenset(group) for group in layout.tied}:
         first, *others = sorted(group)
         if group <= checkpoint.weights.keys() and all(
-            alike(checkpoint.weights[first], checkpoint.weights[other]) for other in others
+            checkpoint.alike(checkpoint.weights[first], checkpoint.weights[other]) for other in others
         ):
             names = " and ".join([first, *others])
             raise LayoutError(
@@ -237,13 +230,12 @@ def _shared_is_tied(checkpoint: Checkpoint, layout: ModelLayout) -> bool:
     )
 
 
-def layout_for(checkpoint: Checkpoint, path: Path, alike: Callable[[str, str], bool]) -> ModelLayout:
+def layout_for(checkpoint: Checkpoint, path: Path) -> ModelLayout:
     """A user's layout file for a checkpoint, or the packaged one of that name; open sizes are solved.
 
     Args:
         checkpoint: the source.
         path: the file, or a name of :func:`packaged_names`.
-        alike: see :func:`find_packaged`.
 
     Raises:
         LayoutError: it cannot be read, is malformed, or does not fit the checkpoint.
@@ -255,7 +247,7 @@ def layout_for(checkpoint: Checkpoint, path: Path, alike: Callable[[str, str], b
     if not is_open(data):
         return from_dict(data, str(path))
     weights, states = shapes_of(checkpoint)
-    same = _same_weights(checkpoint, alike)
+    same = _same_weights(checkpoint)
     return solve_layout(data, weights, states, checkpoint.config, str(path), alike=same)
 
 

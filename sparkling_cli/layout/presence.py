@@ -102,8 +102,8 @@ def present(
     *,
     complete: bool = True,
     known: AbstractSet[str] = frozenset(),
-) -> dict[str, str]:
-    """The patterns that occur among the names, or are known to.
+) -> tuple[dict[str, str], dict[str, TensorPattern]]:
+    """The patterns that occur among the names, or are known to; and the one of every name.
 
     Raises:
         NamesDifferError: a name has no pattern, or a pattern that is not optional has no name.
@@ -111,15 +111,16 @@ def present(
     patterns = {name.removesuffix("?"): text for name, text in table.items()}
     lookup = PatternTable(TensorPattern(*item) for item in patterns.items())
     try:
-        used = {pattern.name for pattern in lookup.find_all(list(shapes))}
+        found = dict(zip(shapes, lookup.find_all(list(shapes)), strict=True))
     except LayoutError as error:
         raise NamesDifferError(f"{where}: {error.message}", hint=error.hint) from None
+    used = {pattern.name for pattern in found.values()}
     missing = [name for name in table if not name.endswith("?") and name not in used]
     if missing and complete:
         raise NamesDifferError(
             f"{where}: {len(missing)} pattern(s) match no tensor, the first: {missing[0]!r}"
         )
-    return {n: t for n, t in patterns.items() if n in used or n in missing or n in known}
+    return {n: t for n, t in patterns.items() if n in used or n in missing or n in known}, found
 
 
 def _spread(name: str, config: Mapping[str, Any]) -> list[str]:
@@ -180,18 +181,14 @@ def axes_in(tables: Iterable[Mapping[str, str]]) -> set[str]:
 Indices = Mapping[str, Mapping[str, AbstractSet[int]]]
 
 
-def indices_of(table: Mapping[str, str], shapes: Shapes) -> Indices:
-    """Where the patterns of a table occur among the names."""
-    patterns = PatternTable(TensorPattern(*item) for item in table.items()).find_all(list(shapes))
-    found: dict[str, list[tuple[int, ...]]] = {}
-    axes = {}
-    for name, pattern in zip(shapes, patterns, strict=True):
-        if pattern.name not in found:
-            found[pattern.name], axes[pattern.name] = [], pattern.template.axes
-        found[pattern.name].append(pattern.template.indices(name) or ())
+def indices_of(patterns: Mapping[str, TensorPattern]) -> Indices:
+    """Where patterns occur, from the one of every name."""
+    found: dict[TensorPattern, list[tuple[int, ...]]] = {}
+    for name, pattern in patterns.items():
+        found.setdefault(pattern, []).append(pattern.template.indices(name) or ())
     return {
-        name: dict(zip(axes[name], map(frozenset, zip(*indices, strict=True)), strict=True))
-        for name, indices in found.items()
+        pattern.name: dict(zip(pattern.template.axes, map(frozenset, zip(*own, strict=True)), strict=True))
+        for pattern, own in found.items()
     }
 
 

@@ -32,10 +32,21 @@ from math import prod
 from typing import Any
 
 from sparkling_cli.errors import LayoutError
-from sparkling_cli.layout.expr import PACKINGS, Axis, Expr, Fixed, Product, Role, axis_names, size_of
+from sparkling_cli.layout.expr import (
+    PACKINGS,
+    Axis,
+    Expr,
+    Fixed,
+    Product,
+    Role,
+    atoms,
+    axis_names,
+    size_of,
+    solved,
+)
 from sparkling_cli.layout.file import from_dict
 from sparkling_cli.layout.keys import lookup
-from sparkling_cli.layout.model import ModelLayout, PatternTable, TensorPattern
+from sparkling_cli.layout.model import ModelLayout, TensorPattern
 from sparkling_cli.layout.parse import parse_expr, parse_layout
 from sparkling_cli.layout.presence import (
     Indices,
@@ -104,22 +115,24 @@ def solve_layout(
     if classes:
         data["name"] = classes[(config or {})["model_type"]]
     on_disk = "disk" if data.get("disk") is not None else "tensors"
-    tables = {on_disk: present(data[on_disk], weights, where)}
+    table, named = present(data[on_disk], weights, where)
+    tables, stated = {on_disk: table}, dict[str, TensorPattern]()
     if on_disk == "disk":
-        there = assembled(data, tables["disk"])
-        tables["tensors"] = present(data["tensors"], states, where, complete=bool(states), known=there)
+        there = assembled(data, table)
+        tables["tensors"], stated = present(
+            data["tensors"], states, where, complete=bool(states), known=there
+        )
     numbers = present_numbers(data.get("config", {}), config or {}, axes_in(tables.values()), where)
     equations = [
         *_config_equations(numbers, config or {}),
-        *_tensor_equations(tables[on_disk], weights),
-        *(_tensor_equations(tables["tensors"], states) if on_disk == "disk" else ()),
+        *_tensor_equations(named, weights),
+        *_tensor_equations(stated, states),
     ]
     known = {name: axis["size"] for name, axis in data["axes"].items() if "size" in axis}
-    indices = indices_of(tables[on_disk], weights)
+    indices = indices_of(named)
     if classes and not data.pop("mixed_layers", False):
         _check_layers(indices, where)
-    if on_disk == "disk":
-        indices = {**indices_of(tables["tensors"], states), **indices}
+    indices = {**indices_of(stated), **indices}
     counts = _counts(indices)
     sizes = solve_sizes(equations, {**known, **counts})
     layout = from_dict(_closed(data, tables, numbers, sizes, where), where)
@@ -142,19 +155,24 @@ def solve_sizes(equations: Iterable[Equation], known: Mapping[str, int]) -> dict
         LayoutError: an equation has no whole positive solution.
     """
     sizes = dict(known)
+
+    def unknown(atom: Axis | Fixed) -> bool:
+        return isinstance(atom, Axis) and atom.name not in PACKINGS and atom.name not in sizes
+
     left = list(equations)
     while left:
         left = [*left, *_quotients(left, sizes)]
         before = len(sizes)
         unsolved = []
         for equation in left:
-            unknown = {n for n in axis_names(equation.term) if n not in PACKINGS and n not in sizes}
-            if not unknown:
-                continue
-            if len(unknown) == 1 and sum(n in unknown for n in axis_names(equation.term)) == 1:
-                sizes[unknown.pop()] = _solve(equation.term, equation.value, sizes, equation)
-            else:
+            axes = [a.name for a in atoms(equation.term) if isinstance(a, Axis) and unknown(a)]
+            if len(axes) > 1:
                 unsolved.append(equation)
+            elif axes:
+                size = solved(equation.term, equation.value, sizes, unknown)
+                if size is None:
+                    raise LayoutError(_contradiction(equation, sizes))
+                sizes[axes[0]] = size
         if len(sizes) == before:
             break
         left = unsolved
@@ -194,23 +212,6 @@ def _unknown_factors(equation: Equation, sizes: Mapping[str, int]) -> tuple[tupl
     if not unknown or divisor < 1 or equation.value % divisor:
         return None
     return tuple(sorted(unknown)), equation.value // divisor
-
-
-def _solve(term: Expr, value: int, sizes: Mapping[str, int], equation: Equation) -> int:
-    """The value of the one axis in ``term`` that has no size."""
-    if isinstance(term, Axis):
-        if value < 1:
-            raise LayoutError(_contradiction(equation, sizes))
-        return value
-    assert not isinstance(term, Fixed)
-    inner = term.factors if isinstance(term, Product) else term.parts
-    opened = next(e for e in inner if any(n not in PACKINGS and n not in sizes for n in axis_names(e)))
-    others = [size_of(e, sizes) for e in inner if e is not opened]
-    if isinstance(term, Product):
-        if value % prod(others):
-            raise LayoutError(_contradiction(equation, sizes))
-        return _solve(opened, value // prod(others), sizes, equation)
-    return _solve(opened, value - sum(others), sizes, equation)
 
 
 def _contradiction(equation: Equation, sizes: Mapping[str, int]) -> str:
@@ -287,10 +288,10 @@ def _config_equations(numbers: Mapping[str, str], config: Mapping[str, Any]) -> 
             yield Equation(parse_expr(text), int(lookup(config, key)), f"the config's {key}")
 
 
-def _tensor_equations(table: Mapping[str, str], shapes: Shapes) -> Iterable[Equation]:
-    patterns = PatternTable(TensorPattern(*item) for item in table.items()).find_all(list(shapes))
+def _tensor_equations(patterns: Mapping[str, TensorPattern], shapes: Shapes) -> Iterable[Equation]:
     seen = set()
-    for (name, shape), pattern in zip(shapes.items(), patterns, strict=True):
+    for name, pattern in patterns.items():
+        shape = shapes[name]
         if (pattern.name, shape) in seen:
             continue
         seen.add((pattern.name, shape))

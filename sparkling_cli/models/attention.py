@@ -7,12 +7,11 @@ not. Function can: the output projection's input is linear in the values, whatev
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from sparkling_cli.layout.expr import Axis, Expr, Fixed, Product, Role, TensorLayout
 from sparkling_cli.layout.names import block_of
 from sparkling_cli.models.families import Family, Options, Variable
-from sparkling_cli.models.labels import keeps, label, parts_of, render, texts
+from sparkling_cli.models.labels import keeps, label, parts_of, texts
 from sparkling_cli.models.parity import LogitParity
 
 _HIDDEN = Axis("hidden")
@@ -116,14 +115,8 @@ def _split_block(
                     parity, families, changed
                 ):
                     continue
-                layouts[i] = _with(layouts[i], d, Product(_HEADS))
+                layouts[i] = layouts[i].with_terms({d: Product(_HEADS)})
                 for f, at in (p for others in producers.values() for p in others):
                     options = _alternatives(layouts[f].dims[at].expr)
-                    layouts[f] = _with(layouts[f], at, options[min(number, len(options) - 1)])
+                    layouts[f] = layouts[f].with_terms({at: options[min(number, len(options) - 1)]})
                 return
-
-
-def _with(layout: TensorLayout, d: int, expr: Expr) -> TensorLayout:
-    dims = list(layout.dims)
-    dims[d] = replace(dims[d], expr=expr)
-    return TensorLayout(tuple(dims), render(dims))

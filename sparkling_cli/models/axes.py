@@ -7,17 +7,19 @@ Names come from hints (``sizes``); what moves is measured; what a dim that moves
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from sparkling_cli.layout.keys import Path, get_path
-from sparkling_cli.models.shrink import Shapes, changed, tried_shapes
+from sparkling_cli.models.shrink import Shapes, changed, moved_dims, tried_shapes
 from sparkling_cli.models.shrink import shapes as shapes_of
 from sparkling_cli.models.sizes import OTHER_MODALITY, kind_of, tower_outputs, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 
+#: Config path -> names of the axes (and numbers) whose product is its value.
+Terms = dict[Path, tuple[str, ...]]
 #: Kinds whose keys size nothing that could be an axis.
 _IGNORED = frozenset({"token", "layers", "shared_layers", "multiple", "top_k", "window", "groups"})
 #: The axis that says how many experts work on one token: no tensor has it.
@@ -36,20 +38,16 @@ FROZEN: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class AxisKey:
+class TinyAxis:
     """One axis of the tiny model.
 
     Attributes:
-        name: axis name.
-        kind: what the keys' names hint at, or None.
+        kind: what its keys' names hint at, or None.
         size: entries in the tiny model.
-        keys: config paths that hold it.
     """
 
-    name: str
     kind: str | None
     size: int
-    keys: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class TinyAxes:
     Attributes:
         config: the tiny config.
         axes: by name.
-        terms: config path -> names of the axes (and numbers) whose product is its value.
+        terms: of every config path that sizes something; it is a key of the last axis in it.
         shapes: of every tensor of the tiny model's state dict.
         moved: axis -> shapes with that axis doubled (absent: the class refuses that).
         refused: axis -> what the class raised.
@@ -68,8 +66,8 @@ class TinyAxes:
     """
 
     config: ConfigDict
-    axes: dict[str, AxisKey]
-    terms: dict[Path, tuple[str, ...]]
+    axes: dict[str, TinyAxis]
+    terms: Terms
     shapes: Shapes
     moved: dict[str, Shapes] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -80,6 +78,10 @@ class TinyAxes:
     def sizes(self) -> dict[str, int]:
         """Axis sizes of the tiny model."""
         return {name: axis.size for name, axis in self.axes.items()}
+
+    def keys(self, axis: str) -> list[Path]:
+        """Config paths that hold an axis; none of one that follows from others."""
+        return [path for path, names in self.terms.items() if names[-1] == axis]
 
     def resized(self, factors: Mapping[str, int]) -> ConfigDict:
         """The tiny config with some axes multiplied."""
@@ -102,13 +104,13 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Tin
         # A key that cannot move alone (heads that must divide hidden) may still be half of an axis.
         if isinstance(shapes, str) or shapes != base or kind_of(path[-1]) in ("heads", "kv_heads"):
             sizing[path] = value
-            weights[path] = 0 if isinstance(shapes, str) else _moved_dims(base, shapes)
+            weights[path] = 0 if isinstance(shapes, str) else len(moved_dims(base, shapes))
             if shapes == base:
                 idle.add(path)
     _drop_unread(sizing, idle)
     axes, terms = _grouped(_text_first(sizing, weights), idle)
     _with_towers(axes, terms, config)
-    _with_totals(axes, terms, config)
+    _with_totals(terms, config)
     found = TinyAxes(config, axes, terms, base)
     for name in list(axes):
         shapes = tried_shapes(found.resized({name: 2}), factory)
@@ -130,14 +132,14 @@ def _add_per_token(found: TinyAxes) -> None:
     """The number of experts that work on a token, where a key beside the number of experts says it."""
     if "experts" not in found.axes:
         return
-    beside = found.axes["experts"].keys[0][:-1]
+    beside = found.keys("experts")[0][:-1]
     counts: dict[Path, int] = {}
     for path, value in walk(found.config):
         value = value[0] if isinstance(value, list) and value and len(set(map(repr, value))) == 1 else value
         if path[:-1] == beside and chooses_experts(path[-1]) and type(value) is int and value > 0:
             counts[path] = value
     if len(set(counts.values())) == 1:
-        found.axes[PER_TOKEN] = AxisKey(PER_TOKEN, "top_k", next(iter(counts.values())), tuple(counts))
+        found.axes[PER_TOKEN] = TinyAxis("top_k", next(iter(counts.values())))
         found.terms.update(dict.fromkeys(counts, (PER_TOKEN,)))
 
 
@@ -163,26 +165,15 @@ def _rebase(found: TinyAxes, name: str) -> None:
 
     Some classes give the width before a gate halves it: the axis is then half as long as its key says.
     """
-    axis, shapes = found.axes[name], found.moved[name]
-    if len(axis.keys) != 1 or axis.kind not in ("ffn", "expert_ffn", "shared_ffn"):
+    axis, shapes, keys = found.axes[name], found.moved[name], found.keys(name)
+    if len(keys) != 1 or axis.kind not in ("ffn", "expert_ffn", "shared_ffn"):
         return
-    steps = {
-        b - a
-        for k, one in found.shapes.items()
-        if k in shapes and len(one) == len(shapes[k])
-        for a, b in zip(one, shapes[k], strict=True)
-        if b != a
-    }
+    steps = {b - a for a, b in moved_dims(found.shapes, shapes).values()}
     halves = all(2 * step % axis.size == 0 for step in steps)
     if not halves or all(step % axis.size == 0 for step in steps):
         return
-    found.axes[name] = AxisKey(name, axis.kind, axis.size // 2, axis.keys)
-    found.terms[axis.keys[0]] = ("2", name)
-
-
-def _moved_dims(base: Shapes, shapes: Shapes) -> int:
-    pairs = [(base[k], shapes[k]) for k in base if k in shapes and len(base[k]) == len(shapes[k])]
-    return sum(a != b for one, two in pairs for a, b in zip(one, two, strict=True))
+    found.axes[name] = TinyAxis(axis.kind, axis.size // 2)
+    found.terms[keys[0]] = ("2", name)
 
 
 def _text_first(sizing: Mapping[Path, int], weights: Mapping[Path, int]) -> dict[Path, int]:
@@ -208,30 +199,26 @@ def _integers(config: Mapping[str, Any]) -> list[tuple[Path, int]]:
     return found
 
 
-def _with_towers(axes: dict[str, AxisKey], terms: dict[Path, tuple[str, ...]], config: ConfigDict) -> None:
+def _with_towers(axes: Mapping[str, TinyAxis], terms: Terms, config: ConfigDict) -> None:
     """Count the keys that repeat hidden as the width of a tower's output among hidden's own."""
     hidden = axes.get("hidden")
     if hidden is not None:
-        paths = tuple(path for path in tower_outputs(config, hidden.size) if path not in terms)
-        axes["hidden"] = AxisKey("hidden", hidden.kind, hidden.size, (*hidden.keys, *paths))
+        paths = [path for path in tower_outputs(config, hidden.size) if path not in terms]
         terms.update(dict.fromkeys(paths, ("hidden",)))
 
 
-def _with_totals(axes: dict[str, AxisKey], terms: dict[Path, tuple[str, ...]], config: ConfigDict) -> None:
+def _with_totals(terms: Terms, config: ConfigDict) -> None:
     """Count a number that is a list's for every layer (``num_attention_heads_per_layer``) among its keys."""
     for path, names in list(terms.items()):
         total = (*path[:-1], path[-1].removesuffix("_per_layer"))
         listed = get_path(config, path)
         if total not in terms and isinstance(listed, list) and get_path(config, total) == listed[0]:
             terms[total] = names
-            axes[names[-1]] = replace(axes[names[-1]], keys=(*axes[names[-1]].keys, total))
 
 
-def _grouped(
-    sizing: Mapping[Path, int], idle: set[Path]
-) -> tuple[dict[str, AxisKey], dict[Path, tuple[str, ...]]]:
-    axes: dict[str, AxisKey] = {}
-    terms: dict[Path, tuple[str, ...]] = {}
+def _grouped(sizing: Mapping[Path, int], idle: set[Path]) -> tuple[dict[str, TinyAxis], Terms]:
+    axes: dict[str, TinyAxis] = {}
+    terms: Terms = {}
     hidden: dict[tuple[Path, int], list[Path]] = {}
     done: set[Path] = set()
     for path, value in sizing.items():
@@ -244,7 +231,7 @@ def _grouped(
             hidden.setdefault((path[:-1], value), []).append(path)
     for (_, size), paths in hidden.items():
         name = _fresh(axes, "hidden", paths[0])
-        axes[name] = AxisKey(name, "hidden", size, tuple(paths))
+        axes[name] = TinyAxis("hidden", size)
         terms.update(dict.fromkeys(paths, (name,)))
         done |= set(paths)
     for path, value in sizing.items():
@@ -255,7 +242,7 @@ def _grouped(
             if len(same) > 1:
                 # Counts that size nothing by themselves cannot be told apart: they grow as one.
                 name = _fresh(axes, "heads", path)
-                axes[name] = AxisKey(name, "heads", value, tuple(same))
+                axes[name] = TinyAxis("heads", value)
                 terms.update(dict.fromkeys(same, (name,)))
                 done |= set(same)
                 continue
@@ -264,8 +251,8 @@ def _grouped(
             if kind == "vocab":  # further tables of the same tokens
                 beside = {p for p in sizing if p[:-1] == path[:-1] and kind_of(p[-1]) == kind}
                 keys |= {p for p in beside if sizing[p] == value}
-            axes[name] = AxisKey(name, kind, value, tuple(sorted(keys)))
-            terms.update(dict.fromkeys(axes[name].keys, (name,)))
+            axes[name] = TinyAxis(kind, value)
+            terms.update(dict.fromkeys(sorted(keys), (name,)))
             done |= keys
     return axes, terms
 
@@ -278,21 +265,21 @@ _NAMED = frozenset(
 
 
 def _add_heads(
-    axes: dict[str, AxisKey],
-    terms: dict[Path, tuple[str, ...]],
+    axes: dict[str, TinyAxis],
+    terms: Terms,
     heads: Path,
     kv: Path,
     sizing: Mapping[Path, int],
 ) -> None:
     if sizing[heads] == sizing[kv]:
         name = _fresh(axes, "heads", heads)
-        axes[name] = AxisKey(name, "heads", sizing[heads], (heads, kv))
+        axes[name] = TinyAxis("heads", sizing[heads])
         terms[heads] = terms[kv] = (name,)
         return
     name = _fresh(axes, "kv_heads", kv)
-    axes[name] = AxisKey(name, "kv_heads", sizing[kv], (kv,))
+    axes[name] = TinyAxis("kv_heads", sizing[kv])
     group = _fresh(axes, "q_per_kv" if name == "kv_heads" else f"{name}_q_per_kv", kv)
-    axes[group] = AxisKey(group, "q_per_kv", sizing[heads] // sizing[kv], (heads,))
+    axes[group] = TinyAxis("q_per_kv", sizing[heads] // sizing[kv])
     terms[kv], terms[heads] = (name,), (name, group)
 
 
@@ -310,7 +297,7 @@ def _alike(a: str, b: str) -> tuple[int, int]:
     return common, len(set(a.split("_")) & set(b.split("_")))
 
 
-def _fresh(axes: Mapping[str, AxisKey], name: str, path: Path) -> str:
+def _fresh(axes: Mapping[str, TinyAxis], name: str, path: Path) -> str:
     for candidate in (name, path[-1], "_".join(path)):
         clean = "".join(c if c.isalnum() else "_" for c in candidate).strip("_")
         if clean and clean not in axes:
@@ -343,23 +330,14 @@ def coupled(found: TinyAxes, factory: ModelFactory | None, *, always: bool = Fal
     heads = prod(found.axes[n].size for n in own if n in found.axes)
     axes = dict(found.axes)
     if "head_dim" not in axes and axes["hidden"].size % heads == 0:
-        axes["head_dim"] = AxisKey("head_dim", "head_dim", axes["hidden"].size // heads, ())
+        axes["head_dim"] = TinyAxis("head_dim", axes["hidden"].size // heads)
     refused = {k: v for k, v in found.refused.items() if k != "hidden"}
     moved = {**found.moved, "hidden": shapes}
     return replace(found, axes=axes, moved=moved, refused=refused, coupled=tuple(counts))
 
 
-def _larger(before: Shapes, after: Shapes) -> bool:
-    """Whether some tensors are larger and none is smaller."""
-    if after.keys() != before.keys():
-        return False
-    pairs: Sequence[tuple[int, int]] = [
-        (a, b) for k in after for a, b in zip(before[k], after[k], strict=True)
-    ]
-    return any(b > a for a, b in pairs) and all(b >= a for a, b in pairs)
-
-
 def grows(found: TinyAxes, name: str) -> bool:
     """Whether doubling the axis makes some tensors larger and none smaller."""
-    shapes = found.moved.get(name)
-    return shapes is not None and _larger(found.shapes, shapes)
+    shapes = found.moved.get(name, {})
+    steps = [b - a for a, b in moved_dims(found.shapes, shapes).values()]
+    return shapes.keys() == found.shapes.keys() and min(steps, default=0) > 0

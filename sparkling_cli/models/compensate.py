@@ -8,9 +8,14 @@ they act. Which of these a class needs is tried, like every hypothesis.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
 
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import Compensation
@@ -18,10 +23,6 @@ from sparkling_cli.layout.names import skeleton
 from sparkling_cli.models.families import _tied_heads
 from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.models.shrink import run
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 Compensations = tuple[Compensation, ...]
 #: An exponent that is measured is at most so far from the true one.
@@ -146,31 +147,39 @@ def _inside(
 
 def _inputs(model: nn.Module, ids: torch.Tensor) -> list[_Input]:
     """What enters the modules with a weight, in the order in which they run."""
-    import torch
-
+    own = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
     found: dict[str, _Input] = {}
 
-    def watch(name: str, linear: bool) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            entering = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-            if entering and entering[0].is_floating_point() and entering[0].numel():
-                entries = entering[0].to(torch.float64)
-                rms, size = entries.square().mean().sqrt(), entries.abs().mean()
-                found.setdefault(name, _Input(name, linear, float(rms), float(size)))
+    def see(name: str, entering: bool, tensors: list[torch.Tensor]) -> None:
+        if entering and tensors and tensors[0].is_floating_point() and tensors[0].numel():
+            entries = tensors[0].to(torch.float64)
+            rms, size = entries.square().mean().sqrt(), entries.abs().mean()
+            found.setdefault(name, _Input(name, isinstance(own[name], nn.Linear), float(rms), float(size)))
 
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(watch(name, isinstance(module, torch.nn.Linear)), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), torch.nn.Parameter)
-    ]
-    try:
-        run(model, ids)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _watch(model, ids, own, see)
     return list(found.values())
+
+
+def _watch(
+    model: nn.Module,
+    ids: torch.Tensor,
+    modules: Mapping[str, nn.Module],
+    see: Callable[[str, bool, list[torch.Tensor]], None],
+) -> None:
+    """Run the model; ``see`` is given the name of a module, and what enters (True) or leaves it."""
+
+    def entering(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        see(name, True, [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)])
+
+    def leaving(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        see(name, False, [output] if isinstance(output, torch.Tensor) else [])
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            before = module.register_forward_pre_hook(partial(entering, name), with_kwargs=True)
+            hooks.callback(before.remove)
+            hooks.callback(module.register_forward_hook(partial(leaving, name)).remove)
+        run(model, ids)
 
 
 def _embedding_powers(
@@ -213,19 +222,12 @@ def _power(
 
 def _rms_at(model: nn.Module, ids: torch.Tensor, module: str, entering: bool) -> float:
     """RMS of the first float tensor that enters or leaves a module; 0 if there is none."""
-    import torch
-
     seen: list[torch.Tensor] = []
 
-    def watch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        tensors = (*args, *kwargs.values()) if entering else (output,)
-        seen.extend(t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
+    def see(_name: str, enters: bool, tensors: list[torch.Tensor]) -> None:
+        seen.extend(t for t in tensors if enters == entering and t.is_floating_point())
 
-    handle = model.get_submodule(module).register_forward_hook(watch, with_kwargs=True)
-    try:
-        run(model, ids)
-    finally:
-        handle.remove()
+    _watch(model, ids, {module: model.get_submodule(module)}, see)
     return float(seen[0].to(torch.float64).square().mean().sqrt()) if seen else 0.0
 
 
@@ -236,15 +238,17 @@ def _on_norm(norm: Sequence[str], axis: str, tied: bool, power: float, offset: f
     ]
 
 
+def _said(model: nn.Module, method: str) -> Any:
+    """What a method of the model returns; None where it has none."""
+    try:
+        return getattr(model, method, lambda: None)()
+    except NotImplementedError:
+        return None
+
+
 def embedding_name(model: nn.Module) -> str:
     """Name of the token embedding's weight, or an empty string."""
-    import torch
-
-    with_method = getattr(model, "get_input_embeddings", None)
-    try:
-        wanted = with_method() if with_method else None
-    except NotImplementedError:
-        wanted = None
+    wanted = _said(model, "get_input_embeddings")
     for name, module in model.named_modules():
         chosen = module is wanted or (wanted is None and isinstance(module, torch.nn.Embedding))
         if chosen and isinstance(getattr(module, "weight", None), torch.nn.Parameter):
@@ -254,13 +258,7 @@ def embedding_name(model: nn.Module) -> str:
 
 def head_module(model: nn.Module, vocab: int) -> nn.Module | None:
     """The output head: what the model says it is, else the last linear layer of vocabulary size."""
-    import torch
-
-    with_method = getattr(model, "get_output_embeddings", None)
-    try:
-        found = with_method() if with_method else None
-    except NotImplementedError:
-        found = None
+    found = _said(model, "get_output_embeddings")
     if isinstance(found, torch.nn.Module):
         return found
     heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == vocab]
@@ -269,37 +267,23 @@ def head_module(model: nn.Module, vocab: int) -> nn.Module | None:
 
 def final_norm(parity: LogitParity) -> tuple[str, ...]:
     """Names of the 1-d parameters of the module whose output is the head's input; () if none."""
-    import torch
-
     model = parity.model
     head = head_module(model, parity.logits.shape[-1])
     if head is None:
         return ()
-    outputs: list[tuple[str, int, torch.Tensor]] = []
+    outputs: list[tuple[str, torch.Tensor]] = []
     inputs: list[torch.Tensor] = []
-    handles = []
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                outputs.append((name, output.data_ptr(), output))
+    def see(name: str, entering: bool, tensors: list[torch.Tensor]) -> None:
+        if entering and not name:
+            inputs.extend(tensors)
+        elif name and not entering:
+            outputs.extend((name, tensor) for tensor in tensors)
 
-        return hook
-
-    def entering(module: nn.Module, args: Any) -> None:
-        inputs.extend(a for a in args if isinstance(a, torch.Tensor))
-
-    for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if p.ndim == 1]
-        if own and all(p.ndim == 1 for p in module.parameters(recurse=False)):
-            handles.append(module.register_forward_hook(watch(name)))
-    handles.append(head.register_forward_pre_hook(entering))
-    try:
-        run(model, parity.ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    same = [name for name, pointer, _ in outputs if inputs and pointer == inputs[-1].data_ptr()]
+    own = {name: {p.ndim for p in module.parameters(recurse=False)} for name, module in model.named_modules()}
+    norms = {name: model.get_submodule(name) for name, dims in own.items() if dims == {1}}
+    _watch(model, parity.ids, {**norms, "": head}, see)
+    same = [name for name, tensor in outputs if inputs and tensor.data_ptr() == inputs[-1].data_ptr()]
     chosen = same[-1] if same else outputs[-1][0] if outputs else None
     if chosen is None:
         return ()

@@ -11,16 +11,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.depth import (
     Order,
+    Places,
     appended,
     deeper_config,
-    new_layers,
     placed,
-    places_of,
     spread,
     starred,
 )
@@ -31,12 +33,6 @@ from sparkling_cli.models.patterns import split
 from sparkling_cli.models.shrink import run, tokens
 from sparkling_cli.models.sizes import OTHER_MODALITY, kind_of, walk
 from sparkling_cli.models.skeleton import build_model
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    State = Mapping[str, torch.Tensor]
 
 #: A step from silence towards the source, and the largest share of the source's effect that it may have.
 _STEP, _SHARE = 1e-2, 0.1
@@ -109,8 +105,6 @@ def _confirm(
     Raises:
         LayoutError: the logits change.
     """
-    import torch
-
     for seed in _SEEDS:
         other = LogitParity(parity.found, factory=parity.factory, seed=seed)
         other.ids = torch.cat([tokens(parity.found.config, seed=number) for number in range(_MORE)])
@@ -162,19 +156,18 @@ class _Deeper:
             set_path(config, path, len(order))
         self.model: nn.Module = build_model(config, meta=False, factory=parity.factory).to(parity.dtype)
         self.state = self.model.state_dict()
-        indices = [_indices(names) for names in (parity.state, self.state)]
-        self.stacks = frozenset(stack for stack in indices[0] if indices[0][stack] != indices[1].get(stack))
+        before, after = _indices(parity.state), _indices(self.state)
+        self.stacks = frozenset(stack for stack in before if before[stack] != after.get(stack))
         if not self.stacks:
             raise LayoutError("twice as many of them add no tensor")
-        self.sources = {name: self._source(name, order) for name in self.state}
-        self._check_whole(order)
+        self.places = Places(tuple(self.stacks), order)
+        self.sources = {name: self._source(name) for name in self.state}
+        self._check_whole()
         tied = {id(t): n for n, t in parity.model.named_parameters(remove_duplicate=False)}
         shared = [n for n, t in parity.model.named_parameters(remove_duplicate=False) if tied[id(t)] != n]
-        if any(_stack(name) in self.stacks for name in shared):
+        if any(name.startswith(tuple(self.stacks)) for name in shared):
             raise LayoutError("some of its layers share their weights")
-        flags = new_layers(order)
-        layered = [name for name in self.state if _stack(name) in self.stacks]
-        self.new = [name for name in layered if flags[split(name)[1][0]]]
+        self.new = [name for name in self.state if self.places.old(self.sources[name]) != name]
         texts: dict[str, set[str]] = {}
         for name in self.new:
             texts.setdefault(split(name)[0], set()).add(layouts[self.sources[name]].text)
@@ -182,33 +175,26 @@ class _Deeper:
         self.kinds = {n: starred(n) if split(n)[0] in apart else split(n)[0] for n in self.new}
         self.load({})
 
-    def _check_whole(self, order: Order) -> None:
+    def _check_whole(self) -> None:
         """Every copy of a layer has all that the layer has.
 
         Raises:
             LayoutError: one lacks something.
         """
         for name in self.parity.state:
-            stack = _stack(name)
-            number, dot, rest = name.removeprefix(stack).partition(".")
-            for target in places_of(order)[int(number)] if stack in self.stacks else ():
-                if f"{stack}{target}{dot}{rest}" not in self.state:
-                    raise LayoutError(f"layer {target} of the deeper model has nothing like {name}")
+            for target in self.places.targets(name):
+                if target not in self.state:
+                    layer = split(target)[1][0]
+                    raise LayoutError(f"layer {layer} of the deeper model has nothing like {name}")
 
-    def _source(self, name: str, order: Order) -> str:
-        own, known = name, self.parity.state
-        stack = _stack(name)
-        if stack in self.stacks:
-            number, _, rest = name.removeprefix(stack).partition(".")
-            own = f"{stack}{order[int(number)]}.{rest}" if rest else f"{stack}{order[int(number)]}"
+    def _source(self, name: str) -> str:
+        own, known = self.places.source(name), self.parity.state
         if own not in known or known[own].shape != self.state[name].shape:
             raise LayoutError(f"{name} of the deeper model is not like {own} of this one")
         return own
 
     def load(self, silent: Mapping[str, float], step: float = 0.0) -> None:
         """Give every tensor its source's entries; to silent ones of new layers the number, and a step."""
-        import torch
-
         fresh = set(self.new)
         with torch.no_grad():
             for name, tensor in self.state.items():
@@ -218,15 +204,11 @@ class _Deeper:
 
     def logits(self, silent: Mapping[str, float], step: float = 0.0) -> torch.Tensor:
         """Of the tokens that the tiny model was run on."""
-        import torch
-
         self.load(silent, step)
         return run(self.model, self.parity.ids).to(torch.float64)
 
     def same(self, silent: Mapping[str, float]) -> bool:
         """Whether the logits are those of the tiny model, bit for bit."""
-        import torch
-
         return torch.equal(self.logits(silent), self.parity.logits)
 
     def smooth(self, silent: Mapping[str, float]) -> bool:
@@ -308,16 +290,10 @@ def _by_shape(names: Iterable[str], deeper: _Deeper) -> tuple[list[str], list[st
     return ends, scales
 
 
-def _stack(name: str) -> str:
-    """A name up to its first number; "" without one."""
-    key, numbers = split(name)
-    return key.partition("*")[0] if numbers else ""
-
-
-def _indices(names: Iterable[str]) -> dict[str, frozenset[int]]:
+def _indices(names: Iterable[str]) -> dict[str, set[int]]:
+    """Beginning of names, up to the first number -> that number in all of them."""
     found: dict[str, set[int]] = {}
-    for name in names:
-        stack = _stack(name)
-        if stack:
-            found.setdefault(stack, set()).add(split(name)[1][0])
-    return {stack: frozenset(numbers) for stack, numbers in found.items()}
+    for key, numbers in map(split, names):
+        if numbers:
+            found.setdefault(key.partition("*")[0], set()).add(numbers[0])
+    return found

@@ -11,7 +11,10 @@ import importlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import (
@@ -27,11 +30,6 @@ from sparkling_cli.layout.expr import (
     size_of,
 )
 from sparkling_cli.layout.parse import parse_layout
-from sparkling_cli.models.labels import render
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,6 @@ def disk_tensors(
     Raises:
         LayoutError: a tensor on disk mixes module tensors in a way that no layout says.
     """
-    import torch
-
     numbered: dict[str, torch.Tensor] = {}
     starts: list[tuple[int, str]] = []
     at = 0
@@ -114,8 +110,6 @@ def disk_tensors(
 
 def _sources(ids: torch.Tensor, starts: Sequence[tuple[int, str]]) -> torch.Tensor:
     """For every element, the place in ``starts`` of the module tensor that it comes from."""
-    import torch
-
     bounds = torch.tensor([start for start, _ in starts], dtype=torch.float64)
     return torch.bucketize(ids, bounds, right=True) - 1
 
@@ -130,7 +124,6 @@ def _fused(
     sizes: Mapping[str, int],
 ) -> DiskTensor:
     """One tensor on disk, made of one module tensor or of several along one dim."""
-    import torch
 
     def piece(place: int, part: torch.Tensor) -> DiskTensor:
         start, source = starts[place]
@@ -152,9 +145,7 @@ def _fused(
     others = [[d for i, d in enumerate(p.layout.dims) if i != dim] for p in parts]
     if expr is None or any(o != others[0] for o in others):
         raise LayoutError(f"{name!r} on disk mixes tensors of the module in a way that no layout says")
-    dims = list(parts[0].layout.dims)
-    dims[dim] = replace(dims[dim], expr=expr)
-    layout = parse_layout(render(dims))
+    layout = parse_layout(parts[0].layout.with_terms({dim: expr}).text)
     return DiskTensor(name, parts[0].source, layout, {}, 0, tuple(p.source for p in parts[1:]))
 
 
@@ -184,8 +175,6 @@ def _traced(
     layout: TensorLayout,
     sizes: Mapping[str, int],
 ) -> DiskTensor:
-    import torch
-
     if ids.ndim == 0:
         return DiskTensor(name, source, layout, {}, 0)
     coordinates = torch.unravel_index(ids, tensor.shape)
@@ -209,8 +198,7 @@ def _traced(
         if len(along) < tensor.shape[m]:
             start = along[0]
         dims[moving[0]] = Dim(expr, layout.dims[m].role)
-    ordered = _with_ones(ids, dims, layout, sizes)
-    text = render(ordered)
+    text = TensorLayout.of(_with_ones(ids, dims, layout, sizes)).text
     return DiskTensor(name, source, parse_layout(text), fixed, start)
 
 
@@ -229,14 +217,6 @@ def _with_ones(
         else:
             raise LayoutError("a dim on disk repeats its entries")
     return filled
-
-
-def size_or_none(expr: Expr) -> int | None:
-    """The size of a term without axes."""
-    try:
-        return size_of(expr, {})
-    except LayoutError:
-        return None
 
 
 def _varies(index: torch.Tensor, dim: int) -> bool:
@@ -271,7 +251,7 @@ def _sub_sum(expr: Sum, along: Sequence[int], sizes: Mapping[str, int]) -> Expr 
 
 def _sub_product(expr: Product, along: Sequence[int], sizes: Mapping[str, int]) -> Expr | None:
     widths = [size_of(f, sizes) for f in expr.factors]
-    digits = [_digits(i, widths) for i in along]
+    digits = torch.stack(torch.unravel_index(torch.tensor(along), widths), 1).tolist()
     constant = {
         f: digits[0][f]
         for f in range(len(widths))
@@ -299,17 +279,9 @@ def _sub_product(expr: Product, along: Sequence[int], sizes: Mapping[str, int]) 
 def _packing_label(factor: Expr, index: int) -> str | None:
     if isinstance(factor, Axis) and factor.name in PACKINGS:
         return PACKINGS[factor.name][index]
-    if isinstance(factor, Sum) and all(size_or_none(p) == 1 for p in factor.parts):
+    if isinstance(factor, Sum) and all(isinstance(p, Fixed) and p.size == 1 for p in factor.parts):
         return factor.parts[index].label
     return None
-
-
-def _digits(index: int, widths: Sequence[int]) -> list[int]:
-    digits = []
-    for width in reversed(widths):
-        index, digit = divmod(index, width)
-        digits.append(digit)
-    return digits[::-1]
 
 
 def _sorted_by(digits: Sequence[Sequence[int]], order: Sequence[int]) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import TensorLayout
@@ -17,10 +19,8 @@ from sparkling_cli.layout.names import skeleton
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.axes import TinyAxes, grows
 from sparkling_cli.models.readings import attention_terms
+from sparkling_cli.models.shrink import moved_dims
 from sparkling_cli.models.terms import candidates, grouped_candidates
-
-if TYPE_CHECKING:
-    from torch import nn
 
 #: A variable: ("term", module, size, moves) or ("direction", tensor).
 Variable = tuple[object, ...]
@@ -67,10 +67,6 @@ class Hypotheses:
     unexplained: Mapping[str, Mapping[str, str]]
     """tensor -> axis -> why no term fits the dim that the axis moves"""
 
-    def default(self) -> dict[Variable, str]:
-        """The first option of every variable."""
-        return {v: o[0] for v, o in self.options.items()}
-
 
 def hypotheses(found: TinyAxes, model: nn.Module) -> Hypotheses:
     """All hypotheses about the tensors of a (meta) model."""
@@ -78,8 +74,16 @@ def hypotheses(found: TinyAxes, model: nn.Module) -> Hypotheses:
     tied = _tied_heads(model)
     grouped: dict[tuple[object, ...], list[str]] = {}
     moves: dict[str, tuple[dict[str, int], ...]] = {}
+    growing = {
+        axis: moved_dims(found.shapes, shapes)
+        for axis, shapes in found.moved.items()
+        if axis not in found.coupled and grows(found, axis)
+    }
     for name, shape in found.shapes.items():
-        moves[name] = tuple(_moves(found, name, i, n) for i, n in enumerate(shape))
+        moves[name] = tuple(
+            {axis: dims[name, i][1] - n for axis, dims in growing.items() if (name, i) in dims}
+            for i, n in enumerate(shape)
+        )
         key: tuple[object, ...] = (
             skeleton(name),
             shape,
@@ -156,21 +160,8 @@ def _parsed_candidates(
     return list(dict.fromkeys(fits))
 
 
-def _moves(found: TinyAxes, name: str, dim: int, n: int) -> dict[str, int]:
-    """What each axis that can grow adds to a dim."""
-    result = {}
-    for axis, shapes in found.moved.items():
-        shape = shapes.get(name)
-        moves = shape is not None and len(shape) > dim and shape[dim] != n
-        if moves and shape is not None and axis not in found.coupled and grows(found, axis):
-            result[axis] = shape[dim] - n
-    return result
-
-
 def _tied_heads(model: nn.Module) -> frozenset[str]:
     """Names of linear weights that share their storage with an embedding."""
-    import torch
-
     owners: dict[int, list[str]] = {}
     embeddings: set[int] = set()
     for module_name, module in model.named_modules():
@@ -188,8 +179,6 @@ def directions(
 
     ``stacked``: the leading dim counts experts.
     """
-    import torch
-
     if not shape:
         return ("",)
     owner_name, _, leaf = name.rpartition(".")

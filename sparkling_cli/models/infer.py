@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,6 @@ def infer(
     config: Mapping[str, Any],
     *,
     model: str | None = None,
-    axes: Sequence[str] | None = None,
     model_factory: Any = None,
 ) -> ModelLayout:
     """Layout of the model of a config, each axis proved or refused with a reason.
@@ -38,14 +37,13 @@ def infer(
     Args:
         config: the content of ``config.json``, or what the user's factory takes.
         model: ``package.module:factory`` of the user's own model.
-        axes: axes that must be proved; None asks for nothing.
         model_factory: the factory itself, instead of ``model``.
 
     Returns:
         The layout, for module names and for names on disk.
 
     Raises:
-        LayoutError: no tiny model runs, a tensor cannot be explained, or one of ``axes`` is refused.
+        LayoutError: no tiny model runs, or a tensor cannot be explained.
     """
     own = model is not None or model_factory is not None
     kept = {k: v for k, v in config.items() if k not in _IRRELEVANT}
@@ -54,7 +52,7 @@ def infer(
     if stored is not None and "refused" in stored:
         raise LayoutError(stored["refused"], hint=stored["hint"])
     if stored is not None:
-        return _with(axes, from_dict(stored, "cached layout"))
+        return from_dict(stored, "cached layout")
     try:
         layout = _inferred(config, model, model_factory)
     except LayoutError as error:
@@ -63,15 +61,6 @@ def infer(
         raise
     if not own:
         cache.store("layouts", key, to_dict(layout))
-    return _with(axes, layout)
-
-
-def _with(axes: Sequence[str] | None, layout: ModelLayout) -> ModelLayout:
-    """The layout, if it has all these axes proved."""
-    for axis in axes or ():
-        info = layout.axes.get(layout.aliases.get(axis, axis))
-        if info is None or not info.widenable:
-            raise LayoutError(f"axis {axis!r} of {layout.name}: {info.reason if info else 'there is none'}")
     return layout
 
 
@@ -103,7 +92,7 @@ def _inferred(config: Mapping[str, Any], model: str | None, model_factory: Any) 
     from sparkling_cli.models.real_layout import real_layout
     from sparkling_cli.models.renamed import usual_names
     from sparkling_cli.models.shrink import shrink
-    from sparkling_cli.models.skeleton import load_factory, model_errors, text_config
+    from sparkling_cli.models.skeleton import load_factory, model_errors, text_part
 
     factory = load_factory(model) if model is not None else model_factory
     threads = torch.get_num_threads()
@@ -113,11 +102,11 @@ def _inferred(config: Mapping[str, Any], model: str | None, model_factory: Any) 
             renamed = None if factory is None else usual_names(config, factory)
             if renamed is not None:
                 config, factory = renamed.config, renamed.factory
-            real = text_config(config, factory=factory)
+            real, prefix = text_part(config, factory=factory)
             tiny = shrink(config, factory=factory)
             findings = prove_axes(tiny, factory=factory)
             name = (real.get("architectures") or [model or "model"])[0]
-            layout = real_layout(findings, config, real, name=name, factory=factory)
+            layout = real_layout(findings, config, real, prefix, name=name, factory=factory)
             if factory is None:
                 layout = replace(layout, divisible=_divisible(config, layout))
             return layout if renamed is None else renamed.restore(layout)

@@ -10,7 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
-from sparkling_cli.layout.expr import Axis, Dim, Expr, Fixed, Product, Role, Sum, TensorLayout, size_of
+import torch
+
+from sparkling_cli.layout.expr import (
+    PACKINGS,
+    Axis,
+    Expr,
+    Fixed,
+    Product,
+    Role,
+    Sum,
+    TensorLayout,
+    axis_names,
+    size_of,
+)
 from sparkling_cli.layout.names import block_of
 from sparkling_cli.models.families import Family
 from sparkling_cli.models.parity import LogitParity
@@ -38,7 +51,7 @@ def _groups(
     blocks: dict[tuple[str, ...], tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
     for i, (family, layout) in enumerate(zip(families, layouts, strict=True)):
         for d, dim in enumerate(layout.dims):
-            if axis not in _axes(dim.expr):
+            if axis not in axis_names(dim.expr):
                 continue
             block = blocks.setdefault(tuple(sorted({block_of(n) for n in family.names})), ([], []))
             if dim.role in (Role.OUT, Role.BIAS):
@@ -48,12 +61,6 @@ def _groups(
     for outs, ins in blocks.values():
         if outs and ins:
             yield outs, ins
-
-
-def _axes(expr: Expr) -> set[str]:
-    from sparkling_cli.layout.expr import axis_names
-
-    return set(axis_names(expr))
 
 
 def _label_group(
@@ -84,7 +91,7 @@ def _label_group(
     for owner, dims in modules.items():
         own = [n for (o, _, _), n in zip(parts, names, strict=True) if o == owner]
         for i, d in dims:
-            layouts[i] = _labelled(layouts[i], d, own)
+            layouts[i] = layouts[i].with_terms({d: _with_names(layouts[i].dims[d].expr, own)})
 
 
 def _fused(expr: Expr) -> tuple[tuple[Expr, ...], int | None]:
@@ -113,8 +120,6 @@ def keeps(
     parity: LogitParity, families: Sequence[Family], parts: Sequence[Part], *, exchanged: bool = False
 ) -> bool:
     """Whether negating all these entries, or exchanging the first two of each part, keeps the logits."""
-    import torch
-
     state = {k: v.clone() for k, v in parity.state.items()}
     for family, dim, entries in parts:
         index = torch.tensor(entries[:2] if exchanged else entries)
@@ -155,18 +160,10 @@ def _terms_of(
     i, d = modules[owner][0]
     factors, at = _fused(layouts[i].dims[d].expr)
     fused = None if at is None else factors[at]
-    return _axes(fused.parts[k] if isinstance(fused, Sum) else layouts[i].dims[d].expr)
-
-
-def _labelled(layout: TensorLayout, d: int, names: Sequence[str]) -> TensorLayout:
-    dims = list(layout.dims)
-    dims[d] = Dim(_with_names(dims[d].expr, names), dims[d].role)
-    return TensorLayout(tuple(dims), render(dims))
+    return set(axis_names(fused.parts[k] if isinstance(fused, Sum) else layouts[i].dims[d].expr))
 
 
 def _with_names(expr: Expr, names: Sequence[str]) -> Expr:
-    from sparkling_cli.layout.expr import PACKINGS
-
     if len(names) == 1:
         return replace(expr, label=names[0])
     factors, at = _fused(expr)
@@ -178,24 +175,6 @@ def _with_names(expr: Expr, names: Sequence[str]) -> Expr:
     if packing and not isinstance(factor, Sum):
         new = Axis(packing)
     return Product((*factors[:at], new, *factors[at + 1 :])) if len(factors) > 1 else new
-
-
-def render(dims: Sequence[Dim]) -> str:
-    """The text of a layout's dims; the inverse of parsing."""
-    stack = [str(d.expr) for d in dims if d.role is Role.STACK]
-    rest = [d for d in dims if d.role is not Role.STACK]
-    prefix = " ".join(stack) + " | " if stack else ""
-    roles = [d.role for d in rest]
-    if Role.IN in roles and Role.OUT in roles:
-        first = roles[0]
-        split = next(i for i, r in enumerate(roles) if r is not first)
-        left = " ".join(str(d.expr) for d in rest[:split])
-        right = " ".join(str(d.expr) for d in rest[split:])
-        return f"{prefix}{left} {'->' if first is Role.IN else '<-'} {right}"
-    if not rest:
-        return ""
-    word = "bias" if roles[0] is Role.BIAS else "scale"
-    return f"{prefix}{word} " + " ".join(str(d.expr) for d in rest)
 
 
 def texts(families: Sequence[Family], choice: Choice) -> list[TensorLayout]:

@@ -15,7 +15,6 @@ from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.models import cache
 from sparkling_cli.models.sizes import kind_of, walk
 from sparkling_cli.models.stored import fitted_to, ignored_by, is_buffer
-from sparkling_cli.storage.read import TensorSource
 
 if TYPE_CHECKING:
     from sparkling_cli.manifest import Manifest
@@ -62,7 +61,7 @@ def find_layout(
     if layout_path is not None:
         from sparkling_cli.layout.packaged import layout_for
 
-        return layout_for(checkpoint, layout_path, lambda one, other: _alike(checkpoint, one, other))
+        return layout_for(checkpoint, layout_path)
     shapes = checkpoint.shapes
     if model is None and previous is not None:
         return fitted_to(shapes, previous.model_layout())
@@ -84,18 +83,6 @@ def find_layout(
         check_counts(checkpoint)
         check_tensors(checkpoint, model_parameters(checkpoint.config, None))
     return fitted_to(shapes, infer(checkpoint.config, model=model))
-
-
-def _alike(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two tensors are the same, byte by byte, read piece by piece."""
-    import torch
-
-    first, second = checkpoint.tensors[one], checkpoint.tensors[other]
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    with TensorSource(checkpoint) as source:
-        pieces = zip(source.pieces(one), source.pieces(other), strict=True)
-        return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pieces)
 
 
 def packaged_layout(checkpoint: Checkpoint) -> ModelLayout | None:
@@ -120,7 +107,7 @@ def packaged_layout(checkpoint: Checkpoint) -> ModelLayout | None:
     for weights in named:
         source = replace(checkpoint, weights=weights)
         try:
-            found = find_packaged(source, lambda one, other: _alike(checkpoint, one, other), sizing)
+            found = find_packaged(source, sizing)
         except LayoutError:
             if "model_type" not in config:
                 raise

@@ -19,7 +19,7 @@ from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.layout.packaged import packaged_data, packaged_names
 from sparkling_cli.layout.parse import parse_expr
 from sparkling_cli.layout.solve import solve_layout
-from sparkling_cli.models.axes import AxisKey, TinyAxes
+from sparkling_cli.models.axes import TinyAxes, TinyAxis
 from sparkling_cli.models.disk import to_disk
 from sparkling_cli.models.parity import LogitParity
 from sparkling_cli.models.shrink import changed, tiny_configs
@@ -107,7 +107,7 @@ def _axes(layout: ModelLayout, tiny: ConfigDict, sizes: dict[str, tuple[int, ...
         for key, text in layout.config.items()
     }
     now = {path_of(key): n for key, n in layout.config_sizes(layout.sizes).items()}
-    axes = {name: AxisKey(name, None, info.size, ()) for name, info in layout.axes.items()}
+    axes = {name: TinyAxis(None, info.size) for name, info in layout.axes.items()}
     return TinyAxes(changed(tiny, now), axes, terms, sizes)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import TensorLayout
@@ -13,10 +16,6 @@ from sparkling_cli.models.axes import TinyAxes
 from sparkling_cli.models.shrink import forward, run, tokens
 from sparkling_cli.models.skeleton import ModelFactory, build_model, words_of
 from sparkling_cli.widening.reference import Rules, Wanted, widened_array
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 #: Largest relative error of logits that counts as unchanged. A wrong hypothesis is off by far more: all
 #: parameters are random. Many classes compute norms, routers or softmax in float32 whatever the dtype.
@@ -33,8 +32,6 @@ class LogitParity:
     """
 
     def __init__(self, found: TinyAxes, *, factory: ModelFactory | None = None, seed: int = 0) -> None:
-        import torch
-
         self.found = found
         self.factory = factory
         self.ids = tokens(found.config)
@@ -79,8 +76,6 @@ class LogitParity:
         Where the vocabulary grows, each new token is a copy of an old one: in its place it must give the
         same logits, and everywhere get the same logit.
         """
-        import torch
-
         times = factors.get("vocab", 1)
         try:
             model = self.wide(factors)
@@ -96,8 +91,6 @@ class LogitParity:
 
     def _tokens(self, times: int = 1) -> torch.Tensor:
         """The tokens, and once more for each further copy of the vocabulary, the copies in their place."""
-        import torch
-
         size = self.found.sizes.get("vocab", 0)
         return torch.cat([self.ids + copy * size for copy in range(times)])
 
@@ -108,8 +101,6 @@ class LogitParity:
         factors: Mapping[str, int],
         compensations: Sequence[Compensation],
     ) -> None:
-        import torch
-
         held = self._held[tuple(sorted(factors.items()))]
         marks = {name: _mark(name, layouts[name], factors, compensations) for name in self.state}
         kept = {name for name, _ in model.named_parameters() if held.get(name) == marks[name]}
@@ -129,8 +120,6 @@ class LogitParity:
 
     def unchanged(self, state: Mapping[str, torch.Tensor]) -> bool:
         """Whether the tiny model gives the same logits with other weights."""
-        import torch
-
         own = self.model.state_dict()
         try:
             with torch.no_grad():
@@ -174,8 +163,6 @@ class LogitParity:
 
         Doubling the rows of a table that is looked up by position keeps the logits too: it is no width.
         """
-        import torch
-
         factors = dict.fromkeys(axes, 2)
         wide = self.wide(factors)
         self._load(wide, layouts, factors, compensations)
@@ -191,8 +178,6 @@ class LogitParity:
 
     def _used(self, model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """For every parameter, the entries that the logits depend on."""
-        import torch
-
         for parameter in model.parameters():
             parameter.grad = None
             parameter.requires_grad_(parameter.is_floating_point())
@@ -224,8 +209,6 @@ def widened(
     compensations: Sequence[Compensation] = (),
 ) -> dict[str, torch.Tensor]:
     """The widened state dict, copy-copy, by the reference's arithmetic."""
-    import torch
-
     growth = {a: (sizes[a], sizes[a] * f) for a, f in factors.items()}
     rules = Rules(sizes, growth, copied=frozenset(growth))
     result = {}
@@ -252,8 +235,6 @@ def randomize(model: nn.Module) -> None:
     Constants (norm scales, zero biases, gates) get noise; random matrices get a healthy variance;
     structured values (state-space decay) stay near what they were.
     """
-    import torch
-
     with torch.no_grad():
         for tensor in {id(t): t for t in model.state_dict().values()}.values():
             if not tensor.is_floating_point() or tensor.numel() == 0:

@@ -7,7 +7,9 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import COUNTED, Axis, Expr, Fixed, Product, Role, TensorLayout
@@ -15,22 +17,19 @@ from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.names import NUMBER, skeleton
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.attention import split_fused, split_heads
-from sparkling_cli.models.axes import FROZEN, PER_TOKEN, AxisKey, TinyAxes, find_axes, grows
+from sparkling_cli.models.axes import FROZEN, PER_TOKEN, TinyAxes, TinyAxis, find_axes, grows
 from sparkling_cli.models.compensate import hypotheses_for
 from sparkling_cli.models.depth import Depth, find_depth
 from sparkling_cli.models.disk import DiskTensor, disk_tensors, to_disk
 from sparkling_cli.models.families import Family, Hypotheses, Options, _tied_heads, hypotheses
-from sparkling_cli.models.labels import label, render, texts
+from sparkling_cli.models.labels import label, texts
 from sparkling_cli.models.parity import LogitParity, widened
 from sparkling_cli.models.readings import further, head_scales, usual
 from sparkling_cli.models.search import Outcome, effects, layouts_of, prove
-from sparkling_cli.models.shrink import tried_shapes
+from sparkling_cli.models.shrink import moved_dims, tried_shapes
 from sparkling_cli.models.sizes import HEADS, OTHER_MODALITY, kind_of, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model, shared_names
 from sparkling_cli.models.stored import ignored_by
-
-if TYPE_CHECKING:
-    from torch import nn
 
 #: Kinds of the axes that people widen; for these the search tries many layouts, for others a few.
 WIDTHS = frozenset({"hidden", "ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "q_per_kv"})
@@ -182,14 +181,19 @@ def _inner_width(
     hidden = verdicts.get("hidden")
     if times is None or hidden is None:
         return list(layouts)
-    ffn = AxisKey("ffn", "ffn", times * found.sizes["hidden"], ())
+    ffn = TinyAxis("ffn", times * found.sizes["hidden"])
     along = ("hidden", *found.coupled)
     parity.found = replace(found, axes={**found.axes, "ffn": ffn}, coupled=(*found.coupled, "ffn"))
     for name in along:
         verdicts[name] = replace(verdicts[name], joint=(*verdicts[name].joint, "ffn"))
     reason = hidden.reason if hidden.proved else f"couples to hidden, which is refused: {hidden.reason}"
     verdicts["ffn"] = AxisVerdict(hidden.proved, reason, along)
-    return [_as_inner(layout, times) for layout in layouts]
+    return [
+        layout.with_terms(
+            {i: Axis("ffn") for i, dim in enumerate(layout.dims) if _factor_of_hidden(dim.expr) == times}
+        )
+        for layout in layouts
+    ]
 
 
 def _times_hidden(layouts: Sequence[TensorLayout]) -> int | None:
@@ -207,11 +211,6 @@ def _factor_of_hidden(expr: Expr) -> int | None:
     factors = expr.factors if isinstance(expr, Product) else ()
     numbers = [f.size for f in factors if isinstance(f, Fixed)]
     return numbers[0] if len(factors) == 2 and len(numbers) == 1 and Axis("hidden") in factors else None
-
-
-def _as_inner(layout: TensorLayout, times: int) -> TensorLayout:
-    dims = [replace(d, expr=Axis("ffn")) if _factor_of_hidden(d.expr) == times else d for d in layout.dims]
-    return TensorLayout(tuple(dims), render(dims))
 
 
 def _settled(hyp: Hypotheses, unreached: frozenset[str]) -> Options:
@@ -321,12 +320,9 @@ def _grows_not(found: TinyAxes, name: str) -> str:
     other = sorted(shapes.keys() ^ found.shapes.keys())
     if other:
         return f"a config with twice as many builds a model with other tensors, e.g. {other[0]}"
-    width = found.axes.get("head_dim")
-    if found.axes[name].kind in HEADS and (width is None or not width.keys):
+    if found.axes[name].kind in HEADS and not found.keys("head_dim"):
         return "hidden is divided by the number of heads: more of them are smaller, and no tensor is wider"
-    smaller = [
-        n for n, one in found.shapes.items() if any(a > b for a, b in zip(one, shapes[n], strict=True))
-    ]
+    smaller = [n for (n, _), (a, b) in moved_dims(found.shapes, shapes).items() if a > b]
     if smaller:
         return f"something is divided by it: twice as many make {smaller[0]} smaller, and widen no tensor"
     return "no tensor's shape depends on it"
@@ -444,8 +440,6 @@ def _disk(
     notes: list[str],
 ) -> tuple[DiskTensor, ...] | None:
     """Disk layouts, checked by converting a widened model; refusing axes that do not survive it."""
-    import torch
-
     followers = frozenset(n for g in _tied_groups(parity) for n in g[1:])
     proved = [n for n, v in verdicts.items() if v.proved]
     try:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.models.axes import TinyAxes, coupled
-from sparkling_cli.models.shrink import tried_shapes
+from sparkling_cli.models.shrink import moved_dims, tried_shapes
 from sparkling_cli.models.skeleton import ModelFactory
 
 #: Numbers of blocks that no key of a config says.
@@ -22,14 +22,15 @@ _BLOCKS = (2, 4)
 def usual(found: TinyAxes) -> TinyAxes:
     """The axes with heads in as many blocks as a key of the config says there are, where one does."""
     for name, axis in found.axes.items():
-        shapes = found.moved.get(name, {}) if axis.kind == "blocks" else {}
-        pairs = ((one, shapes[key]) for key, one in found.shapes.items() if key in shapes)
-        halved = any(
-            len(a) == len(b) and any(m == 2 * n for m, n in zip(a, b, strict=True)) for a, b in pairs
-        )
-        if halved and "heads" in found.axes and found.axes["heads"].size % axis.size == 0:
+        halves = axis.kind == "blocks" and _halves(found, name)
+        if halves and "heads" in found.axes and found.axes["heads"].size % axis.size == 0:
             return _in_blocks(found, name, axis.size)
     return found
+
+
+def _halves(found: TinyAxes, axis: str) -> bool:
+    """Whether some dim is divided by the axis."""
+    return any(a == 2 * b for a, b in moved_dims(found.shapes, found.moved.get(axis, {})).values())
 
 
 def further(found: TinyAxes, factory: ModelFactory | None) -> Iterator[TinyAxes]:
@@ -48,7 +49,7 @@ def further(found: TinyAxes, factory: ModelFactory | None) -> Iterator[TinyAxes]
     for number in _BLOCKS:
         if found.axes["heads"].size % number == 0:
             yield _in_blocks(found, str(number), number)
-    if found.coupled == ("heads",) and "head_dim" in found.axes and not found.axes["head_dim"].keys:
+    if found.coupled == ("heads",) and "head_dim" in found.axes and not found.keys("head_dim"):
         shapes = tried_shapes(found.resized({"hidden": 2}), factory)
         if not isinstance(shapes, str):
             yield replace(found, coupled=("head_dim",), moved={**found.moved, "hidden": shapes})
@@ -58,13 +59,10 @@ def _divisors(found: TinyAxes) -> Iterator[str]:
     """Axes that may have to grow with hidden: counts that a width is divided by, and multiples of hidden."""
     hidden = found.axes["hidden"]
     for name, axis in found.axes.items():
-        shapes = found.moved.get(name)
-        if axis.kind == "hidden" and axis != hidden and axis.size % hidden.size == 0:
+        multiple = axis.kind == "hidden" and name != "hidden" and axis.size % hidden.size == 0
+        alike = found.moved.get(name, {}).keys() == found.shapes.keys()
+        if multiple or (axis.kind is None and alike and _halves(found, name)):
             yield name
-        elif axis.kind is None and shapes is not None and shapes.keys() == found.shapes.keys():
-            pairs = [pair for key in shapes for pair in zip(found.shapes[key], shapes[key], strict=True)]
-            if any(before == 2 * after for before, after in pairs):
-                yield name
 
 
 def _in_blocks(found: TinyAxes, blocks: str, number: int) -> TinyAxes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
@@ -13,15 +13,13 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import (
     COUNTED,
     Axis,
-    Dim,
     Expr,
     Fixed,
-    Product,
     Role,
-    Sum,
     TensorLayout,
     atoms,
     size_of,
+    solved,
     with_atoms,
 )
 from sparkling_cli.layout.keys import Path, get_path
@@ -31,7 +29,6 @@ from sparkling_cli.layout.solve import Equation, solve_sizes
 from sparkling_cli.models.add_layers import with_depth
 from sparkling_cli.models.axes import FROZEN, PER_TOKEN, TinyAxes, chooses_experts
 from sparkling_cli.models.disk import DiskTensor
-from sparkling_cli.models.labels import render
 from sparkling_cli.models.patterns import Pattern, fill, numbered, patterns_of, placeholder, split, template
 from sparkling_cli.models.prove import WIDTHS, Findings
 from sparkling_cli.models.real_model import RealModel, as_built, without_towers
@@ -43,7 +40,6 @@ from sparkling_cli.models.skeleton import (
     build_model,
     shared_names,
     text_config,
-    text_prefix,
 )
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
 
@@ -55,6 +51,7 @@ def real_layout(
     findings: Findings,
     config: Mapping[str, Any],
     real: ConfigDict,
+    prefix: Path,
     *,
     name: str,
     factory: ModelFactory | None = None,
@@ -65,6 +62,7 @@ def real_layout(
         findings: verdicts and layouts of the tiny model.
         config: the checkpoint's config.
         real: the language model's own config, defaults filled in.
+        prefix: where that stands in ``config``.
         name: of the class.
         factory: the user's own model.
 
@@ -76,24 +74,20 @@ def real_layout(
     sizes = real_sizes(findings, real, real_shapes)
     model = RealModel(findings.found, real, real_shapes, sizes, _proved(findings), factory)
     patterns = _patterns(findings, real_shapes, sizes, model)
-    prefix = text_prefix(config, factory=factory)
-    renames = _renames(findings)
     disk, assembly = disk_patterns(findings, patterns)
-    axes = {renames.get(n, n): info for n, info in _axis_infos(findings, sizes, renames).items()}
+    axes = _axis_infos(findings, sizes)
     for stored, count in _counts(patterns).items():
         axes.setdefault(stored, AxisInfo(count, reason="stored in the tensors' names"))
     layout = ModelLayout(
         name=name,
         axes=axes,
-        tensors=tuple(TensorPattern(template(p), _renamed(p.layout, renames)) for p in patterns),
-        disk=None
-        if disk is None
-        else tuple(TensorPattern(t, _renamed(lay, renames)) for t, lay in disk.items()),
-        config=_config_terms(findings.found, real, prefix, renames, axes) | _repeated_counts(config, axes),
+        tensors=tuple(TensorPattern(template(p), p.layout.text) for p in patterns),
+        disk=None if disk is None else tuple(TensorPattern(t, lay.text) for t, lay in disk.items()),
+        config=_config_terms(findings.found, real, prefix, axes) | _repeated_counts(config, axes),
         compensations=_compensations(findings, patterns, assembly),
         tied=_tied(findings, shared_names(built)),
         assembly=assembly,
-        aliases=_aliases(findings, renames),
+        aliases=_aliases(findings),
         notes=findings.notes,
         buffers=tuple(template(p) for p in patterns if p.key in findings.buffers),
         ignored=findings.ignored,
@@ -106,7 +100,9 @@ def real_layout(
     own = {key: term for key, term in layout.config.items() if key in counts or term not in counts.values()}
     layout = without_towers(replace(layout, config=own), config, model, prefix)
     terms = {_as_written(key, config): term for key, term in layout.config.items()}
-    return replace(layout, config={**terms, **_earlier_names(terms, config, real)})
+    layout = replace(layout, config={**terms, **_earlier_names(terms, config, real)})
+    others = "ffn" in findings.found.axes or "expert_ffn" not in findings.found.axes
+    return layout if others else _experts_ffn(layout)
 
 
 def _proved(findings: Findings) -> tuple[str, ...]:
@@ -144,15 +140,26 @@ def _counts(patterns: Iterable[Pattern]) -> dict[str, int]:
     return counts
 
 
-def _renames(findings: Findings) -> dict[str, str]:
-    """``expert_ffn`` is called ``ffn`` where no other MLP has an inner width."""
-    axes = findings.found.axes
-    return {"expert_ffn": "ffn"} if "expert_ffn" in axes and "ffn" not in axes else {}
+def _experts_ffn(layout: ModelLayout) -> ModelLayout:
+    """The layout with ``expert_ffn`` called ``ffn``: no other MLP has an inner width."""
+
+    def short(text: str) -> str:
+        return re.sub(r"\bexpert_ffn\b", "ffn", text)
+
+    def patterns(found: Iterable[TensorPattern]) -> tuple[TensorPattern, ...]:
+        return tuple(replace(pattern, layout=short(pattern.layout)) for pattern in found)
+
+    return replace(
+        layout,
+        axes={short(n): replace(i, joint=tuple(map(short, i.joint))) for n, i in layout.axes.items()},
+        tensors=patterns(layout.tensors),
+        disk=None if layout.disk is None else patterns(layout.disk),
+        config={key: short(term) for key, term in layout.config.items()},
+        aliases={"expert_ffn": "ffn"},
+    )
 
 
-def _aliases(findings: Findings, renames: Mapping[str, str]) -> dict[str, str]:
-    if renames:
-        return dict(renames)
+def _aliases(findings: Findings) -> dict[str, str]:
     stacked = [
         "experts" in layout.axes()
         for family, layout in zip(findings.families, findings.layouts, strict=True)
@@ -161,30 +168,14 @@ def _aliases(findings: Findings, renames: Mapping[str, str]) -> dict[str, str]:
     return {"expert_ffn": "ffn"} if stacked and all(stacked) else {}
 
 
-def _renamed(layout: TensorLayout, renames: Mapping[str, str]) -> str:
-    if not renames:
-        return layout.text
-    return render([Dim(_rename_term(d.expr, renames), d.role) for d in layout.dims])
-
-
-def _rename_term(expr: Expr, renames: Mapping[str, str]) -> Expr:
-    def change(atom: Axis | Fixed) -> Expr:
-        return replace(atom, name=renames.get(atom.name, atom.name)) if isinstance(atom, Axis) else atom
-
-    return with_atoms(expr, change)
-
-
-def _axis_infos(
-    findings: Findings, sizes: Mapping[str, int], renames: Mapping[str, str]
-) -> dict[str, AxisInfo]:
+def _axis_infos(findings: Findings, sizes: Mapping[str, int]) -> dict[str, AxisInfo]:
     used = {a for layout in findings.layouts for a in layout.axes()}
     infos = {}
     for name, verdict in findings.verdicts.items():
         known = name in used or verdict.proved or findings.found.axes[name].kind in WIDTHS
         if name not in sizes or not known:
             continue
-        joint = tuple(renames.get(j, j) for j in verdict.joint)
-        infos[name] = AxisInfo(sizes[name], verdict.proved, verdict.reason, joint)
+        infos[name] = AxisInfo(sizes[name], verdict.proved, verdict.reason, verdict.joint)
     return infos
 
 
@@ -192,19 +183,17 @@ def _config_terms(
     found: TinyAxes,
     real: ConfigDict,
     prefix: tuple[str, ...],
-    renames: Mapping[str, str],
     known: Iterable[str],
 ) -> dict[str, str]:
     """The config keys of every axis that the layout has and that a widening may have to write."""
     terms = {}
     declared = set(known)
     for path, names in found.terms.items():
-        named = [renames.get(n, n) for n in names]
         fixed = all(found.axes[n].kind in _NEVER_WRITTEN for n in names if not n.isdigit())
-        if fixed or not declared.issuperset(n for n in named if not n.isdigit()):
+        if fixed or not declared.issuperset(n for n in names if not n.isdigit()):
             continue
         for place in _real_places(path, real, found):
-            terms[".".join((*prefix, *place))] = named[0] if len(named) == 1 else f"({' '.join(named)})"
+            terms[".".join((*prefix, *place))] = names[0] if len(names) == 1 else f"({' '.join(names)})"
     return terms
 
 
@@ -367,8 +356,8 @@ def real_sizes(
                 int(n) if n.isdigit() else known[n] for n in names if n not in rest
             )
     own = ("heads",) if "heads" in known else ("kv_heads", "q_per_kv")
-    width = found.axes.get("head_dim")
-    if width is not None and not width.keys and known.keys() >= {"hidden", *own}:
+    derived = "head_dim" in found.axes and not found.keys("head_dim")
+    if derived and known.keys() >= {"hidden", *own}:
         heads = prod(known.get(n) or int(n) for n in (found.blocks, *own))
         known["head_dim"] = known["hidden"] // heads  # as the class works it out
     _check_config(found, values, known)
@@ -406,13 +395,9 @@ def fitted(layout: TensorLayout, shape: Sequence[int], sizes: Mapping[str, int])
     """The layout with anonymous sizes replaced by the real ones; None if it does not fit."""
     if len(layout.dims) != len(shape):
         return None
-    dims = []
-    for dim, n in zip(layout.dims, shape, strict=True):
-        expr = _fitted_term(dim.expr, n, sizes)
-        if expr is None:
-            return None
-        dims.append(Dim(expr, dim.role))
-    return TensorLayout(tuple(dims), render(dims))
+    terms = [_fitted_term(dim.expr, n, sizes) for dim, n in zip(layout.dims, shape, strict=True)]
+    fitting = {i: term for i, term in enumerate(terms) if term is not None}
+    return layout.with_terms(fitting) if len(fitting) == len(shape) else None
 
 
 def _fitted_term(expr: Expr, n: int, sizes: Mapping[str, int]) -> Expr | None:
@@ -422,29 +407,8 @@ def _fitted_term(expr: Expr, n: int, sizes: Mapping[str, int]) -> Expr | None:
             return expr
     except LayoutError:
         return None
-    if isinstance(expr, Fixed):
-        return Fixed(n, expr.label)
-    if not isinstance(expr, (Product, Sum)):
-        return None
-    inner = expr.factors if isinstance(expr, Product) else expr.parts
-    free = [i for i, e in enumerate(inner) if _has_number(e)]
-    if len(free) != 1:
-        return None
-    rest = [size_of(e, sizes) for i, e in enumerate(inner) if i != free[0]]
-    value, odd = divmod(n, prod(rest)) if isinstance(expr, Product) else (n - sum(rest), 0)
-    if odd or value < 1:
-        return None
-    fitted = _fitted_term(inner[free[0]], value, sizes)
-    if fitted is None:
-        return None
-    changed = tuple(fitted if i == free[0] else e for i, e in enumerate(inner))
-    return replace(expr, factors=changed) if isinstance(expr, Product) else replace(expr, parts=changed)
-
-
-def _has_number(expr: Expr) -> bool:
-    if isinstance(expr, (Product, Sum)):
-        return any(_has_number(e) for e in (expr.factors if isinstance(expr, Product) else expr.parts))
-    return isinstance(expr, Fixed)
+    number = solved(expr, n, sizes, lambda atom: isinstance(atom, Fixed))
+    return None if number is None else _with_numbers(expr, lambda _: number)
 
 
 def disk_patterns(
@@ -541,8 +505,8 @@ def _fit_like(part: TensorLayout, tiny: TensorLayout, real: TensorLayout) -> Ten
         for one, two in zip(tiny.dims, real.dims, strict=True)
         for before, after in zip(_numbers(one.expr), _numbers(two.expr), strict=True)
     }
-    dims = [Dim(_with_numbers(d.expr, changed), d.role) for d in part.dims]
-    return TensorLayout(tuple(dims), render(dims))
+    terms = (_with_numbers(dim.expr, lambda n: changed.get(n, n)) for dim in part.dims)
+    return part.with_terms(dict(enumerate(terms)))
 
 
 def _numbers(expr: Expr) -> list[int]:
@@ -550,11 +514,8 @@ def _numbers(expr: Expr) -> list[int]:
     return [atom.size for atom in atoms(expr) if isinstance(atom, Fixed)]
 
 
-def _with_numbers(expr: Expr, changed: Mapping[int, int]) -> Expr:
-    def change(atom: Axis | Fixed) -> Expr:
-        return replace(atom, size=changed.get(atom.size, atom.size)) if isinstance(atom, Fixed) else atom
-
-    return with_atoms(expr, change)
+def _with_numbers(expr: Expr, change: Callable[[int], int]) -> Expr:
+    return with_atoms(expr, lambda a: replace(a, size=change(a.size)) if isinstance(a, Fixed) else a)
 
 
 def _assembles(source: str, parts: Sequence[DiskTensor], findings: Findings) -> bool:

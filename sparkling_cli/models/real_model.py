@@ -19,7 +19,7 @@ from sparkling_cli.layout.keys import Path, get_path, path_of
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.axes import TinyAxes
-from sparkling_cli.models.shrink import Shapes, changed, tried_shapes
+from sparkling_cli.models.shrink import Shapes, changed, moved_dims, tried_shapes
 from sparkling_cli.models.sizes import tower_outputs, tower_widths
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
@@ -88,8 +88,7 @@ class RealModel:
         built = tried_shapes(changed(self.config, {path: 2 * get_path(self.config, path)}), self.factory)
         if isinstance(built, str) or built.keys() != self.shapes.keys():
             return False
-        pairs = [zip(self.shapes[n], shape, strict=True) for n, shape in built.items()]
-        return {dim for pair in pairs for dim, (a, b) in enumerate(pair) if a != b} == {0}
+        return {dim for _, dim in moved_dims(self.shapes, built)} == {0}
 
     def _different(self, layouts: Sequence[TensorLayout]) -> list[TensorLayout]:
         """One layout of each that does the same to this tensor, whatever proved axis grows.

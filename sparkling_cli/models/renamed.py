@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.keys import Path, get_path
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.models.shrink import Shapes, changed, run, shrink, tokens, tried_shapes
+from sparkling_cli.models.shrink import Shapes, changed, moved_dims, run, shrink, tokens, tried_shapes
 from sparkling_cli.models.shrink import shapes as shapes_of
 from sparkling_cli.models.sizes import kind_of, walk
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory, build_model
@@ -124,13 +126,7 @@ def _difference(base: Shapes, other: Shapes | str) -> _Moved:
         return _Moved(refused=" ".join(other.split())[:100])
     if not base.keys() <= other.keys():
         return _Moved(refused="other tensors")
-    dims = {
-        (name, dim)
-        for name, shape in base.items()
-        for dim, (a, b) in enumerate(zip(shape, other[name], strict=False))
-        if a != b
-    }
-    return _Moved(frozenset(dims), len(other) - len(base))
+    return _Moved(frozenset(moved_dims(base, other)), len(other) - len(base))
 
 
 def _described(moved: _Moved) -> str:
@@ -146,8 +142,6 @@ def _kinds(
     config: ConfigDict, factory: ModelFactory, moves: Mapping[Path, _Moved], named: set[str | None]
 ) -> dict[str, Path]:
     """Kind -> key, for kinds that no key has by its name."""
-    import torch
-
     model = build_model(config, factory=factory)
     tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
     heads = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -197,8 +191,6 @@ def _renamed(
 
 def _silent_heads(found: Renamed, idle: Sequence[Path]) -> Path | None:
     """The one number that sizes nothing, divides the residual stream, and changes the logits."""
-    import torch
-
     hidden = next(v for p, v in walk(found.config) if kind_of(p[-1]) == "hidden")
     try:
         tiny = shrink(found.config, factory=found.factory)

@@ -10,7 +10,10 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.keys import Path, get_path, set_path
@@ -23,10 +26,6 @@ from sparkling_cli.models.tiny_config import (
     kept_layers,
     layer_count,
 )
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -119,8 +118,6 @@ def layer_kinds(model: nn.Module) -> frozenset[frozenset[str]]:
 
 def tokens(config: Mapping[str, Any], *, seed: int = 0) -> torch.Tensor:
     """Random token ids (1, 11) inside the vocabulary, clear of special ids; a row per codebook."""
-    import torch
-
     vocab = [v for p, v in walk(config) if kind_of(p[-1]) == "vocab" and isinstance(v, int) and v]
     books = [v for p, v in walk(config) if p[-1] == "num_codebooks" and isinstance(v, int)]
     generator = torch.Generator().manual_seed(seed)
@@ -134,16 +131,12 @@ def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     Raises:
         LayoutError: the model returns no logits.
     """
-    import torch
-
     with torch.no_grad():
         return forward(model, ids)
 
 
 def forward(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """The same with gradients, where they are on."""
-    import torch
-
     found = model(input_ids=ids, use_cache=False) if hasattr(model, "config") else model(ids)
     logits = getattr(found, "logits", found)
     if isinstance(logits, tuple):
@@ -203,6 +196,17 @@ def _explicit_values(path: Path, tiny: ConfigDict, variant: Variant) -> list[int
 def shapes(config: ConfigDict, factory: ModelFactory | None) -> Shapes:
     """Shapes of the state dict, from a meta build."""
     return {k: tuple(v.shape) for k, v in build_model(config, factory=factory).state_dict().items()}
+
+
+def moved_dims(before: Shapes, after: Shapes) -> dict[tuple[str, int], tuple[int, int]]:
+    """(tensor, dim) -> its entries before and after, where these differ in a tensor that both models have."""
+    return {
+        (name, dim): (a, b)
+        for name, shape in before.items()
+        if len(after.get(name, ())) == len(shape)
+        for dim, (a, b) in enumerate(zip(shape, after.get(name, ()), strict=True))
+        if a != b
+    }
 
 
 def changed(config: Mapping[str, Any], values: Mapping[Path, Any]) -> ConfigDict:

@@ -16,15 +16,15 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError, SparklingError
 
-if TYPE_CHECKING:
-    from torch import nn
-
 ConfigDict = dict[str, Any]
-ModelFactory = Callable[[ConfigDict], "nn.Module"]
+ModelFactory = Callable[[ConfigDict], nn.Module]
 
 # Keys that name a checkpoint's numerics or remote code; a skeleton is independent of both.
 _DROPPED = ("quantization_config", "auto_map", "torch_dtype", "dtype", "_name_or_path")
@@ -59,12 +59,9 @@ def quiet() -> Iterator[None]:
 def clean_config(config: Mapping[str, Any]) -> ConfigDict:
     """Return a deep copy of ``config`` without keys that must not influence a skeleton."""
     copied: ConfigDict = _numbers(dict(config))
-    for key in _DROPPED:
-        copied.pop(key, None)
-    for value in copied.values():
-        if isinstance(value, dict):
-            for key in _DROPPED:
-                value.pop(key, None)
+    for table in [copied, *(value for value in copied.values() if isinstance(value, dict))]:
+        for key in _DROPPED:
+            table.pop(key, None)
     return copied
 
 
@@ -186,19 +183,16 @@ def model_errors(config: Mapping[str, Any], model: str | None = None) -> Iterato
 
 def text_config(config: Mapping[str, Any], *, factory: ModelFactory | None = None) -> ConfigDict:
     """Return the whole config, defaults filled in, that the language model itself is built from."""
+    return text_part(config, factory=factory)[0]
+
+
+def text_part(
+    config: Mapping[str, Any], *, factory: ModelFactory | None = None
+) -> tuple[ConfigDict, tuple[str, ...]]:
+    """The same, and its path inside ``config``; () where it is the whole."""
     if factory is not None:
-        return clean_config(config)
-    return _unwrapped(config, config_object(config))[0]
-
-
-def text_prefix(config: Mapping[str, Any], *, factory: ModelFactory | None = None) -> tuple[str, ...]:
-    """Return the path of the language model's config inside ``config``; () where it is the whole."""
-    if factory is not None:
-        return ()
-    return _unwrapped(config, config_object(config))[1]
-
-
-def _unwrapped(config: Mapping[str, Any], built: Any) -> tuple[ConfigDict, tuple[str, ...]]:
+        return clean_config(config), ()
+    built = config_object(config)
     cls = model_class(config, built)
     prefix: tuple[str, ...] = ()
     wanted = getattr(cls, "config_class", None)
@@ -278,8 +272,6 @@ def build_model(
 
     Raises whatever the model's own code raises on sizes that it does not accept.
     """
-    import torch
-
     context: contextlib.AbstractContextManager[Any] = (
         torch.device("meta") if meta else contextlib.nullcontext()
     )

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
 from sparkling_cli.layout.names import skeleton
@@ -87,18 +86,13 @@ def fitted_to(shapes: Shapes, layout: ModelLayout) -> ModelLayout:
         shapes: name -> shape of every weight in the files.
         layout: of the class.
     """
-
-    def known(name: str) -> bool:
-        name = layout.canonical(name)
-        return layout.disk_table.has(name) or layout.module_table.has(name)
-
-    if all(layout.disk_table.look_up(layout.canonical_names(shapes))) or all(map(known, shapes)):
+    if all(layout.disk_table.look_up(layout.canonical_names(shapes))) or all(map(layout.has, shapes)):
         return layout
     bases = {p.name.partition(".")[0] + "." for p in layout.disk_table.patterns if "." in p.name}
-    renamed = prefixed(shapes, known, sorted(bases))
+    renamed = prefixed(shapes, layout.has, sorted(bases))
     if renamed:
         layout = _with_names(layout, renamed)
-    rest = {name: shape for name, shape in shapes.items() if not known(name)}
+    rest = {name: shape for name, shape in shapes.items() if not layout.has(name)}
     return _with_extra(layout, rest)
 
 
@@ -109,16 +103,10 @@ def without_strays(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:
         checkpoint: the source, or an output.
         layout: of the model, fitted to it.
     """
-    names = layout.canonical_names(checkpoint.weights)
-    if None not in layout.disk_table.look_up(names):
+    if None not in layout.disk_table.look_up(layout.canonical_names(checkpoint.weights)):
         return checkpoint
-
-    def known(name: str) -> bool:
-        return layout.disk_table.has(name) or layout.module_table.has(name)
-
     loose = checkpoint.loose
-    pairs = zip(checkpoint.weights, names, strict=True)
-    return checkpoint.without_weights([n for n, own in pairs if n in loose and not known(own)])
+    return checkpoint.without_weights([n for n in checkpoint.weights if n in loose and not layout.has(n)])
 
 
 def _with_names(layout: ModelLayout, renamed: Mapping[str, str]) -> ModelLayout:
@@ -152,13 +140,12 @@ def _with_extra(layout: ModelLayout, rest: Shapes) -> ModelLayout:
     """The layout with patterns of buffers, and of prediction layers that are made as the others are."""
     ignored = [re.compile(pattern) for pattern in layout.ignored]
     grouped: dict[str, dict[str, tuple[TensorLayout, list[tuple[int, ...]]]]] = {}
-    blocks = _Blocks(layout)
     for name, shape in rest.items():
         found: TensorLayout | None = None
         if is_buffer(name, shape):
             found = parse_layout(f"scale {' '.join(map(str, shape))}" if shape else "")
         elif _PREDICTION.search(name) or any(pattern.search(name) for pattern in ignored):
-            found = blocks.layout_of(name, shape)
+            found = _in_prediction(name, shape, layout)
         if found is not None:
             key, indices = split(name)
             grouped.setdefault(key, {}).setdefault(found.text, (found, []))[1].append(indices)
@@ -176,40 +163,21 @@ def _with_extra(layout: ModelLayout, rest: Shapes) -> ModelLayout:
     )
 
 
-class _Blocks:
-    """Layouts of the tensors of a prediction layer: those of the model's own blocks, and what joins them.
+def _in_prediction(name: str, shape: Shape, layout: ModelLayout) -> TensorLayout | None:
+    """The layout of a tensor of a prediction layer; None where no tensor, or more than one kind, is like it.
 
     A prediction layer norms the last hidden state and the next token's embedding, joins the two by one matrix
     (DeepSeek-V3, Eq. 21) and has a block, a norm and maybe an embedding and a head of its own.
     """
-
-    def __init__(self, layout: ModelLayout) -> None:
-        self.layout = layout
-        self.by_suffix: dict[str, dict[str, TensorLayout]] = {}
-        for pattern in layout.disk_table.patterns:
-            _, star, suffix = pattern.template.key.partition("*")
-            if star:
-                self.by_suffix.setdefault(suffix, {})[pattern.layout] = pattern.dims
-
-    def layout_of(self, name: str, shape: Shape) -> TensorLayout | None:
-        """The layout of one tensor; None where no tensor of a block, or more than one kind, is like it."""
-        sizes = self.layout.sizes
-        suffix = skeleton(name).partition("*")[2]
-        alike = [dims for dims in self.by_suffix.get(suffix, {}).values() if _shape(dims, sizes) == shape]
-        if alike:
-            return alike[0] if len(alike) == 1 else None
-        if not {"hidden", "vocab"} <= sizes.keys():
-            return None
-        table = "vocab -> hidden" if _LOOKED_UP in name else "vocab <- hidden"
-        for text in ("scale hidden", "hidden <- (2 hidden)", table):
-            dims = parse_layout(text)
-            if dims.shape(sizes) == shape:
-                return dims
+    suffix = skeleton(name).partition("*")[1:]
+    blocks = {
+        p.layout: p.dims for p in layout.disk_table.patterns if p.template.key.partition("*")[1:] == suffix
+    }
+    alike = [dims for dims in blocks.values() if suffix[0] and dims.shape(layout.sizes) == shape]
+    if alike:
+        return alike[0] if len(alike) == 1 else None
+    if not {"hidden", "vocab"} <= layout.sizes.keys():
         return None
-
-
-def _shape(dims: TensorLayout, sizes: Mapping[str, int]) -> Shape | None:
-    try:
-        return dims.shape(sizes)
-    except LayoutError:
-        return None
+    table = "vocab -> hidden" if _LOOKED_UP in name else "vocab <- hidden"
+    joining = map(parse_layout, ("scale hidden", "hidden <- (2 hidden)", table))
+    return next((dims for dims in joining if dims.shape(layout.sizes) == shape), None)

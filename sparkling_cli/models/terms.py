@@ -107,51 +107,32 @@ def _in_blocks(whole: Sequence[str], count: int, sizes: Sizes, blocks: str) -> l
 
 def _sums(whole: Sequence[str], quotient: int, steps: Mapping[str, float], sizes: Sizes) -> list[str]:
     """Concatenated parts: each partial axis in a part of its own, the rest fixed."""
-    parts: list[list[str]] = []
+    parts: list[str] = []
     rest = float(quotient)
     for axis, step in steps.items():
         times = step / sizes[axis]
         if times != int(times) or times < 1 or times > _MAX_PARTS:
             return []
-        parts += [[axis]] * int(times)
+        parts += [axis] * int(times)
         rest -= step
     if rest < 0 or rest != int(rest):
         return []
-    fixed = _fixed_parts(int(rest))
+    # k and v as one each, or one block
+    fixed = [["1", "1"], ["2"]] if rest == 2 else [[str(int(rest))]] if rest else [[]]
     found: dict[str, None] = {}
     for split in range(len(whole) + 1):
         outer, inner = list(whole[:split]), list(whole[split:])
         for tail in fixed:
-            everything = [*(p for p in parts), *([[t] for t in tail])]
+            everything = [*parts, *tail]
             if len(everything) > 6:
                 continue
-            for order in _orders(everything):
+            for order in dict.fromkeys(itertools.permutations(everything)):
                 terms = [_part(p, inner) for p in order]
                 found[_text([*outer, "(" + " + ".join(terms) + ")"])] = None
     return list(found)
 
 
-def _part(part: Sequence[str], inner: Sequence[str]) -> str:
-    factors = [f for f in (*inner[: _head_split(inner)], *part, *inner[_head_split(inner) :]) if f != "1"]
-    return _text(factors or ["1"])
-
-
-def _head_split(inner: Sequence[str]) -> int:
-    """Where a part's own axis stands among common inner factors: after kv_heads, before channels."""
-    return sum(1 for a in inner if a.endswith("kv_heads") or a == "heads")
-
-
-def _fixed_parts(rest: int) -> list[list[str]]:
-    """Ways to read a constant rest: none, k and v as one each, or one block."""
-    if rest == 0:
-        return [[]]
-    if rest == 2:
-        return [["1", "1"], ["2"]]
-    return [[str(rest)]]
-
-
-def _orders(parts: Sequence[Sequence[str]]) -> list[tuple[Sequence[str], ...]]:
-    seen: dict[tuple[tuple[str, ...], ...], tuple[Sequence[str], ...]] = {}
-    for order in itertools.permutations(parts):
-        seen.setdefault(tuple(tuple(p) for p in order), order)
-    return list(seen.values())
+def _part(part: str, inner: Sequence[str]) -> str:
+    """A part's own axis among common inner factors: after kv_heads, before channels."""
+    at = sum(1 for a in inner if a.endswith("kv_heads") or a == "heads")
+    return _text([f for f in (*inner[:at], part, *inner[at:]) if f != "1"] or ["1"])
