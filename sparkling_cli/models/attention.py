@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from sparkling_cli.layout.expr import Axis, Expr, Fixed, Product, Role, TensorLayout
 from sparkling_cli.layout.names import block_of
 from sparkling_cli.models.families import Family, Options, Variable
-from sparkling_cli.models.labels import keeps, label, parts_of, texts
+from sparkling_cli.models.labels import keeps, label, parts_of
 from sparkling_cli.models.parity import LogitParity
 
 _HIDDEN = Axis("hidden")
@@ -53,7 +53,9 @@ def split_fused(
             options[variable] if len(options[variable]) > 1 and "head_dim" in choice[variable] else ()
         ):
             tried = [family for family in families if variable in family.terms]
-            layouts = label(parity, families, texts(families, {**choice, variable: option}), ["head_dim"])
+            layouts = label(
+                parity, families, [f.layout({**choice, variable: option}) for f in families], ["head_dim"]
+            )
             own = [lay for f, lay in zip(families, layouts, strict=True) if f in tried]
             if any("qkv" in lay.text or "v:" in lay.text for lay in own):
                 found[variable] = option

@@ -7,7 +7,7 @@ Names come from hints (``sizes``); what moves is measured; what a dim that moves
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -219,68 +219,52 @@ def _with_totals(terms: Terms, config: ConfigDict) -> None:
 def _grouped(sizing: Mapping[Path, int], idle: set[Path]) -> tuple[dict[str, TinyAxis], Terms]:
     axes: dict[str, TinyAxis] = {}
     terms: Terms = {}
-    hidden: dict[tuple[Path, int], list[Path]] = {}
-    done: set[Path] = set()
+
+    def add(wanted: str, kind: str | None, size: int, path: Path, keys: Iterable[Path]) -> str:
+        name = _fresh(axes, wanted, path)
+        axes[name] = TinyAxis(kind, size)
+        terms.update(dict.fromkeys(keys, (name,)))
+        return name
+
     for path, value in sizing.items():
-        if kind_of(path[-1]) == "kv_heads":
-            heads = _partner(path, sizing)
-            if heads is not None and heads not in done:
-                done |= {path, heads}
-                _add_heads(axes, terms, heads, path, sizing)
-        elif kind_of(path[-1]) == "hidden":
-            hidden.setdefault((path[:-1], value), []).append(path)
-    for (_, size), paths in hidden.items():
-        name = _fresh(axes, "hidden", paths[0])
-        axes[name] = TinyAxis("hidden", size)
-        terms.update(dict.fromkeys(paths, (name,)))
-        done |= set(paths)
-    for path, value in sizing.items():
-        if path not in done:
-            kind = kind_of(path[-1])
-            alike = (p for p in idle if sizing[p] == value and p not in done)
-            same = sorted(alike) if kind == "heads" and path in idle else []
-            if len(same) > 1:
-                # Counts that size nothing by themselves cannot be told apart: they grow as one.
-                name = _fresh(axes, "heads", path)
-                axes[name] = TinyAxis("heads", value)
-                terms.update(dict.fromkeys(same, (name,)))
-                done |= set(same)
-                continue
-            name = _fresh(axes, kind if kind in _NAMED else path[-1], path)
-            keys = {path}
-            if kind == "vocab":  # further tables of the same tokens
-                beside = {p for p in sizing if p[:-1] == path[:-1] and kind_of(p[-1]) == kind}
-                keys |= {p for p in beside if sizing[p] == value}
-            axes[name] = TinyAxis(kind, value)
-            terms.update(dict.fromkeys(sorted(keys), (name,)))
-            done |= keys
+        heads = _partner(path, sizing) if kind_of(path[-1]) == "kv_heads" else None
+        if heads is not None and heads not in terms:
+            if sizing[heads] == value:
+                add("heads", "heads", value, heads, (heads, path))
+            else:
+                name = add("kv_heads", "kv_heads", value, path, (path,))
+                wanted = "q_per_kv" if name == "kv_heads" else f"{name}_q_per_kv"
+                terms[heads] = (name, add(wanted, "q_per_kv", sizing[heads] // value, path, ()))
+    for path in sorted(sizing, key=lambda p: kind_of(p[-1]) != "hidden"):
+        kind, value = kind_of(path[-1]), sizing[path]
+        keys = [path]
+        if kind in ("hidden", "vocab"):  # further keys, and tables of the same tokens
+            beside = (p for p in sizing if p[:-1] == path[:-1] and kind_of(p[-1]) == kind)
+            keys = [p for p in beside if sizing[p] == value]
+        elif kind == "heads" and path in idle:
+            # Counts that size nothing by themselves cannot be told apart: they grow as one.
+            keys = sorted(p for p in idle if sizing[p] == value and p not in terms)
+        if path not in terms:
+            add(kind if kind in _NAMED else path[-1], kind, value, path, keys)
     return axes, terms
 
 
 #: Kinds whose name is the axis's name; other axes are named after their config key.
 _NAMED = frozenset(
-    {"ffn", "expert_ffn", "shared_ffn", "heads", "kv_heads", "head_dim", "vocab", "experts", "v_dim"}
+    {
+        "hidden",
+        "ffn",
+        "expert_ffn",
+        "shared_ffn",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "vocab",
+        "experts",
+        "v_dim",
+    }
     | {"kv_lora", "q_lora", "qk_nope", "qk_rope"}
 )
-
-
-def _add_heads(
-    axes: dict[str, TinyAxis],
-    terms: Terms,
-    heads: Path,
-    kv: Path,
-    sizing: Mapping[Path, int],
-) -> None:
-    if sizing[heads] == sizing[kv]:
-        name = _fresh(axes, "heads", heads)
-        axes[name] = TinyAxis("heads", sizing[heads])
-        terms[heads] = terms[kv] = (name,)
-        return
-    name = _fresh(axes, "kv_heads", kv)
-    axes[name] = TinyAxis("kv_heads", sizing[kv])
-    group = _fresh(axes, "q_per_kv" if name == "kv_heads" else f"{name}_q_per_kv", kv)
-    axes[group] = TinyAxis("q_per_kv", sizing[heads] // sizing[kv])
-    terms[kv], terms[heads] = (name,), (name, group)
 
 
 def _partner(kv: Path, sizing: Mapping[Path, int]) -> Path | None:
@@ -323,17 +307,23 @@ def coupled(found: TinyAxes, factory: ModelFactory | None, *, always: bool = Fal
         return found
     if counts == ["heads"] and not single and "kv_heads" in found.axes:
         counts.append("kv_heads")  # a group's heads stand side by side: there are as many more groups
-    shapes = tried_shapes(found.resized({"hidden": 2, **dict.fromkeys(counts, 2)}), factory)
-    if isinstance(shapes, str):
+    together = with_hidden(found, counts, factory)
+    if together is None:
         return found
     own = ("heads",) if "heads" in found.axes else ("kv_heads", "q_per_kv")
     heads = prod(found.axes[n].size for n in own if n in found.axes)
     axes = dict(found.axes)
     if "head_dim" not in axes and axes["hidden"].size % heads == 0:
         axes["head_dim"] = TinyAxis("head_dim", axes["hidden"].size // heads)
-    refused = {k: v for k, v in found.refused.items() if k != "hidden"}
-    moved = {**found.moved, "hidden": shapes}
-    return replace(found, axes=axes, moved=moved, refused=refused, coupled=tuple(counts))
+    return replace(together, axes=axes)
+
+
+def with_hidden(found: TinyAxes, others: Sequence[str], factory: ModelFactory | None) -> TinyAxes | None:
+    """The axes where hidden grows together with others; None if the class refuses that."""
+    shapes = tried_shapes(found.resized(dict.fromkeys(("hidden", *others), 2)), factory)
+    if isinstance(shapes, str):
+        return None
+    return replace(found, moved={**found.moved, "hidden": shapes}, coupled=tuple(others))
 
 
 def grows(found: TinyAxes, name: str) -> bool:

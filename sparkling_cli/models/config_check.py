@@ -12,17 +12,11 @@ from typing import TYPE_CHECKING
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.names import skeleton, skeletons
-from sparkling_cli.models.sizes import walk
+from sparkling_cli.models.sizes import kind_of, walk
 from sparkling_cli.storage.tensors import FLOATING
 
 if TYPE_CHECKING:
     from sparkling_cli.models.locate import Parameters
-
-#: Names of a language model's layer count; every layer has at least one tensor.
-_LAYERS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"})
-#: Names of an expert count; the router has that many rows, or each expert has tensors of its own.
-_EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
-
 
 #: How plain weights are had of a scheme that transformers takes back while it loads.
 _LOAD = (
@@ -77,10 +71,12 @@ def check_counts(checkpoint: Checkpoint) -> None:
     count = len(checkpoint.tensors)
     shapes = {tensor.shape for tensor in checkpoint.tensors.values()}  # a few, of any number of tensors
     widest = max((max(shape, default=1) for shape in shapes), default=1)
+    # every layer has at least one tensor; a router has a row for each expert, or each has tensors of its own
+    limits = {"layers": count, "experts": max(count, widest)}
     for (*_, key), value in walk(checkpoint.config or {}):
         if type(value) not in (int, float):
             continue
-        most = count if key in _LAYERS else max(count, widest) if key in _EXPERTS else None
+        most = limits.get(kind_of(key) or "")
         if most is not None and not 0 <= value <= most:
             raise CheckpointError(
                 f"{checkpoint.root.name}: {checkpoint.config_file} says {key} = {value}, but the checkpoint "

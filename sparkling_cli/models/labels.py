@@ -27,7 +27,6 @@ from sparkling_cli.layout.expr import (
 from sparkling_cli.layout.names import block_of
 from sparkling_cli.models.families import Family
 from sparkling_cli.models.parity import LogitParity
-from sparkling_cli.models.search import Choice
 
 #: A family, one of its dims, and entries of that which belong together.
 Part = tuple[int, int, list[int]]
@@ -76,16 +75,20 @@ def _label_group(
     for i, d in outs:
         owner = families[i].names[0].removesuffix("_bias").removesuffix(".bias").removesuffix(".weight")
         modules.setdefault(owner, []).append((i, d))
-    parts: list[tuple[str, int, list[Part]]] = []
+    parts: list[tuple[str, bool, list[Part]]] = []
     for owner, dims in modules.items():
-        split = [[(i, d, own) for own in parts_of(layouts[i].dims[d].expr, sizes)] for i, d in dims]
-        parts += [(owner, k, list(spans)) for k, spans in enumerate(zip(*split, strict=True))]
+        terms = [layouts[i].dims[d].expr for i, d in dims]
+        split = [
+            [(i, d, own) for own in parts_of(term, sizes)] for (i, d), term in zip(dims, terms, strict=True)
+        ]
+        queries = ["q_per_kv" in axis_names(part) for part in _terms(terms[0], len(split[0]))]
+        parts += [(owner, grouped, list(own)) for grouped, *own in zip(queries, *split, strict=True)]
     if len(parts) < 2 or len(parts) > 6:
         return
     consumers = [(i, d, list(range(families[i].shape[d]))) for i, d in ins]
     linear = [keeps(parity, families, [*p, *consumers]) for _, _, p in parts]
     attention = parity.found.axes[axis].kind in ("heads", "kv_heads", "q_per_kv", "head_dim")
-    names = _names(linear, attention, parts, layouts, modules)
+    names = _names(linear, attention, [grouped for _, grouped, _ in parts])
     if names is None:
         return
     for owner, dims in modules.items():
@@ -129,38 +132,33 @@ def keeps(
     return parity.unchanged(state)
 
 
-def _names(
-    linear: Sequence[bool],
-    attention: bool,
-    parts: Sequence[tuple[str, int, list[Part]]],
-    layouts: Sequence[TensorLayout],
-    modules: Mapping[str, Sequence[tuple[int, int]]],
-) -> list[str] | None:
-    """A name for every part; None where the pattern is not one that names exist for."""
+def _terms(expr: Expr, parts: int) -> Sequence[Expr]:
+    """What the parts of a term are made of."""
+    factors, at = _fused(expr)
+    fused = None if at is None else factors[at]
+    return fused.parts if isinstance(fused, Sum) else (expr,) * parts
+
+
+def _names(linear: Sequence[bool], attention: bool, queries: Sequence[bool]) -> list[str] | None:
+    """A name for every part; None where the pattern is not one that names exist for.
+
+    Args:
+        linear: which parts are.
+        attention: whether the parts are heads.
+        queries: which parts have the heads of a group.
+    """
     if not attention:
-        if len(parts) == 2 and sum(linear) == 1:
+        if len(linear) == 2 and sum(linear) == 1:
             return ["up" if is_linear else "gate" for is_linear in linear]
         return None
-    if sum(linear) != 1 or len(parts) < 3:
+    if sum(linear) != 1 or len(linear) < 3:
         return None
     rest = [i for i, is_linear in enumerate(linear) if not is_linear]
     names = ["v" if is_linear else "q" for is_linear in linear]
-    grouped = [i for i in rest if "q_per_kv" not in _terms_of(parts[i], layouts, modules)]
-    key = grouped[-1] if 0 < len(grouped) < len(rest) else rest[-1]
+    alone = [i for i in rest if not queries[i]]
+    key = alone[-1] if 0 < len(alone) < len(rest) else rest[-1]
     names[key] = "k"
     return names
-
-
-def _terms_of(
-    part: tuple[str, int, list[Part]],
-    layouts: Sequence[TensorLayout],
-    modules: Mapping[str, Sequence[tuple[int, int]]],
-) -> set[str]:
-    owner, k, _ = part
-    i, d = modules[owner][0]
-    factors, at = _fused(layouts[i].dims[d].expr)
-    fused = None if at is None else factors[at]
-    return set(axis_names(fused.parts[k] if isinstance(fused, Sum) else layouts[i].dims[d].expr))
 
 
 def _with_names(expr: Expr, names: Sequence[str]) -> Expr:
@@ -175,8 +173,3 @@ def _with_names(expr: Expr, names: Sequence[str]) -> Expr:
     if packing and not isinstance(factor, Sum):
         new = Axis(packing)
     return Product((*factors[:at], new, *factors[at + 1 :])) if len(factors) > 1 else new
-
-
-def texts(families: Sequence[Family], choice: Choice) -> list[TensorLayout]:
-    """Layouts of the families under a choice, in order."""
-    return [f.layout(choice) for f in families]

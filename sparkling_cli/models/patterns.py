@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -30,17 +30,17 @@ class Pattern:
     whole: tuple[bool, ...]
 
 
-def patterns_of(grouped: Mapping[str, Iterable[tuple[TensorLayout, Iterable[Indices]]]]) -> list[Pattern]:
-    """Patterns that stand for exactly the tensors of a model.
-
-    Args:
-        grouped: skeleton -> layouts, with the indices of the tensors that have it.
-    """
+def patterns_of(layouts: Mapping[str, TensorLayout]) -> list[Pattern]:
+    """Patterns that stand for exactly the tensors of a model, from the layout of each."""
+    grouped: dict[str, dict[str, tuple[TensorLayout, set[Indices]]]] = {}
+    for name, layout in layouts.items():
+        key, indices = split(name)
+        grouped.setdefault(key, {}).setdefault(layout.text, (layout, set()))[1].add(indices)
     boxes = [
         (key, layout, box)
-        for key, layouts in grouped.items()
-        for layout, indices in layouts
-        for box in _boxes(set(indices))
+        for key, own in grouped.items()
+        for layout, indices in own.values()
+        for box in _boxes(indices)
     ]
     most: dict[int, int] = {}
     for _, _, box in boxes:

@@ -22,7 +22,7 @@ from sparkling_cli.models.compensate import hypotheses_for
 from sparkling_cli.models.depth import Depth, find_depth
 from sparkling_cli.models.disk import DiskTensor, disk_tensors, to_disk
 from sparkling_cli.models.families import Family, Hypotheses, Options, _tied_heads, hypotheses
-from sparkling_cli.models.labels import label, texts
+from sparkling_cli.models.labels import label
 from sparkling_cli.models.parity import LogitParity, widened
 from sparkling_cli.models.readings import further, head_scales, usual
 from sparkling_cli.models.search import Outcome, effects, layouts_of, prove
@@ -143,7 +143,7 @@ def _proved(parity: LogitParity, unreached: frozenset[str]) -> Findings:
         verdicts[PER_TOKEN] = AxisVerdict(experts.proved, experts.reason, ("experts",))
     choice = {v: o[0] for v, o in options.items()}
     choice |= split_fused(parity, hyp.families, options, choice)
-    layouts = split_heads(parity, hyp.families, texts(hyp.families, choice))
+    layouts = split_heads(parity, hyp.families, [f.layout(choice) for f in hyp.families])
     layouts = _inner_width(parity, layouts, verdicts)
     proved = [n for n, v in verdicts.items() if v.proved]
     grown = WIDTHS | ({"head_dim"} if "head_dim" in found.coupled else set())
@@ -260,7 +260,7 @@ def _proved_alone(
         why = f"nothing can be proved about {moved[0].names[0]}: logits of plain text do not depend on it"
         return AxisVerdict(False, why), None
     for family in moved:
-        unknown = _unprovable(parity, family, hyp, options, axes, unreached, found.config)
+        unknown = _unprovable(parity, family, hyp, options, axes, unreached)
         if unknown is not None:
             return AxisVerdict(False, unknown), None
     comps: list[tuple[Compensation, ...]] = [()]
@@ -366,7 +366,6 @@ def _unprovable(
     options: Options,
     axes: Sequence[str],
     unreached: frozenset[str],
-    config: ConfigDict,
 ) -> str | None:
     """Why logits can say nothing about a family, or None.
 
@@ -376,7 +375,7 @@ def _unprovable(
     for tensor in family.names:
         why = [w for a, w in hyp.unexplained.get(tensor, {}).items() if a in axes]
         if why:
-            return f"{tensor}: {why[0]}{_worked_out(config)}"
+            return f"{tensor}: {why[0]}{_worked_out(parity.found.config)}"
     if not set(family.names) & unreached:
         return None
     for variable in (family.direction, *family.terms):

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from sparkling_cli.layout.model import Compensation
-from sparkling_cli.models.axes import TinyAxes, coupled
-from sparkling_cli.models.shrink import moved_dims, tried_shapes
+from sparkling_cli.models.axes import TinyAxes, coupled, with_hidden
+from sparkling_cli.models.shrink import moved_dims
 from sparkling_cli.models.skeleton import ModelFactory
 
 #: Numbers of blocks that no key of a config says.
@@ -36,9 +36,9 @@ def _halves(found: TinyAxes, axis: str) -> bool:
 def further(found: TinyAxes, factory: ModelFactory | None) -> Iterator[TinyAxes]:
     """Other readings of the same keys, for a class whose heads the usual one does not explain."""
     along = tuple(_divisors(found)) if not found.coupled and "hidden" in found.axes else ()
-    shapes = tried_shapes(found.resized(dict.fromkeys(("hidden", *along), 2)), factory) if along else ""
-    if not isinstance(shapes, str):
-        yield replace(found, coupled=along, moved={**found.moved, "hidden": shapes})
+    together = with_hidden(found, along, factory) if along else None
+    if together is not None:
+        yield together
     if found.blocks != "1" or "heads" not in found.axes or "kv_heads" in found.axes:
         return
     if not found.coupled and "head_dim" not in found.axes:
@@ -50,9 +50,9 @@ def further(found: TinyAxes, factory: ModelFactory | None) -> Iterator[TinyAxes]
         if found.axes["heads"].size % number == 0:
             yield _in_blocks(found, str(number), number)
     if found.coupled == ("heads",) and "head_dim" in found.axes and not found.keys("head_dim"):
-        shapes = tried_shapes(found.resized({"hidden": 2}), factory)
-        if not isinstance(shapes, str):
-            yield replace(found, coupled=("head_dim",), moved={**found.moved, "hidden": shapes})
+        larger = with_hidden(found, ("head_dim",), factory)
+        if larger is not None:
+            yield larger
 
 
 def _divisors(found: TinyAxes) -> Iterator[str]:

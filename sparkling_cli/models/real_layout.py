@@ -116,9 +116,9 @@ def _patterns(
     model: RealModel,
 ) -> list[Pattern]:
     by_key = findings.by_skeleton
-    grouped: dict[str, dict[str, tuple[TensorLayout, list[tuple[int, ...]]]]] = {}
+    layouts: dict[str, TensorLayout] = {}
     for name, shape in real_shapes.items():
-        key, indices = split(name)
+        key = skeleton(name)
         fits = [f for f in (fitted(lay, shape, sizes) for lay in by_key.get(key, ())) if f is not None]
         if not fits:
             known = "; ".join(lay.text for lay in by_key.get(key, ())) or "no tensor of that name"
@@ -126,9 +126,8 @@ def _patterns(
                 f"{name!r} has shape {shape}, which fits nothing in a tiny model of this class: {known}",
                 hint="give a layout file (--layout FILE)",
             )
-        layout = model.choose(name, list({f.text: f for f in fits}.values()))
-        grouped.setdefault(key, {}).setdefault(layout.text, (layout, []))[1].append(indices)
-    return patterns_of({key: list(layouts.values()) for key, layouts in grouped.items()})
+        layouts[name] = model.choose(name, list({f.text: f for f in fits}.values()))
+    return patterns_of(layouts)
 
 
 def _counts(patterns: Iterable[Pattern]) -> dict[str, int]:

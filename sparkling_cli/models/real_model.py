@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -17,30 +17,25 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import Expr, TensorLayout, axis_names
 from sparkling_cli.layout.keys import Path, get_path, path_of
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.axes import TinyAxes
+from sparkling_cli.models.search import copied
 from sparkling_cli.models.shrink import Shapes, changed, moved_dims, tried_shapes
 from sparkling_cli.models.sizes import tower_outputs, tower_widths
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
-from sparkling_cli.widening.reference import Rules, Wanted
 
 
+@dataclass(frozen=True)
 class RealModel:
     """Chooses between layouts of one real tensor; builds the real model again only if it has to."""
 
-    def __init__(
-        self,
-        found: TinyAxes,
-        real: ConfigDict,
-        real_shapes: Shapes,
-        sizes: Mapping[str, int],
-        proved: Sequence[str],
-        factory: ModelFactory | None,
-    ) -> None:
-        self.found, self.sizes, self.proved, self.factory = found, sizes, proved, factory
-        self.config, self.shapes = real, real_shapes
-        self._moved: dict[str, Shapes | None] = {}
+    found: TinyAxes
+    config: ConfigDict
+    shapes: Shapes
+    sizes: Mapping[str, int]
+    proved: Sequence[str]
+    factory: ModelFactory | None
+    _moved: dict[str, Shapes | str] = field(default_factory=dict)
 
     def choose(self, name: str, layouts: Sequence[TensorLayout]) -> TensorLayout:
         """The layout of a tensor among those that fit its shape.
@@ -104,30 +99,20 @@ class RealModel:
 
     def _effect(self, expr: Expr) -> tuple[object, ...]:
         """For every proved axis in a term, which entry each entry copies when it triples."""
-        layout = parse_layout(f"scale {expr}")
-        found = []
-        for axis in sorted(set(axis_names(expr)) & set(self.proved)):
-            rules = Rules(self.sizes, {axis: (self.sizes[axis], 3 * self.sizes[axis])})
-            found.append((axis, tuple(Wanted(layout, rules, "float64").column.source.tolist())))
-        return tuple(found)
+        axes = sorted(set(axis_names(expr)) & set(self.proved))
+        return tuple((axis, copied(str(expr), [axis], self.sizes)) for axis in axes)
 
     def _moves_so(self, name: str, layout: TensorLayout, others: Sequence[TensorLayout]) -> bool:
         """Whether doubling each axis of any candidate gives the real tensor the shape that this one says."""
         for axis in sorted({a for lay in others for a in lay.axes()} & set(self.proved)):
-            moved = self._doubled(axis)
             joint = {axis, *(self.found.coupled if axis == "hidden" else ())}
+            if axis not in self._moved:
+                self._moved[axis] = tried_shapes(self._resized(joint), self.factory)
+            moved = self._moved[axis]
             grown = {a: n * 2 if a in joint else n for a, n in self.sizes.items()}
-            if moved is not None and layout.shape(grown) != moved.get(name):
+            if not isinstance(moved, str) and layout.shape(grown) != moved.get(name):
                 return False
         return True
-
-    def _doubled(self, axis: str) -> Shapes | None:
-        """Shapes of the real model with one axis doubled; None where its code refuses that."""
-        if axis not in self._moved:
-            joint = {axis, *(self.found.coupled if axis == "hidden" else ())}
-            shapes = tried_shapes(self._resized(joint), self.factory)
-            self._moved[axis] = None if isinstance(shapes, str) else shapes
-        return self._moved[axis]
 
     def _resized(self, axes: set[str]) -> ConfigDict:
         values = {}

@@ -115,10 +115,8 @@ def _moves(
     config: ConfigDict, factory: ModelFactory, unknown: Sequence[tuple[Path, int]]
 ) -> dict[Path, _Moved]:
     base = shapes_of(config, factory)
-    found = {}
-    for path, value in unknown:
-        found[path] = _difference(base, tried_shapes(changed(config, {path: 2 * value}), factory))
-    return found
+    tried = ((path, tried_shapes(changed(config, {path: 2 * value}), factory)) for path, value in unknown)
+    return {path: _difference(base, other) for path, other in tried}
 
 
 def _difference(base: Shapes, other: Shapes | str) -> _Moved:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sparkling_cli.layout.expr import COUNTED, Role, TensorLayout
@@ -181,8 +181,13 @@ def _effect(
         parsed = parse_layout(option.format(*(f"d{i}" for i in range(len(family.shape)))))
         grown = [any(a in m for a in set(axes) - COUNTED) for m in family.moves]
         return tuple(d.role is Role.IN for d, g in zip(parsed.dims, grown, strict=True) if g)
+    return copied(option, axes, sizes)
+
+
+def copied(term: str, axes: Iterable[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The entry that each entry of a term copies when axes triple."""
     rules = Rules(sizes, {a: (sizes[a], 3 * sizes[a]) for a in axes})
-    return tuple(Wanted(parse_layout(f"scale {option}"), rules, "float64").column.source.tolist())
+    return tuple(Wanted(parse_layout(f"scale {term}"), rules, "float64").column.source.tolist())
 
 
 def _mixed(variables: Sequence[Variable], combo: Sequence[int]) -> int:

@@ -125,14 +125,14 @@ def tokens(config: Mapping[str, Any], *, seed: int = 0) -> torch.Tensor:
     return torch.randint(5, min(vocab, default=60), (rows, 11), generator=generator)
 
 
+@torch.no_grad()
 def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Logits (batch, tokens, vocab) of a plain forward pass, without gradients.
 
     Raises:
         LayoutError: the model returns no logits.
     """
-    with torch.no_grad():
-        return forward(model, ids)
+    return forward(model, ids)
 
 
 def forward(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

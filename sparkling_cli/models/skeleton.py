@@ -35,10 +35,8 @@ def causal_lm_names() -> dict[str, str]:
     """Return ``model_type -> class name`` for every causal LM of the installed transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    names = {}
-    for model_type, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        names[model_type] = class_name if isinstance(class_name, str) else class_name[0]
-    return names
+    listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    return {kind: name if isinstance(name, str) else name[0] for kind, name in listed}
 
 
 @contextlib.contextmanager

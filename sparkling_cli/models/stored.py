@@ -16,7 +16,7 @@ from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout, TensorPattern
 from sparkling_cli.layout.names import skeleton
 from sparkling_cli.layout.parse import parse_layout
-from sparkling_cli.models.patterns import patterns_of, split, template
+from sparkling_cli.models.patterns import patterns_of, template
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,7 +139,7 @@ def _with_names(layout: ModelLayout, renamed: Mapping[str, str]) -> ModelLayout:
 def _with_extra(layout: ModelLayout, rest: Shapes) -> ModelLayout:
     """The layout with patterns of buffers, and of prediction layers that are made as the others are."""
     ignored = [re.compile(pattern) for pattern in layout.ignored]
-    grouped: dict[str, dict[str, tuple[TensorLayout, list[tuple[int, ...]]]]] = {}
+    layouts: dict[str, TensorLayout] = {}
     for name, shape in rest.items():
         found: TensorLayout | None = None
         if is_buffer(name, shape):
@@ -147,11 +147,10 @@ def _with_extra(layout: ModelLayout, rest: Shapes) -> ModelLayout:
         elif _PREDICTION.search(name) or any(pattern.search(name) for pattern in ignored):
             found = _in_prediction(name, shape, layout)
         if found is not None:
-            key, indices = split(name)
-            grouped.setdefault(key, {}).setdefault(found.text, (found, []))[1].append(indices)
-    patterns = patterns_of({key: list(layouts.values()) for key, layouts in grouped.items()})
+            layouts[name] = found
     extra = tuple(
-        TensorPattern(template(replace(p, whole=(False,) * len(p.whole))), p.layout.text) for p in patterns
+        TensorPattern(template(replace(p, whole=(False,) * len(p.whole))), p.layout.text)
+        for p in patterns_of(layouts)
     )
     if not extra:
         return layout

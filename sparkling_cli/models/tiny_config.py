@@ -16,6 +16,7 @@ from sparkling_cli.models.skeleton import ConfigDict
 #: widths inside of towers of other modalities: what text does not reach need not be as large as it is
 _WIDTH, _WIDE = re.compile(r"(input|output|proj\w*)_dim$"), 1024
 #: Sizes that some default configs leave open although the class needs them.
+_FILLED = frozenset({"head_dim", "experts", "shared_experts", "kv_heads", "top_k"})
 _FILLABLE = re.compile(r"_heads$|_head_dim$|_budget$|_ratio$|^clip_qkv$")
 
 
@@ -124,7 +125,6 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
     total = layer_count(real)
     indices = chosen_layers(real, count)
     used: dict[tuple[str, Any], int] = {}
-    nth: dict[str, int] = {}
     for path, value in walk(real):
         key = path[-1]
         if lists_layers(path[-1], value, total):
@@ -136,10 +136,10 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
         elif FIRST.search(key) and isinstance(value, int) and value > 0:
             set_path(tiny, path, 1)
         elif type(value) is int:
-            new = _integer(real, path, value, variant, count, used, nth)
+            new = _integer(real, path, value, variant, count, used)
             if new is not None:
                 set_path(tiny, path, new)
-        elif value is None and _fills(path, variant):
+        elif value is None and variant.filled and kind_of(key) in _FILLED:
             set_path(tiny, path, variant.sizes[str(kind_of(key))])
         elif value is None and variant.filled and _FILLABLE.search(key):
             set_path(tiny, path, 8 if key.endswith(("dim", "qkv")) else 1 if "kv" in key else 2)
@@ -149,8 +149,6 @@ def candidate(real: ConfigDict, variant: Variant, count: int) -> ConfigDict:
             set_path(tiny, path, True)
         elif value is None and key == "layer_types" and variant.filled:
             set_path(tiny, path, ["full_attention"] * count)
-        elif value is None and kind_of(key) == "top_k" and variant.filled:
-            set_path(tiny, path, variant.sizes["top_k"])
     if variant.related:
         _relate(real, tiny)
     if variant.compact:
@@ -177,10 +175,6 @@ def _main_hidden(real: Mapping[str, Any]) -> Path | None:
     text = {p[:-1] for p, _ in walk(real) if kind_of(p[-1]) == "vocab"}
     found = [p for p, v in walk(real) if kind_of(p[-1]) == "hidden" and p[:-1] in text and isinstance(v, int)]
     return found[0] if found else None
-
-
-def _fills(path: Path, variant: Variant) -> bool:
-    return variant.filled and kind_of(path[-1]) in ("head_dim", "experts", "shared_experts", "kv_heads")
 
 
 def _relate(real: Mapping[str, Any], tiny: ConfigDict) -> None:
@@ -267,7 +261,6 @@ def _integer(
     variant: Variant,
     count: int,
     used: dict[tuple[str, Any], int],
-    nth: dict[str, int],
 ) -> int | None:
     """The tiny value of one integer key, or None to keep it."""
     kind = kind_of(path[-1])
@@ -285,7 +278,7 @@ def _integer(
         and _WIDTH.search(path[-1])
         and OTHER_MODALITY.search(".".join(path[:-1]))
     ):
-        return _inside_tower(real, path, value, used, nth)
+        return _inside_tower(real, path, value, used)
     if kind is None or kind not in variant.sizes or value <= 0:
         return None
     if kind == "kv_heads":
@@ -301,24 +294,22 @@ def _integer(
             return derived
     if kind in ("top_k", "shared_experts", "positions", "window", "blocks"):
         return min(value, variant.sizes[kind])
-    if (kind, value) not in used:
-        base = variant.sizes[kind]
-        used[kind, value] = _another(kind, base, nth.get(kind, 0))
-        nth[kind] = nth.get(kind, 0) + 1
-    return used[kind, value]
+    return used.setdefault((kind, value), _another(kind, variant.sizes[kind], _known(kind, used)))
+
+
+def _known(kind: str, used: Mapping[tuple[str, Any], int]) -> int:
+    """How many sizes of a kind the tiny config has already."""
+    return sum(other == kind for other, _ in used)
 
 
 def _inside_tower(
-    real: Mapping[str, Any], path: Path, value: int, used: dict[tuple[str, Any], int], nth: dict[str, int]
+    real: Mapping[str, Any], path: Path, value: int, used: dict[tuple[str, Any], int]
 ) -> int | None:
     """The tiny value of a width inside a tower that no other name of its config hints at; None to keep it."""
     beside = [v for p, v in walk(real) if p[:-1] == path[:-1] and p != path and kind_of(p[-1]) is not None]
     if value in beside:  # it may have to be the same
         return None
-    if ("tower", value) not in used:
-        used["tower", value] = 64 + 8 * nth.get("tower", 0)
-        nth["tower"] = nth.get("tower", 0) + 1
-    return used["tower", value]
+    return used.setdefault(("tower", value), 64 + 8 * _known("tower", used))
 
 
 def _another(kind: str, base: int, nth: int) -> int:

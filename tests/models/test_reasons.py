@@ -16,7 +16,7 @@ from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.disk import DiskTensor
 from sparkling_cli.models.infer import infer
 from sparkling_cli.models.parity import LogitParity
-from sparkling_cli.models.patterns import patterns_of, split
+from sparkling_cli.models.patterns import patterns_of
 from sparkling_cli.models.prove import prove_axes
 from sparkling_cli.models.real_layout import _compensations
 from sparkling_cli.models.shrink import shrink
@@ -99,8 +99,7 @@ def test_a_factor_on_what_has_another_name_in_every_layer() -> None:
             *(t for i in range(3) for t in disk(f"layers.{i}.norm.weight", f"h.{i}.ln")),
         ],
     )
-    indices = [split(f"layers.{i}.q.weight")[1] for i in range(8)]
-    patterns = patterns_of({split(own[0])[0]: [(text, indices)] for own in names.values()})
+    patterns = patterns_of({f"layers.{i}.{key}": text for key in names for i in range(8)})
     own = {"q.weight": ("qa", "qb"), "norm.weight": ("ln",)}
     assembly = {
         f"layers.{{layers}}.{key}": tuple(f"h.{{layers}}.{part}" for part in parts)
