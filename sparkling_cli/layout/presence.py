@@ -10,7 +10,7 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import PACKINGS, axis_names
 from sparkling_cli.layout.keys import lookup
 from sparkling_cli.layout.model import PatternTable, TensorPattern
-from sparkling_cli.layout.names import compress
+from sparkling_cli.layout.names import NameTemplate, compress
 from sparkling_cli.layout.parse import parse_expr
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -183,12 +183,12 @@ Indices = Mapping[str, Mapping[str, AbstractSet[int]]]
 
 def indices_of(patterns: Mapping[str, TensorPattern]) -> Indices:
     """Where patterns occur, from the one of every name."""
-    found: dict[TensorPattern, list[tuple[int, ...]]] = {}
+    found: dict[str, list[tuple[int, ...]]] = {}
     for name, pattern in patterns.items():
-        found.setdefault(pattern, []).append(pattern.template.indices(name) or ())
+        found.setdefault(pattern.name, []).append(pattern.template.indices(name) or ())
     return {
-        pattern.name: dict(zip(pattern.template.axes, map(frozenset, zip(*own, strict=True)), strict=True))
-        for pattern, own in found.items()
+        name: dict(zip(NameTemplate(name).axes, map(frozenset, zip(*own, strict=True)), strict=True))
+        for name, own in found.items()
     }
 
 

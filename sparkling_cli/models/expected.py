@@ -58,9 +58,7 @@ class ClassTensors:
             found: name -> shape of every weight of a checkpoint.
         """
         own = [sum(name in names for name in found) for names in self.names]
-        return self._faults(found, 1 if own[1] >= own[0] else 0)
-
-    def _faults(self, found: Shapes, which: int) -> dict[str, str]:
+        which = 1 if own[1] >= own[0] else 0
         names, buffers = self.names[which], self.buffers[which]
         faults = {}
         for name, shape in names.items():
