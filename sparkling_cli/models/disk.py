@@ -77,7 +77,6 @@ def disk_tensors(
     state: Mapping[str, torch.Tensor],
     layouts: Mapping[str, TensorLayout],
     sizes: Mapping[str, int],
-    aliases: frozenset[str],
 ) -> list[DiskTensor]:
     """Every tensor on disk with its layout.
 
@@ -86,7 +85,6 @@ def disk_tensors(
         state: its state dict.
         layouts: of every module tensor.
         sizes: axis sizes in the tiny model.
-        aliases: module names that share another's storage; they are numbered on their own.
 
     Raises:
         LayoutError: a tensor on disk mixes module tensors in a way that no layout says.
@@ -98,20 +96,16 @@ def disk_tensors(
         numbered[name] = torch.arange(at, at + tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
         starts.append((at, name))
         at += tensor.numel()
+    bounds = torch.tensor([start for start, _ in starts], dtype=torch.float64)
     result = []
     for name, ids in to_disk(model, numbered).items():
         ids = ids.to(torch.float64)
         if ids.numel() == 0:
             raise LayoutError(f"{name!r} is empty on disk")
-        sources = _sources(ids, starts)
+        # for every element, the place in ``starts`` of the module tensor that it comes from
+        sources = torch.bucketize(ids, bounds, right=True) - 1
         result.append(_fused(name, ids, sources, starts, state, layouts, sizes))
     return result
-
-
-def _sources(ids: torch.Tensor, starts: Sequence[tuple[int, str]]) -> torch.Tensor:
-    """For every element, the place in ``starts`` of the module tensor that it comes from."""
-    bounds = torch.tensor([start for start, _ in starts], dtype=torch.float64)
-    return torch.bucketize(ids, bounds, right=True) - 1
 
 
 def _fused(

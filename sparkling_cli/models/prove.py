@@ -439,10 +439,9 @@ def _disk(
     notes: list[str],
 ) -> tuple[DiskTensor, ...] | None:
     """Disk layouts, checked by converting a widened model; refusing axes that do not survive it."""
-    followers = frozenset(n for g in _tied_groups(parity) for n in g[1:])
     proved = [n for n, v in verdicts.items() if v.proved]
     try:
-        tensors = disk_tensors(parity.model, parity.state, layouts, parity.found.sizes, followers)
+        tensors = disk_tensors(parity.model, parity.state, layouts, parity.found.sizes)
         if all(t.name == t.source and t.layout == layouts[t.source] for t in tensors):
             return None
         factors = dict.fromkeys(proved, 2)

@@ -217,7 +217,7 @@ def model_class(config: Mapping[str, Any], built: Any) -> Any:
     for name in config.get("architectures") or ():
         found = getattr(transformers, name, None)
         if found is not None and (name in known or hasattr(found, "generate")):
-            _check_type(config, built, found)
+            _check_type(built, found)
             return found
     try:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(built)]
@@ -228,7 +228,7 @@ def model_class(config: Mapping[str, Any], built: Any) -> Any:
         ) from None
 
 
-def _check_type(config: Mapping[str, Any], built: Any, cls: Any) -> None:
+def _check_type(built: Any, cls: Any) -> None:
     """The class that ``architectures`` names takes configs of this ``model_type``, or of a part of it."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
