@@ -133,14 +133,14 @@ def make_plan(
     Raises:
         SpecError, CheckpointError, LayoutError: the source, the spec or their union is unsound.
     """
-    from sparkling_cli.execute.journal import snapshot
+    from sparkling_cli.execute.source_state import snapshot
     from sparkling_cli.formats.detect import recognized
     from sparkling_cli.formats.trainer_facts import without_outdated
-    from sparkling_cli.outcome import plan_schedule, settled
     from sparkling_cli.plan.build import build_plan, lay_out
     from sparkling_cli.plan.model import Expansion, Invocation
     from sparkling_cli.report.model_card import with_card
     from sparkling_cli.schedule.baseline import doubts
+    from sparkling_cli.schedule.plan import plan_schedule, settled
     from sparkling_cli.schedule.write import notes, remarks
 
     source = Path(source)
@@ -156,7 +156,7 @@ def make_plan(
     if asked != spec.init:
         plan = replace(plan, notes=(*plan.notes, f"--init {asked} is {spec.init}, --scaling {spec.scaling}"))
     plan = replace(plan, warnings=plan.warnings + doubts(checkpoint, spec.baseline))
-    rewarmup, missing = plan_schedule(plan, previous)
+    rewarmup, missing = plan_schedule(plan, 0 if previous is None else len(previous.stages))
     if rewarmup is not None:
         plan = replace(
             plan, warnings=plan.warnings + notes(rewarmup), notes=plan.notes + remarks(rewarmup, spec)

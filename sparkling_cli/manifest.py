@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sparkling_cli import __version__
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.execute.stream import Written
 from sparkling_cli.formats.directory import read_sidecar
 from sparkling_cli.layout import file as layout_file
 from sparkling_cli.layout.depth import LAYERS, Order, new_layers, ordered
@@ -30,6 +29,9 @@ from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.crc import FileDigest
 from sparkling_cli.storage.sidecar import FOLDER, MANIFEST, sidecar_root
 from sparkling_cli.widening.geometry import Growth, Span, grown_layout
+
+if TYPE_CHECKING:
+    from sparkling_cli.execute.stream import Written
 
 FORMAT = 2
 #: Earlier ones that can be read: 1 also said what became of every tensor, which follows from the rest.

@@ -12,19 +12,15 @@ from sparkling_cli.errors import (
     CheckpointError,
     LayoutError,
     MissingDependencyError,
-    SpecError,
     VerificationError,
 )
 from sparkling_cli.execute.disk_space import reading_back
 from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.manifest import make_manifest
 from sparkling_cli.plan.model import Expansion
-from sparkling_cli.plan.resolve import asked_copies, resolve_growth
-from sparkling_cli.plan.symmetry import check_pair, treatment_of
-from sparkling_cli.results.evidence import pair_for
 from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.measured import Activations
-from sparkling_cli.schedule.baseline import baseline_of, doubts
+from sparkling_cli.schedule.baseline import doubts
 from sparkling_cli.schedule.rewarmup import Rewarmup, read_rewarmup
 from sparkling_cli.schedule.write import plan_rewarmup, rewarmup_files
 from sparkling_cli.storage.sidecar import (
@@ -39,11 +35,6 @@ from sparkling_cli.storage.sidecar import (
 if TYPE_CHECKING:
     from sparkling_cli.diagnostics.activations import Begin
     from sparkling_cli.execute.stream import Written
-    from sparkling_cli.formats.model import Checkpoint
-    from sparkling_cli.layout.model import ModelLayout
-    from sparkling_cli.manifest import Manifest
-    from sparkling_cli.plan.model import Plan
-    from sparkling_cli.spec.model import ExpansionSpec
 
 #: under ``--report auto``, activations of an output with more bytes of weights, or more weight tensors
 #: (experts come into memory one by one), are not measured
@@ -51,59 +42,6 @@ AUTO_LIMIT, AUTO_TENSORS = 1 << 30, 10_000
 #: under ``--report auto``, floating-point operations of the forward passes; they take about as long as to
 #: write a GiB
 AUTO_WORK = 5e10
-
-
-def settled(spec: ExpansionSpec, checkpoint: Checkpoint, layout: ModelLayout) -> ExpansionSpec:
-    """The spec, with the pair that ``--init auto`` is for this run and model, and copies for experts' load.
-
-    Raises:
-        SpecError: an axis does not fit.
-    """
-    if spec.expert_load:
-        experts = resolve_growth(spec, layout)["experts"]
-        copies = asked_copies(spec, experts.target)
-        spec = spec.model_copy(update={"copies": copies, "expert_load": {}})
-    if spec.init != "auto":
-        return spec
-    try:
-        curve, step = baseline_of(checkpoint, spec.baseline)
-        left = curve.total_steps - step
-    except SpecError:
-        left = None
-    growth = resolve_growth(spec, layout)
-    init, scaling = pair_for(growth, left)
-    found = {"init": init, "scaling": scaling if spec.scaling == "rms" else spec.scaling}
-    try:
-        check_pair(growth, layout, treatment_of(spec.model_copy(update=found)))
-    except SpecError:  # a norm inside the MLP, for one
-        found = {"init": "copy-copy"}
-    return spec.model_copy(update=found)
-
-
-def plan_schedule(plan: Plan, manifest: Manifest | None) -> tuple[Rewarmup | None, str]:
-    """The re-warmup, or why there is none.
-
-    Args:
-        plan: the expansion.
-        manifest: the source's own, when it is an earlier output.
-
-    Raises:
-        SpecError: the user described a schedule, or the run has optimizer state, and it is not known
-            well enough; or fresh bias correction, or a kept step, is asked for and impossible.
-    """
-    source, spec = plan.source, plan.spec
-    path = sidecar_root(source.root) / REWARMUP
-    previous = read_rewarmup(path) if path.is_file() else None
-    number = 1 + len(manifest.stages) if manifest is not None else 1
-    described = any(value is not None for value in spec.baseline.model_dump().values())
-    try:
-        carried = plan.layout.carries(plan.growth)
-        return plan_rewarmup(source, spec, previous, number=number, carried=carried), ""
-    except SpecError as error:
-        kept = spec.rewarmup.keep_step or (previous is not None and previous.kept_since is not None)
-        if described or spec.rewarmup.bias_correction == "fresh" or kept:
-            raise
-        return None, error.message
 
 
 def sidecar_files(

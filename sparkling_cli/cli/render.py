@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sparkling_cli.api import ExpansionResult
     from sparkling_cli.cli.console import Output
     from sparkling_cli.plan.model import Expansion
-    from sparkling_cli.results.expansion import ExpansionPlan, TensorKind
+    from sparkling_cli.results.plan import ExpansionPlan, TensorKind
 
 
 def show_plan(output: Output, expansion: Expansion, planned: ExpansionPlan) -> None:

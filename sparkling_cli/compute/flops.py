@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from sparkling_cli.compute.shape import ModelShape
 from sparkling_cli.errors import SpecError
-from sparkling_cli.results.commands import Flops, Phase
 from sparkling_cli.results.numbers import count
 from sparkling_cli.widening.geometry import Growth
+
+if TYPE_CHECKING:
+    from sparkling_cli.results.commands import Flops, Phase
 
 
 def train_flops(active: int, tokens: int) -> int:
@@ -39,6 +42,8 @@ def plan_compute(
     Raises:
         SpecError: moments that are not in order or not inside the run.
     """
+    from sparkling_cli.results.commands import Phase
+
     moments = [0, *(at for at, _ in expansions), tokens]
     for before, after in pairwise(moments):
         if after <= before:
@@ -70,6 +75,8 @@ def plan_compute(
 
 def run_flops(phases: Sequence[Phase]) -> Flops:
     """Compute of the run, and of its smallest and its widest model on all its tokens."""
+    from sparkling_cli.results.commands import Flops
+
     tokens = phases[-1].stop_tokens
     return Flops(
         small=train_flops(phases[0].active_parameters, tokens),

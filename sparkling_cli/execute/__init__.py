@@ -2,6 +2,6 @@
 
 ``stream`` the order of events; ``job`` the tasks; ``pool`` and ``worker`` who does them, ``bundle`` many
 small ones at once; ``ranks`` and ``distributed`` several processes; ``output_files`` files before and after
-their tensors; ``journal`` what a killed run had finished; ``disk_space``, ``flush`` and ``signals`` what the
-machine has to say; ``commit`` all or nothing.
+their tensors; ``journal`` what a killed run had finished; ``source_state`` whether the source has changed;
+``disk_space``, ``flush`` and ``signals`` what the machine has to say; ``commit`` all or nothing.
 """

@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError, OutputError, SparklingError
 from sparkling_cli.execute.commit import Staging, standing
-from sparkling_cli.execute.job import Job
+
+if TYPE_CHECKING:
+    from sparkling_cli.execute.job import Job
 
 #: for small files and folders
 _RESERVE = 1 << 20

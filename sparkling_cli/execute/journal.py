@@ -7,16 +7,14 @@ over only after the bytes it wrote have been read back and have the CRCs that it
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 from sparkling_cli import __version__
-from sparkling_cli.errors import CheckpointError
 from sparkling_cli.execute.job import Job, PartResult
-from sparkling_cli.plan.model import Plan
+from sparkling_cli.execute.source_state import source_paths, source_state
 from sparkling_cli.storage.crc import Span, crc32
 
 
@@ -86,32 +84,3 @@ def fingerprint(job: Job) -> str:
         digest.update("\0".join([key for key, _ in file.tensors]).encode(errors="surrogatepass"))
         digest.update(array("q", [extent.offset for _, extent in file.tensors]))
     return digest.hexdigest()
-
-
-def source_paths(plan: Plan) -> set[str]:
-    """Every source file that is read."""
-    return {extent.path for row in plan.rows for extent in row.source.extents} | set(plan.source.carried)
-
-
-def snapshot(root: Path) -> dict[str, tuple[int, int, int]]:
-    """As ``source_state``, of every file of a checkpoint that is about to be opened."""
-    if not root.is_dir():
-        return source_state(root, {""})
-    paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-    return source_state(root, {path.relative_to(root).as_posix() for path in paths if path.exists()})
-
-
-def source_state(root: Path, paths: set[str]) -> dict[str, tuple[int, int, int]]:
-    """Size, time of change and inode of source files.
-
-    Raises:
-        CheckpointError: one is missing.
-    """
-    found = {}
-    for path in sorted(paths):
-        try:
-            info = (root / path if path else root).stat()
-        except OSError as error:
-            raise CheckpointError(f"cannot read {root / path}: {error.strerror}") from error
-        found[path] = (info.st_size, info.st_mtime_ns, info.st_ino)
-    return found

@@ -21,10 +21,11 @@ from sparkling_cli.execute.commit import Staging, sync
 from sparkling_cli.execute.disk_space import check_room, disk_error
 from sparkling_cli.execute.flush import Flusher
 from sparkling_cli.execute.job import Job, PartResult, make_job
-from sparkling_cli.execute.journal import Journal, fingerprint, read_journals, source_paths, source_state
+from sparkling_cli.execute.journal import Journal, fingerprint, read_journals
 from sparkling_cli.execute.output_files import digests_text
 from sparkling_cli.execute.pool import Pool
 from sparkling_cli.execute.ranks import Team
+from sparkling_cli.execute.source_state import source_paths, source_state
 from sparkling_cli.plan.model import Expansion, Plan
 from sparkling_cli.storage.byte_ranges import Handles
 from sparkling_cli.storage.crc import FileDigest, Span, whole

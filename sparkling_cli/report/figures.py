@@ -11,7 +11,7 @@ from sparkling_cli.diagnostics.measurement import split_name
 from sparkling_cli.report import charts
 from sparkling_cli.report.charts import Bar, Chart, Note, Part, Series
 from sparkling_cli.results.expansion import AxisChange, Compute, LearningRate, OptimizerSummary, Size
-from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations, LayerActivation, Measurement
+from sparkling_cli.results.measured import Activations, LayerActivation, Measurement
 from sparkling_cli.results.numbers import count, moved, percent, significant
 
 #: Offenders named in one chart.
@@ -73,7 +73,7 @@ def ratios(
         chosen = [worst[layer] for layer in sorted(worst)]
         farthest = sorted(chosen, key=lambda e: -e.moved)
         words = f"r moved by at most {_share(farthest[0])}"
-        marked = [e for e in farthest if e.moved > DEVIATION_LIMIT][: NAMED_AT_MOST if named else 0]
+        marked = [e for e in farthest if e.far()][: NAMED_AT_MOST if named else 0]
         chart = Chart(
             title=f"{kind}: {ratio} per block, before and after",
             description=f"{len(chosen)} blocks; {words}.",

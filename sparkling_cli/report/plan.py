@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.names import skeletons
 from sparkling_cli.results.base import Count
-from sparkling_cli.results.expansion import Bytes, ExpansionPlan, Fill, TensorKind
+from sparkling_cli.results.plan import Bytes, ExpansionPlan, Fill, TensorKind
 
 if TYPE_CHECKING:
     from sparkling_cli.compute.shape import ParameterCount

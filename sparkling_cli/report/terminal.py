@@ -6,6 +6,7 @@ Colours are rich's own business: none without a terminal or under NO_COLOR.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
@@ -13,20 +14,21 @@ from rich.text import Text
 
 from sparkling_cli.layout.names import skeleton
 from sparkling_cli.report.sparkline import sparkline
-from sparkling_cli.results.account import Account
-from sparkling_cli.results.base import Verdict
-from sparkling_cli.results.measured import (
-    DEVIATION_LIMIT,
-    Activations,
-    Inspection,
-    LayerActivation,
-    LayerStat,
-    Measurement,
-    Symmetry,
-    TensorStat,
-    Weights,
-)
 from sparkling_cli.results.numbers import ROUNDING, nbytes, percent, significant
+
+if TYPE_CHECKING:
+    from sparkling_cli.results.account import Account
+    from sparkling_cli.results.base import Verdict
+    from sparkling_cli.results.measured import (
+        Activations,
+        Inspection,
+        LayerActivation,
+        LayerStat,
+        Measurement,
+        Symmetry,
+        TensorStat,
+        Weights,
+    )
 
 #: Rows of a table of layers, unless everything is asked for.
 ROWS = 12
@@ -71,7 +73,7 @@ def change_tables(found: Activations, *, rows: int | None = ROWS) -> list[Table]
                 judged=True,
             )
         )
-    if found.layers and (rows is None or not found.functions or found.worst(1)[0].moved > DEVIATION_LIMIT):
+    if found.layers and (rows is None or not found.functions or found.worst(1)[0].far()):
         tables.append(
             _ratios(
                 "r = RMS(y)/RMS(x) of linear layers on the same tokens",
@@ -102,8 +104,7 @@ def _ratios(
     table = table_of(*titles, title=title, caption=counted)
     prefix = _common_prefix([entry.name for entry in entries])
     for entry in shown:
-        far, near = entry.moved > DEVIATION_LIMIT, entry.moved > DEVIATION_LIMIT / 2
-        style = ("red" if far else "yellow" if near else "green") if judged else "default"
+        style = ("red" if entry.far() else "yellow" if entry.far(0.5) else "green") if judged else "default"
         change = "from 0" if entry.r_before == 0 and entry.moved else percent(entry.deviation, signed=True)
         table.add_row(
             escape(entry.name.removeprefix(prefix)),

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from sparkling_cli.results.base import Result
-from sparkling_cli.results.expansion import ExpansionPlan, Report
+from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.measured import Inspection
+from sparkling_cli.results.plan import ExpansionPlan
 from sparkling_cli.schedule.curves import Curve
 from sparkling_cli.schedule.rewarmup import Stage
 

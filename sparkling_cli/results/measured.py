@@ -106,6 +106,10 @@ class LayerActivation(Result):
             return abs(self.deviation)
         return self.r_after if self.r_before == 0 and self.r_after is not None else float("inf")
 
+    def far(self, share: float = 1.0) -> bool:
+        """Whether r moved further than this share of ``DEVIATION_LIMIT``."""
+        return self.moved > share * DEVIATION_LIMIT
+
 
 class ResidualPoint(Change):
     """The residual stream before the first block, or behind one: its RMS, and how far it differs.

@@ -297,7 +297,7 @@ def judged(activations: Activations) -> tuple[tuple[LayerActivation, ...], str, 
 def offenders(activations: Activations) -> list[LayerActivation]:
     """What the verdict names: functions whose ratio moved by more than the limit, the farthest first."""
     entries, _, _ = judged(activations)
-    return sorted((e for e in entries if e.moved > DEVIATION_LIMIT), key=lambda e: -e.moved)
+    return sorted((e for e in entries if e.far()), key=lambda e: -e.moved)
 
 
 def _functions(activations: Activations) -> Iterator[Finding]:
@@ -326,7 +326,7 @@ def _functions(activations: Activations) -> Iterator[Finding]:
     )
     yield _good(f"All {len(entries)} {what} keep their signal ratio {ratio} within {limit}; {farthest}.")
     matrix = activations.worst(1)
-    if activations.functions and matrix and matrix[0].moved > DEVIATION_LIMIT:
+    if activations.functions and matrix and matrix[0].far():
         yield _good(
             f"RMS(y)/RMS(x) of a single matrix may move where its block does not: {matrix[0].name} "
             f"moved {_by(matrix[0])}."

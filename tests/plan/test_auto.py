@@ -11,8 +11,8 @@ import pytest
 from sparkling_cli import api
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.layout.model import TensorPattern
-from sparkling_cli.outcome import settled
 from sparkling_cli.results.evidence import STEPS
+from sparkling_cli.schedule.plan import settled
 from sparkling_cli.spec.sources import make_spec
 
 FFN, HIDDEN = [{"axis": "ffn", "factor": 1.5}], [{"axis": "hidden", "factor": 2}]
