@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # ``signal`` itself takes a while to import
+import gc
 import os
 import sys
 
@@ -18,6 +19,7 @@ def main() -> NoReturn:
     for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
         if _signal.getsignal(number) is not _signal.SIG_IGN:  # nohup, or a job in the background
             _signal.signal(number, _end_at_once)
+    gc.disable()  # modules and plans have no cycles; where models are built it runs (formats/gc_pause.py)
     from sparkling_cli.execute.signals import end_process
 
     end_process(_show)
