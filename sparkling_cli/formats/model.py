@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -109,7 +110,7 @@ class Checkpoint:
         further = {item.key: item.stored for item in self.further if item.key and item.stored is not None}
         return {**further, **self.tensors}
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every weight."""
         return {name: self.tensors[key].shape for name, key in self.weights.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from math import prod
 from operator import itemgetter
 from pathlib import Path
@@ -267,4 +268,4 @@ def _text(value: Any) -> str:
 
 
 #: a name as JSON text, a third of the price of ``_text``
-_quoted = json.JSONEncoder(ensure_ascii=False).encode
+_quoted = encode_basestring

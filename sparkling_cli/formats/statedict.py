@@ -84,7 +84,8 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
                 found = {key: name[len(wrapper) :] for key, name in found.items()}
                 again = True
     # A module inside may be compiled on its own.
-    found = {key: name.replace("._orig_mod.", ".") for key, name in found.items()}
+    if any("._orig_mod." in name for name in found.values()):
+        found = {key: name.replace("._orig_mod.", ".") for key, name in found.items()}
     if len(set(found.values())) != len(found):
         twice = next(n for n in found.values() if sum(m == n for m in found.values()) > 1)
         raise CheckpointError(f"two weights are called {twice!r} once wrappers' prefixes are taken off")

@@ -182,14 +182,14 @@ class PatternTable:
 
     def look_up(self, names: Sequence[str]) -> list[TensorPattern | None]:
         """The patterns that stand for ``names``, in their order; None where not exactly one does."""
-        only = self._only
-        found: list[TensorPattern | None] = []
-        for name, key in zip(names, skeletons(names), strict=True):
-            pattern = only.get(key)
-            if (pattern is None and key in self._by_key) or "*" in name:
+        keys = skeletons(names)
+        found = list(map(self._only.get, keys))
+        if all(found) and "*" not in "".join(names):  # most often; there may be 40,000 of them
+            return found
+        for i, (name, key) in enumerate(zip(names, keys, strict=True)):
+            if (found[i] is None and key in self._by_key) or "*" in name:
                 all_of_them = self._standing_for(name)
-                pattern = all_of_them[0] if len(all_of_them) == 1 else None
-            found.append(pattern)
+                found[i] = all_of_them[0] if len(all_of_them) == 1 else None
         return found
 
     def find_all(self, names: Sequence[str]) -> list[TensorPattern]:
@@ -408,8 +408,10 @@ class ModelLayout:
         """
         table = self.disk_table if on_disk else self.module_table
         found = table.find_all(self.canonical_names(shapes))
-        for (name, shape), pattern in zip(shapes.items(), found, strict=True):
-            if shape != self.shape_of(pattern):
+        patterns = dict(zip(map(id, found), found, strict=True))
+        kinds = set(zip(map(id, found), shapes.values(), strict=True))  # some dozens, of 40,000 tensors
+        if any(shape != self.shape_of(patterns[number]) for number, shape in kinds):
+            for (name, shape), pattern in zip(shapes.items(), found, strict=True):
                 self.check_one(name, pattern, shape)
         used = {pattern.name for pattern in found}
         followers = [n for group in self.tied for n in group[1:]]

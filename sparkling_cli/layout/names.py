@@ -148,6 +148,14 @@ class NameTemplate:
                 return None
         return found
 
+    def occurring(self, names: Iterable[str]) -> dict[str, frozenset[int]]:
+        """Axis -> its indices in names that the template stands for."""
+        if not self.axes:
+            return {}
+        lines = re.findall(f"^{self._parts[0].pattern}$", "\n".join(names), re.MULTILINE)
+        columns = (lines,) if len(self.axes) == 1 else zip(*lines, strict=True)
+        return {axis: frozenset(map(int, set(one))) for axis, one in zip(self.axes, columns, strict=True)}
+
 
 def _indices(text: str, match: re.Match[str]) -> frozenset[int]:
     found: set[int] = set()

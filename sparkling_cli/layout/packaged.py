@@ -253,11 +253,10 @@ def layout_for(checkpoint: Checkpoint, path: Path) -> ModelLayout:
 
 def shapes_of(checkpoint: Checkpoint) -> tuple[Shapes, Shapes]:
     """Shapes of the weights, and of the state of every parameter: that of its known state of most dims."""
-    weights = {name: checkpoint.tensors[key].shape for name, key in checkpoint.weights.items()}
     states: dict[str, tuple[int, ...]] = {}
     for state in checkpoint.states:  # numbers are named later, with the layout's help
         known = [key for slot, key in state.tensors.items() if is_named(slot)] or state.tensors.values()
         shapes = [checkpoint.tensors[key].shape for key in known]
         if shapes and not state.param.isdigit():
             states[state.param] = max(shapes, key=len)
-    return weights, states
+    return checkpoint.shapes, states

@@ -183,13 +183,10 @@ Indices = Mapping[str, Mapping[str, AbstractSet[int]]]
 
 def indices_of(patterns: Mapping[str, TensorPattern]) -> Indices:
     """Where patterns occur, from the one of every name."""
-    found: dict[str, list[tuple[int, ...]]] = {}
+    found: dict[str, list[str]] = {}
     for name, pattern in patterns.items():
-        found.setdefault(pattern.name, []).append(pattern.template.indices(name) or ())
-    return {
-        name: dict(zip(NameTemplate(name).axes, map(frozenset, zip(*own, strict=True)), strict=True))
-        for name, own in found.items()
-    }
+        found.setdefault(pattern.name, []).append(name)
+    return {pattern: NameTemplate(pattern).occurring(names) for pattern, names in found.items()}
 
 
 def narrowed(name: str, indices: Indices, parts: Sequence[str], sizes: Mapping[str, int]) -> str:

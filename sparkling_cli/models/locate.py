@@ -14,7 +14,7 @@ from sparkling_cli.layout.expr import Role, axis_names
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.models import cache
 from sparkling_cli.models.sizes import kind_of, walk
-from sparkling_cli.models.stored import fitted_to, ignored_by, is_buffer
+from sparkling_cli.models.stored import buffers_in, fitted_to, ignored_by
 
 if TYPE_CHECKING:
     from sparkling_cli.manifest import Manifest
@@ -98,8 +98,8 @@ def packaged_layout(checkpoint: Checkpoint) -> ModelLayout | None:
         for path, value in walk(config)
         if (kind_of(path[-1]) in _WIDTHS and type(value) is int) or _is_rotary_table(path[-1], value)
     ]
-    stored = checkpoint.weights.items()
-    own = {name: key for name, key in stored if not is_buffer(name, checkpoint.tensors[key].shape)}
+    buffers = buffers_in(checkpoint.shapes)
+    own = {name: key for name, key in checkpoint.weights.items() if name not in buffers}
     named = [own]
     for prefix in base_prefixes(config.get("model_type")):
         if not any(name.startswith(prefix) for name in own):

@@ -38,10 +38,13 @@ _PREDICTION = re.compile(r"(^|[._])mtp([._]|$)|(^|\.)nextn")
 _LOOKED_UP = "embed"
 
 
-def is_buffer(name: str, shape: Shape) -> bool:
-    """Whether a stored tensor is a buffer that follows from the config, by its name and its shape."""
-    if not name.endswith(("inv_freq", "position_ids", "bias")):  # of tens of thousands, few
-        return False
+def buffers_in(shapes: Mapping[str, Shape]) -> set[str]:
+    """Stored tensors that are buffers which follow from the config, by their names and shapes."""
+    ends = ("inv_freq", "position_ids", "bias")  # of tens of thousands, few
+    return {name for name in shapes if name.endswith(ends) and _is_buffer(name, shapes[name])}
+
+
+def _is_buffer(name: str, shape: Shape) -> bool:
     mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
     return bool(_BUFFER.search(name) or (mask and _MASK.search(name)))
 
@@ -103,7 +106,7 @@ def without_strays(checkpoint: Checkpoint, layout: ModelLayout) -> Checkpoint:
         checkpoint: the source, or an output.
         layout: of the model, fitted to it.
     """
-    if None not in layout.disk_table.look_up(layout.canonical_names(checkpoint.weights)):
+    if all(layout.disk_table.look_up(layout.canonical_names(checkpoint.weights))):
         return checkpoint
     loose = checkpoint.loose
     return checkpoint.without_weights([n for n in checkpoint.weights if n in loose and not layout.has(n)])
@@ -140,9 +143,10 @@ def _with_extra(layout: ModelLayout, rest: Shapes) -> ModelLayout:
     """The layout with patterns of buffers, and of prediction layers that are made as the others are."""
     ignored = [re.compile(pattern) for pattern in layout.ignored]
     layouts: dict[str, TensorLayout] = {}
+    buffers = buffers_in(rest)
     for name, shape in rest.items():
         found: TensorLayout | None = None
-        if is_buffer(name, shape):
+        if name in buffers:
             found = parse_layout(f"scale {' '.join(map(str, shape))}" if shape else "")
         elif _PREDICTION.search(name) or any(pattern.search(name) for pattern in ignored):
             found = _in_prediction(name, shape, layout)

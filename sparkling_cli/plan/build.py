@@ -165,15 +165,15 @@ def lay_out(plan: Plan) -> tuple[OutputFile, ...]:
     strays = {item.key: item.weight for item in plan.source.further if item.weight}
     declared = tuple(
         Declared(
-            key=row.key,
-            name=row.name if row.recipe.kind is Kind.WEIGHT else strays.get(row.key, ""),
-            dtype=row.dtype,
-            shape=row.shape,
-            source_file=row.source.extents[0].path if row.source.extents else "",
-            around=target_shape(row.recipe.view) if row.recipe.blocks is not None else (),
-            view=row.recipe.view,
+            key=key,
+            name=name if recipe.kind is Kind.WEIGHT else strays.get(key, ""),
+            dtype=recipe.dtype,
+            shape=recipe.shape,
+            source_file=source.extents[0].path if source.extents else "",
+            around=target_shape(recipe.view) if recipe.blocks is not None else (),
+            view=recipe.view,
         )
-        for row in plan.rows
+        for key, name, source, recipe, *_ in plan.rows
     )
     own, rewritten = lay_out_further(plan.source, declared)
     request = OutputRequest(own, plan.config, plan.scalars)

@@ -48,8 +48,8 @@ class Likeness(NamedTuple):
     Attributes:
         values: correlation of the entries.
         size: standard deviation, in those of the weight.
-        magnitudes: correlation of the logarithms of the entries' magnitudes.
-        power: to which power of the weight's magnitude the entries' follow it (by least squares).
+        magnitudes: correlation of the logarithms of the entries' magnitudes; 0 where it was not asked for.
+        power: to which power of the weight's magnitude the entries' follow it (by least squares); likewise.
     """
 
     values: float
@@ -120,9 +120,8 @@ def doubt(root: Path, pairs: Iterable[Pair], slot: str, kind: StateKind, decay: 
         kind: what it stands for.
         decay: how many times the weight may be in a moment (see :func:`decay_slope`).
     """
-    found = _found(
-        root, [pair for pair in pairs if pair[0].dtype in FLOATING and prod(pair[0].shape) >= _FEWEST]
-    )
+    usable = [pair for pair in pairs if pair[0].dtype in FLOATING and prod(pair[0].shape) >= _FEWEST]
+    found = _found(root, usable, scales=kind is not StateKind.MOMENT)
     if not found:
         return ""
     values, slope = median(one.values for one in found), median(one.slope for one in found)
@@ -147,21 +146,26 @@ def _within(bounds: tuple[float, float], value: float) -> bool:
     return bounds[0] <= value <= bounds[1]
 
 
-def _found(root: Path, pairs: Sequence[Pair]) -> list[Likeness]:
-    return [one for one in (likeness(root, *pair) for pair in pairs) if one is not None]
+def _found(root: Path, pairs: Sequence[Pair], *, scales: bool = True) -> list[Likeness]:
+    return [one for one in (likeness(root, *pair, scales=scales) for pair in pairs) if one is not None]
 
 
-def likeness(root: Path, one: StoredTensor, weight: StoredTensor) -> Likeness | None:
-    """Of a tensor and a weight of the same shape; None where one of them is constant."""
+def likeness(root: Path, one: StoredTensor, weight: StoredTensor, *, scales: bool = True) -> Likeness | None:
+    """Of a tensor and a weight of the same shape, with ``scales`` of their magnitudes too.
+
+    None where one of them is constant.
+    """
     from sparkling_cli.storage.read import sampled
 
     values, reference = sampled(root, one), sampled(root, weight)
     found = _correlation(values, reference)
     if found is None:
         return None
-    both = [(log(abs(a)), log(abs(b))) for a, b in zip(values, reference, strict=True) if a and b]
-    scales = _correlation(*map(list, zip(*both, strict=True))) if len(both) >= _FEWEST else None
-    return Likeness(*found, *((0.0, 0.0) if scales is None else (scales[0], scales[0] * scales[1])))
+    logs: tuple[float, float] | None = None
+    if scales:
+        both = [(log(abs(a)), log(abs(b))) for a, b in zip(values, reference, strict=True) if a and b]
+        logs = _correlation(*map(list, zip(*both, strict=True))) if len(both) >= _FEWEST else None
+    return Likeness(*found, *((0.0, 0.0) if logs is None else (logs[0], logs[0] * logs[1])))
 
 
 def _correlation(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float] | None:

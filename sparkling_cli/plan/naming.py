@@ -55,8 +55,7 @@ def weights_of(
         LayoutError: a weight has no layout, a pattern no weight, or a fused tensor lacks a part.
     """
     on_disk = _has_disk_names(checkpoint, layout)
-    shapes = {name: checkpoint.tensors[key].shape for name, key in checkpoint.weights.items()}
-    patterns = layout.check_shapes(shapes, on_disk=on_disk)
+    patterns = layout.check_shapes(checkpoint.shapes, on_disk=on_disk)
     rename = on_disk and layout.disk is not None
     rename = rename and (names == "module" or (names == "auto" and bool(checkpoint.states)))
     if rename and names == "module" and not layout.assembly:
