@@ -158,9 +158,8 @@ def make_plan(
     plan = replace(plan, warnings=plan.warnings + doubts(checkpoint, spec.baseline))
     rewarmup, missing = plan_schedule(plan, 0 if previous is None else len(previous.stages))
     if rewarmup is not None:
-        plan = replace(
-            plan, warnings=plan.warnings + notes(rewarmup), notes=plan.notes + remarks(rewarmup, spec)
-        )
+        said = plan.notes + remarks(rewarmup, spec, plan.growth)
+        plan = replace(plan, warnings=plan.warnings + notes(rewarmup), notes=said)
     given = None if destination is None else Path(destination)
     expansion = Expansion(
         plan=plan,

@@ -19,7 +19,7 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.depth import LAYERS
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.results.commands import RunPlan
-from sparkling_cli.results.evidence import tokens_note
+from sparkling_cli.results.evidence import like, tokens_note
 from sparkling_cli.spec.choices import ALL
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.options import from_keywords
@@ -187,7 +187,7 @@ def forecast(
         SpecError: an axis or a moment does not fit.
         LayoutError: the number of experts per token is not known.
     """
-    from sparkling_cli.plan.advice import small_share
+    from sparkling_cli.plan.advice import small_share, undecayed_notes
     from sparkling_cli.plan.resolve import resolve_growth
     from sparkling_cli.plan.steps import step_notes
 
@@ -206,14 +206,16 @@ def forecast(
         warnings.append(small_share(layout, growth))
         if subject.checkpoint is not None:
             lengths += step_notes(subject.checkpoint, layout, growth)
+            lengths += undecayed_notes(subject.checkpoint, growth, spec.init)
         layout = grown_layout(layout, growth)
     shape = shape_of(subject.layout, subject.config, top_k=experts_per_token)
     phases = plan_compute(shape, steps, tokens, bytes_per_parameter=subject.bytes_per_parameter)
     flops = run_flops(phases)
-    notes = [
-        tokens_note(growth, *((p.stop_tokens - p.start_tokens) / p.active_parameters for p in pair))
-        for (_, growth), pair in zip(steps, pairwise(phases), strict=True)
-    ]
+    notes = []
+    for (at, grown), (before, after) in zip(steps, pairwise(phases), strict=True):
+        factor = max(axis.target / axis.source for axis in grown.values())
+        each = [(p.stop_tokens - p.start_tokens) / p.active_parameters for p in (before, after)]
+        notes.append(tokens_note(grown, each[0], each[1], like(factor, at / tokens, "cosine")))
     return RunPlan(
         source=subject.name,
         model=subject.layout.name,

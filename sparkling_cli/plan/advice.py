@@ -18,7 +18,7 @@ from sparkling_cli.plan.model import Row
 from sparkling_cli.plan.resolve import all_chosen
 from sparkling_cli.plan.steps import step_notes
 from sparkling_cli.plan.symmetry import locked_axes, locked_within, parting_inits, treatment_of
-from sparkling_cli.results.evidence import INNER
+from sparkling_cli.results.evidence import INNER, decay_note
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
 
@@ -54,6 +54,8 @@ def notes_for(
             f"fractional growth of {', '.join(fractional)} keeps RMS, not the function: the loss may jump "
             f"(the nearest whole factor, which keeps it: {near}; or --scaling calibrated)"
         )
+    if spec.optimizer.startswith("asymmetric"):
+        notes += undecayed_notes(checkpoint, growth, spec.init)
     if "experts" in growth:
         notes.append(_experts_note(growth, layout))
     if LAYERS in growth:
@@ -287,6 +289,13 @@ def symmetry_warning(
         f"{cause} copies and their sources get equal updates and stay equal for ever "
         f"(axes {', '.join(locked)})"
     )
+
+
+def undecayed_notes(checkpoint: Checkpoint, growth: Iterable[str], init: str) -> list[str]:
+    """What was measured of copies under Adam without weight decay, where the optimizer has none."""
+    decays = [group.get("weight_decay") for group in checkpoint.param_groups if "betas" in group]
+    note = decay_note(growth, init) if decays and all(decay == 0 for decay in decays) else None
+    return [note] if note else []
 
 
 def turned_notes(rows: Iterable[Row]) -> Iterator[str]:

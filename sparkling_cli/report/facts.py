@@ -113,7 +113,7 @@ def with_rewarmup(
         before: the one that it replaces.
         growth: of the output's axes.
     """
-    old_warnings, old_notes = ((), ()) if before is None else (notes(before), remarks(before, spec))
+    old_warnings, old_notes = ((), ()) if before is None else (notes(before), remarks(before, spec, growth))
     facts = {name: getattr(report, name) for name in Report.model_fields}
     facts |= {
         "command": with_spec(report.command, make_spec(report.spec), spec),
@@ -121,7 +121,7 @@ def with_rewarmup(
         "learning_rate": learning_rate_of(rewarmup),
         "learning_rate_missing": "",
         "warnings": tuple(w for w in report.warnings if w not in old_warnings) + notes(rewarmup),
-        "notes": tuple(n for n in report.notes if n not in old_notes) + remarks(rewarmup, spec),
+        "notes": tuple(n for n in report.notes if n not in old_notes) + remarks(rewarmup, spec, growth),
     }
     return _judged(facts, growth)
 

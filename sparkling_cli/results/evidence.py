@@ -16,6 +16,17 @@ BETA2 = 0.95
 #: ``copy-copy``, in the mean over seeds; under AdamW and a cosine it was below it at every step measured.
 AHEAD = {1500: 0.014, 12_000: 0.011, 20_000: 0.006, 32_000: 0.006}
 STEPS = max(AHEAD)
+#: The same at the end of runs with one thing different.
+LIKE = {
+    "at 4x": 0.044,
+    "widened after a quarter of the run": 0.002,
+    "widened after three quarters of it": 0.012,
+    "under WSD": 0.003,
+}
+#: The same without weight decay, and the cosine of ``copy-copy``'s copies there, after so many steps.
+NO_DECAY, NO_DECAY_COSINE, NO_DECAY_STEPS = 0.021, 0.95, 12_000
+#: That cosine at the end of the same steps with weight decay.
+DECAY, DECAY_COSINE = 0.1, 0.67
 #: The cosine of ``copy-copy``'s copies to their sources, after so many steps.
 COSINE, COSINE_STEPS = 0.97, 2000
 #: Tokens per parameter of the small model before the expansion, and of the wide one after it: least and most.
@@ -36,13 +47,26 @@ def pair_for(axes: Iterable[str], left: int | None) -> tuple[str, str]:
     return ("random-zero", "function") if measured else ("copy-copy", "rms")
 
 
-def pair_note(axes: Iterable[str], init: str, left: int) -> str | None:
+def like(factor: float, share: float, schedule: str) -> tuple[str, ...]:
+    """The entries of ``LIKE`` that a run resembles more than the runs that they differ from.
+
+    Args:
+        factor: new size / old size.
+        share: of the run that is done at the expansion.
+        schedule: the baseline's type (``cosine``, ``wsd``, ...).
+    """
+    found = (factor >= 3, share <= 0.375, share >= 0.625, schedule in ("wsd", "constant"))
+    return tuple(name for name, alike in zip(LIKE, found, strict=True) if alike)
+
+
+def pair_note(axes: Iterable[str], init: str, left: int, near: Iterable[str] = ()) -> str | None:
     """Which pair was ahead with so many steps left, for inner widths that are copied on both sides.
 
     Args:
         axes: that grow.
         init: the pair asked for.
         left: steps that remain.
+        near: what :func:`like` says of the run.
     """
     if init != "copy-copy" or not set(axes) <= set(INNER):
         return None
@@ -55,23 +79,46 @@ def pair_note(axes: Iterable[str], init: str, left: int) -> str | None:
         f"{left:,} steps remain. In small models widened half-way, under AdamW and a cosine, --init "
         "random-zero with --scaling function was ahead of copy-copy at every step measured, and ended ahead "
         f"by {leads} nats per byte after {ends}{beyond}; widened after a quarter of the run, or at a rate "
-        "that stays high, the two came level. In the paper's model copy-copy ended ahead of zero-copy by "
-        "0.0001 and of random-copy by 0.0018, after 32,000 (docs/evidence.md)"
+        f"that stays high, the two came level.{_nearer(near)} In the paper's model copy-copy ended ahead of "
+        "zero-copy by 0.0001 and of random-copy by 0.0018, after 32,000 (docs/evidence.md)"
     )
 
 
-def tokens_note(axes: Iterable[str], before: float, after: float) -> str | None:
+def _nearer(near: Iterable[str]) -> str:
+    alike = ", ".join(f"{LIKE[name]:g} {name}" for name in near)
+    return f" Nearer to this run in one thing, random-zero ended ahead by {alike}." if alike else ""
+
+
+def decay_note(axes: Iterable[str], init: str) -> str | None:
+    """What copies do without weight decay, for inner widths that are copied on both sides.
+
+    Args:
+        axes: that grow.
+        init: the pair asked for.
+    """
+    if init != "copy-copy" or not set(axes) <= set(INNER):
+        return None
+    return (
+        "the optimizer has no weight decay, without which copies hardly part: in a small model their cosine "
+        f"to their sources was {NO_DECAY_COSINE:g} after {NO_DECAY_STEPS:,} steps ({DECAY_COSINE:g} with a "
+        f"decay of {DECAY:g}), and --init random-zero with --scaling function ended {NO_DECAY:g} nats per "
+        "byte ahead (docs/evidence.md)"
+    )
+
+
+def tokens_note(axes: Iterable[str], before: float, after: float, near: Iterable[str] = ()) -> str | None:
     """How far a planned expansion is from what was measured, in tokens per parameter.
 
     Args:
         axes: that grow.
         before: tokens per parameter of the model before the expansion, up to it.
         after: tokens per parameter of the model after it, from it on.
+        near: what :func:`like` says of the run.
     """
     if not set(axes) <= set(INNER):
         return None
     measured = ", ".join("{} to {}".format(*ends) for ends in (TOKENS_BEFORE, TOKENS_AFTER))
     return (
         f"{before:.3g} tokens per parameter before the expansion of {', '.join(axes)}, {after:.3g} after it; "
-        f"which pair to take was measured at {measured} (docs/evidence.md)"
+        f"which pair to take was measured at {measured} (docs/evidence.md).{_nearer(near)}"
     )

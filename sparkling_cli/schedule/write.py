@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.formats.muon import MOMENTUM
 from sparkling_cli.formats.optimizer_states import base_name
-from sparkling_cli.results.evidence import pair_note
+from sparkling_cli.results.evidence import like, pair_note
 from sparkling_cli.schedule.baseline import baseline_of
 from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import Rewarmup, add_stage, to_data
@@ -17,6 +18,7 @@ from sparkling_cli.storage.sidecar import CURVE, REWARMUP
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint
     from sparkling_cli.spec.model import ExpansionSpec
+    from sparkling_cli.widening.geometry import Growth
 
 #: at this beta2 and above, inherited bias correction makes new entries' first updates several times as long
 LONG_MEMORY = 0.99
@@ -131,11 +133,17 @@ def notes(rewarmup: Rewarmup) -> tuple[str, ...]:
     return tuple(found)
 
 
-def remarks(rewarmup: Rewarmup, spec: ExpansionSpec) -> tuple[str, ...]:
-    """What is worth knowing of a schedule, and of what was asked for under it, and calls for no decision."""
-    stage = rewarmup.stages[-1]
+def remarks(rewarmup: Rewarmup, spec: ExpansionSpec, growth: Mapping[str, Growth]) -> tuple[str, ...]:
+    """What is worth knowing of a schedule, and of what was asked for under it, and calls for no decision.
+
+    Args:
+        rewarmup: all stages; it is about the last one.
+        spec: what was asked for.
+        growth: of the axes in this expansion.
+    """
+    stage, total = rewarmup.stages[-1], rewarmup.baseline.total_steps
     found = []
-    remaining = rewarmup.baseline.total_steps - stage.expansion_step
+    remaining = total - stage.expansion_step
     if remaining > stage.steps > remaining / 10:
         found.append(
             f"re-warmup takes {stage.steps} of the {remaining} steps that remain, more than a tenth "
@@ -149,8 +157,11 @@ def remarks(rewarmup: Rewarmup, spec: ExpansionSpec) -> tuple[str, ...]:
             "copies from their sources sooner, and ended lower where it was measured; should the loss spike, "
             "--bias-correction fresh takes it out"
         )
-    elif stage.betas is not None and (note := pair_note([a.axis for a in spec.axes], spec.init, remaining)):
-        found.append(note)
+    elif stage.betas is not None:
+        factor = max((grown.target / grown.source for grown in growth.values()), default=1.0)
+        near = like(factor, stage.expansion_step / total, rewarmup.baseline.type)
+        note = pair_note([axis.axis for axis in spec.axes], spec.init, remaining, near)
+        found += [note] if note else []
     return tuple(found)
 
 

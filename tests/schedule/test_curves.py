@@ -396,7 +396,7 @@ def test_users_are_told() -> None:
     planned = plan_rewarmup(short, spec)
     said = notes(planned)
     assert any(
-        "beta2 = 0.999" in n and "6.6" in n for n in remarks(planned, spec)
+        "beta2 = 0.999" in n and "6.6" in n for n in remarks(planned, spec, {})
     )  # it calls for no decision
     assert not any("beta2" in n for n in said)
     assert any("only 50 remain" in n for n in said)
