@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.train import horizon, table
 from benchmarks.train.horizon import COPY_COPY, KEPT, Setting, above
-from benchmarks.train.jobs import Widening
+from benchmarks.train.jobs import SCRATCH, Widening
 from benchmarks.train.loop import preset
 from sparkling_cli.results import evidence, verdict
 
@@ -106,7 +106,7 @@ def end_cosine(setting: Setting) -> float:
 
 def test_no_other_expansion_was_better_at_any_step(main: Setting) -> None:
     """What ``auto`` stands for: in the seeds that both have, and by their mean, none is below it by 0.001."""
-    others = {name: above(main, name, KEPT) for name in main.results.runs.keys() - {"small", "wide", KEPT}}
+    others = {name: above(main, name, KEPT) for name in main.results.runs.keys() - {*SCRATCH, KEPT}}
     compared = {name: curve for name, curve in others.items() if curve}
     assert compared.keys() >= {COPY_COPY, "random-copy", "random-zero", "noise-0.3", "mix-0.5", "naive"}
     for name, curve in compared.items():
