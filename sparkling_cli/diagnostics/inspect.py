@@ -13,6 +13,7 @@ from sparkling_cli.diagnostics.measurement import Enlarged
 from sparkling_cli.diagnostics.weights import measure_weights
 from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependencyError, SparklingError
 from sparkling_cli.formats.detect import open_checkpoint
+from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.manifest import manifest_of
 from sparkling_cli.plan.symmetry import treatment_of
@@ -33,6 +34,7 @@ from sparkling_cli.training.expected_loss import LossForecast, losses
 LAST = 50
 
 
+@collector_running()
 def inspect_checkpoint(
     path: Path | str,
     *,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import MissingDependencyError, SpecError
+from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.models import cache
 from sparkling_cli.results.commands import Architecture, ArchitectureAxis, Architectures
 
@@ -48,6 +49,7 @@ _KNOWN = {
 }
 
 
+@collector_running()
 def survey(
     model_types: Sequence[str] | None = None, *, progress: Callable[[str], None] | None = None
 ) -> tuple[Architecture, ...]:
