@@ -119,22 +119,25 @@ def bytes_of(folder: Path) -> int:
 
 def measure(case: Case, setting: Setting) -> dict[str, object]:
     """All figures of one case; everything it makes is removed."""
-    folder, source, out = setting.folder, setting.folder / "source", setting.folder / "out"
+    folder = setting.folder
+    source, out, copy = folder / "source", folder / "out", folder / "copy"
     shutil.rmtree(folder, ignore_errors=True)
 
     def run(*command: str | Path) -> Cost:
+        return cost([str(word) for word in command], setting.environment)
+
+    def first(*command: str | Path) -> Cost:
         """With nothing kept from an earlier run."""
         shutil.rmtree(setting.environment["SPARKLING_CACHE_DIR"], ignore_errors=True)
-        return cost([str(word) for word in command], setting.environment)
+        return run(*command)
 
     def timed(*command: str | Path) -> Cost:
         touch(folder / "scratch", 2 * bytes_of(source))
         return run(*command)
 
-    def removing(*command: str | Path) -> Cost:
-        """Of a command that makes ``copy``."""
-        found = timed(*command)
-        shutil.rmtree(folder / "copy")
+    def removing(made: Path, found: Cost) -> Cost:
+        """Of a command, whose output goes."""
+        shutil.rmtree(made)
         os.sync()
         return found
 
@@ -161,22 +164,25 @@ def measure(case: Case, setting: Setting) -> dict[str, object]:
     run(*expand, "--dry-run")  # compiles modules
     os.sync()
     for _ in range(case.rounds):
-        one = {"plan": run(*expand, "--dry-run"), "expand": timed(*expand)}
+        one = {"plan": first(*expand, "--dry-run")}
+        touch(folder / "scratch", 2 * bytes_of(source))
+        one["first"] = removing(out, first(*expand))
+        one["expand"] = timed(*expand)
         size, tensors = bytes_of(out), _tensors(out)
         os.sync()
-        one["cp"] = removing("cp", "-r", out, folder / "copy")
+        one["cp"] = removing(copy, timed("cp", "-r", out, copy))
         synced = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'
-        one["cp and sync"] = removing("sh", "-c", synced, "sh", out, folder / "copy")
+        one["cp and sync"] = removing(copy, timed("sh", "-c", synced, "sh", out, copy))
         one["verify"] = run(python, "-m", "sparkling_cli", "verify", source, out)
         if setting.rival and case.kind == "weights":
             recipe = folder / "rival.yaml"
             recipe.write_text(f"merge_method: passthrough\nmodels:\n  - model: {out}\ndtype: float32\n")
-            script = ("-m", "mergekit.scripts.run_yaml", recipe, folder / "copy", "--no-copy-tokenizer")
-            one["rival"] = removing(python, *script)
+            script = ("-m", "mergekit.scripts.run_yaml", recipe, copy, "--no-copy-tokenizer")
+            one["rival"] = removing(copy, timed(python, *script))
         shutil.rmtree(out)
         os.sync()
         if obvious:
-            one["obvious"] = removing(python, "-m", "benchmarks.copy.obvious", source, folder / "copy")
+            one["obvious"] = removing(copy, timed(python, "-m", "benchmarks.copy.obvious", source, copy))
         found.append(one)
         print({name: round(c.wall, 2) for name, c in one.items()}, flush=True)
     result = {

@@ -57,7 +57,7 @@ class ClassTensors:
         Args:
             found: name -> shape of every weight of a checkpoint.
         """
-        own = [sum(name in names for name in found) for names in self.names]
+        own = [len(names.keys() & found.keys()) for names in self.names]
         which = 1 if own[1] >= own[0] else 0
         names, buffers = self.names[which], self.buffers[which]
         faults = {}

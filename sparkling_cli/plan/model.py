@@ -211,11 +211,16 @@ class Plan:
     def nbytes(self, *, after: bool) -> tuple[int, int]:
         """Bytes of weights and of optimizer state, of the source or of the output."""
         found = [0, 0]
-        counts = Counter(row.recipe for row in self.rows if after or not row.new)
-        for recipe, count in counts.items():
+        for (recipe, new), count in self._counts.items():
             shape = recipe.shape if after else recipe.before
-            found[bool(recipe.slot)] += count * prod(shape) * ITEM_BYTES[recipe.dtype]
+            if after or not new:
+                found[bool(recipe.slot)] += count * prod(shape) * ITEM_BYTES[recipe.dtype]
         return found[0], found[1]
+
+    @cached_property
+    def _counts(self) -> Counter[tuple[Recipe, bool]]:
+        """How many rows have a recipe, and are new."""
+        return Counter((row.recipe, row.new) for row in self.rows)
 
     @property
     def means(self) -> tuple[tuple[int, ...], ...]:

@@ -6,15 +6,19 @@ which rows are shown. Equal facts give equal bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemBytecodeCache, PackageLoader, StrictUndefined, Template
+from jinja2.bccache import Bucket
 from markupsafe import Markup, escape
 
+from sparkling_cli.models.cache import directory
 from sparkling_cli.report import charts, figures
 from sparkling_cli.report.command import places_in
 from sparkling_cli.report.resume import snippet
@@ -92,10 +96,31 @@ def _facts(data: Report) -> Markup:
     return Markup(text.replace("<", "\\u003c"))
 
 
+class _Compiled(FileSystemBytecodeCache):
+    """The template's code, kept between runs: to compile it takes longer than to fill it in.
+
+    A cache that cannot be read or written is no error.
+    """
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        """What was kept, if anything was."""
+        with contextlib.suppress(OSError):
+            super().load_bytecode(bucket)
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        """Keep it."""
+        with contextlib.suppress(OSError):
+            Path(self.directory).mkdir(parents=True, exist_ok=True)
+            super().dump_bytecode(bucket)
+
+
 @cache
 def _template() -> Template:
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, loader=PackageLoader("sparkling_cli.report", "")
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=PackageLoader("sparkling_cli.report", ""),
+        bytecode_cache=_Compiled(str(directory() / "page")),
     )
     own = ("count", "nbytes", "significant", "signed", "percent", "moved", "factor")
     environment.filters |= {name: getattr(numbers, name) for name in own}

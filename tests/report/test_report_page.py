@@ -6,11 +6,14 @@ import json
 import re
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
+import jinja2
 import pytest
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.report import page
 from sparkling_cli.report.page import breakable, render
 from sparkling_cli.report.tensor_blocks import tensor_block
 from sparkling_cli.results.expansion import Report, TensorChange
@@ -84,6 +87,31 @@ def test_equal_facts_give_equal_bytes() -> None:
     """Nothing in the page or the JSON depends on when it is made."""
     assert render(report()) == render(report())
     assert report().to_json() == report().to_json()
+
+
+def test_the_compiled_template_is_kept_and_a_cache_that_fails_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An earlier run's code serves again, a damaged one is made again; where none can be kept, no harm."""
+
+    def rendered(place: Path) -> bytes:
+        monkeypatch.setenv("SPARKLING_CACHE_DIR", str(place))
+        page._template.cache_clear()
+        return render(report())
+
+    first = rendered(tmp_path / "new")
+    kept = {path: path.read_bytes() for path in (tmp_path / "new/page").iterdir()}
+    assert kept
+    with monkeypatch.context() as patched:
+        patched.delattr(jinja2.Environment, "compile")
+        assert rendered(tmp_path / "new") == first
+    for path, code in kept.items():
+        path.write_bytes(code[: len(code) // 2])
+    assert rendered(tmp_path / "new") == first
+    assert all(path.read_bytes() == code for path, code in kept.items())
+    (tmp_path / "file").touch()
+    assert rendered(tmp_path / "file/below") == first
+    page._template.cache_clear()
 
 
 def test_page_and_json_hold_the_same_facts() -> None:
