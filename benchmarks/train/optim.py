@@ -64,16 +64,25 @@ def decay_names(model: nn.Module) -> set[str]:
 def make(
     name: str, model: nn.Module, lr: float, beta2: float = BETAS[1], weight_decay: float = DECAY
 ) -> Optimizer:
-    """``adamw``, or one of ``MUON``, over the model's parameters in the Trainer's groups."""
+    """``adamw``, ``soap``, or one of ``MUON``, over the model's parameters in the Trainer's groups.
+
+    Raises:
+        ImportError: SOAP is that of ``pytorch_optimizer``, which is not among the project's requirements.
+    """
     decay = decay_names(model)
     named = list(model.named_parameters())
     betas = (BETAS[0], beta2)
-    if name == "adamw":
+    if name in ("adamw", "soap"):
         groups = [
             {"params": [p for n, p in named if n in decay], "weight_decay": weight_decay},
             {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
         ]
-        return AdamW(groups, lr=lr, betas=betas, fused=True)
+        if name == "adamw":
+            return AdamW(groups, lr=lr, betas=betas, fused=True)
+        from pytorch_optimizer import SOAP
+
+        soap: Optimizer = SOAP(groups, lr=lr, betas=betas)
+        return soap
     inner = {n for n in decay if ".layers." in n and dict(named)[n].ndim == 2 and "mlp.gate.weight" not in n}
     muon, adam = {"kind": "muon", "adjust_lr_fn": MUON[name]}, {"kind": "adamw", "betas": betas}
     return MuonAndAdamW(

@@ -275,8 +275,8 @@ def _term(expr: Expr, rules: Rules, scaled: frozenset[str], label: str | None) -
             [(label or part) in NONLINEAR_LABELS or part in NONLINEAR_LABELS for part in named]
         )
         still, units = np.zeros(size, bool), tuple((i,) for i in range(size))
-        own, ones = np.zeros(size, np.int8), np.ones(size)
-        return _Term(size, np.arange(size), still, still, own, nonlinear, ones, np.arange(size), units)
+        none, ones = np.zeros(size, np.int8), np.ones(size)
+        return _Term(size, np.arange(size), still, still, none, nonlinear, ones, np.arange(size), units)
     if isinstance(expr, Axis) and expr.name in rules.growth:
         source = rules.origin(expr.name)
         factor = rules.factors(expr.name) if expr.name in scaled else np.ones(len(source))
@@ -311,7 +311,7 @@ def _along(dim: Dim, rules: Rules, consumed: frozenset[str], wide: str, moment: 
     size, count = prod(t.size for t in terms), prod(len(t.source) for t in terms)
     source = np.zeros(1, np.int64)
     new, nonlinear, widened = np.zeros(1, bool), np.zeros(1, bool), np.zeros(1, bool)
-    own = np.zeros(1, np.int8)
+    own: Array = np.zeros(1, np.int8)
     cut: _Units = (np.zeros(1, np.int64), ((),))
     factors = []
     outer = 1
