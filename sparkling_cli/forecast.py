@@ -19,7 +19,7 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.depth import LAYERS
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.results.commands import RunPlan
-from sparkling_cli.results.evidence import like, tokens_note
+from sparkling_cli.results.evidence import compute_note, like, tokens_note
 from sparkling_cli.spec.choices import ALL
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.options import from_keywords
@@ -216,6 +216,7 @@ def forecast(
         factor = max(axis.target / axis.source for axis in grown.values())
         each = [(p.stop_tokens - p.start_tokens) / p.active_parameters for p in (before, after)]
         notes.append(tokens_note(grown, each[0], each[1], like(factor, at / tokens, "cosine")))
+        notes.append(compute_note(grown))
     return RunPlan(
         source=subject.name,
         model=subject.layout.name,

@@ -27,6 +27,10 @@ LIKE = {
 NO_DECAY, NO_DECAY_COSINE, NO_DECAY_STEPS = 0.021, 0.95, 12_000
 #: That cosine at the end of the same steps with weight decay.
 DECAY, DECAY_COSINE = 0.1, 0.67
+#: Pair -> by how many nats per byte it ended above the wide model from scratch at equal compute, in the mean
+#: over so many seeds, after so many steps; and how far below it the paper's ended (Table 1, inner 2x).
+SCRATCH_BELOW = {"copy-copy": 0.032, "random-zero": 0.02}
+SCRATCH_SEEDS, SCRATCH_STEPS, PAPER_ABOVE = 3, 12_000, 0.0163
 #: The cosine of ``copy-copy``'s copies to their sources, after so many steps.
 COSINE, COSINE_STEPS = 0.97, 2000
 #: Tokens per parameter of the small model before the expansion, and of the wide one after it: least and most.
@@ -121,4 +125,21 @@ def tokens_note(axes: Iterable[str], before: float, after: float, near: Iterable
     return (
         f"{before:.3g} tokens per parameter before the expansion of {', '.join(axes)}, {after:.3g} after it; "
         f"which pair to take was measured at {measured} (docs/evidence.md).{_nearer(near)}"
+    )
+
+
+def compute_note(axes: Iterable[str]) -> str | None:
+    """What an expansion was worth against the wide model from scratch, both with the same compute.
+
+    Args:
+        axes: that grow.
+    """
+    if not set(axes) <= set(INNER):
+        return None
+    pairs = " and ".join(f"{above:g} by {pair}" for pair, above in SCRATCH_BELOW.items())
+    return (
+        "the share saved is at equal tokens, where the wide model from scratch ends lower; at equal compute "
+        f"the paper's expanded model ended {PAPER_ABOVE:g} below it, and our small ones, with "
+        f"{SCRATCH_STEPS:,} steps after the expansion, ended above it: {pairs} (nats per byte, mean of "
+        f"{SCRATCH_SEEDS} seeds; docs/evidence.md)"
     )

@@ -98,6 +98,17 @@ def test_leads_with_one_thing_different(found: list[Setting], main: Setting) -> 
     assert main.left == evidence.NO_DECAY_STEPS
 
 
+def test_the_wide_model_at_equal_compute(main: Setting) -> None:
+    """How far below the expanded ones it ended, in the mean over the seeds that have it."""
+    names = {"copy-copy": COPY_COPY, "random-zero": KEPT}
+    ends = {pair: main.results.paired("wide-compute", name) for pair, name in names.items()}
+    assert {len(values) for values in ends.values()} == {evidence.SCRATCH_SEEDS}
+    below = {pair: round(-statistics.fmean(values), 3) for pair, values in ends.items()}
+    assert (below, main.left) == (evidence.SCRATCH_BELOW, evidence.SCRATCH_STEPS)
+    method = (ROOT / "docs" / "explanation" / "method.md").read_text(encoding="utf-8")
+    assert f"SPARKLING does: by\n  {evidence.PAPER_ABOVE}," in method
+
+
 def end_cosine(setting: Setting) -> float:
     """The cosine of copy-copy's copies to their sources at the end, to the digits that are written."""
     logs = [log for log in setting.results.runs[COPY_COPY].values() if "final" in log]
@@ -148,6 +159,11 @@ def test_the_sentences_have_these_numbers_and_no_others() -> None:
     }
     assert set(re.findall(r"\d[\d.,]*\d|\d", said)) == known
     assert evidence.decay_note(["ffn"], "random-zero") is evidence.decay_note(["hidden"], "copy-copy") is None
+    said = evidence.compute_note(["ffn"])
+    assert said is not None and evidence.compute_note(["hidden"]) is None
+    leads = [f"{above:g}" for above in evidence.SCRATCH_BELOW.values()]
+    known = {*leads, f"{evidence.SCRATCH_STEPS:,}", str(evidence.SCRATCH_SEEDS), f"{evidence.PAPER_ABOVE:g}"}
+    assert set(re.findall(r"\d[\d.,]*\d|\d", said)) == known
     said = evidence.tokens_note(["ffn"], 12.34, 5.6)
     assert said is not None
     known = {"12.3", "5.6", *map(str, (*evidence.TOKENS_BEFORE, *evidence.TOKENS_AFTER))}
