@@ -52,7 +52,11 @@ CALIBRATED: Mapping[str, str] = {
     **{name: name.removesuffix("-calibrated") for name in TREATMENTS if name.endswith("-calibrated")},
 }
 #: how optimizers are called
-OPTIMIZERS: Mapping[str, str] = {"muon": "Muon with matched RMS", "muon-original": "Muon as published"}
+OPTIMIZERS: Mapping[str, str] = {
+    "muon": "Muon with matched RMS",
+    "muon-original": "Muon as published",
+    "soap": "SOAP",
+}
 #: axes that are no widths
 COUNTED = ("experts", "experts_per_token", "layers")
 #: what can become of the state of what is counted, beside the asymmetric reset with its re-warmup
