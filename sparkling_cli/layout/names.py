@@ -148,6 +148,11 @@ class NameTemplate:
                 return None
         return found
 
+    def at(self, name: str) -> dict[str, int] | None:
+        """Axis -> the name's index on it; None if the template does not stand for the name."""
+        indices = self.indices(name)
+        return None if indices is None else dict(zip(self.axes, indices, strict=True))
+
     def occurring(self, names: Iterable[str]) -> dict[str, frozenset[int]]:
         """Axis -> its indices in names that the template stands for."""
         if not self.axes:

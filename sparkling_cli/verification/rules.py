@@ -8,7 +8,7 @@ made of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from sparkling_cli.layout.keys import lookup
 from sparkling_cli.layout.model import Compensation, ModelLayout
 from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.layout.parse import parse_layout
-from sparkling_cli.manifest import Manifest
+from sparkling_cli.manifest import Manifest, Stage
 from sparkling_cli.results.account import Kind
 from sparkling_cli.spec.choices import ALL
 from sparkling_cli.spec.model import ExpansionSpec
@@ -34,7 +34,6 @@ from sparkling_cli.storage.tensors import StoredTensor
 from sparkling_cli.widening.parts import stream_of
 from sparkling_cli.widening.reference import DIAGONAL, MEANS, TURNED, UNIT, Rules, Wanted, copied_axes
 
-#: what a state of an unknown name was measured to be -> its kind
 #: kinds of state that follow a parameter's dims -> what the reference calls their new entries
 _FRESH = {
     StateKind.MOMENT: "",
@@ -44,6 +43,7 @@ _FRESH = {
 }
 #: what is no state, and zero as a whole
 _WEIGHT = "weight"
+#: what a state of an unknown name was measured to be -> its kind
 _MEASURED = {Kind.COPY.value: StateKind.WEIGHT, Kind.MOMENT.value: StateKind.MOMENT}
 
 
@@ -58,49 +58,41 @@ class Derivation:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self.spec = make_spec(manifest.stages[-1].spec)
+        *earlier, last = manifest.stages
+        self.spec = make_spec(last.spec)
         after = manifest.model_layout()
-        growth = dict(manifest.stages[-1].growth)
         axes = {
-            name: replace(info, size=growth[name][0]) if name in growth else info
+            name: replace(info, size=last.growth[name][0]) if name in last.growth else info
             for name, info in after.axes.items()
         }
         self.layout: ModelLayout = replace(after, axes=axes)
-        fan_out, fan_in = self.spec.init.split("-")
-        old = growth.get("vocab", (0, 0))
-        given = range(*old) if self.spec.vocab_from else ()
-        rules = Rules(
-            self.layout.sizes,
-            growth,
-            fan_out,
-            fan_in,
-            self.spec.scaling,
-            vocab=self.spec.vocab_fill,
-            noise=self.spec.router_noise,
-            means=tuple(self.spec.vocab_from.get(new, ()) for new in given),
-            order=_layers(self.spec, growth),
-            experts=_experts(self.spec.copies.get(ALL, ())),
-        )
-        self.rules = self._with_history(rules)
+        originals: dict[str, Any] = {}
+        for stage in earlier:
+            rules = self._rules(stage, originals)
+            originals |= {axis: rules.originals_after(axis) for axis in stage.growth}
+        self.rules = self._rules(last, originals)
         self._made: dict[tuple[object, ...], Wanted] = {}
         self._in_layers: dict[int, Rules] = {}
 
-    def _with_history(self, last: Rules) -> Rules:
-        """The last stage's rules, with what follows from the earlier ones: which entry copies which."""
-        layouts = [pattern.dims for pattern in self.layout.tensors]
-        originals: dict[str, Any] = {}
-        for stage in self._manifest.stages[:-1]:
-            sizes = {**self.layout.sizes, **{axis: before for axis, (before, _) in stage.growth.items()}}
-            spec = make_spec(stage.spec)
-            fan_out, fan_in = spec.init.split("-")
-            done = dict(originals)
-            own: Any = {"vocab": spec.vocab_fill, "noise": spec.router_noise}
-            own["order"] = _layers(spec, stage.growth)
-            rules = Rules(sizes, stage.growth, fan_out, fan_in, originals=done, **own)
-            rules = replace(rules, copied=copied_axes(rules, layouts))
-            originals |= {axis: rules.originals_after(axis) for axis in stage.growth}
-        rules = replace(last, originals=originals)
-        return replace(rules, copied=copied_axes(rules, layouts))
+    def _rules(self, stage: Stage, originals: Mapping[str, Any]) -> Rules:
+        """What was asked for in a stage, given the original of every entry before it."""
+        spec, growth = make_spec(stage.spec), dict(stage.growth)
+        fan_out, fan_in = spec.init.split("-")
+        given = range(*growth.get("vocab", (0, 0))) if spec.vocab_from else ()
+        rules = Rules(
+            {**self.layout.sizes, **{axis: before for axis, (before, _) in growth.items()}},
+            growth,
+            fan_out,
+            fan_in,
+            spec.scaling,
+            originals=dict(originals),
+            vocab=spec.vocab_fill,
+            noise=spec.router_noise,
+            means=tuple(spec.vocab_from.get(new, ()) for new in given),
+            order=_layers(spec, growth),
+            experts=_experts(spec.copies.get(ALL, ())),
+        )
+        return replace(rules, copied=copied_axes(rules, [pattern.dims for pattern in self.layout.tensors]))
 
     def faults(self) -> list[str]:
         """Where the manifest's own sizes and births are not what its spec gives."""
@@ -183,13 +175,18 @@ class Derivation:
             self._in_layers[source] = replace(self.rules, experts=_experts(self.spec.copies[source]))
         return self._in_layers[source]
 
+    def _place(self, name: str, axes: Set[str]) -> tuple[NameTemplate, dict[str, int]] | None:
+        """The template with any of these axes that stands for a tensor, and the tensor's indices."""
+        for pattern in (*self.layout.tensors, *(self.layout.disk or ())):
+            at = pattern.template.at(name) if axes & set(pattern.template.axes) else None
+            if at is not None:
+                return pattern.template, at
+        return None
+
     def _layer(self, name: str) -> int | None:
         """The layer that a tensor is of; None where it is of none."""
-        for pattern in (*self.layout.tensors, *(self.layout.disk or ())):
-            at = pattern.template.indices(name) if "layers" in pattern.template.axes else None
-            if at is not None:
-                return at[pattern.template.axes.index("layers")]
-        return None
+        found = self._place(name, {"layers"})
+        return None if found is None else found[1]["layers"]
 
     def _repeated(self) -> list[bool]:
         """Of every layer, whether one before it has the same source."""
@@ -203,14 +200,10 @@ class Derivation:
 
     def is_new(self, name: str) -> bool:
         """Whether a parameter is of a layer, or an expert, that the last expansion added."""
-        for pattern in self.layout.tensors:
-            grown = [axis for axis in pattern.template.axes if axis in self.rules.growth and axis != "layers"]
-            indices = pattern.template.indices(name) if grown else None
-            if indices is not None:
-                at = dict(zip(pattern.template.axes, indices, strict=True))
-                if any(at[axis] >= self.rules.growth[axis][0] for axis in grown):
-                    return True
-        return self.is_new_layer(name)
+        grown = self.rules.growth.keys() - {"layers"}
+        _, at = self._place(name, grown) or (None, {})
+        behind = any(at[axis] >= self.rules.growth[axis][0] for axis in grown & at.keys())
+        return behind or self.is_new_layer(name)
 
     def source_name(self, name: str, *, but: str = "") -> str:
         """The weight that one was made from: another one where it is a copy with a name of its own.
@@ -219,13 +212,12 @@ class Derivation:
             name: of the output.
             but: an axis of which the copies count as no copies.
         """
-        for pattern in (*self.layout.tensors, *(self.layout.disk or ())):
-            grown = [axis for axis in pattern.template.axes if axis in self.rules.growth and axis != but]
-            indices = pattern.template.indices(name) if grown else None
-            if indices is not None:
-                at, rules = dict(zip(pattern.template.axes, indices, strict=True)), self._in(name)
-                return pattern.template.fill({**at, **{a: int(rules.origin(a)[at[a]]) for a in grown}})
-        return name
+        grown = self.rules.growth.keys() - {but}
+        found = self._place(name, grown)
+        if found is None:
+            return name
+        (template, at), rules = found, self._in(name)
+        return template.fill({**at, **{a: int(rules.origin(a)[at[a]]) for a in grown & at.keys()}})
 
     def stream(self, name: str) -> str:
         """The name of a weight's random numbers: that of the module, with the place of its part in it.
@@ -236,9 +228,8 @@ class Derivation:
         for text, parts in self.layout.assembly.items():
             whole = NameTemplate(text)
             for number, part in enumerate(map(NameTemplate, parts)):
-                indices = part.indices(name)
-                if indices is not None:
-                    at = dict(zip(part.axes, indices, strict=True))
+                at = part.at(name)
+                if at is not None:
                     unit = tuple(at[axis] for axis in part.axes if axis not in whole.axes)
                     return stream_of(whole.fill(at), unit if len(parts) == 1 else (*unit, number))
         return name
@@ -462,9 +453,8 @@ def assembled(checkpoint: Checkpoint, layout: ModelLayout) -> tuple[dict[str, St
         whole = NameTemplate(text)
         for number, part in enumerate(map(NameTemplate, parts)):
             for name, key in checkpoint.weights.items():
-                indices = part.indices(name)
-                if indices is not None:
-                    at = dict(zip(part.axes, indices, strict=True))
+                at = part.at(name)
+                if at is not None:
                     stack = tuple(at[axis] for axis in part.axes if axis not in whole.axes)
                     places.setdefault(whole.fill(at), {})[stack, number] = checkpoint.tensors[key]
                     used.add(key)
