@@ -143,7 +143,7 @@ class Staging:
         """Throw away what an earlier run left."""
         self._clear()
         (self.partial / "data").mkdir()
-        _write_new(self.partial / "plan", fingerprint.encode())
+        write_new(self.partial / "plan", fingerprint.encode())
 
     def _make_parents(self) -> None:
         """The folders above the output; those that are new go again if the output does not come."""
@@ -217,7 +217,7 @@ class Staging:
             if os.path.lexists(path):
                 raise OutputError(f"{path} appeared while the output was made; nothing is overwritten")
         if self.is_file:
-            _write_new(self.partial / "commit", b"")
+            write_new(self.partial / "commit", b"")
             sync(self.partial)
         moves = [(self.sidecars, folder)] if self.is_file and self.sidecars.is_dir() else []
         moved: list[tuple[Path, Path]] = []
@@ -246,10 +246,13 @@ class Staging:
                     self._made.pop().rmdir()
 
 
-def _write_new(path: Path, content: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(path, flags, 0o666)
-    with os.fdopen(descriptor, "wb") as file:
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that does not exist yet; its folder does.
+
+    Raises:
+        OSError: it exists, if only as a link, or cannot be written.
+    """
+    with path.open("xb") as file:
         file.write(content)
 
 
@@ -269,7 +272,7 @@ def replace_files(root: Path, files: Mapping[str, bytes]) -> None:
             for name, content in files.items():
                 written = new[root / name]
                 written.unlink(missing_ok=True)
-                _write_new(written, content)
+                write_new(written, content)
                 sync(written)
             for path, written in new.items():
                 written.replace(path)

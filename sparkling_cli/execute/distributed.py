@@ -90,13 +90,25 @@ class Processes(Team):
 
     def step(self, work: Callable[[], T]) -> list[T]:
         """See :class:`Team`."""
-        return self._gather(_attempt(work))
+        import torch.distributed as dist
 
-    def lead(self, work: Callable[[], T]) -> T:
-        """See :class:`Team`."""
-        done = self._gather(_attempt(work) if self.rank == 0 else ("done", None))
-        first: T = done[0]
-        return first
+        kept: Exception | None = None
+        mine: tuple[str, Any]
+        try:
+            mine = "done", work()
+        except Exception as error:
+            kept, mine = error, ("raised", _packed(error))
+        found: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(found, mine, group=self._group)
+        except RuntimeError as error:
+            if kept is not None:
+                raise kept from error
+            raise _gone(error) from error
+        for rank, (kind, value) in enumerate(found):
+            if kind == "raised":
+                raise kept if rank == self.rank and kept is not None else _unpacked(value, rank)
+        return [value for _, value in found]
 
     def numbers(self) -> Callable[[], int]:
         """See :class:`Team`."""
@@ -112,36 +124,12 @@ class Processes(Team):
 
         return take
 
-    def _gather(self, mine: tuple[str, Any]) -> list[Any]:
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * self.size
-        kept = mine[1] if mine[0] == "raised" else None
-        message = ("raised", _packed(kept)) if kept is not None else mine
-        try:
-            dist.all_gather_object(found, message, group=self._group)
-        except RuntimeError as error:
-            if kept is not None:
-                raise kept from error
-            raise _gone(error) from error
-        for rank, (kind, value) in enumerate(found):
-            if kind == "raised":
-                raise kept if rank == self.rank and kept is not None else _unpacked(value, rank)
-        return [value for _, value in found]
-
 
 def _gone(error: RuntimeError) -> OutputError:
     return OutputError(
         f"another rank is gone: {str(error).splitlines()[0]}",
         hint="no output was made; see that rank's own message, and run the command again",
     )
-
-
-def _attempt(work: Callable[[], T]) -> tuple[str, Any]:
-    try:
-        return "done", work()
-    except Exception as error:
-        return "raised", error
 
 
 def _packed(error: Exception) -> tuple[str, Any]:

@@ -7,7 +7,7 @@ threads or processes, so finished tasks can be kept after a crash and shared out
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -19,7 +19,7 @@ from sparkling_cli.plan.model import Plan, Recipe, Row
 from sparkling_cli.storage.byte_ranges import Placement
 from sparkling_cli.storage.crc import Span
 from sparkling_cli.storage.tensors import Extent
-from sparkling_cli.widening.kernel import PIECE, Kernel, compile_kernel
+from sparkling_cli.widening.kernel import Kernel, compile_kernel
 
 #: target bytes of one task
 TASK = 1 << 25
@@ -144,7 +144,7 @@ def make_job(plan: Plan, files: tuple[OutputFile, ...]) -> Job:
             if extent.path != file.path:
                 extent = extent._replace(path=file.path)
             where[key] = (*where[key], extent) if key in where else (extent,)
-    kernels = _kernels(plan.recipes)
+    kernels = {recipe: _kernel(recipe) for recipe in plan.recipes}
     rows = tuple([RowJob(row, kernels[row.recipe], where.pop(row.key, ())) for row in plan.rows])
     unknown = where.keys()
     if unknown:
@@ -167,16 +167,8 @@ def _seams(files: tuple[OutputFile, ...]) -> dict[tuple[str, int], Seam]:
     return found
 
 
-def _kernels(recipes: Iterable[Recipe]) -> dict[Recipe, Kernel | None]:
-    """The kernel of every recipe; recipes that differ in name alone share one, so their rows go together."""
-    made: dict[tuple[object, ...], Kernel] = {}
-    found: dict[Recipe, Kernel | None] = {}
-    for recipe in recipes:
-        if recipe.zero or recipe.derived:
-            found[recipe] = None
-            continue
-        settings = (recipe.view, recipe.dtype, recipe.scale, recipe.offset, PIECE, recipe.fresh)
-        if settings not in made:
-            made[settings] = compile_kernel(*settings)
-        found[recipe] = made[settings]
-    return found
+def _kernel(recipe: Recipe) -> Kernel | None:
+    """What makes a recipe's rows; recipes that differ in name alone share it, so their rows go together."""
+    if recipe.zero or recipe.derived:
+        return None
+    return compile_kernel(recipe.view, recipe.dtype, recipe.scale, recipe.offset, fresh=recipe.fresh)

@@ -25,17 +25,14 @@ def allocate(path: Path, size: int) -> None:
         OSError: no room, or the file exists.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-        elif size:
-            os.truncate(descriptor, size)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(descriptor)
+    with path.open("xb") as file:
+        try:
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def tensor_spans(jobs: Iterable[tuple[RowJob, tuple[Span, ...]]], handles: Handles) -> dict[str, list[Span]]:
@@ -152,20 +149,13 @@ def copy_carried(source: Path, target: Path) -> FileDigest:
         OSError: the target cannot be written.
     """
     try:
-        descriptor = os.open(source, os.O_RDONLY)
+        file = source.open("rb")
     except OSError as error:
         raise CheckpointError(f"cannot read {source}: {error.strerror}") from error
-    try:
-        size = os.fstat(descriptor).st_size
-        allocate(target, 0)
-        out = os.open(target, os.O_WRONLY)
-        try:
-            crc = _copy(descriptor, out, size, (str(source), str(target)))
-        finally:
-            os.close(out)
-    finally:
-        os.close(descriptor)
-    return FileDigest(size, crc)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with file, target.open("xb") as out:
+        size = os.fstat(file.fileno()).st_size
+        return FileDigest(size, _copy(file.fileno(), out.fileno(), size, (str(source), str(target))))
 
 
 def _copy(source: int, target: int, size: int, names: tuple[str, str]) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from sparkling_cli.errors import CheckpointError, OutputError
 from sparkling_cli.execute import output_files, signals
-from sparkling_cli.execute.commit import Staging, sync
+from sparkling_cli.execute.commit import Staging, sync, write_new
 from sparkling_cli.execute.disk_space import check_room, disk_error
 from sparkling_cli.execute.flush import Flusher
 from sparkling_cli.execute.job import Job, PartResult, make_job
@@ -243,8 +243,7 @@ def _add_sidecars(run: _Run, sidecars: Mapping[str, bytes]) -> None:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        with target.open("xb") as file:
-            file.write(content)
+        write_new(target, content)
 
 
 def _sync_all(run: _Run) -> None:
