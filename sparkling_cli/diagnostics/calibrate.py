@@ -349,7 +349,7 @@ class WidenedSource(TensorSource):
                 known[stream_of(row.stream, box.unit)] = moments.merged(map(moments.block_moments, numbers))
         doubles = as_doubles(source, recipe.dtype) if kernel.given else source
         means = Means(self._plan.means, recipe.before, lambda start, stop: doubles[start:stop])
-        given = Given.of(self._plan.spec.seed, row.stream, known, means, self._plan.spec.router_noise)
+        given = Given(self._plan.spec.seed, row.stream, known, means, self._plan.spec.router_noise)
         with np.errstate(all="ignore"):
             for index in range(kernel.pieces):
                 piece = kernel.piece(index)

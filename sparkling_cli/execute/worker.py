@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.execute import bundle
 from sparkling_cli.execute.job import Job, Part, PartResult, RowJob
-from sparkling_cli.storage.byte_ranges import Handles, Placement, read, write_range
+from sparkling_cli.storage.byte_ranges import Handles, Placement, fetched, read, write_range
 from sparkling_cli.storage.byte_ranges import write as write_boxes
 from sparkling_cli.storage.crc import Span, crc32, merge, zeros
-from sparkling_cli.storage.tensors import StoredTensor
 from sparkling_cli.storage.threads import Stopped
 from sparkling_cli.widening import moments
 from sparkling_cli.widening.derived import derived
@@ -119,27 +117,18 @@ class Worker:
         import numpy as np
 
         recipe = job.row.recipe
-        data = np.empty(prod(recipe.before) * job.item, dtype=np.uint8)
-        read(self.source, job.source, 0, len(data), data)
+        data = fetched(self.source, job.source)
         if recipe.blocks is None:
             old = data.view(numpy_dtype(recipe.dtype)).reshape(recipe.before)
             made = np.ascontiguousarray(derived(recipe.view, old, recipe.dtype))
         else:
-            parts = [self._part(stored, job.row.key) for stored in job.row.parts]
+            places = (Placement(one.dtype, one.shape, one.extents, job.row.key) for one in job.row.parts)
+            parts = [fetched(self.source, place) for place in places]
             made = requantized(recipe.view, recipe.scale, recipe.blocks, parts)
         self._put(job, 0, made.reshape(-1).view(np.uint8), None, target)
         self.wrote(job.nbytes)
         whole = (Span(0, len(data), crc32(data)),)
         return PartResult(row, whole, tuple(target), count_nonfinite(data, recipe.dtype))
-
-    def _part(self, stored: StoredTensor, name: str) -> Array:
-        """The bytes of a whole tensor of the source."""
-        import numpy as np
-
-        data = np.empty(stored.nbytes, dtype=np.uint8)
-        place = Placement(stored.dtype, stored.shape, stored.extents, name)
-        read(self.source, place, 0, len(data), data)
-        return data
 
     def _write_images(self, row: int, piece: Piece, data: Array, crc: int, spans: list[Span]) -> None:
         """Write all images of a piece; images of equal content are made and summed once."""
@@ -183,15 +172,11 @@ class Worker:
         job, spec = self.job.rows[row], self.job.plan.spec
         if row not in self._means:
             self._means[row] = Means(self.job.plan.means, job.row.recipe.before, partial(self._numbers, job))
-        return Given.of(spec.seed, job.row.stream, self.known, self._means[row], spec.router_noise)
+        return Given(spec.seed, job.row.stream, self.known, self._means[row], spec.router_noise)
 
     def _numbers(self, job: RowJob, start: int, stop: int) -> Array:
         """Entries ``start <= i < stop`` of a row's source."""
-        import numpy as np
-
-        data = np.empty((stop - start) * job.item, dtype=np.uint8)
-        read(self.source, job.source, start * job.item, stop * job.item, data)
-        return as_doubles(data, job.row.dtype)
+        return as_doubles(fetched(self.source, job.source, start, stop), job.row.dtype)
 
     def moments(self, row: int, box: Box, first: int, last: int) -> list[moments.Moments]:
         """Mean and spread of a unit's blocks ``first <= i < last`` (``moments.BLOCK`` entries each).

@@ -165,6 +165,20 @@ def read(handles: Handles, placement: Placement, start: int, stop: int, out: Arr
         read_range(handles, place.path, place.offset, out[place.start - start : place.stop - start])
 
 
+def fetched(handles: Handles, placement: Placement, start: int = 0, stop: int | None = None) -> Array:
+    """The bytes of entries ``start <= i < stop`` of a tensor, by default of all, in an array of their own.
+
+    Raises:
+        CheckpointError: see :func:`read`.
+    """
+    import numpy as np
+
+    stop = prod(placement.shape) if stop is None else stop
+    data = np.empty((stop - start) * placement.item, dtype=np.uint8)
+    read(handles, placement, start * placement.item, stop * placement.item, data)
+    return data
+
+
 def read_range(handles: Handles, path: str, offset: int, out: Array) -> None:
     """Fill ``out`` from one file.
 

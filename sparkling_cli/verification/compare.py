@@ -8,13 +8,14 @@ tensors of one kind share it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from math import prod
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparkling_cli.storage.byte_ranges import Handles, Place, Placement, read, read_range
+from sparkling_cli.storage.byte_ranges import Handles, Place, Placement, fetched, read_range
 from sparkling_cli.storage.crc import Span, crc32
 from sparkling_cli.verification.quantized import QuantizedSubject, quantized_fault
 from sparkling_cli.widening import fill, moments
@@ -168,7 +169,7 @@ def examine(
         kind = bits_dtype(subject.target.item)
         seen = after.view(kind).reshape(len(wanted.row.source), len(wanted.column.source))
         there = before.view(kind).reshape(wanted.row.size, wanted.column.size)
-        fault = _fault(subject, grid, seen, (0, 0), there, (0, 0), known, source)
+        fault = _fault(subject, grid, seen, (0, 0), there, (0, 0), known)
         spans = [Span(0, len(data), crc32(data)) for data in (after, before)]
         found.append(Found(spans[:1], spans[1:], fault))
     return found
@@ -198,23 +199,22 @@ def _examine_one(subject: Subject, output: Handles, source: Handles | None, know
     found = Found([], [], None)
     for rows, columns in _chunks(wanted):
         shape = (rows.stop - rows.start, columns.stop - columns.start)
-        at = (rows.start * width + columns.start) * item
-        data = _read(output, subject.target, at, prod(shape) * item, found.target)
+        data = _read(output, subject.target, rows.start * width + columns.start, prod(shape), found.target)
         whole = shape[1] == width
         boxes = _boxes(wanted, [rows], _parts(wanted) if whole else [columns])
         corner = (int(wanted.row.source[rows.start]), 0 if whole else boxes[0].left)
         there: Array = data[:0]
         if any(box.how != ZERO for box in boxes):
             size = (shape[0], wanted.column.size if whole else shape[1])
-            start = (corner[0] * wanted.column.size + corner[1]) * item
+            start = corner[0] * wanted.column.size + corner[1]
             spans: list[Span] = []
-            there = _read(source, subject.source, start, prod(size) * item, spans)
+            there = _read(source, subject.source, start, prod(size), spans)
             there = there.view(bits_dtype(item)).reshape(size)
             if not wanted.row.new[rows.start] and (whole or not wanted.column.new[columns.start]):
                 found.source.extend(spans)
         seen = data.view(bits_dtype(item)).reshape(shape)
         at_first = (rows.start, columns.start)
-        fault = _fault(subject, boxes, seen, at_first, there, corner, known, source)
+        fault = _fault(subject, boxes, seen, at_first, there, corner, known)
         if fault and found.fault is None:
             found = found._replace(fault=fault)
     return found
@@ -223,9 +223,9 @@ def _examine_one(subject: Subject, output: Handles, source: Handles | None, know
 def _alone(subject: Subject, output: Handles) -> Found:
     """Only the output's own bytes, and that they are zero where the whole tensor must be."""
     found = Found([], [], None)
-    step = _ENTRIES * subject.target.item
-    for at in range(0, subject.nbytes, step):
-        data = _read(output, subject.target, at, min(step, subject.nbytes - at), found.target)
+    entries = prod(subject.wanted.shape)
+    for at in range(0, entries, _ENTRIES):
+        data = _read(output, subject.target, at, min(_ENTRIES, entries - at), found.target)
         if subject.wanted.zero and data.any():
             found = found._replace(fault="a dropped tensor is not zero")
     return found
@@ -236,14 +236,12 @@ def _whole(subject: Subject, output: Handles, source: Handles) -> Found:
     import numpy as np
 
     assert subject.source is not None
-    wanted, item, found = subject.wanted, subject.target.item, Found([], [], None)
-    bits = bits_dtype(item)
-    seen = _read(output, subject.target, 0, subject.nbytes, found.target).view(bits).reshape(wanted.shape)
-    size = prod(wanted.before) * item
-    there = _read(source, subject.source, 0, size, found.source).view(bits)
+    wanted, found, bits = subject.wanted, Found([], [], None), bits_dtype(subject.target.item)
+    seen = _read(output, subject.target, 0, prod(wanted.shape), found.target).view(bits)
+    there = _read(source, subject.source, 0, prod(wanted.before), found.source).view(bits)
     numbers = as_numbers(there, wanted.dtype).reshape(wanted.before)
     made, new = state_made(wanted, numbers)
-    now = as_numbers(np.ascontiguousarray(seen).reshape(-1), wanted.dtype).reshape(wanted.shape)
+    now = as_numbers(seen, wanted.dtype).reshape(wanted.shape)
     near = np.abs(now - made) <= _LAST[wanted.dtype] * np.abs(made)
     wrong = np.where(new, ~near, now != made)
     wrong &= ~(np.isnan(now) & np.isnan(made))
@@ -256,17 +254,15 @@ def _quantized(subject: Subject, moment: QuantizedSubject, output: Handles, sour
     """Bytes of a part of a quantized moment; with its codes, what is wrong with the moment."""
     assert subject.source is not None
     found = Found([], [], quantized_fault(moment, output, source) if subject.target.item == 1 else None)
-    _read(output, subject.target, 0, subject.nbytes, found.target)
-    _read(source, subject.source, 0, prod(subject.source.shape) * subject.source.item, found.source)
+    _read(output, subject.target, 0, prod(subject.wanted.shape), found.target)
+    _read(source, subject.source, 0, prod(subject.source.shape), found.source)
     return found
 
 
-def _read(handles: Handles, placement: Placement, start: int, size: int, spans: list[Span]) -> Array:
-    """Bytes of a tensor, their CRCs noted, cut where they change files."""
-    import numpy as np
-
-    data = np.empty(size, dtype=np.uint8)
-    read(handles, placement, start, start + size, data)
+def _read(handles: Handles, placement: Placement, first: int, count: int, spans: list[Span]) -> Array:
+    """Bytes of some entries of a tensor, their CRCs noted, cut where they change files."""
+    data = fetched(handles, placement, first, first + count)
+    start, size = first * placement.item, len(data)
     if placement.flat and len(placement.places) > 1:
         for place in placement.cut(start, start + size):
             part = data[place.start - start : place.stop - start]
@@ -335,7 +331,6 @@ def _fault(
     there: Array,
     corner: tuple[int, int],
     known: Neighbours,
-    source: Handles,
 ) -> str | None:
     """The first entry that is not what it must be, in words.
 
@@ -347,7 +342,6 @@ def _fault(
         there: entries of the source that they come from.
         corner: row and column of its first entry in the source.
         known: distributions that random entries are drawn from.
-        source: open files of the source.
     """
     import numpy as np
 
@@ -361,7 +355,7 @@ def _fault(
         else:
             top, left = box.top - corner[0], box.left - corner[1]
             old = there[top : top + height, left : left + width]
-            made = old if box.factor is None else _made(subject, box, old, known, source)
+            made = old if box.factor is None else _made(subject, box, old, known)
             wrong = here != made
             if box.factor is not None and wrong.any():
                 wrong &= ~_both_nan(here, made, wanted.dtype)
@@ -372,21 +366,21 @@ def _fault(
     return None
 
 
-def _made(subject: Subject, box: _Box, old: Array, known: Neighbours, source: Handles) -> Array:
+def _made(subject: Subject, box: _Box, old: Array, known: Neighbours) -> Array:
     """What the entries of a box must be, as integers; those that nothing is done to keep their bits."""
     import numpy as np
 
     wanted = subject.wanted
     if box.how == RANDOM:
         stream, numbers = _numbers(subject, box)
-        return drawn(numbers, known.moments(stream, source), box.factor, wanted.offset, wanted.dtype)
+        return drawn(numbers, known.moments(stream), box.factor, wanted.offset, wanted.dtype)
     if box.how == NOISY:
         stream, numbers = _numbers(subject, box)
-        found = known.moments(stream, source)
+        found = known.moments(stream)
         return noisy(old, numbers, found, wanted.noise, box.factor, wanted.offset, wanted.dtype)
     if box.how == MEAN:
         places = wanted.mean_places(box.rows, box.columns)
-        values = known.means(subject, int(places.min()), int(places.max()) + 1, source)
+        values = known.means(subject, int(places.min()), int(places.max()) + 1)
         return averaged(values[places - places.min()], box.factor, wanted.offset, wanted.dtype)
     made = computed(old, box.factor, wanted.offset, wanted.dtype)
     untouched = box.factor == 1
@@ -410,19 +404,20 @@ def _numbers(subject: Subject, box: _Box) -> tuple[str, Array]:
 
 
 class Neighbours:
-    """Mean and deviation of the old entries that random ones stand beside, by the stream of their unit.
+    """What random entries and means follow from: old entries of the same tensor, looked at when asked for.
 
-    Tensors of one stream (a weight and the optimizer's copy of it) take those of the first.
+    Tensors of one stream (a weight and the optimizer's copy of it) take the distribution of the first.
 
     Args:
         subjects: all tensors, in the output's order.
+        source: root of the source; nothing is asked for where there is none.
     """
 
-    def __init__(self, subjects: Sequence[Subject]) -> None:
+    def __init__(self, subjects: Sequence[Subject], source: Path) -> None:
         self._places: dict[str, tuple[Subject, int, int]] = {}
-        self._known: dict[str, moments.Moments] = {}
-        self._whole: dict[str, Array | None] = {}
-        self._lock = Lock()
+        self._moments: dict[str, moments.Moments] = {}
+        self._means: dict[str, Means] = {}
+        self._files, self._lock = Handles(source), Lock()
         for subject in subjects:
             if not subject.wanted.random or subject.source is None:
                 continue
@@ -431,59 +426,52 @@ class Neighbours:
                     stream = stream_of(subject.stream, outer + inner)
                     self._places.setdefault(stream, (subject, high, wide))
 
-    def moments(self, stream: str, source: Handles) -> moments.Moments:
-        """Of the old entries of a unit.
+    def close(self) -> None:
+        """Close the source's files."""
+        self._files.close()
+
+    def moments(self, stream: str) -> moments.Moments:
+        """Mean and deviation of the old entries of a unit, by its stream.
 
         Raises:
             CheckpointError: the source cannot be read.
         """
         with self._lock:
-            if stream not in self._known:
-                blocks = map(moments.block_moments, _in_blocks(_old_entries(*self._places[stream], source)))
-                self._known[stream] = moments.merged(blocks)
-            return self._known[stream]
+            if stream not in self._moments:
+                blocks = map(moments.block_moments, _in_blocks(self._old_entries(*self._places[stream])))
+                self._moments[stream] = moments.merged(blocks)
+            return self._moments[stream]
 
-    def means(self, subject: Subject, start: int, stop: int, source: Handles) -> Array:
+    def means(self, subject: Subject, start: int, stop: int) -> Array:
         """Entries ``start <= i < stop`` of a tensor's rows of means behind each other, float64.
 
         Raises:
             CheckpointError: the source cannot be read.
         """
+        with self._lock:
+            if subject.key not in self._means:
+                wanted, numbers = subject.wanted, partial(self._numbers, subject)
+                self._means[subject.key] = Means(wanted.means, wanted.before, numbers)
+            return self._means[subject.key](start, stop)
+
+    def _numbers(self, subject: Subject, start: int, stop: int) -> Array:
+        """Entries ``start <= i < stop`` of a source, as float64 numbers."""
+        assert subject.source is not None
+        return as_numbers(fetched(self._files, subject.source, start, stop), subject.wanted.dtype)
+
+    def _old_entries(self, subject: Subject, high: int, wide: int) -> Iterator[Array]:
+        """The entries of a unit in the source, in order, as float64 numbers: a few rows at a time."""
         import numpy as np
 
-        placement = subject.source
-        assert placement is not None
-
-        def numbers(first: int, last: int) -> Array:
-            data = np.empty((last - first) * placement.item, dtype=np.uint8)
-            read(source, placement, first * placement.item, last * placement.item, data)
-            return as_numbers(data, subject.wanted.dtype)
-
-        with self._lock:
-            known = self._whole.get(subject.key)
-            made = Means(subject.wanted.means, subject.wanted.before, numbers, known)
-            found = made(start, stop)
-            self._whole[subject.key] = made.whole
-            return found
-
-
-def _old_entries(subject: Subject, high: int, wide: int, source: Handles) -> Iterator[Array]:
-    """The entries of a unit in the source, in order, as float64 numbers: a few rows at a time."""
-    import numpy as np
-
-    assert subject.source is not None
-    row, column = subject.wanted.row, subject.wanted.column
-    rows = np.flatnonzero(row.unit[~row.new] == high)
-    columns = np.flatnonzero(column.unit[~column.new] == wide)
-    step = max(_ENTRIES // max(column.size, 1), 1)
-    for at in range(0, len(rows), step):
-        chosen = rows[at : at + step]
-        first, last = int(chosen[0]) * column.size, int(chosen[-1] + 1) * column.size
-        item = subject.source.item
-        data = np.empty((last - first) * item, dtype=np.uint8)
-        read(source, subject.source, first * item, last * item, data)
-        numbers = as_numbers(data, subject.wanted.dtype).reshape(-1, column.size)
-        yield numbers[chosen - chosen[0]][:, columns].reshape(-1)
+        row, column = subject.wanted.row, subject.wanted.column
+        rows = np.flatnonzero(row.unit[~row.new] == high)
+        columns = np.flatnonzero(column.unit[~column.new] == wide)
+        step = max(_ENTRIES // max(column.size, 1), 1)
+        for at in range(0, len(rows), step):
+            chosen = rows[at : at + step]
+            first, last = int(chosen[0]) * column.size, int(chosen[-1] + 1) * column.size
+            numbers = self._numbers(subject, first, last).reshape(-1, column.size)
+            yield numbers[chosen - chosen[0]][:, columns].reshape(-1)
 
 
 def _in_blocks(pieces: Iterator[Array]) -> Iterator[Array]:

@@ -439,7 +439,7 @@ class _Work:
         if self.source is not None:
             tasks += [("carried", path, 0) for path in self.manifest.source.files]
 
-        known = Neighbours(self.subjects)
+        known = Neighbours(self.subjects, self.source or self.output)
 
         def look(handles: tuple[Handles, Handles | None], kind: str, what: Any) -> Any:
             output, source = handles
@@ -464,14 +464,15 @@ class _Work:
                 else:
                     yield output, stack.enter_context(closing(Handles(self.source)))
 
-        found = spread(
-            count(0).__next__,
-            len(tasks),
-            work,
-            handles,
-            threads=min(processors(), 4),
-            done=lambda number, _: advance(tasks[number][2]),
-        )
+        with closing(known):
+            found = spread(
+                count(0).__next__,
+                len(tasks),
+                work,
+                handles,
+                threads=min(processors(), 4),
+                done=lambda number, _: advance(tasks[number][2]),
+            )
         spans: dict[str, list[Span]] = {path: [] for path in self.files}
         for number, task in enumerate(tasks):
             result = found[number]
@@ -482,7 +483,7 @@ class _Work:
                     self._judge(subject, seen, spans, covered)
             elif task[0] == "gap":
                 spans[task[1][0]].append(result)
-            elif (result.length, result.crc) != self._source_file(task[1]):
+            elif FileDigest(result.length, result.crc) != self.manifest.source.files[task[1]]:
                 self.source_faults.append(f"{task[1]} in the source is not the file that was carried over")
         self.output_faults += [fault for path in self.files if (fault := self._file(path, spans[path]))]
         return self.output_faults + self.faults + self.source_faults
@@ -532,10 +533,6 @@ class _Work:
         written = self.manifest.source.tensors.get(subject.key)
         if written is not None and whole(found.source, 0, size) != written:
             self.source_faults.append(f"the source of tensor {subject.key!r} is not what was widened")
-
-    def _source_file(self, path: str) -> tuple[int, int]:
-        entry = self.manifest.source.files[path]
-        return entry.bytes, entry.crc32
 
     def _file(self, path: str, spans: list[Span]) -> str | None:
         check = self.files[path]

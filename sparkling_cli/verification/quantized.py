@@ -10,7 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.formats.quantized_states import Quantized
-from sparkling_cli.storage.byte_ranges import Handles, Placement, read
+from sparkling_cli.storage.byte_ranges import Handles, Placement, fetched
 from sparkling_cli.widening.reference import ZERO, Wanted
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class _Moment:
     def __init__(self, own: Quantized, places: tuple[Placement, ...], handles: Handles) -> None:
         import numpy as np
 
-        codes, scales, *levels = (_read(place, handles) for place in places)
+        codes, scales, *levels = (fetched(handles, place) for place in places)
         if own.bits == 4:
             codes = np.repeat(codes, 2)
             codes[0::2] >>= 4
@@ -116,14 +116,6 @@ class _Moment:
         """What the codes of some entries say."""
         said: Array = self.levels[self.codes[slab, entries]] * self.scales[slab, entries // self._size]
         return said
-
-
-def _read(place: Placement, handles: Handles) -> Array:
-    import numpy as np
-
-    data = np.empty(prod(place.shape) * place.item, np.uint8)
-    read(handles, place, 0, len(data), data)
-    return data
 
 
 def _float8() -> Array:

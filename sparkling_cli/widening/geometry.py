@@ -445,7 +445,7 @@ def _runs(
     runs = inner[-1]
     width = widths[-1]
     for outer, outer_width in zip(reversed(inner[:-1]), reversed(widths[:-1]), strict=True):
-        runs = _flattened(outer, runs, width)
+        runs = flattened(outer, runs, width)
         width *= outer_width
     return runs
 
@@ -509,7 +509,7 @@ def _concatenated(parts: list[tuple[Run, ...]], widths: list[int]) -> tuple[Run,
     return _merged(runs)
 
 
-def _flattened(outer: tuple[Run, ...], inner: tuple[Run, ...], width: int) -> tuple[Run, ...]:
+def flattened(outer: tuple[Run, ...], inner: tuple[Run, ...], width: int) -> tuple[Run, ...]:
     """Row-major product of runs; ``width`` is the inner source size."""
     target_width = inner[-1].target + inner[-1].length
     if inner == (Run(0, 0, width),):

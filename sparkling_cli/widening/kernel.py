@@ -1,4 +1,4 @@
-"""One plan row, piece by piece: bit-identical to ``memory.widen_tensor`` in a few hundred kilobytes.
+"""One plan row, piece by piece: the same bytes as of the whole tensor, in a few hundred kilobytes.
 
 The source is read once, in row-major order, in pieces. Every piece has its *images*: the ranges of the
 target that are made from it (an old range, and the new ones that copy it). Runs tile the target and
@@ -15,7 +15,7 @@ the target, filled by a *program*: one step per combination of runs of the dims 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sparkling_cli.storage.tensors import FLOATING, ITEM_BYTES, row_major
 from sparkling_cli.widening.entries import draw_into, noise_into, numpy_dtype, round_into, scale_into
 from sparkling_cli.widening.fill import normal
-from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim
+from sparkling_cli.widening.geometry import Fill, Run, View, ViewDim, flattened
 from sparkling_cli.widening.parts import Box, Unit, along, boxes, stream_of
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from sparkling_cli.widening.moments import Moments
 
     Array = np.ndarray[Any, Any]
-    #: of entries ``start <= i < stop`` of a unit: standard normal float32 numbers, mean and deviation
-    Draw = Callable[[Unit, int, int], tuple[Array, Moments]]
     #: entries ``start <= i < stop`` of the rows of means that stand behind the source's own, float64
     Mean = Callable[[int, int], Array]
 
@@ -48,34 +46,23 @@ class Given(NamedTuple):
     """What entries of one tensor are made from beside its pieces.
 
     Attributes:
-        draw: random numbers, and the distribution of the old entries.
+        seed: of all streams of random numbers.
+        stream: the tensor's.
+        known: stream of each of its units -> mean and deviation of the old entries.
         mean: rows of means.
         noise: on noisy copies, as a share of the old entries' standard deviation.
     """
 
-    draw: Draw
+    seed: int
+    stream: str
+    known: Mapping[str, Moments]
     mean: Mean
     noise: float = 0.0
 
-    @classmethod
-    def of(
-        cls, seed: int, stream: str, known: Mapping[str, Moments], mean: Mean, noise: float = 0.0
-    ) -> Given:
-        """With the random numbers of a tensor's own stream.
-
-        Args:
-            seed: of all streams.
-            stream: the tensor's.
-            known: stream of each of its units -> distribution of the old entries.
-            mean: rows of means.
-            noise: on noisy copies.
-        """
-
-        def draw(unit: Unit, start: int, stop: int) -> tuple[Array, Moments]:
-            own = stream_of(stream, unit)
-            return normal(seed, own, start, stop), known[own]
-
-        return cls(draw, mean, noise)
+    def draw(self, unit: Unit, start: int, stop: int) -> tuple[Array, Moments]:
+        """Standard normal float32 numbers of a unit's entries ``start <= i < stop``, mean and deviation."""
+        own = stream_of(self.stream, unit)
+        return normal(self.seed, own, start, stop), self.known[own]
 
 
 class Step(NamedTuple):
@@ -425,10 +412,7 @@ def collapse(view: View) -> tuple[ViewDim, ...]:
     for dim in view:
         if dims and dim.identity:
             last, width = dims[-1], dim.source
-            runs = tuple(
-                replace(r, target=r.target * width, source=r.source * width, length=r.length * width)
-                for r in last.runs
-            )
+            runs = flattened(last.runs, dim.runs, width)
             dims[-1] = ViewDim(last.source * width, last.target * width, runs, last.dim)
         elif dims and dims[-1].identity and dims[-1].source == 1:
             dims[-1] = dim

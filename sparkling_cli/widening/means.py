@@ -26,22 +26,14 @@ class Means:
             sequence stands for one () for every row.
         shape: of the tensor.
         read: entries ``start <= i < stop`` of the tensor as float64 numbers, one dim.
-        whole: the mean of all rows, where it is known.
-
-    Attributes:
-        whole: the mean of all rows, once it is known.
     """
 
     def __init__(
-        self,
-        of: Sequence[Sequence[int]],
-        shape: Sequence[int],
-        read: Callable[[int, int], Array],
-        whole: Array | None = None,
+        self, of: Sequence[Sequence[int]], shape: Sequence[int], read: Callable[[int, int], Array]
     ) -> None:
         self._rows, *inner = shape or (1,)
         self._of, self._width, self._read = of, prod(inner), read
-        self.whole = whole
+        self._whole: Array | None = None
 
     def __call__(self, start: int, stop: int) -> Array:
         """Entries ``start <= i < stop`` of all rows of means behind each other, float64."""
@@ -54,11 +46,11 @@ class Means:
     def _mean(self, of: Sequence[int]) -> Array:
         if of:
             return self._sum(self._rows_read(i, i + 1) for i in of) / len(of)
-        if self.whole is None:
+        if self._whole is None:
             step = max(_ENTRIES // self._width, 1)
             blocks = (self._rows_read(i, min(i + step, self._rows)) for i in range(0, self._rows, step))
-            self.whole = self._sum(blocks) / self._rows
-        return self.whole
+            self._whole = self._sum(blocks) / self._rows
+        return self._whole
 
     def _rows_read(self, first: int, last: int) -> Array:
         return self._read(first * self._width, last * self._width)

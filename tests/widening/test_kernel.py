@@ -49,7 +49,7 @@ def by_pieces(
     known = moments_of(tensor, view) if kernel.random else {}
     read = 0
 
-    given = Given.of(3, "s", {stream_of("s", unit): own for unit, own in known.items()}, means_of(tensor))
+    given = Given(3, "s", {stream_of("s", unit): own for unit, own in known.items()}, means_of(tensor))
     for index in range(kernel.pieces):
         part = kernel.piece(index)
         assert part.start == read, "pieces are in order and leave no gap"

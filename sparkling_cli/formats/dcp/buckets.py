@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparkling_cli.errors import CheckpointError
-from sparkling_cli.storage.byte_ranges import Handles, Placement, read, slabs
+from sparkling_cli.storage.byte_ranges import Handles, Placement, fetched, slabs
 from sparkling_cli.storage.tensors import FLOATING, Extent, Shape, StoredTensor
 from sparkling_cli.widening.bfloat16 import round_into
 from sparkling_cli.widening.entries import as_doubles
@@ -175,13 +175,13 @@ class _Entries:
 
     def of_weight(self, piece: Piece, start: int, stop: int) -> bytes:
         """A part's, as they are stored."""
-        return self._read(_alone(piece.dtype, piece.extent), start, stop).tobytes()
+        return fetched(self.handles, _alone(piece.dtype, piece.extent), start, stop).tobytes()
 
     def of_masters(self, masters: Placement, start: int, stop: int, dtype: str) -> bytes:
         """Those that are rounded to a dtype; nothing if that is no usual one of weights."""
         import numpy as np
 
-        numbers = self._read(masters, start, stop).view(np.float32)
+        numbers = fetched(self.handles, masters, start, stop).view(np.float32)
         if dtype == "bfloat16":
             rounded = np.empty(stop - start, dtype=np.uint16)
             round_into(numbers, rounded)
@@ -195,19 +195,13 @@ class _Entries:
         if piece.dtype not in FLOATING:
             return True
         near, seen = 0, 0
+        ours, theirs = _alone(piece.dtype, piece.extent), _alone("float32", masters)
         for start, stop in _places(prod(piece.extent.shape)):
-            one = as_doubles(self._read(_alone(piece.dtype, piece.extent), start, stop), piece.dtype)
-            other = as_doubles(self._read(_alone("float32", masters), start, stop), "float32")
+            one = as_doubles(fetched(self.handles, ours, start, stop), piece.dtype)
+            other = as_doubles(fetched(self.handles, theirs, start, stop), "float32")
             near += int(np.count_nonzero(np.abs(one - other) <= np.abs(one) / 16))
             seen += stop - start
         return 2 * near >= seen
-
-    def _read(self, placement: Placement, start: int, stop: int) -> Array:
-        import numpy as np
-
-        data = np.empty((stop - start) * placement.item, dtype=np.uint8)
-        read(self.handles, placement, start * placement.item, stop * placement.item, data)
-        return data
 
 
 def _alone(dtype: str, extent: Extent) -> Placement:
