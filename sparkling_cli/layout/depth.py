@@ -15,7 +15,7 @@ from typing import Any
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.keys import lookup
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.layout.names import NUMBER, NameTemplate, renumbered, skeleton
+from sparkling_cli.layout.names import NUMBER, renumbered, skeleton
 
 #: Target layer -> the layer that it is read from.
 Order = tuple[int, ...]
@@ -160,22 +160,6 @@ def _targets(order: Order) -> Callable[[Collection[int]], list[int]]:
     """From source layers to the target layers that are read from them."""
     places = places_of(order)
     return lambda own: [target for source in own for target in places.get(source, (source,))]
-
-
-def names_of(template: NameTemplate, name: str, order: Order, axis: str = LAYERS) -> tuple[str, ...]:
-    """What a tensor is called in the deeper model, once for each layer that is read from it.
-
-    Args:
-        template: stands for ``name``.
-        name: in the shallower model.
-        order: of the deeper one.
-        axis: what has the order: layers, or what else is counted in names.
-    """
-    if axis not in template.axes:
-        return (name,)
-    own = dict(zip(template.axes, template.indices(name) or (), strict=True))
-    free = NameTemplate(renumbered(template.text, axis, lambda _: ()))
-    return tuple(free.fill({**own, axis: target}) for target in places_of(order).get(own[axis], ()))
 
 
 def deeper_config(config: Mapping[str, Any], counts: Collection[str], order: Order) -> dict[str, Any]:

@@ -300,8 +300,7 @@ def _compensations(
                 raise LayoutError(
                     f"the factor on {c.tensor!r} is on a tensor that is stored with others, as one"
                 )
-            own = NameTemplate(template)
-            at = {} if template == name else dict(zip(own.axes, own.indices(name) or (), strict=True))
+            at = NameTemplate(template).at(name) or {}
             filled = (NameTemplate(part).partly(at) for part in parts[template])
             found.update(dict.fromkeys(replace(c, tensor=part) for part in filled))
     return tuple(found)

@@ -9,13 +9,15 @@ output has one in this source, under its own name.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 
 from sparkling_cli.errors import CheckpointError, SpecError
 from sparkling_cli.formats.detect import format_of
-from sparkling_cli.formats.model import Checkpoint, Deepening
-from sparkling_cli.layout.depth import LAYERS, Order, names_of, new_layers
+from sparkling_cli.formats.model import Checkpoint, Deepening, Pairs
+from sparkling_cli.layout.depth import LAYERS, Order, new_layers
 from sparkling_cli.layout.model import ModelLayout, PatternTable, TensorPattern
+from sparkling_cli.layout.names import NameTemplate
 from sparkling_cli.widening.geometry import Growth
 
 #: Axis that names count, and grows -> the entry that each one is read from.
@@ -58,7 +60,7 @@ def deeper_source(
     checkpoint: Checkpoint,
     layout: ModelLayout,
     orders: Orders,
-    groups: Sequence[Sequence[tuple[str, str]]] | None = None,
+    groups: Sequence[Pairs] | None = None,
 ) -> Checkpoint:
     """The source with the names and numbers of a model of more layers, or more experts of their own names.
 
@@ -83,7 +85,7 @@ def deeper_source(
     names = [layout.canonical(name) for name in checkpoint.weights]
     if not all(map(table.has, names)):
         table = module
-    weights = _longer(list(checkpoint.weights), table, orders)
+    weights = _longer(checkpoint.weights, table, orders)
     held = (i for i in checkpoint.further if not i.left_out and (i.stored is None or 0 not in i.stored.shape))
     copy = next((item for item in held if _of_one(item.name, table, orders)), None)
     if copy is not None:
@@ -101,20 +103,19 @@ def deeper_source(
 
 def is_new(pattern: TensorPattern, name: str, orders: Orders) -> bool:
     """Whether a tensor of the output's model is of a new layer, or of whatever else the orders are of."""
-    indices = pattern.template.indices(name) or ()
-    at = zip(pattern.template.axes, indices, strict=False)
-    return any(new_layers(orders[axis])[index] for axis, index in at if axis in orders)
+    at = pattern.template.at(name) or {}
+    return any(new_layers(orders[axis])[index] for axis, index in at.items() if axis in orders)
 
 
 def copies_on_disk(
     name: str, pattern: TensorPattern, growth: Mapping[str, Growth], orders: Orders
 ) -> Iterator[str]:
     """Names of the copies of a tensor whose name counts an axis that grows, where the module's does not."""
-    axes = pattern.template.axes
-    for axis in (axis for axis in axes if axis in growth and axis not in orders):
-        own = dict(zip(axes, pattern.template.indices(name) or (), strict=True))
+    template = pattern.template
+    for axis in (axis for axis in template.axes if axis in growth and axis not in orders):
+        own = template.at(name) or {}
         for index in growth[axis].copies.get(own[axis], ()):
-            yield pattern.template.fill({**own, axis: index})
+            yield template.fill({**own, axis: index})
 
 
 def _of_one(name: str, table: PatternTable, orders: Orders) -> bool:
@@ -127,49 +128,31 @@ def _of_one(name: str, table: PatternTable, orders: Orders) -> bool:
     return False
 
 
-def _longer(names: Sequence[str], table: PatternTable, orders: Orders) -> list[tuple[str, str]]:
-    """Tensors in a model's order, as the output's model has them, each with the one that it comes from."""
-    pairs = [(name, name) for name in names]
+def _longer(names: Iterable[str], table: PatternTable, orders: Orders) -> Pairs:
+    """Tensors in a model's order, as the output's model has them: stack by stack, each as its source's."""
+    pairs: Pairs = [(name, name) for name in names]
     for axis, order in orders.items():
-        sources = dict(pairs)
-        pairs = [(new, sources[old]) for new, old in _sequence([n for n, _ in pairs], table, axis, order)]
+        runs = groupby(pairs, partial(_stack, table, axis))
+        pairs = [pair for stack, run in runs for pair in (_deeper(run, table, axis, order) if stack else run)]
     return pairs
 
 
-def _sequence(
-    names: Sequence[str], table: PatternTable, axis: str, order: Order
+def _stack(table: PatternTable, axis: str, pair: tuple[str, str]) -> str:
+    """What stands before the number of the layer in a name, with the numbers in it; "" without one."""
+    template = table.find(pair[0]).template
+    own = template.at(pair[0]) or {}
+    return template.partly({**own, axis: -1}).partition(".-1")[0] if axis in own else ""
+
+
+def _deeper(
+    run: Iterable[tuple[str, str]], table: PatternTable, axis: str, order: Order
 ) -> Iterator[tuple[str, str]]:
-    """Tensors in a model's order, as the deeper model has them: layer by layer, each as its source's.
-
-    Yields:
-        The name of each, and of the one that it comes from.
-    """
-
-    def stack(name: str) -> str:
-        """What stands before the number of the layer, with the numbers in it; "" without one."""
-        template, index = table.find(name).template, _index(table, name, axis)
-        if index is None:
-            return ""
-        own = dict(zip(template.axes, template.indices(name) or (), strict=True))
-        return template.partly({**own, axis: -1}).partition(".-1")[0]
-
-    for beginning, found in groupby(names, stack):
-        run = list(found)
-        yield from _stack(run, table, axis, order) if beginning else zip(run, run, strict=True)
-
-
-def _index(table: PatternTable, name: str, axis: str) -> int | None:
-    template = table.find(name).template
-    indices = template.indices(name)
-    return indices[template.axes.index(axis)] if axis in template.axes and indices is not None else None
-
-
-def _stack(run: Iterable[str], table: PatternTable, axis: str, order: Order) -> Iterator[tuple[str, str]]:
-    layers: dict[int, list[str]] = {}
-    for name in run:
-        layers.setdefault(_index(table, name, axis) or 0, []).append(name)
-    seen: dict[int, int] = {}
-    for source in order:
-        copy = seen[source] = seen.get(source, -1) + 1
-        for name in layers.get(source, ()):
-            yield names_of(table.find(name).template, name, order, axis)[copy], name
+    """The tensors of one stack, layer by layer."""
+    layers: dict[int, list[tuple[NameTemplate, dict[str, int], str]]] = {}
+    for name, source in run:
+        template = table.find(name).template
+        own = template.at(name) or {}
+        layers.setdefault(own[axis], []).append((template, own, source))
+    for target, number in enumerate(order):
+        for template, own, source in layers.get(number, ()):
+            yield template.fill({**own, axis: target}), source

@@ -156,7 +156,7 @@ def _assembled(
 
 def _target_name(name: str, disk: TensorPattern, module: TensorPattern) -> tuple[str, tuple[int, ...]]:
     """The module name that a part belongs to, and its indices on the stacked axes."""
-    indices = dict(zip(disk.template.axes, disk.template.indices(name) or (), strict=True))
+    indices = disk.template.at(name) or {}
     target = module.template.fill(indices)
     extra = tuple(i for axis, i in indices.items() if axis not in module.template.axes)
     return target, extra

@@ -50,8 +50,8 @@ class History:
                 hint="build the model from the expanded checkpoint's config; of a model wrapped by "
                 "FullyShardedDataParallel give the model itself, its named parameters are flat",
             )
-        at = zip(pattern.template.axes, pattern.template.indices(own) or (), strict=True)
-        born = [stage_of(index, self.births[axis]) for axis, index in at if axis in self.births]
+        at = pattern.template.at(own) or {}
+        born = [stage_of(index, self.births[axis]) for axis, index in at.items() if axis in self.births]
         return region_of(dims, self.layout.sizes, self.births, max(born, default=0))
 
     def shape_before(self, name: str, stage: int) -> tuple[int, ...]:
