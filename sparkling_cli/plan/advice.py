@@ -17,7 +17,7 @@ from sparkling_cli.layout.names import compress
 from sparkling_cli.plan.model import Row
 from sparkling_cli.plan.resolve import all_chosen
 from sparkling_cli.plan.steps import step_notes
-from sparkling_cli.plan.symmetry import locked_axes, locked_within, parting_inits, treatment_of
+from sparkling_cli.plan.symmetry import locked_axes, locked_within, parting_inits
 from sparkling_cli.results.evidence import INNER, decay_note
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import Growth
@@ -208,9 +208,9 @@ def check_locked(
     """
     optimizer = spec.optimizer if moments else None
     stateless = _stateless(checkpoint, layout, growth) if moments else {}
-    locked = symmetry_warning(growth, optimizer)
-    if locked is None and locked_axes(stateless, None):
-        locked = symmetry_warning(stateless, None, "the optimizer has no state for any of their parameters:")
+    locked = symmetry_warning(growth, optimizer) or symmetry_warning(
+        stateless, None, "the optimizer has no state for any of their parameters:"
+    )
     if locked is None:
         return within_warning(layout, spec, growth)
     if spec.allow_locked:
@@ -226,7 +226,7 @@ def check_locked(
         ways.append("use --optimizer asymmetric (the default)")
     elif checkpoint.format == TRAINER and not checkpoint.states:
         ways.append("copy optimizer.pt into the checkpoint")
-    inits = () if spec.scaling == "function" else parting_inits(growth, layout, treatment_of(spec))
+    inits = parting_inits(growth, layout, spec)
     if inits:
         ways.append(f"choose {' or '.join(f'--init {init}' for init in inits)}")
     ways.append("add --allow-locked for an experiment")
@@ -245,7 +245,7 @@ def within_warning(layout: ModelLayout, spec: ExpansionSpec, growth: Mapping[str
     if not locked:
         return None
     inside = {axis: growth[axis] for axes in locked.values() for axis in axes}
-    inits = () if spec.scaling == "function" else parting_inits(inside, layout, treatment_of(spec))
+    inits = parting_inits(inside, layout, spec)
     ways = [f"--init {init} parts them, or " for init in inits[-1:]]
     where = "; ".join(f"of {', '.join(axes)} in new {outer}" for outer, axes in locked.items())
     return (

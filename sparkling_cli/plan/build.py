@@ -263,13 +263,19 @@ class _Recipes:
         form: Form,
         *,
         new: bool = False,
+        quantized: QuantizedParts | None = None,
     ) -> Recipe:
-        """What becomes of state of a parameter that is no copy of its weight: see :func:`state_view`."""
+        """What becomes of state of a parameter that is no copy of its weight: see :func:`state_view`.
+
+        Of a quantized moment, of which ``stored`` has the codes or the scales, ``form`` is that of the whole.
+        """
         found, fitted = self.compensations(name, pattern), self.calibration.of(name)
         optimizer = self.spec.optimizer
         fresh = new and kind is StateKind.MOMENT and optimizer != "copy"
         growth = self.growth_at(pattern, name)
-        mark = (slot, pattern.name, stored.dtype, stored.shape, kind, form, fitted, fresh, id(growth), *found)
+        own = None if quantized is None else quantized.own
+        like = (slot, pattern.name, stored.dtype, stored.shape, kind, form, own)
+        mark = (*like, fitted, fresh, id(growth), *found)
         if mark not in self._made:
             dims = form.layout(pattern.dims, stored.shape)
             view = state_view(self._view(dims, found, growth, copied=True), optimizer, kind, form)
@@ -289,10 +295,13 @@ class _Recipes:
                 slot=slot,
                 dtype=stored.dtype,
                 before=stored.shape,
-                shape=form.stored(target_shape(view)),
+                shape=form.stored(target_shape(view))
+                if quantized is None
+                else quantized.shape(slot, target_shape(view), name),
                 view=view,
                 scale=self._factor(found, fitted)[0] if scaled else 1.0,
                 zero=fresh or (optimizer == "drop" and kind is not StateKind.BASIS),
+                blocks=None if quantized is None else quantized.blocks(slot),
             )
         return self._made[mark]
 
@@ -300,22 +309,12 @@ class _Recipes:
         self, pattern: TensorPattern, name: str, slot: str, found: QuantizedParts, *, new: bool
     ) -> Recipe:
         """Of codes, scales or levels of a quantized moment."""
-        stored = found.of(slot)
-        dims, own = pattern.dims, self.compensations(name, pattern)
+        stored, dims = found.of(slot), pattern.dims
         changes = new or self.spec.optimizer == "drop" or dims.axes() & set(self.growth)
         if slot == found.own.levels or not changes:
             return self.unchanged(Kind.OTHER, slot, stored)
-        scaled = self.spec.optimizer == "asymmetric-scaled"
-        scale = self._factor(own, self.calibration.of(name))[0] if scaled else 1.0
-        zero = self.spec.optimizer == "drop" or (new and self.spec.optimizer != "copy")
-        growth = self.growth_at(pattern, name)
-        mark = (slot, pattern.name, stored.dtype, stored.shape, found.own, scale, zero, id(growth), *own)
-        if mark not in self._made:
-            view = state_view(self._view(dims, own, growth, copied=True), self.spec.optimizer)
-            shape, blocks = found.shape(slot, target_shape(view), name), found.blocks(slot)
-            one = Recipe(Kind.MOMENT, slot, stored.dtype, stored.shape, shape, view, scale)
-            self._made[mark] = replace(one, zero=zero, blocks=blocks)
-        return self._made[mark]
+        whole = Form(tuple(range(len(dims.dims))))
+        return self.moment(pattern, name, stored, slot, StateKind.MOMENT, whole, new=new, quantized=found)
 
     def unchanged(self, kind: Kind, slot: str, stored: StoredTensor) -> Recipe:
         """Every byte stays as it is."""

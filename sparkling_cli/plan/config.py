@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.depth import LAYERS, deeper_config
+from sparkling_cli.layout.keys import lookup
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.widening.geometry import Growth, Treatment
 
@@ -32,22 +33,19 @@ def changed_config(
     """
     before = layout.config_sizes(layout.sizes)
     after = layout.config_sizes({**layout.sizes, **{name: g.target for name, g in growth.items()}})
-    found = _flat(checkpoint.config or {})
+    config = checkpoint.config or {}
     changed: dict[str, object] = {}
     if LAYERS in growth:
         counts = {key for key, term in layout.config.items() if term == LAYERS}
-        changed |= deeper_config(checkpoint.config or {}, counts, growth[LAYERS].order)
+        changed |= deeper_config(config, counts, growth[LAYERS].order)
     for key, value in after.items():
-        table = key.rpartition(".")[
-            0
-        ]  # of a table that the config has under an older name, nothing is implied
-        known = not table or any(name.startswith(f"{table}.") for name in found)
-        if value != before[key] or (known and found.get(key) is None):
-            old = found.get(key)
+        table, old = key.rpartition(".")[0], lookup(config, key)
+        known = not table or lookup(config, table)  # of one that has an older name here, nothing is implied
+        if value != before[key] or (known and old is None):
             changed[key] = [value] * len(old) if isinstance(old, list) else value
     for item in layout.compensations:
         if item.config and item.axis in growth and scaling != "none":
-            old = found.get(item.config)
+            old = lookup(config, item.config)
             if not isinstance(old, (int, float)):
                 raise LayoutError(f"config key {item.config!r} must be a number to be scaled, found {old!r}")
             grown = growth[item.axis]
@@ -56,15 +54,3 @@ def changed_config(
                 factor * (treatment.alpha(grown) if item.fan_in else 1.0)
             )
     return changed
-
-
-def _flat(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    return dict(_items(config, prefix))
-
-
-def _items(config: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _items(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -18,24 +18,24 @@ from sparkling_cli.layout.names import block_of
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.widening.geometry import FUSED, Fill, Growth, Treatment, fills_on
 
-_FILLS = {"copy": Fill.COPY, "mean": Fill.MEAN, "zero": Fill.ZERO, "random": Fill.RANDOM}
-
 #: treatments under which new entries start from other optimizer state than their sources
 PARTING = frozenset({"asymmetric", "asymmetric-scaled"})
 
 
 def treatment_of(spec: ExpansionSpec) -> Treatment:
     """The spec's initialization pair and scaling as geometry rules."""
-    fan_out, fan_in = spec.init.split("-")
-    noisy = spec.router_noise > 0
-    return Treatment(_FILLS[fan_out], _FILLS[fan_in], spec.scaling, _FILLS[spec.vocab_fill], noisy=noisy)
+    fan_out, fan_in, vocab = (Fill[name.upper()] for name in (*spec.init.split("-"), spec.vocab_fill))
+    return Treatment(fan_out, fan_in, spec.scaling, vocab, noisy=spec.router_noise > 0)
 
 
-def parting_inits(growth: Mapping[str, Growth], layout: ModelLayout, treatment: Treatment) -> tuple[str, ...]:
-    """Initialization pairs under which the new entries of every axis differ from their sources."""
+def parting_inits(growth: Mapping[str, Growth], layout: ModelLayout, spec: ExpansionSpec) -> tuple[str, ...]:
+    """Initialization pairs under which the new entries of every axis differ from their sources.
+
+    None under scaling ``function``, which these pairs do not keep.
+    """
     found = []
-    for name in ("zero-copy", "random-copy"):
-        tried = replace(treatment, fan_out=_FILLS[name.partition("-")[0]])
+    for name in ("zero-copy", "random-copy") if spec.scaling != "function" else ():
+        tried = treatment_of(spec.model_copy(update={"init": name}))
         try:
             check_pair(growth, layout, tried)
         except SpecError:
