@@ -88,18 +88,13 @@ class ModelShape:
         total = embedding = 0
         active = Fraction(0)
         sizes, parameters = self.layout.sizes, _parameters(self.layout)
-        for pattern in parameters:
-            entries = entries_of(pattern, sizes)
+        counted = [(pattern, entries_of(pattern, sizes)) for pattern in parameters]
+        again = _counted_twice(self.layout.tied, parameters)
+        for pattern, entries in (*counted, *((p, -prod(p.dims.shape(sizes))) for p in again)):
             total += entries
             active += entries * self._share(pattern)
             if "vocab" in pattern.dims.axes():
                 embedding += entries
-        for pattern in _counted_twice(self.layout.tied, parameters):
-            entries = prod(pattern.dims.shape(sizes))
-            total -= entries
-            active -= entries * self._share(pattern)
-            if "vocab" in pattern.dims.axes():
-                embedding -= entries
         return ParameterCount(total, round(active), embedding)
 
     def _share(self, pattern: TensorPattern) -> Fraction:

@@ -228,12 +228,8 @@ def sort_further(
 def _unread(item: Further) -> CheckpointError:
     return CheckpointError(
         f"{item.name}: what is in this file is not known, so it cannot be carried over unseen",
-        hint=f"move it out of the checkpoint, or carry it as it is: --carry '{_pattern(item.file)}'",
+        hint=f"move it out of the checkpoint, or carry it as it is: --carry '{item.file}*'",
     )
-
-
-def _pattern(file: str) -> str:
-    return f"{file}*"
 
 
 def _refusal(refused: Sequence[tuple[Further, Shape]]) -> CheckpointError:
@@ -242,30 +238,19 @@ def _refusal(refused: Sequence[tuple[Further, Shape]]) -> CheckpointError:
     more = f" and {len(refused) - 1} more tensor(s)" if len(refused) > 1 else ""
     names = f"'{first.name}'{more}"
     place = f"move {first.file} out of the checkpoint" if first.file and not first.key else "save without it"
-    pattern = _escaped(_common([item.name for item, _ in refused]))
+    shape, pattern = " x ".join(map(str, whole)), _pattern([item.name for item, _ in refused])
     return CheckpointError(
-        f"{names}: shape {first.stored.shape} is that of something that grows ({_text(whole)}), and what it "
+        f"{names}: shape {first.stored.shape} is that of something that grows ({shape}), and what it "
         "is cannot be told: carried over as it is, it would not fit the wider model",
         hint=f"{place}; or, if it shall stay as it is: --carry '{pattern}'",
     )
 
 
-def _text(shape: Shape) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _common(names: Sequence[str]) -> str:
-    """One pattern for all of them: what they begin with, and a star where they part."""
+def _pattern(names: Sequence[str]) -> str:
+    """One pattern for all of them: what they begin with, brackets as such, and a star where they part."""
     first, last = min(names), max(names)
-    if first == last:
-        return first
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[:same] + "*"
-
-
-def _escaped(pattern: str) -> str:
-    """A name as a pattern: brackets stand for themselves."""
-    return pattern.replace("[", "[[]")
+    return first[:same].replace("[", "[[]") + ("" if first == last else "*")
 
 
 def further_notes(found: Sorted) -> list[str]:

@@ -88,9 +88,7 @@ def measured_kind(root: Path, pairs: Iterable[Pair], decay: float = 0.0) -> tupl
         pairs: every tensor of that name, with its parameter's weight.
         decay: how many times the weight may be in a moment (see :func:`decay_slope`).
     """
-    usable = [pair for pair in pairs if pair[0].dtype in FLOATING and prod(pair[0].shape) >= _FEWEST]
-    usable.sort(key=lambda pair: -prod(pair[0].shape))
-    found = _found(root, usable[:_TENSORS])
+    found = _found(root, pairs)
     if not found:
         return StateKind.UNKNOWN, "its tensors are too small, or constant"
     low, high = min(abs(one.values) for one in found), max(abs(one.values) for one in found)
@@ -120,8 +118,7 @@ def doubt(root: Path, pairs: Iterable[Pair], slot: str, kind: StateKind, decay: 
         kind: what it stands for.
         decay: how many times the weight may be in a moment (see :func:`decay_slope`).
     """
-    usable = [pair for pair in pairs if pair[0].dtype in FLOATING and prod(pair[0].shape) >= _FEWEST]
-    found = _found(root, usable, scales=kind is not StateKind.MOMENT)
+    found = _found(root, pairs, scales=kind is not StateKind.MOMENT)
     if not found:
         return ""
     values, slope = median(one.values for one in found), median(one.slope for one in found)
@@ -146,8 +143,12 @@ def _within(bounds: tuple[float, float], value: float) -> bool:
     return bounds[0] <= value <= bounds[1]
 
 
-def _found(root: Path, pairs: Sequence[Pair], *, scales: bool = True) -> list[Likeness]:
-    return [one for one in (likeness(root, *pair, scales=scales) for pair in pairs) if one is not None]
+def _found(root: Path, pairs: Iterable[Pair], *, scales: bool = True) -> list[Likeness]:
+    """Of the largest tensors that say something."""
+    usable = [pair for pair in pairs if pair[0].dtype in FLOATING and prod(pair[0].shape) >= _FEWEST]
+    usable.sort(key=lambda pair: -prod(pair[0].shape))
+    found = (likeness(root, *pair, scales=scales) for pair in usable[:_TENSORS])
+    return [one for one in found if one is not None]
 
 
 def likeness(root: Path, one: StoredTensor, weight: StoredTensor, *, scales: bool = True) -> Likeness | None:

@@ -70,11 +70,6 @@ class Recipe:
     fresh: float | None = None
     blocks: Blocks | None = None
 
-    @property
-    def untouched(self) -> bool:
-        """Every entry stays where it is; ``scale`` and ``offset`` may still change its value."""
-        return all(dim.identity for dim in self.view)
-
     @cached_property
     def derived(self) -> bool:
         """It is made as a whole: new entries follow from all old ones, or it is a part of quantized state."""
@@ -84,7 +79,7 @@ class Recipe:
     def changes(self) -> bool:
         """Whether the output differs from the source."""
         scaled = self.scale != 1.0 or self.offset != 0.0 or self.zero
-        return scaled or not self.untouched
+        return scaled or not all(dim.identity for dim in self.view)
 
     @property
     def scales(self) -> tuple[float, float]:

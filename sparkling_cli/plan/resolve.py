@@ -266,9 +266,7 @@ def _grouped_growth(
     wanted: dict[str, AxisSpec], spec: ExpansionSpec, layout: ModelLayout
 ) -> dict[str, Growth]:
     """Translate ``heads`` into groups and queries per group."""
-    growth = {
-        name: _growth(name, axis, spec, layout) for name, axis in wanted.items() if name not in ("heads",)
-    }
+    growth = {name: _growth(name, axis, spec, layout) for name, axis in wanted.items() if name != "heads"}
     if "heads" not in wanted:
         return growth
     kv, per_kv = layout.axes["kv_heads"].size, layout.axes["q_per_kv"].size
@@ -370,23 +368,23 @@ def _check_joint(growth: dict[str, Growth], layout: ModelLayout, multiple_of: in
 
 def _check_divisible(growth: dict[str, Growth], layout: ModelLayout) -> None:
     """Sizes that the class wants to be multiples of others are so afterwards."""
+    after = {**layout.sizes, **{name: grown.target for name, grown in growth.items()}}
     for whole, part in layout.divisible:
         dividend, divisor = parse_expr(whole), parse_expr(part)
 
         def fits(changed: dict[str, int], dividend: Expr = dividend, divisor: Expr = divisor) -> bool:
-            sizes = {**layout.sizes, **{name: g.target for name, g in growth.items()}, **changed}
+            sizes = {**after, **changed}
             return size_of(dividend, sizes) % size_of(divisor, sizes) == 0
 
         if fits({}):
             continue
-        sizes = {**layout.sizes, **{name: g.target for name, g in growth.items()}}
         found = []
         for name in sorted(growth.keys() & {*axis_names(dividend), *axis_names(divisor)}):
-            target, most = growth[name].target, 2 * size_of(dividend, sizes)
+            target, most = growth[name].target, 2 * size_of(dividend, after)
             above = next((n for n in range(target, most) if fits({name: n})), None)
             below = next((n for n in range(target, growth[name].source, -1) if fits({name: n})), None)
             heads = name == "q_per_kv" and _grouped(layout)
-            each = sizes["kv_heads"] if heads else 1
+            each = after["kv_heads"] if heads else 1
             found += [
                 f"--axis {'heads' if heads else name} --to {n * each}"
                 for n in (below, above)
@@ -394,7 +392,7 @@ def _check_divisible(growth: dict[str, Growth], layout: ModelLayout) -> None:
             ]
         raise SpecError(
             f"axes: {layout.name} wants {whole} to be a multiple of {part}, and "
-            f"{size_of(dividend, sizes)} is none of {size_of(divisor, sizes)}",
+            f"{size_of(dividend, after)} is none of {size_of(divisor, after)}",
             hint=f"what works: {', or '.join(found)}" if found else None,
         )
 

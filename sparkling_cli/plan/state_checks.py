@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from math import isfinite
 
@@ -46,16 +47,15 @@ def check_pairs(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: a parameter has one of them alone.
     """
-    by_param = {state.param: state for state in checkpoint.states}
-    groups: dict[frozenset[str], list[ParamState]] = {}
+    options: dict[str, frozenset[str]] = {}
     for group in checkpoint.param_groups:
-        options = frozenset(group) - {"params", "param_names"}
-        states = (by_param[name] for name in _params(group.get("params")) if name in by_param)
-        states = (state for state in states if not _FACTORED & state.tensors.keys())
-        groups.setdefault(options, []).extend(states)
-    grouped = {state.param for members in groups.values() for state in members}
-    alone = [s for s in by_param.values() if s.param not in grouped and not _FACTORED & s.tensors.keys()]
-    for members in (*groups.values(), alone):
+        own = frozenset(group) - {"params", "param_names"}
+        options |= dict.fromkeys(_params(group.get("params")), own)
+    optimizers: defaultdict[frozenset[str] | None, list[ParamState]] = defaultdict(list)
+    for state in checkpoint.states:
+        if not _FACTORED & state.tensors.keys():
+            optimizers[options.get(state.param)].append(state)
+    for members in optimizers.values():
         pairs = [[slot for slot in _PAIR if slot in state.tensors] for state in members]
         if list(_PAIR) not in pairs:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from math import isclose
 from typing import Any
@@ -22,16 +23,16 @@ def step_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str,
         layout: of the model.
         growth: of the plan.
     """
-    kinds = (_muon_notes, _width_notes, _mup_notes)
-    return [note for made in kinds for note in made(checkpoint, layout, growth)]
-
-
-def _muon_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str, Growth]) -> list[str]:
-    """How far Muon's old entries step in matrices that have grown, by the rule that the options tell."""
     after = {**layout.sizes, **{axis: grown.target for axis, grown in growth.items()}}
+    steps = (*_muon_notes(checkpoint, layout, after), *_width_notes(checkpoint, layout, after))
+    return [*steps, *_mup_notes(checkpoint, layout, growth)]
+
+
+def _muon_notes(checkpoint: Checkpoint, layout: ModelLayout, after: Mapping[str, int]) -> list[str]:
+    """How far Muon's old entries step in matrices that have grown, by the rule that the options tell."""
     groups = [(group, rule_of(group)) for group in checkpoint.param_groups]
     rules = {str(name): rule for group, rule in groups if rule for name in group.get("params", ())}
-    found: dict[float, dict[str, int]] = {}
+    found: defaultdict[float, Counter[str]] = defaultdict(Counter)
     for state in checkpoint.states:
         name = layout.canonical(state.param)
         if state.param in rules and MOMENTUM & state.tensors.keys() and layout.module_table.has(name):
@@ -40,8 +41,7 @@ def _muon_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str
             if len(old) == 2 and old != new:
                 rule = rules[state.param]
                 ratio = round(step_rms(rule, *new) / step_rms(rule, *old), 3)
-                kinds = found.setdefault(ratio, {})
-                kinds[pattern.name] = kinds.get(pattern.name, 0) + 1
+                found[ratio][pattern.name] += 1
     return [
         f"Muon's step follows the shape of a matrix: old entries step {ratio:.2f} times as far as before, "
         f"once new ones carry momentum, in {_counted(kinds)}; --keep-step undoes it"
@@ -50,17 +50,14 @@ def _muon_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str
     ]
 
 
-def _width_notes(checkpoint: Checkpoint, layout: ModelLayout, growth: Mapping[str, Growth]) -> list[str]:
+def _width_notes(checkpoint: Checkpoint, layout: ModelLayout, after: Mapping[str, int]) -> list[str]:
     """What a step becomes where the model multiplies by a number that follows from a width."""
-    after = {**layout.sizes, **{axis: grown.target for axis, grown in growth.items()}}
-    found: dict[float, dict[str, int]] = {}
+    found: defaultdict[float, Counter[str]] = defaultdict(Counter)
     for state in checkpoint.states:
         name = layout.canonical(state.param)
         factor = round(layout.carried(name, layout.sizes, after), 3)
         if factor != 1 and layout.module_table.has(name):
-            kinds = found.setdefault(factor, {})
-            pattern = layout.module_table.find(name).name
-            kinds[pattern] = kinds.get(pattern, 0) + 1
+            found[factor][layout.module_table.find(name).name] += 1
     return [
         f"the model multiplies what {_counted(kinds)} makes by a number that follows from its width: a step "
         f"of the same rate moves it {1 / factor:.2f} times as far; --keep-step undoes it under AdamW"
