@@ -71,7 +71,7 @@ def as_archive(plan: Plan) -> tuple[OutputFile, ...]:
 LAYOUTS: dict[str, Callable[[Plan], tuple[OutputFile, ...]]] = {"row": in_a_row, "archive": as_archive}
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     pattern=st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=40),
     repeats=st.integers(1, 6),

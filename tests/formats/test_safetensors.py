@@ -152,7 +152,7 @@ def test_absurd_header_size_is_refused_unread(tmp_path: Path) -> None:
         read_safetensors(path, "bad.safetensors")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
 def test_any_damage_is_harmless(tmp_path: Path, place: float, value: int) -> None:
     """One changed byte of the header leads to a clean error or to tensors inside the file."""

@@ -227,7 +227,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "more.pt")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), wide=st.booleans())
 def test_any_damage_is_harmless(tmp_path: Path, place: float, value: int, wide: bool) -> None:
     """One changed byte (or four) leads to a clean error, or to tensors inside the file."""

@@ -32,7 +32,7 @@ def effects_of(text: str, sizes: dict[str, int]) -> list[list[float]]:
     return [widen_tensor(source, view).tolist() for view in views]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     text=st.sampled_from(
         [

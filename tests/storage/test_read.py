@@ -49,7 +49,7 @@ def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
     assert empty.shape == (0, 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_boxes_and_strides(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """A tensor cut into boxes, each stored permuted, is put together again, also row by row."""

@@ -143,7 +143,7 @@ def part_of(view: View, index: Sequence[int], side: str, which: str = "part") ->
     return unit
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     view=views(),
     dtype=st.sampled_from(sorted(FLOATING)),
@@ -162,7 +162,7 @@ def test_kernel_is_reference(
     assert by_pieces(tensor, view, piece, scale, offset) == to_bytes(whole)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     view=views(largest=4),
     dtype=st.sampled_from(sorted(FLOATING)),
@@ -190,7 +190,7 @@ def test_kernel_is_definition(
         assert made == wanted
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     view=views(floating=False),
     dtype=st.sampled_from(sorted(set(ITEM_BYTES) - FLOATING)),
