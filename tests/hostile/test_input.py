@@ -196,7 +196,7 @@ def test_unreadable_files(
     """A file that may not be read is named; other files of the same checkpoint are not blamed."""
     import io
 
-    real_open, real_os_open = io.open, os.open
+    real_open, real_os_open, real_path_open = io.open, os.open, Path.open
 
     def denied(path: object) -> bool:
         return isinstance(path, (str, Path)) and Path(path) == source / name
@@ -211,8 +211,12 @@ def test_unreadable_files(
             raise PermissionError(13, "Permission denied", str(path))
         return real_os_open(path, *args, **kwargs)  # type: ignore[arg-type]
 
+    def path_opened(path: Path, *args: object, **kwargs: object) -> object:
+        return opened(path) if denied(path) else real_path_open(path, *args, **kwargs)  # type: ignore[arg-type]
+
     for module in (io, sys.modules["builtins"]):
         monkeypatch.setattr(module, "open", opened)
+    monkeypatch.setattr(Path, "open", path_opened)  # in Python 3.10 it keeps an io.open of its own
     monkeypatch.setattr(os, "open", os_opened)
     said = refused(source)
     assert name in said and "Permission denied" in said
