@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import SpecError
@@ -38,7 +39,8 @@ def settled(spec: ExpansionSpec, checkpoint: Checkpoint, layout: ModelLayout) ->
     except SpecError:
         left = None
     growth = resolve_growth(spec, layout)
-    init, scaling = pair_for(growth, left)
+    parameters = sum(prod(shape) for shape in layout.parameters().values())
+    init, scaling = pair_for(growth, left, parameters)
     found = {"init": init, "scaling": scaling if spec.scaling == "rms" else spec.scaling}
     try:
         check_pair(growth, layout, treatment_of(spec.model_copy(update=found)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.train import horizon, table
+from benchmarks.train import horizon, models, table
 from benchmarks.train.horizon import COPY_COPY, KEPT, Setting, above
 from benchmarks.train.jobs import SCRATCH, Widening
 from benchmarks.train.loop import preset
@@ -61,7 +61,7 @@ def test_where_the_pair_was_ahead(found: list[Setting]) -> None:
 
     At the end too, but for the expansion early in a run, and SOAP, where the page calls both level.
     """
-    compared = [setting for setting in found if above(setting, KEPT)]
+    compared = [setting for setting in found if above(setting, KEPT) and setting.run.size != "large"]
     assert len(compared) >= 9 and {setting.run.schedule for setting in compared} == {"cosine", "wsd"}
     for setting in compared:
         most = max(max(values) for values in above(setting, KEPT).values())
@@ -98,6 +98,21 @@ def test_leads_with_one_thing_different(found: list[Setting], main: Setting) -> 
     assert ends == evidence.LIKE
     assert (main.run.decay, end_cosine(main)) == (evidence.DECAY, evidence.DECAY_COSINE)
     assert main.left == evidence.NO_DECAY_STEPS
+
+
+def test_where_copies_came_out_ahead(found: list[Setting]) -> None:
+    """In the larger model, as the messages say."""
+    (large,) = (setting for setting in found if setting.run.size == "large")
+    curve = {step: values[0] for step, values in above(large, KEPT).items()}
+    assert max(curve) == large.left == evidence.LARGER_STEPS
+    assert max(step for step, value in curve.items() if value < 0) == evidence.LARGER_AHEAD
+    assert round(-min(curve.values()), 2) == evidence.LARGER_LEAD
+    (end,) = large.results.paired(KEPT, COPY_COPY)
+    assert round(end, 3) == evidence.LARGER_BEHIND
+    parameters = large.results.runs[KEPT][6]["parameters"]
+    assert round(parameters / 1e6, 1) == evidence.LARGER_MODEL
+    tokens = large.left * large.run.rows * large.run.length / parameters
+    assert round(tokens, 1) == evidence.LARGER_TOKENS
 
 
 def test_the_wide_model_at_equal_compute(main: Setting) -> None:
@@ -144,7 +159,16 @@ def test_the_sentences_have_these_numbers_and_no_others() -> None:
     assert said is not None
     leads = [f"{other - PAPER[0]:.4f}" for other in PAPER[1:]]
     ends = [text for steps, lead in evidence.AHEAD.items() for text in (f"{steps:,}", f"{lead:g}")]
-    known = {"777", *ends, "32,000", *leads}
+    larger = {f"{evidence.LARGER_AHEAD:,}", f"{evidence.LARGER_STEPS:,}"} | {
+        f"{number:g}"
+        for number in (
+            evidence.LARGER_MODEL,
+            evidence.LARGER_TOKENS,
+            evidence.LARGER_LEAD,
+            evidence.LARGER_BEHIND,
+        )
+    }
+    known = {"777", *ends, "32,000", *leads, *larger}
     assert set(re.findall(r"\d[\d,.]*\d|\d", said)) == known
     more = evidence.pair_note(["ffn"], "copy-copy", evidence.STEPS + 1)
     assert more is not None and "more steps were not measured" in more
@@ -175,8 +199,11 @@ def test_the_sentences_have_these_numbers_and_no_others() -> None:
 def test_the_pages_say_how_far_auto_reaches() -> None:
     """In steps, as it is in the code."""
     choosing = (ROOT / "docs" / "how-to" / "choosing.md").read_text(encoding="utf-8")
-    assert f"inner widths, up to {evidence.STEPS:,} steps left" in choosing
-    assert f"| `ffn` of experts or dense layers, up to {evidence.STEPS:,} steps left |" in PAGE
+    most = sum(p.numel() for p in models.fresh("dense", "pilot", {}, 0).parameters())
+    assert most == evidence.PARAMETERS
+    size = f"up to {most / 1000:.0f} thousand parameters"
+    assert f"inner widths, {size}, up to {evidence.STEPS:,} steps left" in choosing
+    assert f"| `ffn` of experts or dense layers, {size}, up to {evidence.STEPS:,} steps left |" in PAGE
 
 
 def test_locked_copies_are_none_or_all(found: list[Setting]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sparkling_cli import api
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.layout.model import TensorPattern
-from sparkling_cli.results.evidence import STEPS
+from sparkling_cli.results.evidence import PARAMETERS, STEPS, pair_for
 from sparkling_cli.schedule.plan import settled
 from sparkling_cli.spec.sources import make_spec
 
@@ -40,6 +40,13 @@ def test_the_pair_follows_axis_and_steps_left(
     plan = api.make_plan(dense_checkpoint, init="auto", **asked).plan
     assert (plan.spec.init, plan.spec.scaling) == chosen
     assert f"--init auto is {chosen[0]}, --scaling {chosen[1]}" in plan.notes
+
+
+@pytest.mark.parametrize(("more", "chosen"), [(0, "random-zero"), (1, "copy-copy")])
+def test_larger_models_take_copies_but_in_what_is_new(more: int, chosen: str) -> None:
+    """Of more parameters than were measured to the end; copies in new layers would stay locked."""
+    assert pair_for(["ffn"], STEPS, PARAMETERS + more)[0] == chosen
+    assert pair_for(["ffn", "layers"], STEPS, PARAMETERS + more)[0] == "random-zero"
 
 
 def test_what_is_recorded_is_the_pair(dense_checkpoint: Path, tmp_path: Path) -> None:
