@@ -30,8 +30,6 @@ from sparkling_cli.widening.geometry import Growth, grown_layout
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint
 
-#: tokens of the run before an expansion, and what is widened then
-Step = tuple[int, ExpansionSpec]
 #: tokens of a run, at least: fewer are a number without its unit
 FEWEST = 100_000
 #: How parameters are counted, for the reader of the numbers.
@@ -60,6 +58,14 @@ class Subject:
     bytes_per_parameter: float
     assumed: str
     checkpoint: Checkpoint | None = None
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Axes to widen after so many tokens."""
+
+    tokens: int
+    spec: ExpansionSpec
 
 
 def plan_run(
@@ -104,7 +110,7 @@ def plan_run(
         if expand_at is None:
             raise SpecError("--axis needs a moment: --expand-at is missing", hint="e.g. --expand-at 100B")
         spec = make_spec({"axes": chosen, "multiple_of": multiple_of}, "options")
-        expansions.append((parse_moment(str(expand_at), total, "--expand-at"), spec))
+        expansions.append(Expansion(parse_moment(str(expand_at), total, "--expand-at"), spec))
     elif expand_at is not None:
         raise SpecError("--expand-at needs an axis to widen", hint="e.g. --axis ffn --factor 2")
     later = [then] if isinstance(then, str) else then
@@ -148,7 +154,7 @@ def _config_bytes(config: Mapping[str, Any]) -> tuple[float, str]:
     return 4.0, "weights in float32, as the config names no dtype"
 
 
-def parse_then(text: str, tokens: int, *, multiple_of: int | None = None) -> Step:
+def parse_then(text: str, tokens: int, *, multiple_of: int | None = None) -> Expansion:
     """``ffn=2,hidden=1.5@150B``: a later expansion, axis=factor pairs and its moment.
 
     Args:
@@ -169,11 +175,11 @@ def parse_then(text: str, tokens: int, *, multiple_of: int | None = None) -> Ste
             f"--then {text!r}: {bare[0]!r} is not AXIS=FACTOR", hint="write it as ffn=2,hidden=1.5@150B"
         )
     spec = make_spec({"axes": axes, "multiple_of": multiple_of}, "--then")
-    return parse_moment(moment, tokens, "--then"), spec
+    return Expansion(parse_moment(moment, tokens, "--then"), spec)
 
 
 def forecast(
-    subject: Subject, expansions: Sequence[Step], tokens: int, *, experts_per_token: int | None = None
+    subject: Subject, expansions: Sequence[Expansion], tokens: int, *, experts_per_token: int | None = None
 ) -> RunPlan:
     """The cost of a run of so many tokens that widens at the given moments.
 
@@ -188,14 +194,15 @@ def forecast(
     layout, warnings = subject.layout, []
     lengths: list[str] = []
     steps: list[tuple[int, Mapping[str, Growth]]] = []
-    for at, spec in expansions:
+    for expansion in expansions:
+        spec = expansion.spec
         if layout.numbered and LAYERS in {axis.axis for axis in spec.axes}:
             spec = spec.model_copy(update={"at": "end"})  # where they are costs nothing
         if "experts" in {layout.aliases.get(axis.axis, axis.axis) for axis in spec.axes}:
             even = (1.0,) * layout.sizes["experts"]  # how many there are of each costs nothing
             spec = spec.model_copy(update={"expert_load": {ALL: even}})
         growth = resolve_growth(spec, layout)
-        steps.append((at, growth))
+        steps.append((expansion.tokens, growth))
         warnings.append(small_share(layout, growth))
         if subject.checkpoint is not None:
             lengths += step_notes(subject.checkpoint, layout, growth)

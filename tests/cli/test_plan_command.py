@@ -98,7 +98,7 @@ def test_a_moment_may_be_a_share_of_the_run(layout_file: Path) -> None:
 
     assert planned("50%") == planned("100B")
     assert "is not inside the run" in planned("100%")
-    assert parse_then("ffn=2@12.5%", 200 * 10**9)[0] == 25 * 10**9
+    assert parse_then("ffn=2@12.5%", 200 * 10**9).tokens == 25 * 10**9
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from fixtures import training
 from sparkling_cli import api
 from sparkling_cli.errors import CheckpointError, SparklingError, SpecError
-from sparkling_cli.forecast import forecast, subject_of
+from sparkling_cli.forecast import Expansion, forecast, subject_of
 from sparkling_cli.models.shrink import tokens
 from sparkling_cli.models.skeleton import build_model
 from sparkling_cli.spec.sources import make_spec
@@ -304,7 +304,7 @@ def test_what_a_plan_says(tmp_path: Path) -> None:
     config = build_model(CONFIGS["dense first"]).config.to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))
     spec = make_spec({"axes": [{"axis": "layers", "to": 5}]})
-    found = forecast(subject_of(tmp_path / "config.json"), [(500, spec)], 1000)
+    found = forecast(subject_of(tmp_path / "config.json"), [Expansion(500, spec)], 1000)
     for phase, changed in zip(
         found.phases, ({}, {"num_hidden_layers": 5, "first_k_dense_replace": 2}), strict=True
     ):
