@@ -337,7 +337,8 @@ def figure(found: Sequence[Setting], path: Path) -> None:
     _cosines(panels["cosines"], found[0])
     _ends(panels["ends"], [setting for setting in ended if not setting.counts])
     handles = {h.get_label(): h for p in panels.values() for h in p.get_legend_handles_labels()[0]}
-    drawing.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
+    columns = -(-len(handles) // 2)
+    drawing.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(drawing)
