@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import TextIOWrapper
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import ExitCode, Interrupted, OutputError, SparklingError, UsageError
@@ -58,12 +59,19 @@ class Output:
     def note(self, text: str, *, style: str = "dim") -> None:
         """A remark for people, on stderr."""
         if not self.as_json and not self.quiet:
-            self.console(stderr=True).print(text, style=style, markup=False)
+            self.say(text, style)
 
     def warn(self, text: str) -> None:
         """Something that the user has to act on; also with --quiet."""
         if not self.as_json:
-            self.console(stderr=True).print(f"warning: {text}", style="yellow", markup=False)
+            self.say(f"warning: {text}", "yellow")
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """A message on stderr, broken between words alone: a path with a line's end inside is of no use."""
+        console = self.console(stderr=True)
+        between = TextWrapper(console.width, break_long_words=False, break_on_hyphens=False)
+        lines = "\n".join(between.fill(line) for line in text.split("\n"))
+        console.print(lines, style=style, markup=False, soft_wrap=True)
 
     def data(self, result: BaseModel) -> None:
         """The same facts for machines: a command's result as its JSON document."""
@@ -99,10 +107,9 @@ def fail(error: SparklingError) -> int:
     if output.as_json:
         sys.stdout.write(error_text(error))
     else:
-        console = output.console(stderr=True)
-        console.print(f"error: {error.message}", style="red", markup=False)
+        output.say(f"error: {error.message}", "red")
         if error.hint:
-            console.print(f"  hint: {error.hint}", markup=False)
+            output.say(f"  hint: {error.hint}")
     return int(error.exit_code)
 
 

@@ -222,6 +222,15 @@ def test_unreadable_files(
     assert name in said and "Permission denied" in said
 
 
+def test_a_path_is_never_broken_by_a_narrow_terminal(
+    source: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can be copied from the message whatever the width; the words around it go on new lines."""
+    monkeypatch.setenv("COLUMNS", "30")
+    missing = source.parent / ("a-folder-that-is-not-there-" * 3)
+    assert str(missing) in refused(missing)
+
+
 def test_places_that_no_output_can_have(source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     """Inside the source, around it, over it, below a file, through ``..``, and over something else."""
     for place in (
