@@ -161,8 +161,7 @@ def measure(case: Case, setting: Setting) -> dict[str, object]:
     obvious = setting.obvious and case.gigabytes * 2**30 * 3.2 < available() and not case.options
     found: list[dict[str, Cost]] = []
     size, tensors = 0, 0
-    run(*expand, "--dry-run")  # compiles modules
-    os.sync()
+    removing(out, run(*expand))  # compiles modules, those that build the class too
     for _ in range(case.rounds):
         one = {"plan": first(*expand, "--dry-run")}
         touch(folder / "scratch", 2 * bytes_of(source))
