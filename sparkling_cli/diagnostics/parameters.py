@@ -8,9 +8,9 @@ conversion rules, so that what is measured is what ``from_pretrained`` would loa
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,13 +40,16 @@ class Recipe:
 
     def nth(self, index: int) -> Recipe:
         """Of the ``index``-th weight of every pattern."""
-        counted: Counter[str] = Counter()
-        found = []
+        one = tuple((pattern, names[index]) for pattern, names in self._names.items() if index < len(names))
+        return replace(self, sources=one)
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """Pattern -> its weights."""
+        found: dict[str, list[str]] = {}
         for pattern, name in self.sources:
-            if counted[pattern] == index:
-                found.append((pattern, name))
-            counted[pattern] += 1
-        return replace(self, sources=tuple(found))
+            found.setdefault(pattern, []).append(name)
+        return found
 
 
 class ParameterReader:

@@ -225,9 +225,8 @@ class Derivation:
         A copied expert with a name of its own has those of its source, a copied layer its own.
         """
         name = self.source_name(name, but="layers")
-        for text, parts in self.layout.assembly.items():
-            whole = NameTemplate(text)
-            for number, part in enumerate(map(NameTemplate, parts)):
+        for whole, parts in self._assembly:
+            for number, part in enumerate(parts):
                 at = part.at(name)
                 if at is not None:
                     unit = tuple(at[axis] for axis in part.axes if axis not in whole.axes)
@@ -307,6 +306,11 @@ class Derivation:
         return self._made[key]
 
     @cached_property
+    def _assembly(self) -> list[tuple[NameTemplate, list[NameTemplate]]]:
+        """Weights of the module that a checkpoint keeps in parts, with their parts."""
+        return [(NameTemplate(a), [NameTemplate(b) for b in c]) for a, c in self.layout.assembly.items()]
+
+    @cached_property
     def _items(self) -> list[tuple[NameTemplate, Any]]:
         """Compensations that apply, with the names that they are for."""
         if self.spec.scaling == "none":
@@ -318,7 +322,10 @@ class Derivation:
 
     def _fitted(self, name: str) -> tuple[float, float | None]:
         """A tensor's factor that was fitted on tokens, and that of its new entries if it is another."""
-        stage, module = self._manifest.stages[-1], self.stream(name).partition("[")[0]
+        stage = self._manifest.stages[-1]
+        if not stage.calibration and not stage.calibration_new:
+            return 1.0, None
+        module = self.stream(name).partition("[")[0]
         return stage.calibration.get(module, 1.0), stage.calibration_new.get(module)
 
     def _compensated(self, name: str, fitted: float) -> tuple[float, float, frozenset[str]]:
