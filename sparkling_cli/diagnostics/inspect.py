@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import suppress
 from math import fsum, prod
 from pathlib import Path
@@ -156,7 +157,8 @@ def _named(checkpoint: Checkpoint, model: str | None, layout: Path | None) -> Ch
 
     known = model is not None or "model_type" in (checkpoint.config or {})
     if known and checkpoint.config is not None:
-        with suppress(CheckpointError):  # Muon's groups: only the layout tells embeddings and head apart
+        # Muon's groups: only the layout tells embeddings and head apart; a packaged one needs no transformers
+        with suppress(CheckpointError, MissingDependencyError):
             own = model_parameters(checkpoint.config, model)
             return name_parameters(checkpoint, own.shapes, own.decayed)
     previous = manifest_of(checkpoint.root)
@@ -173,12 +175,16 @@ def _unrelated(checkpoint: Checkpoint, other: Checkpoint) -> tuple[list[str], st
             "the comparison says nothing about an expansion"
         )
     same = checkpoint.shapes == other.shapes
-    known = (sidecar_root((other if same else checkpoint).root) / MANIFEST).is_file()
-    if same and not known:
+    expanded = [(sidecar_root(one.root) / MANIFEST).is_file() for one in (checkpoint, other)]
+    if expanded[same]:
+        return [], ""
+    if same:
         return ["no expansion lies between these two: no symmetry meter"], ""
-    if not known:
-        return [], "their sizes differ, and no expansion is known between these two: they may be unrelated"
-    return [], ""
+    own, earlier = (sum(map(prod, one.shapes.values())) for one in (checkpoint, other))
+    if expanded[1] and own < earlier:
+        swapped = shlex.join(["sparkling", "inspect", str(other.root), "--against", str(checkpoint.root)])
+        return [], f"the one to compare with is the larger one, made by an expansion: swap them, {swapped}"
+    return [], "their sizes differ, and no expansion is known between these two: they may be unrelated"
 
 
 def _symmetry(path: Path, checkpoint: Checkpoint, expanded: Checkpoint) -> Symmetry | None:

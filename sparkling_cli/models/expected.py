@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 from sparkling_cli.errors import SparklingError
 from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.models import cache
+from sparkling_cli.storage import cache
 
 Shapes = dict[str, tuple[int, ...]]
 

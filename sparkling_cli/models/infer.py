@@ -13,8 +13,8 @@ from sparkling_cli.layout.expr import axis_names
 from sparkling_cli.layout.file import from_dict, to_dict
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_expr
-from sparkling_cli.models import cache
 from sparkling_cli.models.sizes import HEADS
+from sparkling_cli.storage import cache
 
 #: Config keys that no tensor's shape and no layer's kind depends on.
 _IRRELEVANT = frozenset(

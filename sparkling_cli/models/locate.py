@@ -12,9 +12,9 @@ from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.expr import Role, axis_names
 from sparkling_cli.layout.model import ModelLayout
-from sparkling_cli.models import cache
 from sparkling_cli.models.sizes import kind_of, walk
 from sparkling_cli.models.stored import buffers_in, fitted_to, ignored_by
+from sparkling_cli.storage import cache
 
 if TYPE_CHECKING:
     from sparkling_cli.manifest import Manifest

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import MissingDependencyError, SpecError
 from sparkling_cli.formats.gc_pause import collector_running
-from sparkling_cli.models import cache
 from sparkling_cli.results.commands import Architecture, ArchitectureAxis, Architectures
+from sparkling_cli.storage import cache
 
 if TYPE_CHECKING:
     from rich.table import Table

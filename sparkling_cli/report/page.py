@@ -18,7 +18,6 @@ from jinja2 import Environment, FileSystemBytecodeCache, PackageLoader, StrictUn
 from jinja2.bccache import Bucket
 from markupsafe import Markup, escape
 
-from sparkling_cli.models.cache import directory
 from sparkling_cli.report import charts, figures
 from sparkling_cli.report.command import places_in
 from sparkling_cli.report.resume import snippet
@@ -27,6 +26,7 @@ from sparkling_cli.results import numbers
 from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.measured import DEVIATION_LIMIT, Activations
 from sparkling_cli.results.verdict import LOCKED, judged, offenders, sentence
+from sparkling_cli.storage.cache import directory
 
 #: Rows of a table of activations, where something moved and where nothing did; report.json has all.
 ROWS_AT_MOST, ROWS_WHEN_CALM = 12, 5

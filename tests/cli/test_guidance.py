@@ -296,6 +296,8 @@ def test_source_and_output_in_the_wrong_order(sparkling: Command, dense_checkpoi
     assert done.code == 4
     assert f"the source comes first: sparkling verify {dense_checkpoint} {wide}" in " ".join(done.err.split())
     assert "comes first" not in sparkling("verify", dense_checkpoint, dense_checkpoint).err
+    look = sparkling("inspect", dense_checkpoint, "--against", wide, "--no-activations")
+    assert f"swap them, sparkling inspect {wide} --against {dense_checkpoint}" in " ".join(look.err.split())
 
 
 def test_a_spec_file_without_axes_is_shown_one(

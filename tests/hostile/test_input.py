@@ -340,14 +340,20 @@ def test_without_transformers(source: Path, tmp_path: Path) -> None:
     layout = tmp_path / "layout.toml"
     layout.write_text(to_toml(api.layout_of(source)))
 
-    def expand(*words: str) -> subprocess.CompletedProcess[bytes]:
+    def run(*words: str) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
-            [sys.executable, "-c", _WITHOUT, "expand", str(source), str(tmp_path / "out"), *FFN, *words],
+            [sys.executable, "-c", _WITHOUT, *words],
             env={**os.environ, "SPARKLING_CACHE_DIR": str(tmp_path / "cache")},
             cwd=Path(__file__).parents[2], capture_output=True, timeout=300, check=False,
         )  # fmt: skip
 
+    def expand(*words: str) -> subprocess.CompletedProcess[bytes]:
+        return run("expand", str(source), str(tmp_path / "out"), *FFN, *words)
+
     assert expand().returncode == 0
+    seen = run("inspect", str(tmp_path / "out"), "--against", str(source))
+    assert seen.returncode == 0 and b"activations were not measured" in seen.stderr
+    assert b"listed by number" not in seen.stderr
     api.verify(source, tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     config = json.loads((source / "config.json").read_text())

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from sparkling_cli.errors import LayoutError, SpecError
-from sparkling_cli.models import cache, packaged_proof, survey
 from sparkling_cli.models import infer as module
+from sparkling_cli.models import packaged_proof, survey
+from sparkling_cli.storage import cache
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

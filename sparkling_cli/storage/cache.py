@@ -1,4 +1,4 @@
-"""Small JSON results kept between runs: proved layouts, parameter orders.
+"""Small JSON results kept between runs: proved layouts, parameter orders, what a class expects.
 
 A key says everything that the result depends on (config, versions), so nothing ever goes stale; a
 file that is damaged or from another writer is as good as absent.
