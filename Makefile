@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # two processes, each test module in one of them
 WORKERS ?= -n 2 --dist loadfile
+# of each survey, every so many-th case
+EVERY ?= 1
 CHECKPOINT ?= $(firstword $(wildcard fixtures/dense-llama/checkpoint-*))
 
 .PHONY: demo test test-long test-survey test-all lint docs clean
@@ -23,7 +25,7 @@ test-long: $(VENV)/.installed-dev  ## the long tests only
 	$(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal
 
 test-survey: $(VENV)/.installed-dev  ## every class of transformers, and a thousand damaged checkpoints
-	$(BIN)/python -m pytest -q -m survey -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -m survey -n 2 --dist worksteal --every $(EVERY)
 
 test-all: test test-long test-survey
 

@@ -27,6 +27,40 @@ hypothesis.settings.load_profile("any machine")
 # Tiny tensors are slower on several threads, and sums come out the same everywhere.
 torch.set_num_threads(1)
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Whatever a test, or a fixture that it asks for first, draws is the same in every run."""
+    torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--every 3``: a third of the survey."""
+    about = "of each survey test, every N-th case only; the tests begin at different ones"
+    parser.addoption("--every", type=int, default=1, metavar="N", help=about)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose the cases of ``--every``.
+
+    Tests that go over the same classes begin at different ones, so that N of them together see every class.
+    Tests of one case stay.
+    """
+    every: int = config.getoption("--every")
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("survey") and "[" in item.nodeid:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left = {
+        item.nodeid
+        for number, one in enumerate(cases.values())
+        for place, item in enumerate(one)
+        if (place + number) % every
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left])
+    items[:] = [item for item in items if item.nodeid not in left]
+
+
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
 TinyCheckpoint = Callable[..., Path]
