@@ -50,10 +50,10 @@ class Directory:
             CheckpointError: it is compressed or otherwise transformed, or lies outside the directory.
         """
         info = self.metadata.storage_data[index]
-        if info.transform_descriptors:
+        transforms = getattr(info, "transform_descriptors", None)  # torch 2.6 has no such field
+        if transforms:
             raise CheckpointError(
-                f"{index.fqn!r} is stored through {', '.join(info.transform_descriptors)}: its bytes are no "
-                "tensor data",
+                f"{index.fqn!r} is stored through {', '.join(transforms)}: its bytes are no tensor data",
                 hint="save the checkpoint without stream transforms",
             )
         name = str(info.relative_path)
