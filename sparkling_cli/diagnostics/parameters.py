@@ -200,6 +200,8 @@ def _convert(
     for pattern, name in recipe.sources:
         converter.add_tensor(recipe.first, name, pattern, lambda name=name: read(name))
     made = converter.convert(recipe.first, model=model, config=getattr(model, "config", None))
+    if isinstance(made, tuple):  # transformers 5.0: and what went wrong
+        made = made[0]
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 

@@ -73,18 +73,19 @@ class AdamStep:
     second: str
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], state: Mapping[str, Any], step: float) -> AdamStep:
+    def of(cls, optimizer: Optimizer, group: Mapping[str, Any], param: Tensor, step: float) -> AdamStep:
         """The step that a parameter of ``group`` has just made, its ``step``-th."""
         beta1, beta2 = (float(b) for b in group["betas"])
         lr = float(group["lr"])
         root = (1 - beta2**step) ** 0.5
-        decoupled = bool(group.get("decoupled_weight_decay"))
+        # before torch 2.7 the class alone says it
+        decoupled = bool(group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)))
         return cls(
             count=step,
             decay=lr * float(group["weight_decay"]) if decoupled else 0.0,
             size=lr / (1 - beta1**step) * root,
             eps=float(group["eps"]) * root,
-            state=state,
+            state=optimizer.state[param],
             second="max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq",
         )
 
@@ -165,7 +166,7 @@ class StepCounts:
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         held = list({id(p): p for p in params}.values())
         both = zip(held, self.of(optimizer, held), strict=True)
-        return {id(p): AdamStep.of(groups[id(p)], optimizer.state[p], count) for p, count in both}
+        return {id(p): AdamStep.of(optimizer, groups[id(p)], p, count) for p, count in both}
 
     def of(self, optimizer: Optimizer, params: list[Tensor]) -> list[float]:
         """After a step; one transfer for all that have to be read from an accelerator."""

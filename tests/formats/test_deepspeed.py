@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -27,8 +28,11 @@ WIDE = GPTConfig(n_embd=48, n_head=6)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_group() -> Iterator[None]:
-    """DeepSpeed keeps its process group for ever; modules that are tested later make their own."""
+    """DeepSpeed keeps its process group and its rank for ever; modules tested later have their own."""
+    before = dict(os.environ)
     yield
+    os.environ.clear()
+    os.environ.update(before)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -68,7 +72,9 @@ def _universal(root: Path, *, partitioned: bool) -> GPT:
         flat = torch.ones(sum(p.numel() for p in model.parameters()))
         state = {"step": torch.tensor(3.0), "exp_avg": flat, "exp_avg_sq": flat.clone()}
         options["optimizer_state_dict"] = {"state": {0: state}, "param_groups": [{"lr": 1e-3}]}
-        options["fp32_flat_groups"] = [flat.clone()]
+        marked = flat.clone()
+        marked.ds_id = 0  # type: ignore[attr-defined]  # as DeepSpeed's own have, so that they are pickled otherwise
+        options["fp32_flat_groups"] = [marked]
     torch.save(options, root / "zero" / "optimizer_state.pt")
     return model
 

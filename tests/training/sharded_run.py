@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from sparkling_cli.schedule.rewarmup import add_stage
 from sparkling_cli.training import rewarm
@@ -145,7 +145,7 @@ def train(
 
 def muon_step(net: torch.nn.Module, share: int, shares: int, *, keep: bool) -> None:
     """One step of the matrices; new entries at the rate of old ones."""
-    muon = Muon([p for p in net.parameters() if p.ndim == 2], lr=ref.BASE.peak, weight_decay=0.1)
+    muon = torch.optim.Muon([p for p in net.parameters() if p.ndim == 2], lr=ref.BASE.peak, weight_decay=0.1)
     history = ref.history_of(add_stage(None, ref.BASE, ref.TE, rho=1.0, steps=0, keep_step=keep))
     rewarm(muon, net, history, announce=False)
     net(ref.data(0).chunk(shares)[share]).backward()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from sparkling_cli import api
 from sparkling_cli.errors import SparklingError, SpecError
@@ -51,7 +51,7 @@ def test_100_steps_equal_muon_scaled_by_hand(adjust: str | None) -> None:
     mirror = {n: p.detach().clone().requires_grad_() for n, p in matrices.items()}
 
     def make(params: Any) -> Optimizer:
-        return Muon(params, lr=ref.BASE.peak, weight_decay=0.1, adjust_lr_fn=adjust)
+        return torch.optim.Muon(params, lr=ref.BASE.peak, weight_decay=0.1, adjust_lr_fn=adjust)
 
     optimizer, reference = make(matrices.values()), make(mirror.values())
     sched, ref_sched = ref.scheduler(optimizer, ref.TE), ref.scheduler(reference, ref.TE)
@@ -176,14 +176,14 @@ def test_what_is_not_known_is_refused() -> None:
         rewarm(Squared([net.experts]), net, history)
     coarse = ref.model(dtype=torch.bfloat16)
     with pytest.raises(SparklingError, match=r"Muon steps torch\.bfloat16 parameters"):
-        rewarm(Muon([p for p in coarse.parameters() if p.ndim == 2]), coarse, history)
+        rewarm(torch.optim.Muon([p for p in coarse.parameters() if p.ndim == 2]), coarse, history)
 
 
 def test_probing_leaves_the_optimizer_alone(capsys: pytest.CaptureFixture[str]) -> None:
     """State, groups, the scheduler's count and the parameters are as they were; the line says how many."""
     net = ref.model()
     matrices = [p for p in net.parameters() if p.ndim == 2]
-    muon, adam = Muon(matrices), AdamW([p for p in net.parameters() if p.ndim != 2])
+    muon, adam = torch.optim.Muon(matrices), AdamW([p for p in net.parameters() if p.ndim != 2])
     sched = ref.scheduler(muon, 0)
     start, groups, count = ref.parameters(net), dict(muon.param_groups[0]), sched.last_epoch
     rewarm([muon, adam], net, ref.history_of(rewarmup()))
@@ -224,7 +224,7 @@ def test_an_output_that_exists_is_given_it(tmp_path: Path) -> None:
 def test_without_a_gradient_nothing_moves() -> None:
     """Neither by the optimizer, weight decay included, nor by what is scaled."""
     net = ref.model()
-    muon = Muon([net.up.weight, net.down.weight], lr=1.0, weight_decay=0.1)
+    muon = torch.optim.Muon([net.up.weight, net.down.weight], lr=1.0, weight_decay=0.1)
     rewarm(muon, net, ref.history_of(rewarmup()), announce=False)
     net.up.weight.grad = torch.randn_like(net.up.weight)
     before = ref.parameters(net)
@@ -238,7 +238,7 @@ def test_frozen_old_entries_do_not_throw_new_ones() -> None:
     found = []
     for keep in (False, True):
         weight = nn.Parameter(torch.ones(ref.H, ref.F, dtype=torch.float64))
-        muon = Muon([weight], lr=1.0, weight_decay=0.0)
+        muon = torch.optim.Muon([weight], lr=1.0, weight_decay=0.0)
         history = ref.history_of(add_stage(None, ref.BASE, ref.TE, rho=1.0, steps=0, keep_step=keep))
         rewarm(muon, [("down.weight", weight)], history, announce=False)
         weight.grad = torch.zeros_like(weight)
@@ -258,7 +258,7 @@ def test_two_expansions_are_kept_since_the_first() -> None:
     assert history.shape_before("down.weight", 1) == (5, 6)
     assert history.shape_before("down.weight", 2) == (5, 9)
     weight = nn.Parameter(torch.randn(ref.H, ref.F, dtype=torch.float64))
-    muon = Muon([weight], lr=1.0, weight_decay=0.0)
+    muon = torch.optim.Muon([weight], lr=1.0, weight_decay=0.0)
     rewarm(muon, [("down.weight", weight)], history)
     start = weight.detach().clone()
     muon.state[weight]["momentum_buffer"] = torch.randn_like(weight)

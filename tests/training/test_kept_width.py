@@ -9,7 +9,7 @@ import pytest
 import torch
 from lion_pytorch import Lion
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Muon, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -63,7 +63,7 @@ def test_of_a_matrix_that_muon_steps() -> None:
     found = []
     for tensor in ("embed.weight", "down.weight"):
         net = ref.model()
-        muon = Muon([net.down.weight], lr=1.0, weight_decay=0.0)
+        muon = torch.optim.Muon([net.down.weight], lr=1.0, weight_decay=0.0)
         muon.state[net.down.weight]["momentum_buffer"] = torch.ones_like(net.down.weight)
         rewarm(muon, net, history(tensor), announce=False)
         start = net.down.weight.detach().clone()

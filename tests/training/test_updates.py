@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lion_pytorch import Lion
-from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from sparkling_cli.errors import LayoutError, SparklingError, SpecError
 from sparkling_cli.training import rewarm, update
@@ -53,6 +53,17 @@ def test_200_steps_equal_separate_parameters(name: str) -> None:
     assert ref.distance(before, split.whole()) > 1e-3
 
 
+@pytest.mark.parametrize(("kind", "decay"), [(AdamW, 0.05), (Adam, 0.0)])
+def test_where_torch_says_nothing_the_class_tells_whose_decay_is_decoupled(
+    kind: type[Optimizer], decay: float
+) -> None:
+    """Before torch 2.7 no group says it: AdamW's is, Adam's is in its gradient."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = kind([param], lr=0.5, weight_decay=0.1)
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "decoupled_weight_decay"}
+    assert update.AdamStep.of(optimizer, group, param, 1.0).decay == pytest.approx(decay)
+
+
 def test_the_rates_make_a_difference() -> None:
     """The agreement with separate parameters would not survive without the hooks."""
     net, optimizer, sched = ref.expanded(adamw)
@@ -87,7 +98,7 @@ def test_muon_is_scaled_after_orthogonalization() -> None:
     mirror = {n: p.detach().clone().requires_grad_() for n, p in matrices.items()}
 
     def make(params: Any) -> Optimizer:
-        return Muon(params, lr=ref.BASE.peak, weight_decay=0.1)
+        return torch.optim.Muon(params, lr=ref.BASE.peak, weight_decay=0.1)
 
     optimizer, reference = make(matrices.values()), make(mirror.values())
     sched, ref_sched = ref.scheduler(optimizer, ref.TE), ref.scheduler(reference, ref.TE)
@@ -307,13 +318,13 @@ def test_several_optimizers_share_one_model() -> None:
     """Matrices under Muon, the rest under AdamW: one call serves both."""
     net = ref.model()
     named = dict(net.named_parameters())
-    muon = Muon([p for p in named.values() if p.ndim == 2], lr=ref.BASE.peak)
+    muon = torch.optim.Muon([p for p in named.values() if p.ndim == 2], lr=ref.BASE.peak)
     adam = AdamW([p for p in named.values() if p.ndim != 2], lr=ref.BASE.peak)
     handle = rewarm([muon, adam], net, ref.history(tau=0))
     plain = ref.model()
     plain_named = dict(plain.named_parameters())
     others = (
-        Muon([p for p in plain_named.values() if p.ndim == 2], lr=ref.BASE.peak),
+        torch.optim.Muon([p for p in plain_named.values() if p.ndim == 2], lr=ref.BASE.peak),
         AdamW([p for p in plain_named.values() if p.ndim != 2], lr=ref.BASE.peak),
     )
     for n, optimizers in ((net, (muon, adam)), (plain, others)):
@@ -488,7 +499,7 @@ def test_what_no_optimizer_holds_is_said(capsys: pytest.CaptureFixture[str]) -> 
     """The line counts what is re-warmed, and names what has new entries and is not."""
     net = ref.model()
     held = [p for p in net.parameters() if p.ndim == 2]
-    rewarm(Muon(held), net, ref.history())
+    rewarm(torch.optim.Muon(held), net, ref.history())
     masks = {n: int(mask.sum()) for n, mask in ref.new_masks().items() if mask.any()}
     matrices = [count for n, count in masks.items() if net.get_parameter(n).ndim == 2]
     line = capsys.readouterr().err

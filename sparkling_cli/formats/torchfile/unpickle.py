@@ -139,8 +139,8 @@ class TreeUnpickler(pickle.Unpickler):
                     "globals; nothing of it was executed",
                     hint=_hint(path),
                 )
-            known = path == REBUILD and not isinstance(self._allow, Anything)
-            kind = SubclassCall if known else GlobalType
+            # who allows the function itself reads nothing of what it makes
+            kind = SubclassCall if path == REBUILD and path not in self._allow else GlobalType
             found = self._globals[module, name] = make_global(module, name, kind)
         return found
 
