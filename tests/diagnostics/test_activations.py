@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 from fixtures.tiny import ARCHITECTURES, make_model
@@ -196,6 +197,25 @@ def test_small_pieces_change_nothing(saved: Any, arch: str) -> None:
             pytest.approx(a.y_rms, rel=1e-5),
         )
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_conversions_of_the_oldest_transformers(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 5.0 a conversion answers with its tensors and what went wrong; the numbers are the same."""
+    checkpoint = opened(saved("mixtral"))
+    tokens = tokens_for(reference(saved("mixtral")))
+    expected, _ = measure(checkpoint, tokens)
+    real = WeightConverter.convert
+    called: list[str] = []
+
+    def of_5_0(self: WeightConverter, layer_name: str, **options: Any) -> Any:
+        called.append(layer_name)
+        made = real(self, layer_name, **options)
+        return made if isinstance(made, tuple) else (made, {})
+
+    monkeypatch.setattr(WeightConverter, "convert", of_5_0)
+    found, _ = measure(checkpoint, tokens)
+    assert called
+    assert found == expected
 
 
 def test_experts_are_read_once(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:

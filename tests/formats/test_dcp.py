@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.dcp.metadata import read_metadata
@@ -209,6 +210,30 @@ def test_what_is_missing_is_named(single: tuple[Path, GPT], tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="folder of checkpoints") as caught:
         open_checkpoint(source.parent)
     assert f"choose one: {source.parent}" in str(caught.value.hint)
+
+
+def test_items_of_a_torch_without_transforms(
+    single: tuple[Path, GPT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before torch 2.7 items were never transformed, and their class has no field that says so."""
+    expected = open_checkpoint(single[0])
+    monkeypatch.delattr(_StorageInfo, "transform_descriptors")
+    found = open_checkpoint(single[0])
+    assert not any(
+        hasattr(info, "transform_descriptors") for info in read_metadata(single[0]).storage_data.values()
+    )
+    assert found.tensors == expected.tensors
+
+
+def test_transformed_items_are_refused(single: tuple[Path, GPT], tmp_path: Path) -> None:
+    """Compressed bytes are not taken for tensor data."""
+    shutil.copytree(single[0], tmp_path / "packed")
+    metadata = read_metadata(tmp_path / "packed")
+    for info in metadata.storage_data.values():
+        info.transform_descriptors = ["zstd"]
+    (tmp_path / "packed" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"stored through zstd.*no tensor data"):
+        open_checkpoint(tmp_path / "packed")
 
 
 def test_metadata_without_its_field_is_damaged(tmp_path: Path) -> None:
