@@ -2,8 +2,8 @@
 
 Every figure is a subprocess's wall time, processor time and peak resident memory, as the kernel counts
 them. Measurements of one round follow each other, so that a busy machine slows all of them; ratios are
-taken within a round, and the median over rounds is shown. All of it takes about a quarter of an hour, 55 GB
-of disk and 12 GB of free memory (what does not fit is left out, and the page says so).
+taken within a round, and the median over rounds is shown. All of it takes 15 to 45 minutes, as fast as the
+disk is, 55 GB of it and 12 GB of free memory (what does not fit is left out, and the page says so).
 
 The public rival is used where it can be imported, or from a folder made by
 ``pip install --no-deps --target FOLDER mergekit immutables peft accelerate`` (``--rival FOLDER``).
