@@ -49,6 +49,7 @@ from sparkling_cli.storage.read import TensorSource
 from sparkling_cli.storage.tensors import StoredTensor
 from sparkling_cli.widening import moments
 from sparkling_cli.widening.entries import as_doubles
+from sparkling_cli.widening.geometry import source_shape
 from sparkling_cli.widening.kernel import Given, compile_kernel
 from sparkling_cli.widening.means import Means
 from sparkling_cli.widening.parts import boxes, stream_of
@@ -348,7 +349,7 @@ class WidenedSource(TensorSource):
                 numbers = (as_doubles(entries[place].reshape(-1), recipe.dtype) for place in places)
                 known[stream_of(row.stream, box.unit)] = moments.merged(map(moments.block_moments, numbers))
         doubles = as_doubles(source, recipe.dtype) if kernel.given else source
-        means = Means(self._plan.means, recipe.before, lambda start, stop: doubles[start:stop])
+        means = Means(self._plan.means, source_shape(recipe.view), lambda start, stop: doubles[start:stop])
         given = Given(self._plan.spec.seed, row.stream, known, means, self._plan.spec.router_noise)
         with np.errstate(all="ignore"):
             for index in range(kernel.pieces):

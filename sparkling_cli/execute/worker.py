@@ -16,6 +16,7 @@ from sparkling_cli.storage.threads import Stopped
 from sparkling_cli.widening import moments
 from sparkling_cli.widening.derived import derived
 from sparkling_cli.widening.entries import as_doubles, count_nonfinite, numpy_dtype
+from sparkling_cli.widening.geometry import source_shape
 from sparkling_cli.widening.kernel import PIECE, Given, Piece
 from sparkling_cli.widening.means import Means
 from sparkling_cli.widening.parts import Box
@@ -119,7 +120,7 @@ class Worker:
         recipe = job.row.recipe
         data = fetched(self.source, job.source)
         if recipe.blocks is None:
-            old = data.view(numpy_dtype(recipe.dtype)).reshape(recipe.before)
+            old = data.view(numpy_dtype(recipe.dtype)).reshape(source_shape(recipe.view))
             made = np.ascontiguousarray(derived(recipe.view, old, recipe.dtype))
         else:
             places = (Placement(one.dtype, one.shape, one.extents, job.row.key) for one in job.row.parts)
@@ -171,7 +172,8 @@ class Worker:
     def _given_of(self, row: int) -> Given:
         job, spec = self.job.rows[row], self.job.plan.spec
         if row not in self._means:
-            self._means[row] = Means(self.job.plan.means, job.row.recipe.before, partial(self._numbers, job))
+            shape = source_shape(job.row.recipe.view)  # rows of the parameter, however its copy is stored
+            self._means[row] = Means(self.job.plan.means, shape, partial(self._numbers, job))
         return Given(spec.seed, job.row.stream, self.known, self._means[row], spec.router_noise)
 
     def _numbers(self, job: RowJob, start: int, stop: int) -> Array:

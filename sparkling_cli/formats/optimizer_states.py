@@ -177,6 +177,10 @@ class Form:
         """The shape on disk of a state whose dims have these sizes."""
         return (prod(shape),) if self.flat else shape
 
+    def of_copy(self, parameter: Shape) -> Shape:
+        """The shape on disk of a state that has every entry of a parameter of this shape, once."""
+        return (prod(parameter),) if self.flat else (1,) * self.dims.count(None) + parameter
+
 
 def form_of(slot: str, shape: Shape, parameter: Shape) -> Form | None:
     """Which dims of a parameter a state of that name and shape has; None if it cannot be told.

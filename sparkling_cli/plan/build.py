@@ -228,7 +228,7 @@ class _Recipes:
         growth = self.growth_at(pattern, name)
         mark = (slot, pattern.name, dtype, fitted, fresh, form, silent, id(growth), *found)
         if mark not in self._made:
-            stored = form.stored if form is not None else tuple
+            stored = form.of_copy if form is not None else tuple
             stack = self.silent(name, new=LAYERS in growth and LAYERS in pattern.dims.axes())
             view = self._view(pattern.dims, found, growth, layers=Fill.COPY if stack is None else Fill.ZERO)
             scale, offset = self._factor(found, fitted) if silent is None else (0.0, silent)
@@ -541,17 +541,18 @@ def _state_recipe(
     Raises:
         CheckpointError: state of another shape than its parameter's, where that grows.
     """
+    name = recipes.layout.canonical(param)  # by which the layout and the calibration know it
     weight_shape = recipes.layout.shape_of(pattern)
     kind = state_kind(slot, stored.dtype, stored.shape, weight_shape)
     form = form_of(slot, stored.shape, weight_shape) if stored.dtype in FLOATING else None
     if slot in kinds and kind is not StateKind.SCALAR:
         kind = kinds[slot]
     match kind:
-        case StateKind.WEIGHT if form is not None:
-            layer = recipes.new(pattern, param, LAYERS)
-            return recipes.weight(pattern, param, stored.dtype, slot=slot, form=form, new=layer)
+        case StateKind.WEIGHT if form is not None and stored.shape == form.of_copy(weight_shape):
+            layer = recipes.new(pattern, name, LAYERS)
+            return recipes.weight(pattern, name, stored.dtype, slot=slot, form=form, new=layer)
         case StateKind.MOMENT | StateKind.FACTOR | StateKind.PRECONDITIONER | StateKind.BASIS if form:
-            return recipes.moment(pattern, param, stored, slot, kind, form, new=new)
+            return recipes.moment(pattern, name, stored, slot, kind, form, new=new)
     grows = pattern.dims.axes() & set(recipes.growth)
     if kind in (StateKind.SCALAR, StateKind.UNKNOWN) or not grows:
         return recipes.unchanged(Kind.SCALAR if prod(stored.shape) == 1 else Kind.OTHER, slot, stored)

@@ -239,9 +239,9 @@ def _whole(subject: Subject, output: Handles, source: Handles) -> Found:
     wanted, found, bits = subject.wanted, Found([], [], None), bits_dtype(subject.target.item)
     seen = _read(output, subject.target, 0, prod(wanted.shape), found.target).view(bits)
     there = _read(source, subject.source, 0, prod(wanted.before), found.source).view(bits)
-    numbers = as_numbers(there, wanted.dtype).reshape(wanted.before)
+    numbers = as_numbers(there, wanted.dtype).reshape(wanted.sizes)
     made, new = state_made(wanted, numbers)
-    now = as_numbers(seen, wanted.dtype).reshape(wanted.shape)
+    now = as_numbers(seen, wanted.dtype).reshape(made.shape)
     near = np.abs(now - made) <= _LAST[wanted.dtype] * np.abs(made)
     wrong = np.where(new, ~near, now != made)
     wrong &= ~(np.isnan(now) & np.isnan(made))
@@ -451,7 +451,7 @@ class Neighbours:
         with self._lock:
             if subject.key not in self._means:
                 wanted, numbers = subject.wanted, partial(self._numbers, subject)
-                self._means[subject.key] = Means(wanted.means, wanted.before, numbers)
+                self._means[subject.key] = Means(wanted.means, wanted.sizes, numbers)
             return self._means[subject.key](start, stop)
 
     def _numbers(self, subject: Subject, start: int, stop: int) -> Array:

@@ -255,7 +255,8 @@ class Derivation:
             kind = _MEASURED.get(taken_for, StateKind.OTHER)
         form = form_of(slot, stored.shape, self.layout.shape_of(pattern))
         if kind is StateKind.WEIGHT and form is not None:
-            return _flattened(self.weight(name, pattern.dims, stored.dtype), flat=form.flat)
+            wanted = self.weight(name, pattern.dims, stored.dtype)
+            return _flattened(_behind_ones(wanted, stored.shape), flat=form.flat)
         if kind in _FRESH and form is not None:
             treatment = self.spec.optimizer
             scale, consumed = 1.0, frozenset[str]()
@@ -438,6 +439,16 @@ def _flattened(wanted: Wanted, *, flat: bool) -> Wanted:
         return wanted
     found = copy(wanted)
     found.before, found.shape = (prod(wanted.before),), (prod(wanted.shape),)
+    return found
+
+
+def _behind_ones(wanted: Wanted, stored: tuple[int, ...]) -> Wanted:
+    """The same of a tensor that is stored with dims of one entry before its parameter's."""
+    ones = stored[: max(len(stored) - len(wanted.before), 0)]
+    if not ones:
+        return wanted
+    found = copy(wanted)
+    found.before, found.shape = ones + wanted.before, ones + wanted.shape
     return found
 
 

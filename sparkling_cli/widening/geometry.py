@@ -375,6 +375,11 @@ def target_shape(view: View) -> tuple[int, ...]:
     return tuple(shape[i] for i in sorted(shape))
 
 
+def source_shape(view: View) -> tuple[int, ...]:
+    """The shape that a view widens from; on disk it may be flat, or have dims of one before it."""
+    return target_shape(tuple(replace(dim, target=dim.source) for dim in view))
+
+
 def scale_range(view: View) -> tuple[float, float]:
     """Smallest and largest product of run factors over the entries."""
     low = high = 1.0

@@ -368,8 +368,8 @@ class Wanted:
         own: the factor's dim of its own, along which new entries are means.
 
     Attributes:
-        before: shape of the source.
-        shape: of the target.
+        before: shape of the source, as stored; ``sizes`` that of its dims, which may be stored as one.
+        shape: of the target, as stored.
         row: rows.
         column: columns.
         zero: the whole tensor is zero (dropped state).
@@ -397,7 +397,7 @@ class Wanted:
         self.dtype, self.scale, self.offset, self.moment = dtype, scale, offset, moment
         self.state, self.own, self.fresh = state, own, fresh
         self.dims = dims = [_along(dim, rules, consumed, wide_dtype(dtype), moment) for dim in layout.dims]
-        self.before = tuple(dim.size for dim in dims)
+        self.sizes = self.before = tuple(dim.size for dim in dims)
         self.shape = tuple(len(dim.source) for dim in dims)
         self.zero = moment == "drop" and state != UNIT
         grows = self.before != self.shape
@@ -416,8 +416,8 @@ class Wanted:
         row, column = np.arange(rows.start, rows.stop), np.arange(columns.start, columns.stop)
         target = np.add.outer(row * len(self.column.source), column)
         source = np.add.outer(self.row.source[row] * self.column.size, self.column.source[column])
-        old, new = prod(self.before[1:]), prod(self.shape[1:])
-        places: Array = (target // new - self.before[0]) * old + source % old
+        old, new = prod(self.sizes[1:]), prod(len(dim.source) for dim in self.dims[1:])
+        places: Array = (target // new - self.sizes[0]) * old + source % old
         return places
 
     @cached_property

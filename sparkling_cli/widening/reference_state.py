@@ -17,25 +17,25 @@ def made(wanted: Wanted, old: Array) -> tuple[Array, Array]:
 
     Args:
         wanted: of the tensor.
-        old: the source's entries as float64 numbers, in its shape.
+        old: the source's entries as float64 numbers, in the shape ``wanted.sizes``.
     """
     import numpy as np
 
     if wanted.state == TURNED:
         return np.full(wanted.shape, old.mean()), np.ones(wanted.shape, bool)
     made = old[np.ix_(*(dim.source for dim in wanted.dims))]
-    new = np.zeros(wanted.shape, bool)
-    if wanted.state == MEANS or len(wanted.before) < 2 or wanted.before[-1] != wanted.before[-2]:
+    new = np.zeros(made.shape, bool)
+    if wanted.state == MEANS or old.ndim < 2 or old.shape[-1] != old.shape[-2]:
         dim = wanted.dims[wanted.own]
-        at: list[Any] = [slice(None)] * len(wanted.shape)
+        at: list[Any] = [slice(None)] * made.ndim
         at[wanted.own] = dim.new
         made[tuple(at)] = np.take(made, np.flatnonzero(~dim.new), wanted.own).mean(wanted.own, keepdims=True)
         new[tuple(at)] = True
         return made, new
-    n = wanted.shape[-1]
+    n = made.shape[-1]
     fresh = wanted.dims[-1].new
     new[...] = fresh[:, None] | fresh[None, :]
     identity = np.eye(n)
     if wanted.state == DIAGONAL:
-        identity = identity * np.trace(old, axis1=-2, axis2=-1)[..., None, None] / wanted.before[-1]
+        identity = identity * np.trace(old, axis1=-2, axis2=-1)[..., None, None] / old.shape[-1]
     return np.where(new, identity, made), new

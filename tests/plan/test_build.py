@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,20 @@ def test_a_tied_head_is_compensated_on_a_one_plus_w_norm(factor: float, alpha: f
     assert (moment.recipe.scale, moment.recipe.offset) == (1.0, 0.0)
     assert {run.scale for run in moment.recipe.view[0].runs} == {1.0}
     assert {run.scale for run in row(made, "embed.weight").recipe.view[1].runs} == {1.0}
+
+
+def test_state_under_a_tied_name_has_the_factors_of_the_weight() -> None:
+    """What the layout says of the first name holds of state that the optimizer keeps under another."""
+    layout = replace(LAYOUT, compensations=(Compensation("hidden", "embed.weight", power=-0.5),))
+    source = checkpoint(False, **{"s.z": stored(10, 4), "s.m": stored(10, 4)})
+    state = ParamState("head.weight", {"exp_avg": "s.m", "z": "s.z"}, {"step": 7.0})
+    weights = {name: key for name, key in source.weights.items() if not name.startswith("s.")}
+    made = plan(
+        replace(source, weights=weights, states=(state,)),
+        ("hidden", 4.0), layout=layout, optimizer="asymmetric-scaled",
+    )  # fmt: skip
+    assert row(made, "embed.weight").recipe.scale == row(made, "s.z").recipe.scale == 0.5
+    assert row(made, "s.m").recipe.scale == 0.5
 
 
 def test_config_changes_nested_and_implied_keys() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from sparkling_cli import api
-from sparkling_cli.errors import CheckpointError
+from sparkling_cli.errors import CheckpointError, VerificationError
+from sparkling_cli.execute import worker
 from sparkling_cli.formats import optimizer_states as states
+from sparkling_cli.widening.geometry import source_shape
 from tests.conftest import TinyCheckpoint
 
 FFN = [{"axis": "ffn", "factor": 2}]
@@ -82,6 +85,51 @@ def test_copies_follow_the_weight(
     assert torch.equal(of_down(tmp_path / "wide", names, slot), wide)
     said = [note for note in result.expansion.plan.notes if re.search(rf"\b{slot}\b", note)]
     assert bool(said) is (slot == "of_nobody_yet")
+
+
+def flat(weight: torch.Tensor) -> torch.Tensor:
+    """A copy in one dim."""
+    return weight.flatten()
+
+
+def behind_a_one(weight: torch.Tensor) -> torch.Tensor:
+    """A copy with a dim of one entry before the weight's."""
+    return weight[None].clone()
+
+
+VOCAB = [{"axis": "vocab", "to": 110}, *FFN]
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["mean of all", "mean of two"])
+@pytest.mark.parametrize("made", [flat, behind_a_one])
+def test_a_copy_in_another_shape_has_the_same_new_rows(
+    made: Any, chosen: bool, tiny_checkpoint: TinyCheckpoint, names: list[str], tmp_path: Path
+) -> None:
+    """New tokens of a copy are means of rows, wherever the rows' ends are not to be seen in its shape."""
+    source = with_state(tiny_checkpoint("llama"), tmp_path / "checkpoint-3", names, "master_param", made)
+    old = len(load_file(source / "model.safetensors")["model.embed_tokens.weight"])
+    api.expand(
+        source, tmp_path / "wide", axes=VOCAB, vocab_from={old: (1, 2)} if chosen else {}, report="none"
+    )
+    api.verify(source, tmp_path / "wide")
+    wide = load_file(tmp_path / "wide" / "model.safetensors")
+    state = torch.load(tmp_path / "wide" / "optimizer.pt", weights_only=True)["state"]
+    assert len(wide["model.embed_tokens.weight"]) > old
+    for number, name in enumerate(names):
+        assert torch.equal(state[number]["master_param"], made(wide[name].float())), name
+
+
+@pytest.mark.parametrize("made", [flat, behind_a_one])
+def test_means_over_other_rows_are_found(
+    made: Any, tiny_checkpoint: TinyCheckpoint, names: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The proof knows a copy's rows by itself: one mean of the whole tensor in every new entry is refused."""
+    source = with_state(tiny_checkpoint("llama"), tmp_path / "checkpoint-3", names, "master_param", made)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "source_shape", lambda view: (prod(source_shape(view)),))
+        api.expand(source, tmp_path / "wide", axes=VOCAB, report="none")
+    with pytest.raises(VerificationError, match="embed_tokens"):
+        api.verify(source, tmp_path / "wide")
 
 
 def squares(weight: torch.Tensor) -> torch.Tensor:
