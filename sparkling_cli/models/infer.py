@@ -46,6 +46,10 @@ def infer(
         LayoutError: no tiny model runs, or a tensor cannot be explained.
     """
     own = model is not None or model_factory is not None
+    if not own and "auto_map" in config:
+        from sparkling_cli.models.skeleton import check_own_code
+
+        check_own_code(config)
     kept = {k: v for k, v in config.items() if k not in _IRRELEVANT}
     key = cache.key_of("layout", kept)
     stored = None if own else cache.load("layouts", key)

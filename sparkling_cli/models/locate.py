@@ -67,6 +67,9 @@ def find_layout(
         return fitted_to(shapes, previous.model_layout())
     if model is None:
         packaged = packaged_layout(checkpoint)
+        named = (checkpoint.config or {}).get("architectures")  # a packaged file knows its class by that
+        if checkpoint.config is not None and (packaged is None or not named):
+            _check_own_code(checkpoint.config)
         if packaged is not None:
             return fitted_to(shapes, packaged)
     if checkpoint.config is None or (model is None and "model_type" not in checkpoint.config):
@@ -83,6 +86,13 @@ def find_layout(
         check_counts(checkpoint)
         check_tensors(checkpoint, model_parameters(checkpoint.config, None))
     return fitted_to(shapes, infer(checkpoint.config, model=model))
+
+
+def _check_own_code(config: Mapping[str, Any]) -> None:
+    if "auto_map" in config:  # to ask for it imports torch
+        from sparkling_cli.models.skeleton import check_own_code
+
+        check_own_code(config)
 
 
 def packaged_layout(checkpoint: Checkpoint) -> ModelLayout | None:

@@ -82,3 +82,18 @@ def build_divided(config: dict[str, Any]) -> nn.Module:
     """The same again, the width divided among the heads."""
     usual = {UNUSUAL[key]: value for key, value in config.items()}
     return OwnGPT({**usual, "head_dim": usual["d_model"] // usual["n_heads"]})
+
+
+def build_scaled(config: dict[str, Any]) -> nn.Module:
+    """A Llama with code of its own, as MiniCPM's: logits are divided by hidden over ``dim_model_base``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class ScaledForCausalLM(LlamaForCausalLM):
+        """Multiplies the last hidden state by a number that depends on the width."""
+
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            factor = config.dim_model_base / config.hidden_size
+            self.lm_head.register_forward_pre_hook(lambda _, inputs: (factor * inputs[0],))
+
+    return ScaledForCausalLM(LlamaConfig(**config))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import own_gpt
 import pytest
 import torch
 from inference_support import shake, widen_state, widened_config
+from safetensors.torch import load_file
 
+from sparkling_cli import api
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.models.infer import infer
+from sparkling_cli.models.skeleton import check_own_code
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 50,
@@ -108,3 +113,58 @@ def test_a_config_without_a_vocabulary_is_refused_with_what_was_tried() -> None:
         infer(config, model_factory=fixed)
     assert "breadth moves" in str(caught.value) and "depth adds" in str(caught.value)
     assert "--layout" in str(caught.value)
+
+
+SCALED: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "dim_model_base": 16,
+}  # fmt: skip
+OWN_CODE: dict[str, Any] = {
+    "architectures": ["ScaledForCausalLM"],
+    "auto_map": {"AutoConfig": "code.ScaledConfig", "AutoModelForCausalLM": "code.ScaledForCausalLM"},
+}
+
+
+@pytest.mark.parametrize("axis", ["hidden", "ffn", "layers"])
+@pytest.mark.parametrize("named", [True, False])
+def test_code_in_a_checkpoint_is_not_taken_for_the_class_of_its_model_type(
+    axis: str, named: bool, tmp_path: Path
+) -> None:
+    """Its code may multiply by the width: refused by every axis, and ``--model`` widens it as it is."""
+    small = shake(own_gpt.build_scaled(SCALED))
+    small.save_pretrained(tmp_path / "small")  # type: ignore[operator]
+    written = tmp_path / "small" / "config.json"
+    own = OWN_CODE if named else {"auto_map": OWN_CODE["auto_map"], "architectures": None}
+    written.write_text(json.dumps({**json.loads(written.read_text()), **own}))
+    with pytest.raises(LayoutError, match=r"no class 'ScaledForCausalLM'.*code\.ScaledForCausalLM") as caught:
+        api.expand(tmp_path / "small", tmp_path / "wide", axis=axis, factor=2, report="none")
+    assert "--model" in str(caught.value)
+    api.expand(
+        tmp_path / "small", tmp_path / "wide", axis=axis, factor=2, report="none", allow_locked=True,
+        model="own_gpt:build_scaled", **({} if axis == "layers" else {"init": "copy-copy"}),
+    )  # fmt: skip
+    wide = own_gpt.build_scaled(json.loads((tmp_path / "wide" / "config.json").read_text())).eval()
+    wide.load_state_dict(load_file(tmp_path / "wide" / "model.safetensors"))
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        before, after = small(ids).logits, wide(ids).logits
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "code"),
+    [
+        ("deepseek_v3", "DeepseekV3ForCausalLM", "modeling_deepseek.DeepseekV3ForCausalLM"),
+        ("mpt", "MPTForCausalLM", "modeling_mpt.MPTForCausalLM"),
+        ("phimoe", "PhiMoEForCausalLM", "modeling_slimmoe.PhiMoEForCausalLM"),
+        ("llama", "LLaMAForCausalLM", None),
+        ("llama", "OfAForkForCausalLM", None),
+        ("phi3", None, "modeling_phi3.Phi3ForCausalLM"),
+    ],
+)
+def test_a_class_that_the_library_has_is_the_librarys(
+    model_type: str, name: str | None, code: str | None
+) -> None:
+    """As published: code of a class that came into the library later, older spellings, forks without code."""
+    config = {"model_type": model_type, "architectures": name and [name]}
+    check_own_code(config if code is None else {**config, "auto_map": {"AutoModelForCausalLM": code}})
