@@ -174,9 +174,7 @@ def run(
     for members in _alike(bundle.members):
         _fill(members, old, new, given)
     dtype = bundle.members[0].job.row.dtype
-    whole = old[bundle.window]
-    # one look at all of them: what lies between neighbours only makes a second look necessary
-    spotless = len(whole) % ITEM_BYTES[dtype] == 0 and count_nonfinite(whole, dtype) == 0
+    spotless = _spotless(bundle, old[bundle.window], dtype)
     results = []
     for row, _, kernel, source, target in bundle.members:
         data = old[source]
@@ -192,6 +190,16 @@ def run(
     for stretch in bundle.stretches:
         write_range(handles[1], stretch.path, stretch.offset, new[stretch.start : stretch.stop])
     return results
+
+
+def _spotless(bundle: Bundle, whole: Array, dtype: str) -> bool:
+    """Whether one look at all that was read shows no NaN or Inf; else each member needs a look of its own.
+
+    What lies between neighbours may be taken for one; none goes unseen, if entries are read where they begin.
+    """
+    first, item = bundle.window.start, ITEM_BYTES[dtype]
+    aligned = all((member.source.start - first) % item == 0 for member in bundle.members)
+    return aligned and count_nonfinite(whole, dtype) == 0
 
 
 def _alike(members: Sequence[Member]) -> Iterator[Sequence[Member]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -59,7 +59,12 @@ def tensor_spans(jobs: Iterable[tuple[RowJob, tuple[Span, ...]]], handles: Handl
 
 
 def seal(
-    file: OutputFile, data: list[Span], handles: Handles, sealed: Collection[tuple[str, int]] = ()
+    file: OutputFile,
+    data: list[Span],
+    handles: Handles,
+    sealed: Collection[tuple[str, int]] = (),
+    *,
+    clean: bool,
 ) -> FileDigest:
     """Write all that is no tensor data, checksums filled in; the digest of the whole file.
 
@@ -68,6 +73,7 @@ def seal(
         data: CRCs of its tensor data.
         handles: of the output.
         sealed: file and offset of literals that stand there already.
+        clean: the file is new: what lies between tensors and literals is zero.
 
     Raises:
         CheckpointError: parts of the file overlap (a fault of the format).
@@ -83,6 +89,10 @@ def seal(
     for offset, content in literals:
         if (file.path, offset) not in sealed:
             write_range(handles, file.path, offset, content)
+    if not clean:
+        for start, stop in covered.gaps():
+            for at in range(start, stop, _PIECE):
+                write_range(handles, file.path, at, bytes(min(_PIECE, stop - at)))
     return digest
 
 
@@ -113,9 +123,19 @@ class _Covered:
             at = start + length
         if at > size:
             raise ValueError(f"it ends at byte {size}, its content at {at}")
-        self._parts = parts
+        self._parts, self._size = parts, size
         self._whole = {(s.start, s.start + s.length): s.crc for s in data}
         self._starts = [part[0] for part in parts]
+
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """First byte and end of what is neither tensor data nor a literal, and so zero."""
+        at = 0
+        for start, length, _, _ in self._parts:
+            if start > at:
+                yield at, start
+            at = start + length
+        if at < self._size:
+            yield at, self._size
 
     def crc(self, start: int, stop: int) -> int:
         """CRC-32 of ``start <= i < stop``; tensor data must lie wholly inside or outside."""
@@ -142,7 +162,10 @@ class _Covered:
 
 
 def copy_carried(source: Path, target: Path) -> FileDigest:
-    """Copy a file by the fastest way that the system offers; its digest.
+    """Copy a file; the digest of what was written.
+
+    Every byte is read for its checksum, and the very bytes that were summed are written: a system call that
+    copies by itself would read them anew, from a file that may have changed meanwhile.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -159,7 +182,7 @@ def copy_carried(source: Path, target: Path) -> FileDigest:
 
 
 def _copy(source: int, target: int, size: int, names: tuple[str, str]) -> int:
-    crc, at, fast = 0, 0, hasattr(os, "copy_file_range")
+    crc, at = 0, 0
     while at < size:
         try:
             data = os.pread(source, min(_PIECE, size - at), at)
@@ -169,11 +192,6 @@ def _copy(source: int, target: int, size: int, names: tuple[str, str]) -> int:
             raise CheckpointError(f"{names[0]} became shorter while it was copied")
         crc = combine(crc, crc32(data), len(data))
         done = 0
-        try:
-            while fast and done < len(data):
-                done += os.copy_file_range(source, target, len(data) - done, at + done, at + done)
-        except OSError:
-            fast = False  # another file system, or one that cannot
         try:
             while done < len(data):
                 done += os.pwrite(target, memoryview(data)[done:], at + done)

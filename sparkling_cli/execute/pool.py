@@ -29,15 +29,23 @@ class Pool:
         threads: how many threads.
         progress: called, in this thread, with bytes written since the last call.
         team: the ranks that share the tasks.
+        clean: the output's files are new, not taken over from a killed run.
 
     Attributes:
         sealed: file and offset of literals that this process has written together with tensors.
     """
 
     def __init__(
-        self, job: Job, target: Path, threads: int, progress: Callable[[int], None], team: Team
+        self,
+        job: Job,
+        target: Path,
+        threads: int,
+        progress: Callable[[int], None],
+        team: Team,
+        *,
+        clean: bool,
     ) -> None:
-        self.job, self.target, self.threads = job, target, threads
+        self.job, self.target, self.threads, self.clean = job, target, threads, clean
         self.progress, self.team = progress, team
         self.sealed: set[tuple[str, int]] = set()
 
@@ -118,7 +126,7 @@ class Pool:
             def wrote(size: int) -> None:
                 counter[index] += size
 
-            return closing(Worker(self.job, self.target, known, self.sealed, wrote, stopped))
+            return closing(Worker(self.job, self.target, known, self.sealed, self.clean, wrote, stopped))
 
         def tick() -> None:
             nonlocal reported

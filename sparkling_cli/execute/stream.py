@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
 
@@ -52,7 +52,10 @@ class Written:
 
 @dataclass
 class _Run:
-    """One execution: what its steps share."""
+    """One execution: what its steps share.
+
+    ``resumed`` has the tasks that a killed run had finished; None where all files are new.
+    """
 
     job: Job
     fingerprint: str
@@ -61,7 +64,7 @@ class _Run:
     memory: int
     threads: int
     progress: Callable[[int], None]
-    resumed: Mapping[int, list[PartResult]] = field(default_factory=dict)
+    resumed: Mapping[int, list[PartResult]] | None = None
 
 
 def execute(
@@ -132,8 +135,8 @@ def _begin(
     return _Run(job, marks[0], staged[0], team, memory, count, progress or (lambda _: None))
 
 
-def _prepare(run: _Run) -> Mapping[int, list[PartResult]]:
-    """Take the folder and allocate files, or go on with what a killed run left."""
+def _prepare(run: _Run) -> Mapping[int, list[PartResult]] | None:
+    """Take the folder and allocate files, or go on with what a killed run left: see :class:`_Run`."""
     if run.staging.begin(run.fingerprint):
         if _complete(run):
             return read_journals(run.staging.journals())
@@ -143,7 +146,7 @@ def _prepare(run: _Run) -> Mapping[int, list[PartResult]]:
         run.staging.data.mkdir()
     for file in run.job.files:
         output_files.allocate(_under(run.staging.data, file.path), file.size)
-    return {}
+    return None
 
 
 def _complete(run: _Run) -> bool:
@@ -178,6 +181,7 @@ def _carry_out(
         _refuse_changed(job.plan.source.root, before)
         _refuse_nonfinite(job, results)
         written = _finish(run, results, sealed)
+        _refuse_changed(job.plan.source.root, before)  # what is carried over was read just now
         _add_sidecars(run, sidecar(written))
         if check is not None:
             check(run.staging.data)
@@ -195,8 +199,8 @@ def _carry_out(
             flusher.wrote(size)
             run.progress(size)
 
-        pool = Pool(job, run.staging.data, run.threads, wrote, team)
-        results = pool.run(run.resumed, journal)
+        pool = Pool(job, run.staging.data, run.threads, wrote, team, clean=run.resumed is None)
+        results = pool.run(run.resumed or {}, journal)
         flusher.finish()
         written = team.lead(lambda: finish(results, pool.sealed))
         team.step(flusher.result)
@@ -221,7 +225,9 @@ def _finish(run: _Run, results: list[PartResult], sealed: Collection[tuple[str, 
     try:
         spans = output_files.tensor_spans(zip(job.rows, targets, strict=True), handles)
         digests = {
-            file.path: output_files.seal(file, spans.get(file.path, []), handles, sealed)
+            file.path: output_files.seal(
+                file, spans.get(file.path, []), handles, sealed, clean=run.resumed is None
+            )
             for file in sorted(job.files, key=lambda file: file.last)
         }
     finally:

@@ -36,6 +36,7 @@ class Worker:
         target: root of the output in the making.
         known: stream -> mean and deviation of the unit's old entries, where new ones are random.
         sealed: file and offset of literals that were written together with tensors; workers add to it.
+        clean: the output's files are new, so what is not written in them is zero.
         wrote: called with the number of target bytes after every piece.
         stopped: asked before every piece; :class:`Stopped` is raised when it says yes.
     """
@@ -46,12 +47,14 @@ class Worker:
         target: Path,
         known: Mapping[str, moments.Moments],
         sealed: set[tuple[str, int]],
+        clean: bool,
         wrote: Callable[[int], None],
         stopped: Callable[[], bool],
     ) -> None:
         import numpy as np
 
-        self.job, self.known, self.sealed, self.wrote, self.stopped = job, known, sealed, wrote, stopped
+        self.job, self.known, self.sealed, self.clean = job, known, sealed, clean
+        self.wrote, self.stopped = wrote, stopped
         self.source, self.target = Handles(job.plan.source.root), Handles(target, writing=True)
         room = max(PIECE, bundle.ROOM)
         self._old = np.empty(room, dtype=np.uint8)
@@ -95,7 +98,7 @@ class Worker:
         if job.row.recipe.derived:
             return self._derive(part.row, job, target)
         if job.kernel is None:
-            _zero(job, 0, job.nbytes, target)
+            self._zero(job, 0, job.nbytes, target)
             self.wrote(job.nbytes)
             return PartResult(part.row, (), tuple(target), 0)
         source: list[Span] = []
@@ -142,7 +145,7 @@ class Worker:
             start, stop = image.start * job.item, image.stop * job.item
             written += stop - start
             if image.program.zero:
-                _zero(job, start, stop, spans)
+                self._zero(job, start, stop, spans)
             elif image.program.plain:
                 out = data[kernel.bytes_of(image)]
                 self._put(job, start, out, crc if len(out) == len(data) else None, spans)
@@ -154,6 +157,29 @@ class Worker:
                     made, made_crc = content, None
                 made_crc = self._put(job, start, out, made_crc, spans)
         self.wrote(written)
+
+    def _zero(self, job: RowJob, start: int, stop: int, spans: list[Span]) -> None:
+        """Note zeros. They need writing only where a killed run may have left something else."""
+        if start == stop:
+            return
+        if not self.clean:
+            self._write_zeros(job, start, stop)
+        if not job.target.flat:
+            spans.append(Span(start, stop - start, zeros(stop - start)))
+            return
+        for place in job.target.cut(start, stop):
+            size = place.stop - place.start
+            spans.append(Span(place.start, size, zeros(size)))
+
+    def _write_zeros(self, job: RowJob, start: int, stop: int) -> None:
+        import numpy as np
+
+        blank = np.zeros(min(PIECE, stop - start), dtype=np.uint8)
+        for at in range(start, stop, PIECE):
+            if self.stopped():
+                raise Stopped
+            end = min(at + PIECE, stop)
+            write_boxes(self.target, job.target, at, end, blank[: end - at])
 
     def _put(self, job: RowJob, start: int, out: Array, crc: int | None, spans: list[Span]) -> int | None:
         """Write bytes of a target and note their CRC, one span per place; returns the CRC of all."""
@@ -216,15 +242,3 @@ class Worker:
             return
         chosen = data.reshape(-1, job.item)[box.places(low, high) - first]
         yield chosen.reshape(-1)
-
-
-def _zero(job: RowJob, start: int, stop: int, spans: list[Span]) -> None:
-    """Zeros need no writing: new files are zeros all over."""
-    if start == stop:
-        return
-    if not job.target.flat:
-        spans.append(Span(start, stop - start, zeros(stop - start)))
-        return
-    for place in job.target.cut(start, stop):
-        size = place.stop - place.start
-        spans.append(Span(place.start, size, zeros(size)))

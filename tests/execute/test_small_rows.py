@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -189,6 +189,35 @@ def test_one_bad_entry_is_found_among_many(tmp_path: Path, dtype: str) -> None:
         execute(plan, files, tmp_path / "dst", sidecar=no_sidecar)
 
 
+def spread_out(plan: Plan, gaps: Sequence[int], filler: bytes) -> Plan:
+    """The same tensors in the source's file, before each one a gap of so many bytes."""
+    path = plan.source.root / "data.bin"
+    content, spread, moved = path.read_bytes(), bytearray(), []
+    for row, gap in zip(plan.rows, gaps, strict=True):
+        (extent,) = row.source.extents
+        spread += filler * gap
+        place = extent._replace(offset=len(spread))
+        moved.append(row._replace(source=row.source._replace(extents=(place,))))
+        spread += content[extent.offset : extent.offset + row.source.nbytes]
+    path.write_bytes(spread)
+    return replace(plan, rows=tuple(moved))
+
+
+@pytest.mark.parametrize("gaps", [(0, 1, 3), (1, 2, 2), (3, 0, 4), (4, 4, 4)])
+@pytest.mark.parametrize("bad", range(3))
+def test_one_bad_entry_is_found_between_gaps_of_any_length(
+    tmp_path: Path, gaps: tuple[int, ...], bad: int
+) -> None:
+    """Neighbours that do not lie at whole entries from each other, as in files without alignment."""
+    view = (kept(4, 0), kept(24, 1))
+    rows = {f"t{i}": (torch.full((4, 24), 0.5), view, {}) for i in range(3)}
+    rows[f"t{bad}"][0][2, 0] = float("nan")
+    plan, _ = raw_plan(tmp_path / "src", rows)
+    files = in_a_row(plan)
+    with pytest.raises(CheckpointError, match=rf"NaN or Inf in 1 tensor\(s\).*: t{bad} \(1 entries\)"):
+        execute(spread_out(plan, gaps, b"\0"), files, tmp_path / "dst", sidecar=no_sidecar)
+
+
 @pytest.mark.parametrize("gap", [12, 5])
 def test_bytes_between_neighbours_do_not_matter(tmp_path: Path, gap: int) -> None:
     """A gap in the source that reads as NaN, and one that is no whole number of entries, are no finding."""
@@ -196,17 +225,7 @@ def test_bytes_between_neighbours_do_not_matter(tmp_path: Path, gap: int) -> Non
     rows = {f"t{i}": (random_tensor("float32", (4, 4), i), (kept(4, 0), kept(4, 1)), {}) for i in range(6)}
     plan, _ = raw_plan(tmp_path / "src", rows)
     files = in_a_row(plan)
-    content = (tmp_path / "src/data.bin").read_bytes()
-    spread, moved = bytearray(), []
-    for row in plan.rows:
-        assert row.source is not None
-        (extent,) = row.source.extents
-        spread += b"\xff" * gap
-        place = extent._replace(offset=len(spread))
-        moved.append(row._replace(source=row.source._replace(extents=(place,))))
-        spread += content[extent.offset : extent.offset + 64]
-    (tmp_path / "src/data.bin").write_bytes(spread)
-    execute(replace(plan, rows=tuple(moved)), files, tmp_path / "dst", sidecar=no_sidecar)
+    execute(spread_out(plan, [gap] * 6, b"\xff"), files, tmp_path / "dst", sidecar=no_sidecar)
     found = output_bytes(tmp_path / "dst", plan, files)
     for row in plan.rows:
         assert found[row.key] == expected(plan, row, rows[row.key][0])

@@ -12,9 +12,11 @@ import torch
 
 from sparkling_cli.errors import CheckpointError, OutputError
 from sparkling_cli.execute import job as job_module
+from sparkling_cli.execute import output_files
 from sparkling_cli.execute.commit import partial_of
 from sparkling_cli.formats.model import OutputFile
 from sparkling_cli.plan.model import Plan
+from sparkling_cli.storage.crc import FileDigest
 from sparkling_cli.storage.sidecar import sidecar_root
 from sparkling_cli.storage.tensors import Extent, StoredTensor
 from sparkling_cli.widening.geometry import Fill
@@ -297,6 +299,38 @@ def test_source_changed_meanwhile(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="was changed while"):
         execute(plan, files, tmp_path / "dst", sidecar=no_sidecar, progress=touch)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+
+
+def test_carried_file_changed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that changes when the tensors are done, before or after its own turn, is seen too."""
+    plan, files = simple(tmp_path, carried={"c.txt": b"before", "d.txt": b"before"})
+    real = output_files.copy_carried
+
+    def changing(source: Path, target: Path) -> FileDigest:
+        (tmp_path / "src" / "c.txt").write_bytes(b"after it")
+        return real(source, target)
+
+    monkeypatch.setattr(output_files, "copy_carried", changing)
+    with pytest.raises(CheckpointError, match="was changed while"):
+        execute(plan, files, tmp_path / "dst", sidecar=no_sidecar)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+
+
+def test_digest_of_a_carried_file_is_of_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever becomes of the source between reading and writing; a file of several pieces too."""
+    source, target = tmp_path / "c.src", tmp_path / "c.dst"
+    source.write_bytes(bytes(range(256)) * 5000)
+
+    def changing(data: bytes) -> int:
+        found = crc32(data)
+        source.write_bytes(b"y" * 1_280_000)
+        return found
+
+    monkeypatch.setattr(output_files, "crc32", changing)
+    digest = output_files.copy_carried(source, target)
+    assert digest == FileDigest(1_280_000, crc32(target.read_bytes()))
 
 
 def test_output_with_a_hole_in_it(tmp_path: Path) -> None:
