@@ -57,8 +57,9 @@ def plan_schedule(plan: Plan, stages: int) -> tuple[Rewarmup | None, str]:
         stages: of earlier expansions, by the source's own manifest.
 
     Raises:
-        SpecError: the user described a schedule, or the run has optimizer state, and it is not known
-            well enough; or fresh bias correction, or a kept step, is asked for and impossible.
+        SpecError: the user described a schedule, and it is not known well enough; or fresh bias correction,
+            or a kept step, is asked for and impossible. Where nothing was described, the text says why.
+        CheckpointError: the source was expanded before, at a later step than its own.
     """
     source, spec = plan.source, plan.spec
     path = sidecar_root(source.root) / REWARMUP

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import isclose
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.directory import read_sidecar
@@ -20,6 +21,13 @@ from sparkling_cli.storage.sidecar import MANIFEST, REWARMUP, sidecar_root
 FORMAT: Literal[2] = 2
 #: earlier versions that are still read
 EARLIER = (1,)
+
+
+#: where the stages of a file are not, as earlier versions wrote it where the counter of steps began anew
+_IN_ORDER = (
+    "write the last one anew: sparkling schedule CKPT --write --expansion-step N, with the optimizer steps "
+    "that had been done in the whole run"
+)
 
 
 class _Data(BaseModel):
@@ -48,6 +56,18 @@ class RewarmupFile(_Data):
     baseline: Annotated[Curve, Field(description="the old entries' learning rate")]
     stages: Annotated[tuple[Stage, ...], Field(min_length=1, description="oldest first")]
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _in_order(self, info: ValidationInfo) -> RewarmupFile:
+        # a curve is defined from its own expansion on, and all of them are used from the last one on
+        replacing = bool(info.context and info.context.get("replacing"))
+        for one, other in pairwise(self.stages[:-1] if replacing else self.stages):
+            if other.expansion_step < one.expansion_step:
+                raise ValueError(
+                    f"expansion {other.stage} at step {other.expansion_step} lies before expansion "
+                    f"{one.stage} at step {one.expansion_step}"
+                )
+        return self
 
 
 @dataclass(frozen=True)
@@ -120,16 +140,18 @@ def from_data(data: Mapping[str, Any], where: str, *, replacing: bool = False) -
     if version not in (FORMAT, *EARLIER):
         raise CheckpointError(f"{where} has format_version {version!r}; this version reads {FORMAT}")
     try:
-        file = RewarmupFile.model_validate(data if version == FORMAT else _from_version_1(data))
+        plain = data if version == FORMAT else _from_version_1(data)
+        file = RewarmupFile.model_validate(plain, context={"replacing": replacing})
         found = Rewarmup(file.baseline, file.stages)
         if version != FORMAT and not replacing:
             _check_version_1(data, found, where)
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason, hint = f"{type(error).__name__}: {error}", None
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise CheckpointError(f"{where} is damaged: {reason}") from None
+            reason = f"{'.'.join(map(str, first['loc'])) or 'stages'}: {first['msg']}"
+            hint = _IN_ORDER if not first["loc"] else None
+        raise CheckpointError(f"{where} is damaged: {reason}", hint=hint) from None
     return found
 
 

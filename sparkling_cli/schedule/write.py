@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sparkling_cli.errors import CheckpointError, SpecError
+from sparkling_cli.errors import CheckpointError, SparklingError, SpecError
 from sparkling_cli.formats.muon import MOMENTUM
 from sparkling_cli.formats.optimizer_states import base_name
 from sparkling_cli.results.evidence import like, pair_note
 from sparkling_cli.schedule.baseline import baseline_of
 from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import Rewarmup, add_stage, to_data
-from sparkling_cli.storage.sidecar import CURVE, REWARMUP
+from sparkling_cli.storage.sidecar import CURVE, REWARMUP, sidecar_root
 
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint
@@ -44,10 +44,14 @@ def plan_rewarmup(
     Raises:
         SpecError: the baseline cannot be known (the message says what to pass), or fresh bias
             correction is asked for without betas to correct by, or a kept step under an optimizer whose steps
-            do not follow the shape, or given up that was kept before.
+            do not follow the shape, or given up that was kept before; or the expansion step that is given
+            lies before an earlier expansion's.
+        CheckpointError: so does the one that the checkpoint has.
     """
     _check_keep_step(checkpoint, spec.rewarmup.keep_step, previous, carried=carried)
     curve, step = baseline_of(checkpoint, spec.baseline)
+    if previous is not None and step < previous.expansion_step:
+        raise _too_early(checkpoint, step, previous, stated=spec.baseline.expansion_step is not None)
     betas = adam_betas(checkpoint)
     if spec.rewarmup.bias_correction == "fresh" and betas is None:
         raise SpecError(
@@ -55,6 +59,27 @@ def plan_rewarmup(
             hint="use --bias-correction inherit",
         )
     return add_stage(previous, curve, step, **spec.rewarmup.model_dump(), betas=betas, number=number)
+
+
+def _too_early(checkpoint: Checkpoint, step: int, previous: Rewarmup, *, stated: bool) -> SparklingError:
+    """Of an expansion step before an earlier expansion's, whose curve says nothing of the steps before it."""
+    last, name = previous.stages[-1], checkpoint.root.name
+    found = (
+        f"{name}: the expansion step {step} lies before expansion {last.stage} of the same run, which was "
+        f"made at step {last.expansion_step}"
+    )
+    whole = (
+        f"pass --expansion-step with the optimizer steps done in the whole run, {last.expansion_step} or more"
+    )
+    if stated:
+        return SpecError(found, hint=whole)
+    hint = f"if its counter of steps began anew, {whole}, and describe the schedule in these steps"
+    if previous.kept_since is None:  # which would be lost
+        hint += (
+            f"; or, to train on by the new counter, move {sidecar_root(checkpoint.root) / REWARMUP} away: "
+            "entries of earlier expansions then learn at the rate of all others"
+        )
+    return CheckpointError(found, hint=hint)
 
 
 def _check_keep_step(

@@ -18,6 +18,7 @@ from sparkling_cli.errors import SparklingError, SpecError
 from sparkling_cli.schedule.curves import fresh_factor
 from sparkling_cli.schedule.rewarmup import Rewarmup
 from sparkling_cli.training import fsdp1, megatron
+from sparkling_cli.training.attached_once import attach, detach
 from sparkling_cli.training.copies import copies
 from sparkling_cli.training.history import History, read_history
 from sparkling_cli.training.kept_step import KeptStep, kept_steps, scale_others
@@ -61,7 +62,8 @@ def rewarm(
     ``eta_new(t)/eta_old(t)`` of ``sparkling/rewarmup.json``; weight decay with it, as under a larger rate.
     Old entries, the optimizer's class and its state stay as they are. After ``--keep-step``, updates of
     matrices that the optimizer orthogonalizes (Muon) are scaled as a whole, for good, so that old entries
-    move as far as before; that takes a copy of these matrices at every step.
+    move as far as before; that takes a copy of these matrices at every step. A second call for the same
+    parameters of the same optimizer takes the place of the first one.
 
     Args:
         optimizer: the optimizer, or several that share the model's parameters. Any torch optimizer, with
@@ -83,7 +85,8 @@ def rewarm(
         The handle: for its state in checkpoints, and to take the hooks off.
 
     Raises:
-        SpecError: ``step`` lies before the expansion, or ``measure_every`` is less than 1.
+        SpecError: ``step`` lies before the expansion, or ``measure_every`` is less than 1, or the optimizer
+            has made steps since an earlier call and ``step`` is not given.
         SparklingError: the checkpoint has no history, the model is not the expanded one, something is no
             torch optimizer or holds none of the model's parameters, fresh bias correction is asked of an
             optimizer without it, or a kept step of one for which it is not known how to.
@@ -107,15 +110,17 @@ def rewarm(
     flat = _flat_by_optimizer(optimizers, {id(piece.tensor) for piece in pieces})
     matrices = kept_steps(pairs, pieces, history)
     both = zip(optimizers, flat, strict=True)
-    attached = [_attach(o, found, known, own, history.rewarmup, start, matrices) for o, own in both]
+    attached = [_made(o, found, known, own, history.rewarmup, start, matrices) for o, own in both]
     for one in attached:
         one.measure_every = measure_every
+    replaced = attach(attached, step)
     if announce and _is_first_rank():
         held = {id(p.tensor): p for one in attached for p in one.params.values()}
         left = [name for name, p in pairs if id(p) in found.keys() - held.keys() and p.requires_grad]
         line = _line(held.values(), left, history.rewarmup, start)
         if history.rewarmup.kept_since is not None:
             line += f"; old entries' step is kept in {sum(len(one.matrices) for one in attached)} tensors"
+        line += "; the hooks of an earlier call are off" if replaced else ""
         print(line, file=sys.stderr, flush=True)
     grown = tuple((p, history.view(name)) for name, p in pairs if id(p) in found) if history.growth else ()
     return Rewarming(tuple(attached), history, grown)
@@ -281,26 +286,25 @@ class Rewarming:
         return {"steps": [a.step for a in self._attached]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
+        """Go on from :meth:`state_dict`; counters from before the last expansion count as its step.
 
         Raises:
             SpecError: it was made with another number of optimizers.
         """
-        steps = state["steps"]
+        steps, first = state["steps"], self.history.rewarmup.expansion_step
         if len(steps) != len(self._attached):
             raise SpecError(f"state of {len(steps)} optimizer(s), but {len(self._attached)} are attached")
         for attached, step in zip(self._attached, steps, strict=True):
-            attached.step = int(step)
+            attached.step = max(int(step), first)  # the ratios are defined from there on
             attached.reference.clear()
 
     def remove(self) -> None:
         """Take the hooks off; the optimizer is as it was."""
         for attached in self._attached:
-            for handle in attached.handles:
-                handle.remove()
+            detach(attached)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Attached:
     """One optimizer with its hooks."""
 
@@ -513,7 +517,7 @@ class _Attached:
                 return
 
 
-def _attach(
+def _made(
     optimizer: Optimizer,
     found: Mapping[int, _Param],
     known: set[int],
@@ -539,12 +543,7 @@ def _attach(
     rules: dict[Any, Rule | None] = {}
     own = (m.found_for(optimizer, rules) for m in matrices if id(m.param) in held)
     scaled = {id(m.param): m for m in own if m is not None}
-    attached = _Attached(optimizer, params, rewarmup, step, flat=frozenset(flat), matrices=scaled)
-    attached.handles = [
-        optimizer.register_step_pre_hook(attached.before),
-        optimizer.register_step_post_hook(attached.after),
-    ]
-    return attached
+    return _Attached(optimizer, params, rewarmup, step, flat=frozenset(flat), matrices=scaled)
 
 
 def _unwrapped(optimizer: Any) -> Any:

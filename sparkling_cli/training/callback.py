@@ -65,6 +65,8 @@ class SparklingCallback(Held, TrainerCallback, ExportableState):  # type: ignore
     def _stored(self, state: TrainerState) -> dict[str, Any] | None:
         """The counters in the checkpoint that the run was resumed from, if this callback wrote it."""
         callbacks: Any = state.stateful_callbacks or {}  # a mapping once it was loaded from a file
+        if not state.global_step:  # nothing was loaded: the state is made of the callbacks as they stand
+            return None
         stored = callbacks.get(type(self).__name__)
         if isinstance(stored, list):
             stored = stored[0] if stored else None

@@ -25,7 +25,10 @@ class Held:
         self.history = checkpoint if isinstance(checkpoint, History) else read_history(checkpoint)
         self.measure_every = measure_every
         self.rewarming: Rewarming | None = None
+        #: counters that were loaded for the run that begins next; transformers sets it by its name
         self.resumed: dict[str, Any] = {}
+        #: counters at the end of the last run: what is saved after it, and nothing for the next one
+        self._ended: dict[str, Any] = {}
 
     def begin(self, optimizers: Any, model: nn.Module, step: int) -> None:
         """Attach to the optimizers, after ``step`` steps or as many as the loaded counters say.
@@ -38,13 +41,13 @@ class Held:
         self.rewarming = rewarm(
             list(optimizers), model, self.history, step=step, measure_every=self.measure_every
         )
-        if self.resumed and min(self.resumed["steps"]) >= self.history.rewarmup.expansion_step:
-            self.rewarming.load_state_dict(self.resumed)
+        loaded, self.resumed = self.resumed, {}
+        self._take(loaded)
 
     def end(self) -> None:
         """Take the hooks off."""
         if self.rewarming is not None:
-            self.resumed = self.rewarming.state_dict()
+            self._ended = self.rewarming.state_dict()
             self.rewarming.remove()
             self.rewarming = None
 
@@ -54,10 +57,20 @@ class Held:
 
     def state_dict(self) -> dict[str, Any]:
         """The step counters, for the framework's checkpoint."""
-        return self.resumed if self.rewarming is None else self.rewarming.state_dict()
+        return (self.resumed or self._ended) if self.rewarming is None else self.rewarming.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`, now or when the run begins."""
-        self.resumed = dict(state)
-        if self.rewarming is not None and self.resumed:
-            self.rewarming.load_state_dict(self.resumed)
+        if self.rewarming is None:
+            self.resumed = dict(state)
+        else:
+            self._take(state)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        """Counters over those that stand; not of a run before the expansion, which had an earlier one."""
+        if (
+            self.rewarming is not None
+            and state
+            and min(state["steps"]) >= self.history.rewarmup.expansion_step
+        ):
+            self.rewarming.load_state_dict(state)

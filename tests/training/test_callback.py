@@ -231,3 +231,18 @@ def test_a_run_that_begins_too_early_is_refused(wide: Path, tmp_path: Path) -> N
     trainer = build_trainer(model, tmp_path, max_steps=END, callbacks=(SparklingCallback(wide),))
     with pytest.raises(SpecError, match="resume_from_checkpoint"):
         trainer.train()
+
+
+def test_a_second_run_of_one_callback_begins_again(wide: Path, tmp_path: Path) -> None:
+    """Two runs of one Trainer from the expanded checkpoint: the second one's rates are the first one's."""
+    callback = SparklingCallback(wide)
+    model = AutoModelForCausalLM.from_pretrained(wide)
+    trainer = build_trainer(model, tmp_path, max_steps=END, callbacks=(callback,))
+    trainer.args.logging_steps = 1
+    rates = []
+    for _ in range(2):
+        trainer.train(resume_from_checkpoint=str(wide))
+        assert callback.state_dict() == {"steps": [END]}
+        logged = [entry for entry in trainer.state.log_history if "learning_rate_new" in entry]
+        rates.append([(entry["step"], entry["learning_rate_new"]) for entry in logged])
+    assert rates[0] == rates[1] and len(rates[0]) > 1
