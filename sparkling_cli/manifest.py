@@ -27,7 +27,7 @@ from sparkling_cli.results.account import Account
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.sources import make_spec
 from sparkling_cli.storage.crc import FileDigest
-from sparkling_cli.storage.sidecar import FOLDER, MANIFEST, sidecar_root
+from sparkling_cli.storage.sidecar import DIGESTS, FOLDER, MANIFEST, sidecar_root
 from sparkling_cli.widening.geometry import Growth, Span, grown_layout
 
 if TYPE_CHECKING:
@@ -174,6 +174,31 @@ def manifest_of(checkpoint: Path) -> Manifest | None:
     """The manifest of a checkpoint that is an output or descends from one; None if it is neither."""
     path = sidecar_root(checkpoint) / MANIFEST
     return read_manifest(path) if path.is_file() else None
+
+
+def output_behind(checkpoint: Path, *given: Path) -> Path | None:
+    """The output of ``sparkling expand`` that a checkpoint was trained on from, if it lies nearby.
+
+    Args:
+        checkpoint: one with a manifest that was carried on.
+        given: paths that may be it, looked at first; then what lies beside it and beside its folder.
+    """
+    own = manifest_of(checkpoint)
+    around = (checkpoint.parent, checkpoint.parent.parent)
+    near = [path for folder in around for path in sorted(folder.glob(f"*/{DIGESTS}"))]
+    near += sorted(around[1].glob(f"*/*/{DIGESTS}"))
+    found = [path.parent.parent for path in near]
+    found = [path.with_name(path.name.removesuffix(f".{FOLDER}")) for path in found]
+    for path in (*given, *found):
+        if not path.exists() or path.samefile(checkpoint) or not (sidecar_root(path) / DIGESTS).is_file():
+            continue
+        try:
+            other = manifest_of(path)
+        except CheckpointError:
+            continue
+        if own and other and (own.source, own.tensors) == (other.source, other.tensors):
+            return path
+    return None
 
 
 def _without(data: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import TextIOWrapper
-from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import ExitCode, Interrupted, OutputError, SparklingError, UsageError
@@ -67,10 +66,11 @@ class Output:
             self.say(f"warning: {text}", "yellow")
 
     def say(self, text: str, style: str | None = None) -> None:
-        """A message on stderr, broken between words alone: a path with a line's end inside is of no use."""
+        """A message on stderr; see ``report.wrap`` for where its lines end."""
+        from sparkling_cli.report.wrap import wrapped
+
         console = self.console(stderr=True)
-        between = TextWrapper(console.width, break_long_words=False, break_on_hyphens=False)
-        lines = "\n".join(between.fill(line) for line in text.split("\n"))
+        lines = "\n".join(wrapped(line, console.width) for line in text.split("\n"))
         console.print(lines, style=style, markup=False, soft_wrap=True)
 
     def data(self, result: BaseModel) -> None:

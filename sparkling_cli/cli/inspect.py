@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -121,7 +122,7 @@ def _draw(report: Inspection, path: Path) -> None:
             "--plot: no activations were measured, so there is nothing to draw",
             hint="leave out --no-activations; the notes of `sparkling inspect` say what is missing",
         )
-    output.note(f"drawn  {path}")
+    output.note(f"drawn  {shlex.quote(str(path))}")
 
 
 def _show(report: Inspection) -> None:
@@ -150,4 +151,4 @@ def _show(report: Inspection) -> None:
             output.warn(f"{stat.label} {stat.slot or 'weights'}: {stat.nan} NaN, {stat.inf} Inf")
     if report.verdict is not None:
         for line in terminal.verdict_lines(report.verdict):
-            output.show(line)
+            output.show(line, whole=True)

@@ -34,9 +34,9 @@ def show_plan(output: Output, expansion: Expansion, planned: ExpansionPlan) -> N
     output.show(account_table(planned.account, everything=output.verbose))
     for key, value in planned.config.items():
         output.show(f"config  {key} = {value}")
-    output.show(Text(f"output  {planned.destination}"), whole=True)
+    output.show(Text(f"output  {shlex.quote(str(planned.destination))}"), whole=True)
     output.show(f"optimizer state  {planned.spec['optimizer'] if states else 'none'}")
-    output.show(Text(_rewarmup(expansion)))
+    output.show(Text(_rewarmup(expansion)), whole=True)
     show_remarks(output, planned.notes, planned.warnings)
     missing = planned.bytes.to_write - planned.bytes.free
     if missing > 0:
@@ -73,12 +73,12 @@ def show_result(output: Output, result: ExpansionResult) -> None:
             for table in change_tables(result.report.activations):
                 output.show(table)
         for line in verdict_lines(result.report.verdict):
-            output.show(line)
+            output.show(line, whole=True)
     show_remarks(output, planned.notes if result.report is None else result.report.notes, ())
     where = shlex.quote(str(result.destination))
     source = shlex.quote(str(result.expansion.plan.source.root))
     output.show(Text(f"written  {where}"), whole=True)
-    page = f"{sidecar_root(result.destination)}/{REPORT_HTML}"
+    page = shlex.quote(f"{sidecar_root(result.destination)}/{REPORT_HTML}")
     output.show(Text(f"report   {page}"), whole=True)
     output.show(Text(f"check    sparkling verify {source} {where}"), whole=True)
     if result.report is not None:

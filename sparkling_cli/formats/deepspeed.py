@@ -9,6 +9,7 @@ a parameter is named by its layer's number.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -77,7 +78,8 @@ class UniversalCheckpoint:
         if (root / "latest").is_file() and any(root.glob("*/*_model_states.pt")):
             steps = sorted(path.parent.name for path in root.glob("*/*_model_states.pt"))
             raise CheckpointError(
-                f"{root} is a DeepSpeed run's folder", hint=f"name a checkpoint in it: {root / steps[-1]}"
+                f"{root} is a DeepSpeed run's folder",
+                hint=f"name a checkpoint in it: {shlex.quote(str(root / steps[-1]))}",
             )
         return False
 

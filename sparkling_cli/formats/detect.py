@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from sparkling_cli.errors import CheckpointError, NoModelError
 from sparkling_cli.formats.gc_pause import collector_paused
 from sparkling_cli.formats.other_files import with_further
+from sparkling_cli.storage.sidecar import DIGESTS, sidecar_root
 
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint, Format
@@ -36,6 +38,10 @@ _LOOKED_FOR = (
     "DeepSpeed's Universal Checkpoint (zero/<parameter>/fp32.pt)",
     "a torch file with a model's state dict (nanoGPT, Lightning, plain PyTorch)",
 )
+
+
+#: checkpoints of a folder that are named, the latest
+_NAMED = 5
 
 
 def formats() -> tuple[Format, ...]:
@@ -75,7 +81,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         except NoModelError as error:
             whole = _whole_of(root)
             if whole is not None:
-                error.hint = f"it is one file of a checkpoint: give its folder, {whole}"
+                error.hint = f"it is one file of a checkpoint: give its folder, {_shell(whole)}"
             raise
 
 
@@ -102,25 +108,22 @@ def recognized(path: Path | str) -> tuple[Path, Format]:
         for form in formats():
             if form.claims(root):
                 return root, form
-        inside, other = _checkpoints_in(root) or _checkpoints_in(root / "checkpoints"), _other_kind(root)
-    if inside:
-        raise CheckpointError(
-            f"{root} is a folder of checkpoints: {', '.join(path.name for path in inside[:5])}",
-            hint=f"choose one: {inside[-1]}",
-        )
+        among, other = folder_of_checkpoints(root), _other_kind(root)
+    if among is not None:
+        raise among
     if other:
         raise CheckpointError(f"{root} is {other[0]}", hint=other[1])
     whole = _whole_of(root)
     if whole is not None:
         raise CheckpointError(
             f"{root} is no checkpoint by itself",
-            hint=f"it is one file of a checkpoint: give its folder, {whole}",
+            hint=f"it is one file of a checkpoint: give its folder, {_shell(whole)}",
         )
     files = _torch_files_in(root)
     if files:
         raise CheckpointError(
             f"{root} is a folder of torch files: {', '.join(path.name for path in files[:5])}",
-            hint=f"a checkpoint that is one file is given by that file: {files[-1]}",
+            hint=f"a checkpoint that is one file is given by that file: {_shell(_chosen(files))}",
         )
     raise CheckpointError(
         f"{root}: no known checkpoint format; looked for " + "; ".join(_LOOKED_FOR), hint=_holds(root)
@@ -216,24 +219,56 @@ def meant_by(root: Path) -> str | None:
     lost = root.parts[len(folder.parts)]
     close = difflib.get_close_matches(lost, [path.name for path in folder.iterdir()], n=1)
     if close:
-        return f"did you mean {folder / close[0]}?"
+        return f"did you mean {_shell(folder / close[0])}?"
     if folder == Path() and _ON_HUB.fullmatch(text):
         return _DOWNLOAD.format(text)
     here = f"{folder.resolve()} is there, and holds no {lost!r}"
     return f"{here}; {_DOWNLOAD.format(lost)}" if folder == Path() and text == lost else here
 
 
+def folder_of_checkpoints(root: Path, *, outputs: bool = False) -> CheckpointError | None:
+    """The error for a folder that is no checkpoint and holds some; None where it holds none.
+
+    Args:
+        root: what was given.
+        outputs: an output of ``sparkling expand`` is asked for, and not a checkpoint to widen.
+    """
+    inside = _checkpoints_in(root) or _checkpoints_in(root / "checkpoints")
+    if not inside or _is_checkpoint(root):
+        return None
+    more = f", and {len(inside) - _NAMED} more" if len(inside) > _NAMED else ""
+    return CheckpointError(
+        f"{root} is a folder of checkpoints: {', '.join(path.name for path in inside[-_NAMED:])}{more}",
+        hint=f"choose one: {_shell(_chosen(inside, outputs=outputs))}",
+    )
+
+
+def _chosen(found: list[Path], *, outputs: bool = False) -> Path:
+    """The latest step of those that are, or are not, outputs of ``sparkling expand``; else of all."""
+    alike = [path for path in found if (sidecar_root(path) / DIGESTS).is_file() == outputs]
+    return (alike or found)[-1]
+
+
+def _shell(path: Path) -> str:
+    """A path as it is typed into a shell."""
+    return shlex.quote(str(path))
+
+
 def _checkpoints_in(root: Path) -> list[Path]:
     """The folders in a folder that are checkpoints, or called so, the latest step last."""
 
     def is_one(path: Path) -> bool:
-        try:
-            return path.name.startswith("checkpoint-") or any(form.claims(path) for form in formats())
-        except CheckpointError:
-            return False
+        return path.name.startswith("checkpoint-") or _is_checkpoint(path)
 
     found = [path for path in root.iterdir() if path.is_dir() and is_one(path)] if root.is_dir() else []
     return sorted(found, key=_step_of)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        return any(form.claims(path) for form in formats())
+    except CheckpointError:
+        return False
 
 
 def _torch_files_in(root: Path) -> list[Path]:

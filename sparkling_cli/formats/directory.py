@@ -144,6 +144,9 @@ def read_sidecar(
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
+        among = _several(given) if given.is_dir() else None
+        if among is not None:
+            raise among from None
         gone = given if not given.exists() else path
         raise CheckpointError(
             f"no {what}: cannot read {gone}: {error.strerror or error}",
@@ -159,6 +162,12 @@ def read_sidecar(
             f"this version reads {version}"
         )
     return data
+
+
+def _several(folder: Path) -> CheckpointError | None:
+    from sparkling_cli.formats.detect import folder_of_checkpoints
+
+    return folder_of_checkpoints(folder, outputs=True)
 
 
 def rewritten_json(text: str, changes: Mapping[str, Any], where: str) -> str:

@@ -8,6 +8,7 @@ their fp32 masters in lists beside its state.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,8 @@ class MegatronLegacy:
             steps = sorted(path.parent.parent.name for path in root.glob(f"iter_*/mp_rank_*/{FILE}"))
             if steps:
                 raise CheckpointError(
-                    f"{root} is a folder of Megatron's iterations", hint=f"name one: {root / steps[-1]}"
+                    f"{root} is a folder of Megatron's iterations",
+                    hint=f"name one: {shlex.quote(str(root / steps[-1]))}",
                 )
         if not any(root.glob(f"mp_rank_*/{FILE}")):
             return False

@@ -7,6 +7,7 @@ per rank; Muon's is stacked, under the first parameter of a group of equal matri
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
@@ -79,7 +80,7 @@ class NanochatStep:
         if self.step is None and len(whole) > 1:
             raise CheckpointError(
                 f"{root} holds steps {', '.join(map(str, whole))} of a nanochat run",
-                hint=f"name one by its weights: {root / steps[whole[-1]]['model'][0]}",
+                hint=f"name one by its weights: {shlex.quote(str(root / steps[whole[-1]]['model'][0]))}",
             )
         return whole[0] if self.step is None else self.step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,9 +38,10 @@ class OlmoStep(SingleFile):
             return True
         sharded = any((root / MODEL.removesuffix(".pt")).glob("rank*.pt"))
         if sharded and (root / CONFIG).is_file():
+            command = shlex.join(["python", "scripts/unshard.py", str(root), f"{root}-unsharded"])
             raise CheckpointError(
                 f"{root} is a sharded step of OLMo, whose files hold flat parts of the parameters",
-                hint=f"unshard it, and expand the result: python scripts/unshard.py {root} {root}-unsharded",
+                hint=f"unshard it, and expand the result: {command}",
             )
         if (root / OPTIMIZER).is_file() and (root / TRAIN).is_file():
             lost = MODEL if not (root / MODEL).is_file() else CONFIG

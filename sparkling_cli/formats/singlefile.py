@@ -6,6 +6,7 @@ What a file is follows from what is in it. The file is never unpickled by torch,
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,8 @@ def find_sections(file: TorchFile) -> Sections:
     if not models and first != file.path:
         raise CheckpointError(
             f"{file.path.name} has no weights: composer saves them in the first rank's file",
-            hint=f"give {first}" + ("" if first.exists() else ", which is missing here: copy it"),
+            hint=f"give {shlex.quote(str(first))}"
+            + ("" if first.exists() else ", which is missing here: copy it"),
         )
     if not models:
         raise NoModelError(

@@ -5,7 +5,7 @@ Colours are rich's own business: none without a terminal or under NO_COLOR.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -14,9 +14,12 @@ from rich.text import Text
 
 from sparkling_cli.layout.names import skeleton
 from sparkling_cli.report.sparkline import sparkline
+from sparkling_cli.report.wrap import wrapped
 from sparkling_cli.results.numbers import ROUNDING, nbytes, percent, significant
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+
     from sparkling_cli.results.account import Account
     from sparkling_cli.results.base import Verdict
     from sparkling_cli.results.measured import (
@@ -210,13 +213,23 @@ def account_table(account: Account, *, everything: bool = False) -> Table:
     return table
 
 
-def verdict_lines(verdict: Verdict) -> list[Text | Table]:
+class _Findings:
+    """Findings behind their marks, as wide as the screen; printed as they are (``soft_wrap``)."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self._findings = verdict.findings
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        room = max((len(_MARKS[finding.level]) for finding in self._findings), default=0)
+        for finding in self._findings:
+            mark, indent = _MARKS[finding.level], " " * (room + 3)
+            lines = wrapped(f"{indent}{finding.text}", options.max_width, indent=indent)
+            yield Text.assemble((f"  {mark:<{room}} ", _STYLES[finding.level]), lines.removeprefix(indent))
+
+
+def verdict_lines(verdict: Verdict) -> list[Text | _Findings]:
     """The headline and every finding, each marked in words as well as in colour."""
-    findings = Table.grid(padding=(0, 1))
-    for finding in verdict.findings:
-        mark = Text(f"  {_MARKS[finding.level]}", style=_STYLES[finding.level])
-        findings.add_row(mark, Text(finding.text))
-    return [Text(verdict.headline, style=f"bold {_STYLES[verdict.level]}"), findings]
+    return [Text(verdict.headline, style=f"bold {_STYLES[verdict.level]}"), _Findings(verdict)]
 
 
 def table_of(*columns: str, title: str = "", caption: str = "") -> Table:

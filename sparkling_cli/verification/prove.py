@@ -13,7 +13,7 @@ from typing import Any
 
 from sparkling_cli.errors import CheckpointError, LayoutError, SparklingError, VerificationError
 from sparkling_cli.execute.commit import in_the_making
-from sparkling_cli.formats.detect import meant_by
+from sparkling_cli.formats.detect import folder_of_checkpoints, meant_by
 from sparkling_cli.formats.model import Checkpoint, ParamState
 from sparkling_cli.formats.optimizer_states import form_of, is_named
 from sparkling_cli.formats.quantized_states import Quantized, quantized_in
@@ -34,6 +34,7 @@ from sparkling_cli.storage.threads import processors, spread
 from sparkling_cli.verification.account import account_faults, narrow_faults
 from sparkling_cli.verification.compare import Found, Neighbours, Subject, bundles, examine
 from sparkling_cli.verification.files import check_small_files, file_size, gaps, list_files
+from sparkling_cli.verification.later import not_as_written
 from sparkling_cli.verification.origin import listed, other_source
 from sparkling_cli.verification.public import unreadable
 from sparkling_cli.verification.quantized import QuantizedSubject
@@ -47,7 +48,7 @@ def _meant(source: Path | None, output: Path) -> str | None:
     """What to say where the two were given in the wrong order, or a part of an output for it."""
     whole = next((folder for folder in output.parents[:2] if (folder / MANIFEST).is_file()), None)
     if whole is not None:
-        return f"give the output's folder, {whole}"
+        return f"give the output's folder, {shlex.quote(str(whole))}"
     if source is None or manifest_of(source) is None:
         return None
     return f"the source comes first: {shlex.join(['sparkling', 'verify', str(output), str(source)])}"
@@ -80,24 +81,28 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
         )
     sidecars = sidecar_root(output)
     if not (sidecars / MANIFEST).exists():
+        among = folder_of_checkpoints(output, outputs=True)
+        if among is not None:
+            raise among
         raise CheckpointError(
             f"{output} has no manifest ({MANIFEST}), so nothing can be proved",
             hint=_meant(source, output)
             or "only outputs of `sparkling expand` have one; it may have been moved away from its output",
         )
     faults = check_small_files(sidecars, DIGESTS, MANIFEST)
-    _stop_at(faults, output)
+    _stop_at(faults, output, source)
     try:
         manifest = read_manifest(sidecars / MANIFEST)
     except CheckpointError as error:
         raise VerificationError(error.message) from error
     files = list_files(output, sidecars, manifest, skip={MANIFEST, DIGESTS})
-    _stop_at(files.faults + [_unwritten(path) for path in files.unwritten], output, movable=not files.faults)
+    wrong = files.faults + [_unwritten(path) for path in files.unwritten]
+    _stop_at(wrong, output, source, movable=not files.faults)
     try:
         derivation = Derivation(manifest)
     except SparklingError as error:
         raise VerificationError(f"the manifest of {output} is unsound: {error.message}") from error
-    _stop_at(derivation.faults(), output)
+    _stop_at(derivation.faults(), output, source)
     origin = None if source is None else _Origin(source, output, manifest, derivation)
     work = _Work(output, manifest, files.checks, derivation, origin)
     shown = progress("verifying", work.total) if progress else nullcontext(lambda _n: None)
@@ -117,7 +122,7 @@ def verify(source: Path | None, output: Path, *, progress: Progress | None = Non
             faults = [*dict.fromkeys(work.output_faults + faults)]
     if source is not None and work.source_faults and not work.output_faults:
         raise other_source(source, output, manifest, work.source_faults)
-    _stop_at(faults, output)
+    _stop_at(faults, output, source)
     return Verification(
         files=len(files.checks) + 2,
         nbytes=sum(check.bytes for check in files.checks.values()),
@@ -142,13 +147,10 @@ def _unwritten(path: str) -> str:
     return f"{path} was not written with the output"
 
 
-def _stop_at(faults: list[str], output: Path, *, movable: bool = False) -> None:
-    if not faults:
-        return
-    hint = "do not train on it: remove it and expand again"
-    if movable:
-        hint = "it could be loaded as a part of the checkpoint: move it out of the output, and verify again"
-    raise VerificationError(f"{output} is not what was written:\n  {listed(faults)}", hint=hint)
+def _stop_at(faults: list[str], output: Path, source: Path | None, *, movable: bool = False) -> None:
+    if faults:
+        move = "it could be loaded as a part of the checkpoint: move it out of the output, and verify again"
+        raise not_as_written(output, source, listed(faults), move if movable else None)
 
 
 class _Origin:

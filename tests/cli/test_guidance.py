@@ -112,7 +112,7 @@ def test_a_changed_output_still_has_to_go(sparkling: Command, dense_checkpoint: 
         file.seek(-64, 2)
         file.write(bytes(range(64)))
     done = sparkling("verify", dense_checkpoint, wide)
-    assert done.code == 8 and "remove it and expand again" in done.err
+    assert done.code == 8 and "do not train on it: expand again, under another name" in done.err
 
 
 def test_harmless_files_beside_an_output_are_notes(
