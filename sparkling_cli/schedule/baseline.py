@@ -309,16 +309,34 @@ def _check_record(checkpoint: Checkpoint, curve: Curve) -> None:
     Raises:
         SpecError: it does not: the run's scheduler is another one than its arguments describe.
     """
-    facts = checkpoint.facts
-    at, base, last = (facts.get(name) for name in ("last_epoch", "base_lrs", "last_lrs"))
-    if at is None or not base or not last or len(base) != len(last):
+    step, where, rates = _record(checkpoint, curve.peak)
+    if step is None:
         return
-    share = curve(at) / curve.peak
-    for rate, found in zip(base, last, strict=True):
-        if not isclose(share * rate, found, rel_tol=1e-5, abs_tol=1e-9 * curve.peak):
+    share = curve(step) / curve.peak
+    for base, found in rates:
+        if not isclose(share * base, found, rel_tol=1e-5, abs_tol=1e-9 * curve.peak):
             raise SpecError(
-                f"{_name(checkpoint)}: at step {at} the scheduler's file has the learning rate {found:.6g}, "
-                f"the schedule of the training arguments ({facts['schedule'].get('type')}) gives "
-                f"{share * rate:.6g}: the run was on another scheduler than these describe",
+                f"{_name(checkpoint)}: at step {step} {where} has the learning rate {found:.6g}, "
+                f"the schedule of the training arguments ({checkpoint.facts['schedule'].get('type')}) gives "
+                f"{share * base:.6g}: the run was on another scheduler than these describe",
                 hint=_DESCRIBE,
             )
+
+
+def _record(checkpoint: Checkpoint, peak: float) -> tuple[int | None, str, list[tuple[float, float]]]:
+    """At which step, in which file, and per group the rate of the scheduler's start and the last one.
+
+    Torch's schedulers of schedulers, or by a metric, write no ``base_lrs`` and count other things than steps;
+    one of the user's own may write nothing. Then the optimizer's groups have what is missing.
+    """
+    facts = checkpoint.facts
+    groups = checkpoint.param_groups
+    own, last = facts.get("base_lrs"), facts.get("last_lrs")
+    where = "the scheduler's file"
+    if not last and "training_args" in facts:
+        where, last = "the optimizer's file", [group.get("lr") for group in groups]
+    last = last or []
+    base = own or [group.get("initial_lr", peak) for group in groups] or [peak] * len(last)
+    step = facts.get("last_epoch") if own else facts.get("global_step")
+    whole = len(base) == len(last) and all(isinstance(rate, (int, float)) for rate in (*base, *last))
+    return step if whole and last else None, where, list(zip(base, last, strict=True)) if whole else []

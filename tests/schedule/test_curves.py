@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from decimal import Decimal, getcontext
 from math import cos, pi
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import lr_scheduler as schedulers
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
@@ -263,6 +265,53 @@ def test_the_schedulers_own_record_is_believed() -> None:
         baseline_of(checkpoint(**facts, last_lrs=[1e-3, 2e-3]), BaselineSpec())
     described = BaselineSpec(type="constant", warmup_steps=10)
     assert baseline_of(checkpoint(**facts, last_lrs=[1e-3, 2e-3]), described)[0].type == "constant"
+
+
+class _Halved:
+    """A scheduler of somebody's own, whose state says nothing that is known."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.rate = optimizer, optimizer.param_groups[0]["lr"] / 2
+
+    def step(self, _: float | None = None) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rate": self.rate}
+
+
+def _sequential(optimizer: torch.optim.Optimizer) -> Any:
+    parts = [schedulers.LinearLR(optimizer, 0.1, 1, 3), schedulers.ConstantLR(optimizer, 1.0, 1)]
+    return schedulers.SequentialLR(optimizer, parts, [3])
+
+
+def _chained(optimizer: torch.optim.Optimizer) -> Any:
+    parts = [schedulers.ConstantLR(optimizer, 1.0, 1), schedulers.ExponentialLR(optimizer, 0.999)]
+    return schedulers.ChainedScheduler(parts)
+
+
+@pytest.mark.parametrize(
+    "make", [_sequential, _chained, schedulers.ReduceLROnPlateau, _Halved], ids=lambda make: make.__name__
+)
+def test_schedulers_without_base_rates(dense_checkpoint: Path, tmp_path: Path, make: Any) -> None:
+    """A run's own scheduler, beside training arguments that still say cosine: its last rates contradict."""
+    source = tmp_path / "own"
+    shutil.copytree(dense_checkpoint, source)
+    steps = int(open_checkpoint(source).facts["global_step"])
+    tree = torch.load(source / "optimizer.pt", weights_only=True)
+    groups = [{"params": [torch.zeros(1)], "lr": 0.004} for _ in tree["param_groups"]]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = make(optimizer)
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step(*([1.0] if make is schedulers.ReduceLROnPlateau else []))
+    for saved, group in zip(tree["param_groups"], optimizer.param_groups, strict=True):
+        saved["lr"] = group["lr"]
+    torch.save(tree, source / "optimizer.pt")
+    torch.save(scheduler.state_dict(), source / "scheduler.pt")
+    with pytest.raises(SpecError, match=rf"at step {steps} .* {group['lr']:.6g}, .* another scheduler"):
+        baseline_of(open_checkpoint(source), BaselineSpec())
 
 
 @pytest.mark.parametrize(("decay", "half"), [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - 0.5**0.5)])
