@@ -126,7 +126,7 @@ class Staging:
                 self._acquire()
             self._undo_half_commit()
             plan = self.partial / "plan"
-            if plan.is_file() and not plan.is_symlink() and plan.read_text() == fingerprint:
+            if plan.is_file() and not plan.is_symlink() and plan.read_bytes() == fingerprint.encode():
                 return True
             self.restart(fingerprint)
         except OSError as error:
@@ -160,6 +160,7 @@ class Staging:
         while True:
             if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
                 raise OutputError(f"{self.partial} is in the way", hint="remove it")
+            made = not self.partial.exists()
             self.partial.mkdir(mode=0o777, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             try:
@@ -173,6 +174,17 @@ class Staging:
                 raise OutputError(
                     f"another process is writing {self.destination}",
                     hint="wait for it, or end it and run the command again",
+                ) from error
+            except OSError as error:
+                os.close(lock)
+                if made:
+                    with suppress(OSError):
+                        (self.partial / "lock").unlink()
+                        self.partial.rmdir()
+                raise OutputError(
+                    f"cannot lock {self.partial / 'lock'}: {error.strerror}",
+                    hint="choose a place on a file system that has file locks (flock), such as a local disk; "
+                    "Lustre has them where it is mounted with -o flock",
                 ) from error
             if self._is_current(lock):
                 self._lock = lock

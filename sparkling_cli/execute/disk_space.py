@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError, OutputError, SparklingError
 from sparkling_cli.execute.commit import Staging, standing
+from sparkling_cli.execute.source_state import source_state
 
 if TYPE_CHECKING:
     from sparkling_cli.execute.job import Job
@@ -19,10 +20,14 @@ _RESERVE = 1 << 20
 
 
 def needed(job: Job) -> int:
-    """Bytes of the whole output."""
-    root = job.plan.source.root
-    carried = sum((root / path).stat().st_size for path in job.plan.source.carried)
-    return sum(file.size for file in job.files) + carried + _RESERVE
+    """Bytes of the whole output.
+
+    Raises:
+        CheckpointError: a file that is carried over is missing in the source.
+    """
+    carried = source_state(job.plan.source.root, set(job.plan.source.carried))
+    sizes = (*(file.size for file in job.files), *(size for size, _, _ in carried.values()))
+    return sum(sizes) + _RESERVE
 
 
 def check_room(job: Job, staging: Staging) -> None:
@@ -30,6 +35,7 @@ def check_room(job: Job, staging: Staging) -> None:
 
     Raises:
         OutputError: with the bytes needed and free.
+        CheckpointError: see :func:`needed`.
     """
     parent = staging.destination.parent
     if needed(job) > free_bytes(parent):
@@ -42,9 +48,13 @@ def check_room(job: Job, staging: Staging) -> None:
 def disk_error(error: OSError, job: Job, staging: Staging) -> SparklingError:
     """What to tell of a failed write."""
     where = error.filename or staging.partial
+    try:
+        free = free_bytes(staging.destination.parent)
+        room = f"; the output needs {needed(job):,} bytes, {free:,} are free on its disk"
+    except (OSError, CheckpointError):  # the source, or the disk as a whole, is gone too
+        room = ""
     return OutputError(
-        f"cannot write {where}: {error.strerror or error}; the output needs {needed(job):,} bytes, "
-        f"{free_bytes(staging.destination.parent):,} are free on its disk",
+        f"cannot write {where}: {error.strerror or error}{room}",
         hint="nothing was left behind; make room or choose another disk, and run the command again",
     )
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import mmap
 import os
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 _OPEN_FILES = 64
 _PIECE = 1 << 19
+
+
+#: why boxes may not tile a tensor
+_UNTILED = "a shard is missing or two of them overlap"
 
 
 class Place(NamedTuple):
@@ -68,13 +73,15 @@ class Placement:
         if covered != prod(shape):
             raise CheckpointError(
                 f"tensor {name!r} has {prod(shape)} entries, its parts on disk have {covered}",
-                hint="a shard is missing or two of them overlap",
+                hint=_UNTILED,
             )
         found = [self._place(extent) for extent in extents if prod(extent.shape)]
         flat = [place for place in found if place is not None]
         if len(flat) == len(found):
             self.places = tuple(sorted(flat))
             self._check(name)
+        elif not tiles([(extent.start, extent.shape) for extent in extents], shape):
+            raise _untiled(name)
         self.flat = len(flat) == len(found)
 
     def _place(self, extent: Extent) -> Place | None:
@@ -96,7 +103,7 @@ class Placement:
         at = 0
         for place in self.places:
             if place.start != at:
-                raise CheckpointError(f"the parts of tensor {name!r} on disk overlap or leave a gap")
+                raise _untiled(name)
             at = place.stop
 
     def cut(self, start: int, stop: int) -> Iterator[Place]:
@@ -111,6 +118,31 @@ class Placement:
             if low >= high:
                 break
             yield Place(low, high, place.path, place.offset + low - place.start)
+
+
+def _untiled(name: str) -> CheckpointError:
+    return CheckpointError(f"the parts of tensor {name!r} on disk overlap or leave a gap", hint=_UNTILED)
+
+
+def tiles(boxes: Sequence[tuple[Sequence[int], Sequence[int]]], shape: Sequence[int]) -> bool:
+    """Whether boxes (offsets, sizes) cover a shape, no entry twice.
+
+    A sum of boxes is determined by its signed corners (its mixed difference along all dims), so the boxes
+    tile exactly if their corners cancel to those of the whole: work linear in the number of boxes.
+    """
+    corners: Counter[tuple[int, ...]] = Counter()
+
+    def add(start: Sequence[int], size: Sequence[int], sign: int) -> None:
+        for upper in product((0, 1), repeat=len(size)):
+            corner = tuple(a + n * up for a, n, up in zip(start, size, upper, strict=True))
+            corners[corner] += sign * (-1) ** sum(upper)
+
+    if not boxes:
+        return 0 in shape
+    for start, size in boxes:
+        add(start, size, 1)
+    add([0] * len(shape), shape, -1)
+    return not any(corners.values())
 
 
 class Handles:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +219,58 @@ def test_unwritable_parent(tmp_path: Path) -> None:
     (tmp_path / "ro").mkdir(mode=0o555)
     with pytest.raises(OutputError, match="cannot be written"):
         execute(plan, files, tmp_path / "ro" / "out", sidecar=no_sidecar)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"another"])
+def test_a_damaged_plan_in_a_folder_that_was_left(tmp_path: Path, content: bytes) -> None:
+    """It is no plan of this run, whatever its bytes are: everything is made afresh."""
+    plan, files = simple(tmp_path)
+    partial = partial_of(tmp_path / "dst")
+    partial.mkdir()
+    (partial / "plan").write_bytes(content)
+    execute(plan, files, tmp_path / "dst", sidecar=no_sidecar)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool) -> None:
+    """The message says so; what was there stays, what was made goes, and no file is left open."""
+    plan, files = simple(tmp_path)
+    partial = partial_of(tmp_path / "new" / "dst")
+    if left:
+        partial.mkdir(parents=True)
+        (partial / "plan").write_bytes(b"another")
+
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    open_files = len([*Path("/proc/self/fd").iterdir()])
+    with pytest.raises(OutputError, match=r"cannot lock .*: Function not implemented") as caught:
+        execute(plan, files, tmp_path / "new" / "dst", sidecar=no_sidecar)
+    assert "flock" in str(caught.value.hint)
+    assert len([*Path("/proc/self/fd").iterdir()]) == open_files
+    assert (tmp_path / "new").exists() is (partial / "plan").exists() is left
+
+
+@pytest.mark.parametrize("when", ["before", "at a failing write"])
+def test_a_carried_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """It is named where it is the fault; where a write fails, that is said."""
+    plan, files = simple(tmp_path, carried={"c.txt": b"carried"})
+
+    def failing(*_: object) -> int:
+        (tmp_path / "src" / "c.txt").unlink(missing_ok=True)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if when == "before":
+        (tmp_path / "src" / "c.txt").unlink()
+        expected: tuple[type[Exception], str] = (CheckpointError, r"cannot read .*c\.txt: No such file")
+    else:
+        monkeypatch.setattr(os, "pwrite", failing)
+        expected = (OutputError, r"cannot write .*\.bin: No space left on device\n")
+    with pytest.raises(expected[0], match=expected[1]):
+        execute(plan, files, tmp_path / "dst", sidecar=no_sidecar)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 
 def test_symlink_in_the_way_of_the_partial_folder(tmp_path: Path) -> None:

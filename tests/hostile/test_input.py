@@ -19,7 +19,7 @@ from sparkling_cli import api
 from sparkling_cli.cli.app import app
 from sparkling_cli.cli.console import run
 from sparkling_cli.errors import CheckpointError, ExitCode
-from sparkling_cli.formats.dcp.check import tiles
+from sparkling_cli.storage.byte_ranges import tiles
 from tests.conftest import TinyCheckpoint
 from tests.hostile.corruptions import Canary
 

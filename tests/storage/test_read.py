@@ -134,3 +134,13 @@ def test_truncated_and_missing_files(tmp_path: Path) -> None:
         read_tensor(tmp_path, short)
     with pytest.raises(CheckpointError, match="nowhere"):
         read_tensor(tmp_path, StoredTensor("float32", (1,), (Extent("nowhere", 0, (0,), (1,)),)))
+
+
+@pytest.mark.parametrize("second", [(0, 0), (0, 1), (2, 1), (1, 2)])
+def test_boxes_that_overlap_are_refused(second: tuple[int, int]) -> None:
+    """As many entries as the tensor has, some twice and some never: they would be read from nowhere."""
+    boxes = (Extent("a", 0, (0, 0), (4, 2)), Extent("a", 32, second, (4, 2)))
+    with pytest.raises(CheckpointError, match="'t' on disk overlap or leave a gap"):
+        byte_ranges.Placement("float32", (4, 4), boxes, "t")
+    whole = byte_ranges.Placement("float32", (4, 4), (boxes[0], boxes[1]._replace(start=(0, 2))), "t")
+    assert not whole.flat

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import CheckpointError
+from sparkling_cli.storage.byte_ranges import tiles
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -79,27 +77,6 @@ def _offsets(fqn: str, meta: Any, path: Path) -> list[Any]:
 
 def _is_shape(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(type(n) is int and n >= 0 for n in value)
-
-
-def tiles(boxes: Sequence[tuple[Sequence[int], Sequence[int]]], shape: Sequence[int]) -> bool:
-    """Whether boxes (offsets, sizes) cover a shape, no entry twice.
-
-    A sum of boxes is determined by its signed corners (its mixed difference along all dims), so the boxes
-    tile exactly if their corners cancel to those of the whole: work linear in the number of boxes.
-    """
-    corners: Counter[tuple[int, ...]] = Counter()
-
-    def add(start: Sequence[int], size: Sequence[int], sign: int) -> None:
-        for upper in product((0, 1), repeat=len(size)):
-            corner = tuple(a + n * up for a, n, up in zip(start, size, upper, strict=True))
-            corners[corner] += sign * (-1) ** sum(upper)
-
-    if not boxes:
-        return 0 in shape
-    for start, size in boxes:
-        add(start, size, 1)
-    add([0] * len(shape), shape, -1)
-    return not any(corners.values())
 
 
 def _check_place(fqn: str, info: Any, path: Path) -> None:
