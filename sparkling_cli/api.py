@@ -390,7 +390,7 @@ def write_schedule(
 
     Args:
         output: what ``expand`` wrote, or a later checkpoint with its history.
-        rewarmup: fields of the spec's ``rewarmup``; what is not given stays as the output was made.
+        rewarmup: fields of the spec's ``rewarmup``; what is not given stays as it was last written.
         baseline: fields of its ``baseline``, for what cannot be read from the checkpoint.
 
     Raises:

@@ -12,6 +12,7 @@ from sparkling_cli.errors import (
     CheckpointError,
     LayoutError,
     MissingDependencyError,
+    SparklingError,
     VerificationError,
 )
 from sparkling_cli.execute.disk_space import reading_back
@@ -67,7 +68,24 @@ def sidecar_files(
     return files, facts
 
 
-def write_schedule(output: Path, changes: Mapping[str, Any]) -> tuple[Rewarmup, str]:
+def schedule_doubts(output: Path) -> tuple[str, ...]:
+    """What speaks against the schedule that an output was given, see :func:`doubts`; nothing is refused.
+
+    Args:
+        output: as in :func:`write_schedule`, or a ``rewarmup.json``, of which nothing else is known.
+    """
+    from sparkling_cli.formats.detect import open_checkpoint
+    from sparkling_cli.manifest import read_manifest
+    from sparkling_cli.spec.sources import make_spec
+
+    try:
+        given = make_spec(read_manifest(sidecar_root(output) / MANIFEST).stages[-1].spec, "options").baseline
+        return () if given.peak is None else doubts(open_checkpoint(output), given)
+    except SparklingError:
+        return ()
+
+
+def write_schedule(output: Path, changes: Mapping[str, Any]) -> tuple[Rewarmup, tuple[str, ...]]:
     """Add the re-warmup of its last expansion to an output that exists, or replace it.
 
     What else says something of it is written anew: report, manifest and digests, so that ``verify`` passes
@@ -79,7 +97,7 @@ def write_schedule(output: Path, changes: Mapping[str, Any]) -> tuple[Rewarmup, 
         changes: of the spec's ``rewarmup`` and ``baseline``, over those that the output was made with.
 
     Returns:
-        The re-warmup; and why the report stays as it was, if it does.
+        The re-warmup; and what speaks against it, and why the report stays as it was, if it does.
 
     Raises:
         CheckpointError: there is no manifest, or a file is damaged.
@@ -112,16 +130,14 @@ def write_schedule(output: Path, changes: Mapping[str, Any]) -> tuple[Rewarmup, 
     carried = manifest.model_layout().carries(manifest.growth())
     rewarmup = plan_rewarmup(checkpoint, described, previous, number=stage.stage, carried=carried)
     files = dict(rewarmup_files(rewarmup))
-    stays = ""
+    said = new = doubts(checkpoint, described.baseline)
     if (root / REPORT_JSON).is_file():
         try:
             report = Report.read((root / REPORT_JSON).read_bytes(), REPORT_JSON)
         except CheckpointError as error:
-            stays = f"the report stays as it was: {error.message}"
+            said = (*new, f"the report stays as it was: {error.message}")
         else:
-            old, new = (
-                doubts(checkpoint, one.baseline) for one in (make_spec(stage.spec, "options"), described)
-            )
+            old = doubts(checkpoint, make_spec(stage.spec, "options").baseline)
             kept = tuple(warning for warning in report.warnings if warning not in old)
             report = report.model_copy(update={"warnings": kept + new})
             report = with_rewarmup(report, spec, rewarmup, before, manifest.growth())
@@ -130,7 +146,7 @@ def write_schedule(output: Path, changes: Mapping[str, Any]) -> tuple[Rewarmup, 
     if whole:
         files[DIGESTS] = with_digests((root / DIGESTS).read_bytes(), files)
     replace_files(root, files)
-    return rewarmup, stays
+    return rewarmup, said
 
 
 def _measure(

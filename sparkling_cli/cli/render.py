@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from sparkling_cli.report.command import EXAMPLE, schedule_command
 from sparkling_cli.report.resume import MODULE, call
 from sparkling_cli.results.numbers import count, factor, nbytes, significant
-from sparkling_cli.schedule.baseline import example
+from sparkling_cli.schedule.baseline import example, example_words, schedule_command
 from sparkling_cli.spec.options import as_options
 
 if TYPE_CHECKING:
@@ -46,10 +45,11 @@ def show_plan(output: Output, expansion: Expansion, planned: ExpansionPlan) -> N
 
 def _rewarmup(expansion: Expansion) -> str:
     if expansion.rewarmup is None:
-        options = shlex.join(as_options(example(expansion.plan.source)))
+        source = expansion.plan.source
+        options = shlex.join(as_options(example(source)))
         return (
             f"re-warmup  none: {expansion.rewarmup_missing}\n"
-            f"           to get one, describe the run's schedule; {EXAMPLE}: {options}"
+            f"           to get one, describe the run's schedule; {example_words(source)}: {options}"
         )
     curve = expansion.rewarmup.curves[-1]
     return (
@@ -96,8 +96,8 @@ def _train_on(result: ExpansionResult, where: str) -> list[str]:
     if result.report.learning_rate is None:
         return [
             f"no re-warmup: {result.expansion.rewarmup_missing}",
-            f"add one  {schedule_command(result.expansion, where)}",
-            f"         ({EXAMPLE}; put in the run's own schedule, rates and steps)",
+            f"add one  {schedule_command(plan.source, where)}",
+            f"         ({example_words(plan.source)}; put in the run's own schedule, rates and steps)",
         ]
     return [f"train on with {call(plan.source.format, where, f'{MODULE}.')}"]
 

@@ -45,7 +45,7 @@ def schedule(
 
     This is what the training side applies. The row of step t is what the optimizer step after t finished
     ones uses. With --write the schedule is written anew, from the checkpoint's own files and the options;
-    weights and state are not touched, and what is not given stays as the output was made.
+    weights and state are not touched, and what is not given stays as it was last written.
 
     \b
     Examples:
@@ -55,12 +55,15 @@ def schedule(
         sparkling schedule wide/ --write --schedule wsd --peak-lr 3e-4 \\
             --warmup-steps 500 --total-steps 20000 --decay-steps 4000
     """
+    from sparkling_cli.outcome import schedule_doubts
     from sparkling_cli.schedule.rewarmup import read_rewarmup
 
     changes = opt.spec_fields(fields)
     if changes and not write:
         raise SpecError("these options describe a schedule that is to be written", hint="add --write")
     rewarmup = _written(source, changes) if write else read_rewarmup(source)
+    for text in () if write else schedule_doubts(source):
+        output.warn(text)
     first, last = _range(steps, rewarmup)
     chosen = _chosen(first, last, everything=steps is not None)
     if plot is not None:
@@ -86,8 +89,8 @@ def _written(source: Path, changes: dict[str, Any]) -> Rewarmup:
 
     if source.suffix == ".json":
         raise SpecError("--write needs the output itself", hint="give its directory, or its file")
-    rewarmup, stays = write_schedule(source, changes)
-    for text in (*notes(rewarmup), *([stays] if stays else [])):
+    rewarmup, said = write_schedule(source, changes)
+    for text in (*notes(rewarmup), *said):
         output.warn(text)
     output.note(f"written  {sidecar_root(source) / REWARMUP}")
     return rewarmup

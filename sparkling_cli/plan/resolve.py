@@ -315,10 +315,12 @@ def _target(name: str, axis: AxisSpec, size: int, spec: ExpansionSpec, multiple:
                 f"what was asked for, to be a multiple of {step}",
                 hint=f"give this axis its size instead of a factor: --axis {name} --to {ceil(exact)}",
             )
-        if step and target == size:
+        if target == size:
             raise SpecError(
-                f"axes.{name}: its {size} entries are a multiple of {step} already",
-                hint=f"give it a size, e.g. --axis {name} --to {size + step}",
+                f"axes.{name}: its {size} entries are a multiple of {step} already"
+                if step
+                else f"axes.{name}.factor: {axis.factor!r} does not widen: {size} entries stay {size}",
+                hint=f"give it a size, e.g. --axis {name} --to {size + step if step else 2 * size}",
             )
         if not step and not isclose(exact, target, rel_tol=1e-9):
             raise SpecError(

@@ -5,13 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from sparkling_cli.plan.model import Expansion, Invocation
-from sparkling_cli.schedule.baseline import example
+from sparkling_cli.plan.model import Invocation
 from sparkling_cli.spec.model import ExpansionSpec
 from sparkling_cli.spec.options import as_options, as_word
-
-#: what :func:`schedule_command` describes
-EXAMPLE = "an example that holds the present rate"
 
 
 def command_of(chosen: ExpansionSpec, invocation: Invocation) -> str:
@@ -62,13 +58,6 @@ def places_in(command: str, destination: str) -> tuple[str, str]:
     """Source and output of a recorded command, as it names them; the output's name where it names none."""
     source, given = shlex.split(command)[2:4]
     return source, str(Path(source).with_name(destination)) if given.startswith("-") else given
-
-
-def schedule_command(expansion: Expansion, where: str) -> str:
-    """A command that adds a re-warmup schedule to an output whose source says none; it runs as it is."""
-    return shlex.join(
-        ["sparkling", "schedule", where, "--write", *as_options(example(expansion.plan.source))]
-    )
 
 
 def with_spec(command: str, old: ExpansionSpec, new: ExpansionSpec) -> str:

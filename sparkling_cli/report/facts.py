@@ -19,7 +19,7 @@ from sparkling_cli.manifest import Manifest
 from sparkling_cli.plan.advice import symmetry_warning
 from sparkling_cli.plan.model import CARRIED, Expansion, Plan, Recipe, Row
 from sparkling_cli.plan.resolve import all_chosen
-from sparkling_cli.report.command import EXAMPLE, command_of, schedule_command, with_spec
+from sparkling_cli.report.command import command_of, with_spec
 from sparkling_cli.report.plan import fills, parameter_counts
 from sparkling_cli.report.rates import learning_rate_of
 from sparkling_cli.results.expansion import (
@@ -35,6 +35,7 @@ from sparkling_cli.results.expansion import (
 )
 from sparkling_cli.results.measured import Activations
 from sparkling_cli.results.verdict import verdict_of_expansion
+from sparkling_cli.schedule.baseline import example_words, schedule_command
 from sparkling_cli.schedule.rewarmup import Rewarmup
 from sparkling_cli.schedule.write import notes, remarks
 from sparkling_cli.spec.model import ExpansionSpec
@@ -90,10 +91,11 @@ def assemble(
 
 def missing_schedule(expansion: Expansion) -> str:
     """Why there is no re-warmup, and the command that adds one."""
-    command = schedule_command(expansion, expansion.destination.name)
+    source = expansion.plan.source
+    command = schedule_command(source, expansion.destination.name)
     return (
         f"{expansion.rewarmup_missing}. To add one, in the folder that the output lies in: {command} "
-        f"({EXAMPLE}; put in the run's own schedule, rates and steps)"
+        f"({example_words(source)}; put in the run's own schedule, rates and steps)"
     )
 
 

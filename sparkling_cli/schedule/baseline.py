@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from math import isclose
+from math import inf, isclose
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
@@ -13,7 +14,7 @@ from sparkling_cli.errors import SpecError
 from sparkling_cli.schedule.curves import HALF_WAVE, Curve
 from sparkling_cli.spec.choices import BaselineType
 from sparkling_cli.spec.model import BaselineSpec
-from sparkling_cli.spec.options import OPTIONS
+from sparkling_cli.spec.options import OPTIONS, as_options
 
 if TYPE_CHECKING:
     from sparkling_cli.formats.model import Checkpoint
@@ -124,6 +125,40 @@ def known(checkpoint: Checkpoint, stated: Mapping[str, Any]) -> dict[str, Any]:
     return read
 
 
+def schedule_command(checkpoint: Checkpoint, where: str) -> str:
+    """The command that adds a re-warmup schedule to an output.
+
+    Args:
+        checkpoint: the output or its source, for what their files do not say: it is made up by an example.
+        where: the output, as the command names it.
+    """
+    try:
+        baseline_of(checkpoint, BaselineSpec())
+        more: list[str] = []
+    except SpecError:
+        more = list(as_options(example(checkpoint)))
+    return shlex.join(["sparkling", "schedule", where, "--write", *more])
+
+
+def example_words(checkpoint: Checkpoint) -> str:
+    """What :func:`example` is, in words."""
+    rate, what = _example_rate(checkpoint)
+    return f"an example that holds the {what} rate" if what else f"an example; {rate:g} is only a placeholder"
+
+
+def _example_rate(checkpoint: Checkpoint) -> tuple[float, str]:
+    """A rate, and which one of the run's it is; "" where the files have none."""
+    facts = checkpoint.facts
+    log = [entry.get("learning_rate") for entry in facts.get("log_history") or () if isinstance(entry, dict)]
+    present = (facts.get("last_lrs"), [group.get("lr") for group in checkpoint.param_groups], log[::-1])
+    for number, given in enumerate(present):
+        rates = [float(r) for r in given or () if isinstance(r, (int, float)) and 0 < r < inf]
+        if rates:  # of groups the largest, of a log the last
+            return (max(rates), "present") if number < 2 else (rates[0], "last logged")
+    peak = (facts.get("schedule") or {}).get("peak")
+    return (float(peak), "highest") if isinstance(peak, (int, float)) and peak > 0 else (1e-4, "")
+
+
 def example(checkpoint: Checkpoint) -> BaselineSpec:
     """A description that makes up for what cannot be read: the rate at the expansion, kept to the end.
 
@@ -131,16 +166,13 @@ def example(checkpoint: Checkpoint) -> BaselineSpec:
     not depend on the numbers that have to be made up where nothing is known of them.
     """
     facts = checkpoint.facts
-    schedule = facts.get("schedule") or {}
-    groups = [group.get("lr") for group in checkpoint.param_groups]
-    rates = [r for r in (facts.get("last_lrs") or groups) if isinstance(r, (int, float)) and r > 0]
     counters = [state.scalars["step"] for state in checkpoint.states if "step" in state.scalars]
     read: int | None = facts.get("global_step")
     step = int(read if read is not None else max(counters, default=1000))
     total = facts.get("max_steps") or 0
     return BaselineSpec(
         type="constant",
-        peak=float(max(rates, default=schedule.get("peak") or 1e-4)),
+        peak=_example_rate(checkpoint)[0],
         warmup_steps=0,
         total_steps=None if total > step else max(2 * step, 1),
         expansion_step=None if read is not None else step,
@@ -296,6 +328,8 @@ def _check(curve: Curve, step: int) -> None:
             f"the run is over: expansion at step {step} of {curve.total_steps}",
             hint=f"pass {_OPTION['total_steps']} with the length of the run that goes on",
         )
+    if curve(0) < -1e-9 * curve.peak:
+        raise SpecError(f"the schedule's warmup begins at {curve(0):g}, a rate below zero", hint=_DESCRIBE)
     if curve(step) <= 0:
         raise SpecError(
             f"the learning rate at the expansion step {step} is zero; re-warmup needs one above zero",

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import cos, inf, pi, sqrt
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from sparkling_cli.spec.choices import DecayShape
@@ -19,6 +19,9 @@ from sparkling_cli.spec.choices import DecayShape
 CurveType = Literal[
     "cosine", "linear", "constant", "wsd", "polynomial", "inverse_sqrt", "cosine_with_restarts"
 ]
+
+_Count = Annotated[int, Field(ge=0)]
+_Number = Annotated[float, Field(ge=0)]
 
 #: the number of cosine waves that is a single fall
 HALF_WAVE = 0.5
@@ -50,19 +53,19 @@ class Curve:
     """
 
     type: CurveType
-    peak: float
-    minimum: float
-    initial: float
-    warmup_steps: int
-    total_steps: int
-    decay_steps: int = 0
+    peak: _Number
+    minimum: _Number
+    initial: float  # below zero where the warmup would begin before step 0
+    warmup_steps: _Count
+    total_steps: _Count
+    decay_steps: _Count = 0
     decay: DecayShape = "cosine"
-    decay_start: int | None = None
+    decay_start: _Count | None = None
     warmup: DecayShape = "linear"
-    cycles: float = HALF_WAVE
-    power: float = 1.0
-    timescale: float = 1.0
-    lead: int = 0
+    cycles: _Number = HALF_WAVE
+    power: _Number = 1.0
+    timescale: Annotated[float, Field(gt=0)] = 1.0
+    lead: _Count = 0
 
     def __call__(self, step: float) -> float:
         """The learning rate at a step."""

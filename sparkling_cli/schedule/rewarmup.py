@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
-from sparkling_cli.errors import CheckpointError
+from sparkling_cli.errors import CheckpointError, SparklingError
 from sparkling_cli.formats.directory import read_sidecar
+from sparkling_cli.schedule.baseline import example_words, schedule_command
 from sparkling_cli.schedule.curves import Curve, Rewarmed
 from sparkling_cli.spec.choices import BiasCorrection
 from sparkling_cli.storage.sidecar import MANIFEST, REWARMUP, sidecar_root
@@ -180,17 +181,33 @@ def _check_version_1(data: Mapping[str, Any], found: Rewarmup, where: str) -> No
                 )
 
 
-def read_rewarmup(path: Path, *, replacing: bool = False) -> Rewarmup:
+def read_rewarmup(path: Path, *, output: Path | None = None, replacing: bool = False) -> Rewarmup:
     """A ``rewarmup.json``, or the one of an output.
+
+    Args:
+        path: of the one or the other.
+        output: that the file is of, where ``path`` is the file.
+        replacing: as of :func:`from_data`.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     hint = "give an output of `sparkling expand`, which writes one"
-    if (sidecar_root(path) / MANIFEST).is_file():
-        hint = (
-            "`sparkling expand` writes one when the source run's schedule is known; to this output, "
-            f"`sparkling schedule {path} --write` adds one"
-        )
+    output = path if output is None else output
+    if (sidecar_root(output) / MANIFEST).is_file() and not (sidecar_root(output) / REWARMUP).exists():
+        hint = f"`sparkling expand` writes one when the source run's schedule is known; {_adding(output)}"
     data = read_sidecar(path, REWARMUP, "re-warmup schedule", version=FORMAT, earlier=EARLIER, hint=hint)
     return from_data(data, str(path), replacing=replacing)
+
+
+def _adding(output: Path) -> str:
+    """How to add a schedule to an output: a command that runs as it is."""
+    from sparkling_cli.formats.detect import open_checkpoint
+
+    try:
+        checkpoint = open_checkpoint(output)
+    except SparklingError:
+        return "`sparkling schedule OUT --write`, with options that describe it, adds one"
+    command = schedule_command(checkpoint, str(output))
+    made_up = "" if command.endswith("--write") else f" ({example_words(checkpoint)}; put in the run's own)"
+    return f"to this output, `{command}` adds one{made_up}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError, SparklingError, SpecError
@@ -128,6 +129,8 @@ def adam_betas(checkpoint: Checkpoint) -> tuple[float, float] | None:
     return found
 
 
+#: rows of ``rewarmup.csv``, about; all of them are in memory at once
+ROWS = 1_000_000
 #: peaks above this many times the rate at the expansion are a slip, or an experiment
 LARGE_RHO = 4.0
 
@@ -193,28 +196,39 @@ def remarks(rewarmup: Rewarmup, spec: ExpansionSpec, growth: Mapping[str, Growth
 def rewarmup_files(rewarmup: Rewarmup) -> dict[str, bytes]:
     """The two files, by their paths in the output."""
     text = json.dumps(to_data(rewarmup, notes(rewarmup)), indent=2, allow_nan=False) + "\n"
-    return {REWARMUP: text.encode(), CURVE: _csv(rewarmup).encode()}
+    return {REWARMUP: text.encode(), CURVE: ("\n".join(rows(rewarmup)) + "\n").encode()}
 
 
-def _csv(rewarmup: Rewarmup) -> str:
-    """The curve as CSV, from the last expansion to the end; every number reads back to the same float64.
+def _listed(first: int, last: int, limit: int) -> Iterator[int]:
+    """The steps that have a row."""
+    dense = first + limit // 2
+    if last - first <= limit:
+        return iter(range(first, last + 1))
+    apart = -(-(last - dense) // (limit - limit // 2))
+    return chain(range(first, dense), range(dense, last, apart), (last,))
 
+
+def rows(rewarmup: Rewarmup, limit: int = ROWS) -> list[str]:
+    """The lines of the curve as CSV, from the last expansion to the end.
+
+    Every number reads back to the same float64.
     Columns: ``step``, ``eta_old``, and per stage ``eta_new``, ``ratio`` and, for fresh bias correction,
     ``correction`` (the factor on the new entries' Adam update beside the ratio). The row of step t is what
-    the optimizer step after t finished ones uses.
+    the optimizer step after t finished ones uses. A run longer than the limit has a row for each of the
+    first steps, then for steps at even distances, and for the last one.
     """
     head = ["step", "eta_old"]
     for stage in rewarmup.stages:
         mark = "" if len(rewarmup.stages) == 1 else f"_stage{stage.stage}"
         head += [f"eta_new{mark}", f"ratio{mark}"]
         head += [f"correction{mark}"] if stage.bias_correction == "fresh" else []
-    rows = [",".join(head)]
-    for step in range(rewarmup.expansion_step, rewarmup.baseline.total_steps + 1):
+    lines = [",".join(head)]
+    for step in _listed(rewarmup.expansion_step, rewarmup.baseline.total_steps, limit):
         cells = [str(step), repr(rewarmup.baseline(step))]
         for stage, curve in zip(rewarmup.stages, rewarmup.curves, strict=True):
             cells += [repr(curve.eta_new(step)), repr(curve.ratio(step))]
             if stage.bias_correction == "fresh":
                 assert stage.betas is not None  # plan_rewarmup refuses fresh without them
                 cells.append(repr(fresh_factor(*stage.betas, step - stage.expansion_step + 1)))
-        rows.append(",".join(cells))
-    return "\n".join(rows) + "\n"
+        lines.append(",".join(cells))
+    return lines

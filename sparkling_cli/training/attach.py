@@ -314,7 +314,8 @@ class _Attached:
     step: int
     handles: list[Any] = field(default_factory=list)
     kept: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
-    reference: dict[int, float] = field(default_factory=dict)
+    #: group -> the step at which its rate was first compared, and its ratio to the baseline there
+    reference: dict[int, tuple[int, float]] = field(default_factory=dict)
     warned: bool = False
     looked: bool = False
     #: rate of old entries, and eta_new / eta_old of the last expansion, in the step just made
@@ -504,14 +505,15 @@ class _Attached:
             if float(group["lr"]) == 0:  # frozen for now, or a schedule that begins at zero
                 continue
             share = float(group["lr"]) / base
-            first = self.reference.setdefault(i, share)
+            since, first = self.reference.setdefault(i, (self.step, share))
             if abs(share - first) > 0.01 * abs(first):
                 self.warned = True
                 warnings.warn(
                     f"at step {self.step} the learning rate of parameter group {i} is "
-                    f"{float(group['lr']):.6g}, the baseline of the re-warmup says {first * base:.6g}: the "
-                    "scheduler is not the one in rewarmup.json, or the step is not right. New entries still "
-                    "get eta_new/eta_old times it",
+                    f"{float(group['lr']):.6g}; rewarmup.json has {base:.6g} there, and the ratio of the two "
+                    f"changed from {first:.3g} to {share:.3g} since step {since}: the scheduler is not the "
+                    "one in rewarmup.json, or the step is not right. New entries still get eta_new/eta_old "
+                    "times it",
                     stacklevel=4,
                 )
                 return

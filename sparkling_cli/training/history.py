@@ -121,7 +121,7 @@ def read_history(checkpoint: Path | str) -> History:
     if not checkpoint.exists():
         raise CheckpointError(f"{checkpoint} does not exist")
     root = sidecar_root(checkpoint)
-    manifest, rewarmup = read_manifest(root / MANIFEST), read_rewarmup(root / REWARMUP)
+    manifest, rewarmup = read_manifest(root / MANIFEST), read_rewarmup(root / REWARMUP, output=checkpoint)
     return History(manifest.model_layout(), manifest.births(), rewarmup, manifest.growth())
 
 

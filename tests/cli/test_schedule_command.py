@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from sparkling_cli import api
 from sparkling_cli.cli.app import app
 from sparkling_cli.errors import CheckpointError, OutputError, SpecError, VerificationError
+from sparkling_cli.training import read_history
 from tests.formats.make_nanogpt import make_nanogpt
 
 
@@ -239,3 +240,44 @@ def test_an_output_of_the_former_version(widened: Path, tmp_path: Path) -> None:
     assert (output / "sparkling" / "rewarmup.json").read_bytes() == (
         widened / "sparkling" / "rewarmup.json"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["read", "made up"])
+def test_the_hint_for_an_output_without_a_schedule_works(
+    known: bool, dense_checkpoint: Path, no_schedule: Path, tmp_path: Path
+) -> None:
+    """The command that ``schedule`` and the training side name runs, with options where it needs some."""
+    target = tmp_path / "wide one"
+    api.expand(no_schedule, target, axes=[{"axis": "ffn", "factor": 2}], report="none")
+    if known:
+        shutil.copy(dense_checkpoint / "training_args.bin", target)
+    hints = []
+    for ask in (lambda: read_history(target), lambda: shown("schedule", target)):
+        with pytest.raises(CheckpointError) as caught:
+            ask()
+        hints.append(str(caught.value.hint))
+    assert hints[0] == hints[1]
+    command = hints[0].split("`")[3]
+    assert ("--schedule constant" in command) is not known
+    assert ("the present rate" in hints[0]) is not known
+    shown(*shlex.split(command)[1:])
+    start = eta_old(600)
+    assert api.write_schedule(target).baseline(600) == pytest.approx(start, rel=1e-6)
+
+
+def test_a_peak_that_the_files_do_not_have(widened: Path, tmp_path: Path) -> None:
+    """``expand`` warns of it; so does ``schedule``, when it is written and when it is shown."""
+    output = tmp_path / "wide"
+    shutil.copytree(widened, output)
+
+    def said(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["schedule", str(output), *arguments], catch_exceptions=False)
+        assert result.exit_code == 0
+        return " ".join(result.output.split())
+
+    doubt = "--peak-lr 0.009: the checkpoint's own files have 0.004"
+    assert doubt not in said()
+    assert doubt in said("--write", "--peak-lr", "9e-3")
+    assert doubt in said()
+    assert "own files have" not in said("--write", "--peak-lr", "4e-3")
+    assert "own files have" not in said()

@@ -42,6 +42,16 @@ def test_factor_size_alias_and_multiple() -> None:
     assert grow({"axis": "hidden", "factor": 1.25}) == {"hidden": Growth(96, 120)}
 
 
+@pytest.mark.parametrize("axis", ["ffn", "hidden", "kv_heads", "heads"])
+def test_a_factor_that_widens_nothing(axis: str) -> None:
+    """It rounds to the size that there is; the size that the hint names works."""
+    with pytest.raises(SpecError, match=r"1\.0000000001 does not widen") as caught:
+        grow({"axis": axis, "factor": 1.0000000001})
+    _, _, size = str(caught.value.hint).rpartition("--to ")
+    (grown,) = grow({"axis": axis, "to": int(size)}).values()
+    assert grown.target == 2 * grown.source
+
+
 def test_the_configs_name_of_an_axis_is_known() -> None:
     """Who writes the config's key is told the axis, also where the key is a product of two."""
     known = replace(

@@ -7,7 +7,9 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal, getcontext
+from itertools import pairwise
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.model import Checkpoint, ParamState
 from sparkling_cli.outcome import write_schedule
 from sparkling_cli.results.expansion import Report
-from sparkling_cli.schedule.baseline import baseline_of, doubts
+from sparkling_cli.schedule import write
+from sparkling_cli.schedule.baseline import baseline_of, doubts, example, example_words, schedule_command
 from sparkling_cli.schedule.curves import Curve, Rewarmed, fresh_factor
 from sparkling_cli.schedule.rewarmup import add_stage, from_data, read_rewarmup
 from sparkling_cli.schedule.write import notes, plan_rewarmup, remarks, rewarmup_files
@@ -505,3 +508,62 @@ def test_a_stated_peak_that_no_file_has_is_said(dense_checkpoint: Path, tmp_path
     assert made.report is not None and warning in made.report.warnings
     write_schedule(tmp_path / "wide", {"baseline": {"peak": 0.004}})
     assert warning not in Report.read((tmp_path / "wide" / REPORT_JSON).read_bytes(), REPORT_JSON).warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "field"),
+    [
+        ("inverse_sqrt", {"timescale": 0}, "timescale"),
+        ("inverse_sqrt", {"timescale": -5000}, "timescale"),
+        ("polynomial", {"power": -1}, "power"),
+        ("cosine", {"num_cycles": -2}, "cycles"),
+        ("cosine_with_min_lr", {"min_lr": -1e-4}, "minimum"),
+        ("warmup_stable_decay", {"num_decay_steps": -100}, "decay_steps"),
+        ("warmup_stable_decay", {"num_decay_steps": 10, "num_stable_steps": -50}, "decay_start"),
+        ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1, "warmup_lr_rate": -3}, "warmup"),
+    ],
+)
+def test_numbers_that_make_no_schedule(name: str, kwargs: dict[str, Any], field: str) -> None:
+    """Each is refused by its name, and what the hint says makes up for it."""
+    source = source_of(name, kwargs, 1e-3, 10, 200, 50)
+    with pytest.raises(SpecError, match=field) as caught:
+        baseline_of(source, BaselineSpec())
+    assert "describe what remains of it by --schedule" in str(caught.value.hint)
+    curve, _ = baseline_of(source, BaselineSpec(type="constant", peak=1e-3, warmup_steps=0))
+    assert curve(100) == 1e-3
+
+
+def test_a_long_run_has_a_file_of_bounded_size() -> None:
+    """All of the re-warmup, and what follows at even distances to the last step; as the JSON has it."""
+    base = Curve("linear", 1e-3, 0.0, 0.0, 0, 10**9)
+    made = add_stage(None, base, 1000, rho=1.3, steps=250)
+    found = write.rows(made, limit=2000)
+    steps = [int(row.split(",")[0]) for row in found[1:]]
+    assert 1900 < len(steps) <= 2001 and steps == sorted(set(steps))
+    assert steps[:1000] == list(range(1000, 2000)) and steps[-1] == 10**9
+    assert {b - a for a, b in pairwise(steps[1000:-1])} == {-(-(10**9 - 2000) // 1000)}
+    for row in (found[200], found[-2]):
+        step, old, new, _ = row.split(",")
+        assert (float(old), float(new)) == (base(int(step)), made.curves[0].eta_new(int(step)))
+    short = add_stage(None, replace(base, total_steps=3000), 1000, rho=1.3, steps=250)
+    assert len(write.rows(short, limit=2000)) == 2002 == len(write.rows(short))
+    assert write.ROWS <= 10**6
+
+
+def test_the_example_holds_the_last_rate_that_is_known() -> None:
+    """Of the scheduler or the optimizer, of the log, of the arguments; where there is none, it says so."""
+    log = [{"learning_rate": 3e-3, "step": 10}, {"learning_rate": 2e-3, "step": 20}, {"eval_loss": 1.0}]
+    for facts, rate, words in (
+        ({"last_lrs": [1e-3], "log_history": log}, 1e-3, "an example that holds the present rate"),
+        (
+            {"log_history": log, "schedule": {"peak": 4e-3}},
+            2e-3,
+            "an example that holds the last logged rate",
+        ),
+        ({"schedule": {"peak": 4e-3}}, 4e-3, "an example that holds the highest rate"),
+        ({}, 1e-4, "an example; 0.0001 is only a placeholder"),
+    ):
+        source = checkpoint(global_step=20, **facts)
+        assert example(source).peak == rate
+        assert example_words(source) == words
+        assert f"--peak-lr {rate:g}" in schedule_command(source, "wide")

@@ -361,8 +361,12 @@ def test_a_scheduler_that_leaves_the_baseline_is_reported() -> None:
         net(ref.data(0)).backward()
         optimizer.step()
     optimizer.param_groups[0]["lr"] *= 0.5
-    with pytest.warns(UserWarning, match="not the one in rewarmup.json"):
+    has = f"is {0.5 * ref.BASE(ref.TE):.6g}; rewarmup.json has {ref.BASE(ref.TE + 1):.6g} there"
+    first, now = ref.BASE(ref.TE) / ref.BASE(ref.TE), 0.5 * ref.BASE(ref.TE) / ref.BASE(ref.TE + 1)
+    with pytest.warns(UserWarning, match="not the one in rewarmup.json") as caught:
         optimizer.step()
+    text = str(caught[0].message)
+    assert has in text and f"changed from {first:.3g} to {now:.3g} since step {ref.TE}" in text
 
 
 @pytest.mark.filterwarnings("error")
