@@ -217,7 +217,7 @@ def expand(
     from sparkling_cli.execute.ranks import Team
     from sparkling_cli.execute.stream import execute
     from sparkling_cli.models.expected import Asking
-    from sparkling_cli.outcome import sidecar_files
+    from sparkling_cli.outcome import check_data, sidecar_files
     from sparkling_cli.plan.build import with_calibration
     from sparkling_cli.spec.quantities import LEAST_MEMORY, parse_bytes
 
@@ -237,6 +237,9 @@ def expand(
         expansion = replace(expansion, destination=Path(destination), invocation=given)
     if data is not None and report == "none" and expansion.plan.spec.scaling != "calibrated":
         raise SpecError("--data: nothing is measured with --report none", hint="leave out one of them")
+    if data is not None:
+        with collector_running():
+            check_data(expansion, data, report)
     ready = replace(expansion, invocation=replace(expansion.invocation, data=data, report=report))
     reports: list[Report] = []
 

@@ -85,7 +85,7 @@ class OutputError(SparklingError):
 
 
 class VerificationError(SparklingError):
-    """An output does not keep what its manifest promises."""
+    """An output does not keep what its manifest promises, or `inspect --against` says no-go."""
 
     exit_code = ExitCode.VERIFY
 

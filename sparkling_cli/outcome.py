@@ -18,7 +18,7 @@ from sparkling_cli.errors import (
 from sparkling_cli.execute.disk_space import reading_back
 from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.manifest import make_manifest
-from sparkling_cli.plan.model import Expansion
+from sparkling_cli.plan.model import Expansion, Plan
 from sparkling_cli.results.expansion import Report
 from sparkling_cli.results.measured import Activations
 from sparkling_cli.schedule.baseline import doubts
@@ -149,6 +149,47 @@ def write_schedule(output: Path, changes: Mapping[str, Any]) -> tuple[Rewarmup, 
     return rewarmup, said
 
 
+def check_data(expansion: Expansion, data: Path, report: str) -> None:
+    """The tokens to measure on can be had from ``data``: read once before anything is written.
+
+    Args:
+        expansion: what is planned.
+        data: text or tokens.
+        report: ``full``, ``none`` or ``auto``.
+
+    Raises:
+        SpecError: it holds no usable tokens, or ids outside the vocabulary.
+        CheckpointError: it is text, and the checkpoint has no tokenizer that works.
+        MissingDependencyError: it is text, transformers is not installed, and the report has to be full.
+    """
+    plan = expansion.plan
+    if plan.spec.scaling != "calibrated" and _not_measured(plan, report):
+        return
+    from sparkling_cli.diagnostics.data import Sample, load_tokens
+
+    root, known = plan.source.root, (plan.source.config or {}).get("vocab_size")
+    vocabulary = known if isinstance(known, int) else plan.layout.sizes.get("vocab", 1 << 31)
+    try:
+        load_tokens(Sample(data), root if root.is_dir() else None, vocabulary)
+    except MissingDependencyError:
+        if report == "full":
+            raise
+
+
+def _not_measured(plan: Plan, report: str) -> str:
+    """Why activations are not measured, from the plan alone; "" if they are."""
+    count = sum(not row.slot for row in plan.rows)
+    size, _ = plan.nbytes(after=True)
+    if report == "none":
+        return "not asked for (--report none)"
+    if report == "auto" and (size > AUTO_LIMIT or count > AUTO_TENSORS):
+        return (
+            f"the output's weights take {size / (1 << 30):.1f} GiB in {count:,} tensors; measure with "
+            "--report full, or later by `sparkling inspect SRC --against DST`"
+        )
+    return ""
+
+
 def _measure(
     expansion: Expansion, written: Written, memory: int, begin: Begin
 ) -> tuple[Activations | None, str]:
@@ -156,14 +197,9 @@ def _measure(
     plan, asked = expansion.plan, expansion.invocation
     data, report = asked.data, asked.report
     weights = [row for row in plan.rows if not row.slot]
-    size, _ = plan.nbytes(after=True)
-    if report == "none":
-        return None, "not asked for (--report none)"
-    if report == "auto" and (size > AUTO_LIMIT or len(weights) > AUTO_TENSORS):
-        return None, (
-            f"the output's weights take {size / (1 << 30):.1f} GiB in {len(weights):,} tensors; measure with "
-            "--report full, or later by `sparkling inspect SRC --against DST`"
-        )
+    missing = _not_measured(plan, report)
+    if missing:
+        return None, missing
     from sparkling_cli.diagnostics.activations import measure_change  # torch is of no use before
     from sparkling_cli.diagnostics.data import Sample
     from sparkling_cli.diagnostics.measurement import Enlarged

@@ -37,7 +37,7 @@ app = typer.Typer(
         sparkling verify ckpt/ ckpt-ffn2x/
     """,
     epilog="Exit codes: 0 done, 2 usage, 3 spec, 4 checkpoint, 5 layout, 6 unsafe pickle, 7 output, "
-    "8 verification, 9 missing package, 130 interrupted.",
+    "8 verification or no-go, 9 missing package, 130 interrupted.",
 )
 
 

@@ -79,6 +79,7 @@ def expand(
     from sparkling_cli import api
     from sparkling_cli.cli.render import show_plan, show_result
     from sparkling_cli.execute.commit import check_destination
+    from sparkling_cli.outcome import check_data
     from sparkling_cli.report.plan import plan_result
     from sparkling_cli.spec.quantities import LEAST_MEMORY, parse_bytes
     from sparkling_cli.spec.sources import axes_from_options, make_spec, merge, read_spec_file
@@ -99,6 +100,8 @@ def expand(
         )
     check_destination(expansion.plan.source.root, expansion.destination)
     if dry_run:
+        if data is not None:
+            check_data(expansion, data, report)
         planned = plan_result(expansion)
         output.data(planned)
         show_plan(output, expansion, planned)

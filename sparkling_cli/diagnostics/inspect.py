@@ -16,8 +16,9 @@ from sparkling_cli.errors import CheckpointError, LayoutError, MissingDependency
 from sparkling_cli.formats.detect import open_checkpoint
 from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.formats.model import Checkpoint
-from sparkling_cli.manifest import manifest_of
-from sparkling_cli.plan.symmetry import treatment_of
+from sparkling_cli.manifest import manifest_of, output_behind
+from sparkling_cli.plan.symmetry import locked_axes, treatment_of
+from sparkling_cli.results.account import Kind
 from sparkling_cli.results.base import Verdict
 from sparkling_cli.results.measured import (
     Activations,
@@ -98,11 +99,11 @@ def inspect_checkpoint(
             notes.append(f"activations were not measured: {error}")
     verdict: Verdict | None = None
     if symmetry is not None and other is not None:
-        now, then = (c.facts.get("global_step") for c in (checkpoint, other))
-        steps = now - then if isinstance(now, int) and isinstance(then, int) else None
-        verdict = verdict_of_training(symmetry, logged, change, weights.nonfinite, steps)
-    elif change is not None:
-        verdict = verdict_of_change(change)
+        steps, alike = _steps(checkpoint, other), alike_state(other.root)
+        verdict = verdict_of_training(symmetry, logged, change, weights.nonfinite, steps, alike)
+    elif change is not None and other is not None:
+        trained = max(_steps(checkpoint, other) or 0, 0)
+        verdict = verdict_of_change(change, trained, _instead(path, checkpoint, other) if trained else "")
     if own is not None and own.unused:
         notes.append(f"{len(own.unused)} weight(s) on disk are not used by the model: {own.unused[0]}, ...")
     return Inspection(
@@ -119,6 +120,49 @@ def inspect_checkpoint(
         symmetry=symmetry,
         logged_loss=logged,
         verdict=verdict,
+    )
+
+
+def _steps(checkpoint: Checkpoint, other: Checkpoint) -> int | None:
+    """Steps of training between two checkpoints; None where they do not say it."""
+    now, then = (c.facts.get("global_step") for c in (checkpoint, other))
+    return now - then if isinstance(now, int) and isinstance(then, int) else None
+
+
+def _instead(path: Path, checkpoint: Checkpoint, other: Checkpoint) -> str:
+    """What judges the training since an expansion, of a checkpoint compared with what was expanded."""
+    if checkpoint.shapes == other.shapes or manifest_of(checkpoint.root) is None:
+        return ""
+    made = output_behind(checkpoint.root)
+    command = shlex.join(["sparkling", "inspect", str(path), "--against", str(made or "OUTPUT")])
+    where = "" if made else ", where OUTPUT is what `sparkling expand` wrote"
+    return f"To judge them: {command}{where}."
+
+
+def alike_state(expanded: Path) -> str:
+    """Why copies of an output's last expansion began with the state of their sources; "" if they did not.
+
+    It is the fact behind the report's "Locked", from the manifest alone.
+
+    Args:
+        expanded: the output.
+    """
+    manifest = manifest_of(expanded)
+    if manifest is None:
+        return ""
+    layout, growth = manifest.model_layout(), manifest.growth()
+    spec = make_spec(manifest.spec)
+    named = {entry.name for entry in manifest.tensors.values() if entry.kind in (Kind.MOMENT, Kind.FACTOR)}
+    found = layout.module_table.look_up([layout.canonical(name) for name in sorted(named)])
+    held = {axis for pattern in found if pattern is not None for axis in pattern.dims.axes()}
+    bare = {axis: grown for axis, grown in growth.items() if axis not in held}
+    locked = locked_axes(growth, spec.optimizer) or locked_axes(bare, None)
+    if not locked:
+        return ""
+    done = {"copy": "was copied", "drop": "was dropped"}.get(spec.optimizer, "was not there")
+    return (
+        f"the optimizer's state of new entries {done if named else 'was not there'}, and they are copies on "
+        f"both sides (axes {', '.join(locked)})"
     )
 
 

@@ -26,11 +26,11 @@ def residual(measured: Activations) -> Chart | None:
     values = [v for p in points for v in (p.before, p.after) if v is not None and v > 0]
     spread = max(values) / min(values) if values else 1.0
     return Chart(
-        title="RMS of the residual stream behind each block, before and after",
-        description=f"{len(points)} blocks; before {_ends([p.before for p in points])}, "
+        title="RMS of the residual stream behind each layer, before and after",
+        description=f"{len(points)} layers; before {_ends([p.before for p in points])}, "
         f"after {_ends([p.after for p in points])}.",
         series=_both((p.layer, p.before, p.after) for p in points),
-        x_label="block",
+        x_label="layer",
         y_label="RMS",
         log=spread > 30,
     )
@@ -42,10 +42,10 @@ def divergence(measured: Activations) -> Chart | None:
     if not points:
         return None
     return Chart(
-        title="How far the residual stream behind each block differs",
-        description=f"{len(points)} blocks; {_ends([p.difference for p in points])} of its RMS before.",
+        title="How far the residual stream behind each layer differs",
+        description=f"{len(points)} layers; {_ends([p.difference for p in points])} of its RMS before.",
         series=(Series("difference", "after", _finite((p.layer, p.difference) for p in points)),),
-        x_label="block",
+        x_label="layer",
         y_label="RMS of the change / RMS before",
         zero=True,
     )
@@ -54,9 +54,9 @@ def divergence(measured: Activations) -> Chart | None:
 def ratios(
     entries: Sequence[LayerActivation], ratio: str, *, named: bool
 ) -> Iterator[tuple[str, Chart, str]]:
-    """Per kind of function or linear layer: its name, its ratio over the blocks, how far it moved in words.
+    """Per kind of function or linear layer: its name, its ratio over the layers, how far it moved in words.
 
-    Where there are several of a kind in one block (experts), the one that moved most is drawn.
+    Where there are several of a kind in one layer (experts), the one that moved most is drawn.
 
     Args:
         entries: functions, or linear layers.
@@ -75,10 +75,10 @@ def ratios(
         words = f"r moved by at most {_share(farthest[0])}"
         marked = [e for e in farthest if e.far()][: NAMED_AT_MOST if named else 0]
         chart = Chart(
-            title=f"{kind}: {ratio} per block, before and after",
-            description=f"{len(chosen)} blocks; {words}.",
+            title=f"{kind}: {ratio} per layer, before and after",
+            description=f"{len(chosen)} layers; {words}.",
             series=_both((e.layer, e.r_before, e.r_after) for e in chosen),
-            x_label="block",
+            x_label="layer",
             y_label=ratio,
             notes=tuple(
                 Note(float(e.layer or 0), e.r_after, moved(e.deviation, e.r_before, e.r_after))
@@ -101,7 +101,7 @@ def of_one_model(measured: Measurement) -> Iterator[tuple[str, Chart]]:
             found.setdefault((label, title or kind), []).append((block, value))
     for (label, kind), points in found.items():
         lines = (Series(kind, "after", _finite(points)),)
-        yield kind, Chart(f"{kind}: {label} per block", f"{len(points)} layers.", lines, "block", label)
+        yield kind, Chart(f"{kind}: {label} per layer", f"{len(points)} layers.", lines, "layer", label)
 
 
 def _both(points: Iterable[tuple[int | None, float | None, float | None]]) -> tuple[Series, Series]:

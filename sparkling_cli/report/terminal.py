@@ -72,7 +72,7 @@ def change_tables(found: Activations, *, rows: int | None = ROWS) -> list[Table]
                 ("~function", ">RMS(h)", ">RMS(f)"),
                 sorted(found.functions, key=lambda entry: -entry.moved),
                 rows,
-                f"functions of blocks, worst first{_stream_caption(found)}",
+                f"functions of blocks, worst first; RMS(h), RMS(f): after{_stream_caption(found)}",
                 judged=True,
             )
         )
@@ -83,7 +83,8 @@ def change_tables(found: Activations, *, rows: int | None = ROWS) -> list[Table]
                 ("~layer", ">RMS(x)", ">RMS(y)"),
                 found.worst(),
                 FEW if rows is not None and found.functions else rows,
-                "linear layers, worst first" + ("" if found.functions else _stream_caption(found)),
+                "linear layers, worst first; RMS(x), RMS(y): after"
+                + ("" if found.functions else _stream_caption(found)),
                 judged=not found.functions,
             )
         )
@@ -271,7 +272,8 @@ def _stream_caption(found: Activations) -> str:
     apart = [point.difference for point in found.diverging]
     if apart:
         line = sparkline([0.0, *apart])[1:]
-        ends += f"\n{'differs by: ':>{len(_DEPTH)}}{line} {percent(apart[0])} to {percent(apart[-1])}"
+        first, last = percent(apart[0]), percent(apart[-1])
+        ends += f"\n{'differs by: ':>{len(_DEPTH)}}{line} first layer {first}, last {last}"
     return f"\n{_DEPTH}{ends}"
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from sparkling_cli.results.numbers import count
+
 #: Inner widths of MLPs, by the names that axes have: what the quoted runs widened.
 INNER = ("ffn", "expert_ffn", "shared_ffn")
 #: Adam's beta2 in the quoted runs.
@@ -101,8 +103,9 @@ def pair_note(axes: Iterable[str], init: str, left: int, near: Iterable[str] = (
 
 
 def _nearer(near: Iterable[str]) -> str:
-    alike = ", ".join(f"{LIKE[name]:g} {name}" for name in near)
-    return f" Nearer to this run in one thing, random-zero ended ahead by {alike}." if alike else ""
+    alike = ", ".join(f"by {LIKE[name]:g} nats per byte in a run {name}" for name in near)
+    said = f" Of small runs with one thing as here, random-zero ended ahead of copy-copy {alike}."
+    return said if alike else ""
 
 
 def decay_note(axes: Iterable[str], init: str) -> str | None:
@@ -133,10 +136,15 @@ def tokens_note(axes: Iterable[str], before: float, after: float, near: Iterable
     """
     if not set(axes) <= set(INNER):
         return None
-    measured = ", ".join("{} to {}".format(*ends) for ends in (TOKENS_BEFORE, TOKENS_AFTER))
+    ranges = (TOKENS_BEFORE, TOKENS_AFTER)
+    inside = all(low <= each <= high for each, (low, high) in zip((before, after), ranges, strict=True))
+    carry = "" if inside else ", so those results may not carry over"
+    own = [f"{each:.3g}" if each < 1000 else count(each) for each in (before, after)]
+    first, then = ("{} to {}".format(*ends) for ends in ranges)
     return (
-        f"{before:.3g} tokens per parameter before the expansion of {', '.join(axes)}, {after:.3g} after it; "
-        f"which pair to take was measured at {measured} (docs/evidence.md).{_nearer(near)}"
+        f"which --init is best was measured only with {first} tokens per parameter before the expansion of "
+        f"{', '.join(axes)} and {then} after it; this run has {own[0]} and {own[1]}{carry} "
+        f"(docs/evidence.md).{_nearer(near)}"
     )
 
 

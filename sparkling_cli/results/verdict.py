@@ -115,10 +115,24 @@ def verdict_of_expansion(
     return _verdict([*symmetry, *schedule, *signal, *others], headline)
 
 
-def verdict_of_change(activations: Activations) -> Verdict:
-    """The verdict on the difference between two checkpoints, of which nothing else is known."""
+def verdict_of_change(activations: Activations, trained: int | None = None, instead: str = "") -> Verdict:
+    """The verdict on the difference between two checkpoints, of which nothing else is known.
+
+    Args:
+        activations: of both.
+        trained: steps of training that lie between them; None where that is not known.
+        instead: what would judge the training alone, in a sentence.
+    """
     findings = list(_signal(activations, keeps_function=None))
     moved_away = _needs_attention(findings)
+    if trained:
+        said = (
+            f"{trained:,} steps of training lie between the two: what moved is what they have learned, too."
+        )
+        findings.insert(0, _note(f"{said} {instead}".strip()))
+        return _verdict(
+            findings, f"{trained:,} steps of training lie between: this says little of a widening."
+        )
     return _verdict(findings, "The signal is not kept: read what moved." if moved_away else "Signal kept.")
 
 
@@ -128,6 +142,7 @@ def verdict_of_training(
     change: Activations | None,
     nonfinite: Sequence[str],
     steps: int | None,
+    alike: str = "",
 ) -> Verdict:
     """Go or no-go, some steps after an expansion: have copies parted, is the loss where it should be.
 
@@ -137,8 +152,9 @@ def verdict_of_training(
         change: from the expanded checkpoint to this one, if it was measured.
         nonfinite: names of weights and state with NaN or Inf.
         steps: trained since; None where the checkpoints do not say it.
+        alike: why new copies began with the state of their sources; "" where they did not.
     """
-    findings = [*_parted(symmetry, steps), *_travelled(symmetry, steps), *_logged(logged)]
+    findings = [*_parted(symmetry, steps, alike), *_travelled(symmetry, steps), *_logged(logged)]
     if nonfinite:
         findings.append(_attention(f"NaN or Inf in {len(nonfinite)} tensors: {nonfinite[0]}."))
     if change is None:
@@ -149,9 +165,24 @@ def verdict_of_training(
     return _verdict(findings, "No-go: do not train on from here." if stop else "Go: train on.")
 
 
-def _parted(symmetry: Symmetry, steps: int | None) -> Iterator[Finding]:
-    """Whether new channels have left their sources, against what was measured in other runs."""
+def _parted(symmetry: Symmetry, steps: int | None, alike: str) -> Iterator[Finding]:
+    """Whether new channels have left their sources, against what was measured in other runs.
+
+    Copies with their sources' state differ from them by the re-warmup's rate alone: no longer equal, and
+    nearly parallel. How far they are apart does not tell that from copies that part, so it is not judged.
+    """
     locked, cosine = symmetry.locked, symmetry.cosine
+    if alike:
+        yield _attention(
+            f"By the manifest, {alike}: such copies and their sources get the same gradients, and differ by "
+            "their learning rate alone where the re-warmup is applied, else not at all. Expand again with "
+            "--optimizer asymmetric, or by an --init that is no copy."
+        )
+        yield _note(
+            f"{percent(locked)} of new channels are still equal to their sources; the mean cosine to them "
+            f"is {significant(cosine, 4)}."
+        )
+        return
     if steps == 0:
         yield _note("Nothing was trained since the expansion: every copy is its source.")
         return
@@ -191,8 +222,14 @@ def _travelled(symmetry: Symmetry, steps: int | None) -> Iterator[Finding]:
         yield _attention("New entries have not moved, and old ones have: they are not trained.")
     elif low <= ratio <= high:
         yield _good(f"{text}.")
-    else:
+    elif ratio < low:
         yield _note(f"{text}, where {low:g} to {high:g} is usual: is the re-warmup applied?")
+    else:
+        yield _note(
+            f"{text}, where {low:g} to {high:g} is usual: with Adam's beta2 near 1 their first updates are "
+            "long. That parts copies sooner, and helped where it was measured; should the loss spike, "
+            "--bias-correction fresh takes it out (docs/how-to/choosing.md)."
+        )
 
 
 def _logged(logged: LoggedLoss | None) -> Iterator[Finding]:

@@ -24,7 +24,8 @@ def parse_bytes(text: str, where: str, *, least: int = 1) -> int:
         raise SpecError(f"{where}: {text!r} is not a size", hint="write it like 512M or 2G")
     if size < least:
         raise SpecError(
-            f"{where}: {text} is {size:,} bytes; less than {least >> 20} MiB is not enough to work with",
+            f"{where}: expected at least {least >> 20} MiB, found {text}, which is {size:,} "
+            f"{'byte' if size == 1 else 'bytes'}",
             hint="write it like 512M or 2G",
         )
     return size

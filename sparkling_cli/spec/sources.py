@@ -143,14 +143,21 @@ def axes_from_options(
             hint="write factors behind their axes (--axis ffn=2) and sizes by --to",
         )
     field, values = ("factor", ratios) if ratios else ("to", targets)
+    if not bare:
+        own = ", ".join(f"{item['axis']}={item['factor']:g}" for item in found)
+        raise SpecError(
+            f"--{field} {' '.join(f'{value:g}' for value in values)} is left over: every --axis has its "
+            f"factor already ({own})",
+            hint="leave it out",
+        )
     given = len(values)
     if given == 1:
         values = values * len(bare)
-    if len(values) != len(bare) or not bare:
+    if len(values) != len(bare):
         raise SpecError(
             f"{len(bare)} --axis without a factor but {given} --{field}: give one for all, or one for "
             "each, in order",
-            hint="for example " + " ".join(f"--axis {item['axis']}=2" for item in bare or found),
+            hint="for example " + " ".join(f"--axis {item['axis']}=2" for item in bare),
         )
     for item, value in zip(bare, values, strict=True):
         item[field] = value

@@ -175,7 +175,8 @@ def test_the_sentences_have_these_numbers_and_no_others() -> None:
     assert evidence.pair_note(["hidden"], "copy-copy", 777) is None
     assert evidence.pair_note(["ffn"], "random-zero", 777) is None
     nearer = evidence.pair_note(["ffn"], "copy-copy", 777, evidence.like(4.0, 0.5, "wsd"))
-    assert nearer is not None and "random-zero ended ahead by 0.044 at 4x, 0.003 under WSD" in nearer
+    alike = "copy-copy by 0.044 nats per byte in a run at 4x, by 0.003 nats per byte in a run under WSD."
+    assert nearer is not None and f"random-zero ended ahead of {alike}" in nearer
     assert evidence.like(2.0, 0.5, "cosine") == ()
     said = evidence.decay_note(["ffn"], "copy-copy")
     assert said is not None
@@ -193,7 +194,10 @@ def test_the_sentences_have_these_numbers_and_no_others() -> None:
     said = evidence.tokens_note(["ffn"], 12.34, 5.6)
     assert said is not None
     known = {"12.3", "5.6", *map(str, (*evidence.TOKENS_BEFORE, *evidence.TOKENS_AFTER))}
-    assert set(re.findall(r"\d[\d.]*\d|\d", said)) == known
+    assert set(re.findall(r"\d[\d.]*\d|\d", said)) == known and "carry over" not in said
+    for outside in ((1.1e6, 20.0), (20.0, 1.1e6)):
+        said = evidence.tokens_note(["ffn"], *outside)
+        assert said is not None and "1.10M" in said and "may not carry over" in said
 
 
 def test_the_pages_say_how_far_auto_reaches() -> None:

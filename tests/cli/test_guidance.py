@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.cli.test_expand_command import Command
@@ -113,6 +114,24 @@ def test_a_changed_output_still_has_to_go(sparkling: Command, dense_checkpoint: 
         file.write(bytes(range(64)))
     done = sparkling("verify", dense_checkpoint, wide)
     assert done.code == 8 and "do not train on it: expand again, under another name" in done.err
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_data_that_cannot_be_read_is_refused_before_anything_is_written(
+    sparkling: Command, dense_checkpoint: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """Text without a tokenizer, ids of another one; what is not measured on needs none."""
+    source = tmp_path / "checkpoint-600"
+    shutil.copytree(dense_checkpoint, source, ignore=shutil.ignore_patterns("*token*", "vocab.json"))
+    text, ids = tmp_path / "text.txt", tmp_path / "ids.npy"
+    text.write_text("Call me Ishmael. " * 99)
+    np.save(ids, np.arange(100_000))
+    for data, code, said in ((text, 4, "no tokenizer to read it with"), (ids, 3, "another tokenizer")):
+        done = sparkling("expand", source, tmp_path / "out", *FFN, "--data", data, *more)
+        assert done.code == code and said in " ".join(done.err.split())
+        assert "writing" not in done.err and done.out == "" and not (tmp_path / "out").exists()
+    np.save(ids, np.arange(100) % 7)
+    assert sparkling("expand", source, tmp_path / "out", *FFN, "--data", ids, *more).code == 0
 
 
 def test_harmless_files_beside_an_output_are_notes(

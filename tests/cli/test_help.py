@@ -147,7 +147,10 @@ def test_a_misread_line_is_an_error_like_any_other(sparkling: Command, typed: li
         (["--axis", "ffn=4096"], ["4096 times the size", "--axis ffn --to 4096"]),
         (["--axis", "ffn=0.5"], ["a factor is greater than 1"]),
         (["--axis", "ffn=2", "--axis", "hidden"], ["found neither for hidden", "--axis hidden=2"]),
-        (["--axis", "ffn=2", "--factor", "2"], ["0 --axis without a factor but 1 --factor"]),
+        (
+            ["--axis", "ffn=2", "--factor", "2"],
+            ["--factor 2 is left over: every --axis has its factor already (ffn=2)", "leave it out"],
+        ),
     ],
 )
 def test_short_forms_that_are_none(

@@ -123,6 +123,62 @@ def test_new_entries_against_old_ones(wide: Path, tmp_path: Path, new: float, ol
     assert found.verdict is not None
     (one,) = (finding for finding in found.verdict.findings if finding.text.startswith("New entries"))
     assert one.level == level and found.verdict.headline.startswith("No-go") == (level == "attention")
+    assert ("is the re-warmup applied?" in one.text) == (0 < new < old)
+    assert ("first updates are long" in one.text) == (new > old)
+
+
+@pytest.mark.parametrize(
+    ("made", "go"),
+    [
+        ({}, True),
+        ({"optimizer": "asymmetric-scaled"}, True),
+        ({"optimizer": "copy"}, False),
+        ({"optimizer": "drop"}, False),
+        ({"optimizer": "copy", "init": "zero-copy"}, True),
+        ({"optimizer": "copy", "init": "random-copy"}, True),
+        ({"source": "without state"}, False),
+        ({"source": "without state", "init": "zero-copy"}, True),
+    ],
+    ids=str,
+)
+def test_the_state_of_copies_is_judged_by_the_manifest(
+    made: dict[str, str], go: bool, dense_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Copies that began with their sources' state: no-go however far they are apart; others may go on.
+
+    Two AdamWs show what the distance is worth: under the same gradients and state, but another learning
+    rate, two entries are no longer equal.
+    """
+    pair = [torch.nn.Parameter(torch.ones(8)) for _ in range(2)]
+    optimizers = [torch.optim.AdamW([p], lr=rate) for p, rate in zip(pair, (1e-2, 1.3e-2), strict=True)]
+    for p, optimizer in zip(pair, optimizers, strict=True):
+        p.grad = torch.arange(1.0, 9.0)
+        optimizer.step()
+    assert not torch.equal(*pair)
+    source = dense_checkpoint
+    if made.pop("source", ""):
+        source = shutil.copytree(dense_checkpoint, tmp_path / "source")
+        (source / "optimizer.pt").unlink()
+    target = tmp_path / "wide"
+    api.expand(source, target, axes={"ffn": 2}, report="none", allow_locked=True, **made)
+    trained = later(target, tmp_path / "trained", noise(0.01))
+    verdict = api.inspect(trained, target, activations=False).verdict
+    assert verdict is not None and verdict.headline.startswith("Go:") == go
+    assert ("By the manifest" in str(verdict)) == (not go)
+    assert "0% of new channels are still equal" in str(verdict)
+
+
+def test_what_training_moved_is_not_laid_to_the_widening(
+    wide: Path, dense_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Against the source, with steps of training between: it says so, and what to compare with."""
+    made = shutil.copytree(wide, tmp_path / "wide")
+    trained = later(made, tmp_path / "trained", noise(3.0))
+    verdict = api.inspect(trained, dense_checkpoint).verdict
+    assert verdict is not None and verdict.headline.startswith("20 steps of training lie between")
+    assert f"sparkling inspect {trained} --against {made}." in str(verdict)
+    straight = api.inspect(made, dense_checkpoint).verdict
+    assert straight is not None and straight.headline == "Signal kept."
 
 
 def test_before_the_first_step_there_is_nothing_to_stop(wide: Path) -> None:

@@ -105,3 +105,6 @@ def test_sizes() -> None:
     for bad in ("", "0", "-1G", "1X", "G"):
         with pytest.raises(SpecError, match="--memory"):
             parse_bytes(bad, "--memory")
+    for few, said in (("1", "found 1, which is 1 byte"), ("2k", "found 2k, which is 2,048 bytes")):
+        with pytest.raises(SpecError, match=rf"{said}\b"):
+            parse_bytes(few, "--memory", least=16 << 20)
