@@ -108,7 +108,7 @@ def find_axes(config: ConfigDict, *, factory: ModelFactory | None = None) -> Tin
             if shapes == base:
                 idle.add(path)
     _drop_unread(sizing, idle)
-    axes, terms = _grouped(_text_first(sizing, weights), idle)
+    axes, terms = _grouped(_without_towers(_text_first(sizing, weights), config), idle)
     _with_towers(axes, terms, config)
     _with_totals(terms, config)
     found = TinyAxes(config, axes, terms, base)
@@ -181,6 +181,13 @@ def _text_first(sizing: Mapping[Path, int], weights: Mapping[Path, int]) -> dict
     text = {p[:-1] for p in sizing if kind_of(p[-1]) == "vocab"}
     order = sorted(sizing, key=lambda p: (p[:-1] not in text, -weights[p]))
     return {p: sizing[p] for p in order}
+
+
+def _without_towers(sizing: Mapping[Path, int], config: ConfigDict) -> dict[Path, int]:
+    """The keys, text first, but for widths of what enters the text from a tower: they are hidden's own."""
+    hidden = next((value for path, value in sizing.items() if kind_of(path[-1]) == "hidden"), 0)
+    outputs = [path for path in tower_outputs(config, hidden) if kind_of(path[-1]) != "hidden"]
+    return {path: value for path, value in sizing.items() if path not in outputs}
 
 
 def _integers(config: Mapping[str, Any]) -> list[tuple[Path, int]]:

@@ -8,6 +8,7 @@ whether the config that a widening writes builds the model that it writes.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -17,12 +18,22 @@ from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import Expr, TensorLayout, axis_names
 from sparkling_cli.layout.keys import Path, get_path, path_of
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.layout.parse import parse_expr
 from sparkling_cli.models.axes import TinyAxes
 from sparkling_cli.models.search import copied
 from sparkling_cli.models.shrink import Shapes, changed, moved_dims, tried_shapes
-from sparkling_cli.models.sizes import tower_outputs, tower_widths
+from sparkling_cli.models.sizes import OTHER_MODALITY, tower_outputs, tower_widths
 from sparkling_cli.models.skeleton import ConfigDict, ModelFactory
 from sparkling_cli.models.tiny_config import chosen_layers, layer_count, real_path
+
+#: Names of modules that are a tower, that lead from one into the text, and that do so at a tower's end.
+_TOWER = re.compile(rf"{OTHER_MODALITY.pattern}|visual|tower|encoder")
+_INNER_CONNECTION = re.compile(r"merger|connector|aligner")
+_CONNECTION = re.compile(
+    rf"{_INNER_CONNECTION.pattern}|multi_?modal|(^|_)mm_|projector|embed_(vision|audio|image)"
+)
+#: Names of tensors that text does not use.
+_FROM_TOWER = re.compile(rf"{OTHER_MODALITY.pattern}|visual|{_CONNECTION.pattern}")
 
 
 @dataclass(frozen=True)
@@ -167,10 +178,53 @@ def without_towers(
     paths = tower_outputs(config if prefix else model.config, hidden.size)
     built = [p for p in tower_widths(model.config, hidden.size) if (*prefix, *p) not in paths]
     paths += [(*prefix, *p) for p in built if model.is_output(p)]
-    for path in paths:
-        if ".".join(path) not in layout.config:
-            reason = f"{'.'.join(path)} = {hidden.size} is the width of what enters the text, and would stay"
-            refused = {n: layout.axes[n] for n in ("hidden", *hidden.joint)}
-            changed = {n: replace(info, widenable=False, reason=reason) for n, info in refused.items()}
-            return replace(layout, axes={**layout.axes, **changed})
-    return layout
+    fixed = next(
+        (".".join(path) for path in paths if not _is_hidden(layout.config.get(".".join(path)))), None
+    )
+    fixed = fixed or _connection_that_stays(layout, model)
+    if fixed is None:
+        return layout
+    reason = f"{fixed} = {hidden.size} is the width of what enters the text, and would stay"
+    refused = {n: layout.axes[n] for n in ("hidden", *hidden.joint)}
+    changed = {n: replace(info, widenable=False, reason=reason) for n, info in refused.items()}
+    return replace(layout, axes={**layout.axes, **changed})
+
+
+def _is_hidden(term: str | None) -> bool:
+    return term is not None and "hidden" in axis_names(parse_expr(term))
+
+
+def _connection_that_stays(layout: ModelLayout, model: RealModel) -> str | None:
+    """What leads from a tower into the text, is as wide as the text, and does not grow with it.
+
+    Judged by what the class builds, not by the key that sizes it. Of every module that connects the two some
+    tensor grows, if any of its sizes is the text's hidden size; and so does one of all outside the text.
+
+    Returns:
+        a tensor and which of its dims; None where all is well, or the model has no tower.
+    """
+    if not any(isinstance(v, Mapping) and OTHER_MODALITY.search(k) for k, v in model.config.items()):
+        return None
+    groups: dict[str, list[str]] = {}
+    for name in model.shapes:
+        connection = _connection(name)
+        for group in ([connection] if connection else []) + ([""] if _FROM_TOWER.search(name) else []):
+            groups.setdefault(group, []).append(name)
+    for names in groups.values():
+        dims = [
+            (n, i) for n in names for i, size in enumerate(model.shapes[n]) if size == layout.sizes["hidden"]
+        ]
+        grown = ("hidden" in layout.module_table.find(layout.canonical(name)).dims.axes() for name in names)
+        if dims and not any(grown):
+            return "dim {1} of {0}".format(*dims[0])
+    return None
+
+
+def _connection(name: str) -> str | None:
+    """The module that a tensor lies in, if its name says that it leads from a tower into the text."""
+    parts = name.split(".")[:-1]
+    for i, part in enumerate(parts):
+        inside = any(_TOWER.search(outer) for outer in parts[:i])
+        if (_INNER_CONNECTION if inside else _CONNECTION).search(part):
+            return ".".join(parts[: i + 1])
+    return None

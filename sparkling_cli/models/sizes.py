@@ -111,7 +111,22 @@ def walk(config: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, A
 
 def tower_outputs(config: Mapping[str, Any], hidden: int) -> list[Path]:
     """Keys of parts for other modalities that give the width of what enters the text, where it is as wide."""
-    return [path for path in tower_widths(config, hidden) if _is_output(config, path)]
+    inside = [path for path in tower_widths(config, hidden) if _is_output(config, path)]
+    return inside + _beside_towers(config, hidden)
+
+
+def _beside_towers(config: Mapping[str, Any], hidden: int) -> list[Path]:
+    """Numbers beside a tower and a text part, each in a table of its own, that repeat the text's hidden size.
+
+    PaliGemma has the width of what enters the text there, ``projection_dim``, and the width itself again.
+    """
+    tables = {path[0] for path, _ in walk(config) if len(path) > 1}
+    towers = set(filter(OTHER_MODALITY.search, tables))
+    texts = {path[0] for path, _ in walk(config) if len(path) > 1 and kind_of(path[-1]) == "vocab"}
+    if not towers or not texts - towers:
+        return []
+    same = [key for key, value in config.items() if type(value) is int and value == hidden]
+    return [(key,) for key in same if _OUTPUT.search(key) or kind_of(key) == "hidden"]
 
 
 def tower_widths(config: Mapping[str, Any], hidden: int) -> list[Path]:

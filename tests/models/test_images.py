@@ -11,9 +11,9 @@ import torch
 from inference_support import shake
 
 from sparkling_cli import api
+from sparkling_cli.models import sizes
+from sparkling_cli.models.infer import infer
 from sparkling_cli.models.skeleton import build_model
-
-pytestmark = pytest.mark.survey
 
 Config = dict[str, Any]
 Inputs = dict[str, torch.Tensor]
@@ -101,9 +101,22 @@ SEEING: dict[str, tuple[Config, Inputs, int]] = {
         },
         _square(28), 4,
     ),
+    "paligemma": (
+        {
+            "model_type": "paligemma", "architectures": ["PaliGemmaForConditionalGeneration"],
+            "image_token_index": 7, "projection_dim": 64, "hidden_size": 64,
+            "text_config": {"model_type": "gemma", **_TEXT},
+            "vision_config": {
+                "model_type": "siglip_vision_model", **_TOWER, "num_hidden_layers": 1, "image_size": 28,
+                "patch_size": 14, "vision_use_head": False, "projection_dim": 64,
+            },
+        },
+        _square(28), 4,
+    ),
 }  # fmt: skip
 
 
+@pytest.mark.survey
 @pytest.mark.parametrize(
     ("name", "flat"), [*((n, False) for n in SEEING), ("qwen2_vl", True), ("qwen2_5_vl", True)]
 )
@@ -139,11 +152,19 @@ def test_what_is_said_of_an_image_stays(name: str, flat: bool, tmp_path: Path) -
     assert {"ffn", "hidden"} <= set(grown), {n: i.reason for n, i in layout.axes.items() if n not in grown}
 
 
+def test_a_connection_that_stays_is_refused_by_what_the_class_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were no key known to size PaliGemma's projector, the projector itself would tell; other axes stay."""
+    monkeypatch.setattr(sizes, "_beside_towers", lambda config, hidden: [])
+    layout = infer(SEEING["paligemma"][0])
+    assert not layout.axes["hidden"].widenable and "multi_modal_projector" in layout.axes["hidden"].reason
+    assert layout.axes["ffn"].widenable
+
+
 def said(model: Any, image: Inputs, tokens: int) -> torch.Tensor:
     """Logits after the image, in float64."""
     ids = torch.tensor([[11, 12, 8, *[7] * tokens, 9, 13, 14, 15]])
     kinds = (ids == 7).long()
-    more = {"token_type_ids": kinds} if model.config.model_type == "gemma3" else {}
+    more = {"token_type_ids": kinds} if model.config.model_type in ("gemma3", "paligemma") else {}
     if "image_grid_thw" in image:
         more["mm_token_type_ids"] = kinds
     with torch.no_grad():
