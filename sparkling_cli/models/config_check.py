@@ -7,6 +7,7 @@ in the shape of a model with a million layers.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sparkling_cli.errors import CheckpointError
@@ -42,6 +43,9 @@ _QUANTIZED = (
     ),
     (r"[._]weight_qdata$|:_data$|\.weight\.(tensor_impl|int_data)", "torchao", _ORIGINAL),
 )
+
+#: config keys that count layers that predict further tokens
+_PREDICTS = re.compile(r"nextn|(^|_)mtp_|num_mtp|multi_token")
 
 
 def check_plain(checkpoint: Checkpoint) -> None:
@@ -129,8 +133,31 @@ def _check_layers(checkpoint: Checkpoint, model: set[str], stored: set[str]) -> 
             hint="a shard may be missing, or the config belongs to another model",
         )
     extra = sorted(name for name in stored - model if found[name] in kinds)
+    _check_prediction(checkpoint, model, extra)
     if extra:
         raise CheckpointError(
             f"{where}: the checkpoint has {extra[0]!r}, the config's model has only others of its kind",
             hint="the config belongs to another model, or was damaged: restore it from a copy",
         )
+
+
+def _check_prediction(checkpoint: Checkpoint, model: set[str], extra: Sequence[str]) -> None:
+    """Layers behind the model's own are none that predict further tokens, as the config says there are."""
+    count = next((v for p, v in walk(checkpoint.config or {}) if _PREDICTS.search(p[-1]) and v), None)
+    if not extra or type(count) is not int:
+        return
+    own = {int(n) for name in model for n in re.findall(r"layers\.(\d+)\.", name)}
+    behind = [re.search(r"^(.*?layers\.)(\d+)\.", name) for name in extra]
+    last = max(own, default=0)
+    if not all(found and last < int(found[2]) <= last + count for found in behind):
+        return
+    first = next(found for found in behind if found)
+    prefix = f"{first[1]}{first[2]}."
+    raise CheckpointError(
+        f"{checkpoint.root.name}: it holds {count} layer(s) of multi-token prediction behind the model's own "
+        f"{last + 1} ({prefix}*), which the class in transformers does not have: widening them is not "
+        "supported",
+        hint="widen a copy without them: model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype='auto'), "
+        "then model.save_pretrained(COPY), which leaves them and optimizer state out; they fit no wider "
+        "model, so train new ones",
+    )

@@ -26,7 +26,7 @@ class Outcome:
 
     Attributes:
         proved: logits are kept at 2x and 3x.
-        error: the best relative error seen.
+        error: the best relative error, of 2x and 3x the larger; inf where no hypothesis could be run.
         tried: hypotheses tried.
         options: the variables' options that are left (all of them where not proved).
         compensations: that the proof needed.
@@ -143,12 +143,11 @@ def prove(
     for comps, choice in search.trials(compensations):
         error = search.error(choice, comps)
         tried += 1
+        if error <= parity.tolerance:
+            proved, error = parity.proves(layouts_of(hyp.families, choice), axes, comps)
+            if proved:
+                return Outcome(True, error, tried, {**options, **search.options_of(choice)}, comps)
         best = min(best, error)
-        if error > parity.tolerance:
-            continue
-        proved, error = parity.proves(layouts_of(hyp.families, choice), axes, comps)
-        if proved:
-            return Outcome(True, error, tried, {**options, **search.options_of(choice)}, comps)
     return Outcome(False, best, tried, options)
 
 

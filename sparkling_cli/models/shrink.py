@@ -7,6 +7,7 @@ unambiguous. What a class accepts is found by trying: candidates are built and r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Iterator, Mapping
@@ -86,11 +87,31 @@ def shrink(config: Mapping[str, Any], *, factory: ModelFactory | None = None) ->
             return tiny
     if large is not None:
         return large
+    if factory is None and _wants_decoder_input(real):
+        raise LayoutError(
+            f"{(real.get('architectures') or [real.get('model_type')])[0]} is an encoder-decoder model that "
+            "does not run on input_ids alone: it needs decoder_input_ids beside them, and layouts are proved "
+            "on input_ids only",
+            hint="give a layout file (--layout FILE)",
+        )
     why = "; ".join(dict.fromkeys(reasons)) or "not every kind of layer fits into few layers"
     raise LayoutError(
         f"no tiny model of {config.get('model_type', 'this class')!r} could be built and run: {why}",
         hint="give a layout file (--layout FILE)",
     )
+
+
+def _wants_decoder_input(real: ConfigDict) -> bool:
+    """Whether a tiny model of an encoder-decoder class runs once the decoder has input of its own."""
+    if not real.get("is_encoder_decoder"):
+        return False
+    for variant in VARIANTS:
+        tiny = candidate(real, variant, 2)
+        with contextlib.suppress(Exception):  # any model code may raise anything
+            ids = tokens(tiny)
+            build_model(tiny, meta=False)(input_ids=ids, decoder_input_ids=ids, use_cache=False)
+            return True
+    return False
 
 
 def tiny_configs(real: ConfigDict) -> Iterator[ConfigDict]:

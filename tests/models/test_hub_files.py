@@ -219,6 +219,27 @@ def test_a_layer_that_the_class_would_not_leave_aside_is_still_refused(tmp_path:
         api.make_plan(source, spec=api.ExpansionSpec.model_validate({"axes": [{"axis": "ffn", "factor": 2}]}))
 
 
+def test_layers_of_further_tokens_are_named_as_what_they_are(tmp_path: Path) -> None:
+    """Behind layers that are not 61, as the class leaves aside: refused, and the hint works as it stands."""
+
+    def longer(state: State) -> State:
+        own = {n: t for n, t in state.items() if ".layers.1." in n}
+        more = {n.replace(".1.", ".2.", 1): t.clone() for n, t in own.items()}
+        return {**state, **more, "model.layers.2.eh_proj.weight": torch.randn(32, 64)}
+
+    model = deepseek()
+    assert model.config.num_hidden_layers == 2
+    source = saved(model, tmp_path / "small", longer)
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_nextn_predict_layers": 1}))
+    with pytest.raises(SparklingError, match=r"multi-token prediction.*model\.layers\.2\.\*") as caught:
+        widened(source, tmp_path / "wide", "hidden")
+    assert "AutoModelForCausalLM.from_pretrained(SOURCE" in str(caught.value)
+    transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(tmp_path / "copy")
+    widened(tmp_path / "copy", tmp_path / "wide", "hidden")
+    check_same_logits(type(model), source, tmp_path / "wide")
+
+
 def test_a_class_under_a_model_type_of_its_own(tmp_path: Path) -> None:
     """``kimi_k2`` is no type of the library; the class that ``architectures`` names is."""
     model = deepseek()

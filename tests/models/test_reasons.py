@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparkling_cli import api
-from sparkling_cli.errors import SpecError
+from sparkling_cli.errors import LayoutError, SpecError
 from sparkling_cli.layout.model import Compensation
 from sparkling_cli.layout.parse import parse_layout
 from sparkling_cli.models.disk import DiskTensor
@@ -195,3 +195,33 @@ def test_a_width_that_the_class_works_out_widens_once_it_is_written(tmp_path: Pa
     assert build_model(written).model.layers[0].feed_forward.w1.weight.shape[0] == width
     layout = infer(written)
     assert layout.axes["ffn"].widenable and layout.config["intermediate_size"] == "ffn"
+
+
+def test_an_encoder_decoder_that_needs_two_inputs_is_refused_as_such() -> None:
+    """T5's decoder has no input of its own making; BART shifts what the encoder reads, and is proved."""
+    t5 = {
+        "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration"],
+        "vocab_size": 101,
+        "d_model": 36,
+    }
+    with pytest.raises(
+        LayoutError, match=r"T5ForConditionalGeneration is an encoder-decoder.*decoder_input_ids"
+    ):
+        shrink({**t5, "d_kv": 10, "d_ff": 59, "num_layers": 2, "num_heads": 3})
+    bart = {"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "d_model": 36}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 3}
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "vocab_size": 101}
+    assert shrink({**bart, **heads, **layers})
+
+
+def test_a_refusal_does_not_say_that_it_keeps_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hypothesis that keeps them at 2x and not at 3x: the error is that at 3x."""
+    error = LogitParity.error
+
+    def at_three(self: LogitParity, layouts: Any, factors: Any, compensations: Any = ()) -> float:
+        return 0.25 if 3 in factors.values() else error(self, layouts, factors, compensations)
+
+    monkeypatch.setattr(LogitParity, "error", at_three)
+    verdict = prove_axes(shrink({"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 97})).verdicts
+    assert not verdict["ffn"].proved and "best relative error 2.5e-01" in verdict["ffn"].reason
