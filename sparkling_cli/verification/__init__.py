@@ -3,8 +3,8 @@
 Nothing here uses the plan or the engine's arithmetic: ``rules`` works out from spec, layout and sizes
 what every tensor must be, ``widening.reference`` what every entry of it, and ``compare`` reads the bytes,
 so that one fault cannot hide in both. ``files`` finds files too many or too few, ``public`` opens them by
-the libraries that trainers use, ``account`` looks for tensors that were lost or stayed narrow; ``prove``
-is the entrance.
+the libraries that trainers use, ``account`` looks for tensors that were lost or stayed narrow, ``later``
+tells what was trained on since from what is damaged; ``prove`` is the entrance.
 """
 
 from sparkling_cli.results.commands import Verification
