@@ -153,6 +153,7 @@ def make_plan(
     checkpoint, anew = without_outdated(checkpoint)
     asked, spec = spec.init, settled(spec, checkpoint, found)
     plan = build_plan(checkpoint, found, spec, None if previous is None else previous.originals())
+    plan = _with_kinds(plan)
     if asked != spec.init:
         plan = replace(plan, notes=(*plan.notes, f"--init {asked} is {spec.init}, --scaling {spec.scaling}"))
     plan = replace(plan, warnings=plan.warnings + doubts(checkpoint, spec.baseline))
@@ -172,6 +173,24 @@ def make_plan(
         source_state=state,
     )
     return with_card(expansion)
+
+
+def _with_kinds(plan: Plan) -> Plan:
+    """A plan for a deeper model with the kinds of layers that its class would derive otherwise.
+
+    Raises:
+        LayoutError: the class takes no list of them.
+    """
+    from sparkling_cli.layout.depth import LAYERS
+    from sparkling_cli.models.kinds import unasked_class, written_kinds
+
+    if LAYERS not in plan.growth:
+        return plan
+    config = plan.source.config
+    written = written_kinds(config, plan.layout, plan.growth[LAYERS].order)
+    unasked = unasked_class(config)
+    warnings = plan.warnings if unasked is None else (*plan.warnings, unasked)
+    return replace(plan, config={**plan.config, **written}, warnings=warnings)
 
 
 @collector_paused()

@@ -24,7 +24,8 @@ LAYERS = "layers"
 
 #: Numbers that say how many of the first layers are of a kind of their own.
 FIRST = re.compile(r"first_k_dense|num_dense_layers|_layer_start_index$")
-#: The same, of classes in which the number may mean nothing.
+#: The same, of classes in which the number may mean nothing; where it does, and the first layers are not the
+#: first ones any more, the class is given a list of kinds instead (``models.kinds``).
 _MAYBEFIRST = re.compile(r"^max_window_layers$")
 #: The number of the last layer of a kind.
 _LAST = re.compile(r"_layer_end_index$")
@@ -185,6 +186,14 @@ def deeper_config(config: Mapping[str, Any], counts: Collection[str], order: Ord
                 if new != value:
                     found[key] = new
     return found
+
+
+def layer_lists(config: Mapping[str, Any], counts: Collection[str]) -> Iterator[tuple[str, list[Any]]]:
+    """Lists that may say something layer by layer, with their dotted keys: see :func:`deeper_config`."""
+    for table in {key.rpartition(".")[0] for key in counts}:
+        for key, value in _leaves(lookup(config, table) or {}, f"{table}." if table else ""):
+            if isinstance(value, list) and value and not _OTHERS.search(key):
+                yield key, value
 
 
 def lists_layers(key: str, value: Any, layers: int) -> bool:

@@ -367,6 +367,18 @@ class Derivation:
                     )
         return found
 
+    def kind_faults(self, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
+        """Kinds of layers that the class makes by itself of the output's config, and not of the source's.
+
+        Args:
+            before: the source's config as its class completes it; None where the class cannot be asked.
+            after: the output's.
+        """
+        if before is None or after is None or "layers" not in self.rules.growth:
+            return []
+        faults = self._list_faults(_kinds(before), _kinds(after), "")
+        return [f"as its class completes it, {fault}" for fault in faults]
+
     def config_faults(self, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
         """Config keys of the output that are not what its sizes give.
 
@@ -397,6 +409,17 @@ class Derivation:
             ):
                 found.append(f"the config says {key} = {seen!r}, {old_value} times {factor:g} is expected")
         return found
+
+
+def _kinds(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's lists without those of sizes, which may have grown beside the layers."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found[key] = _kinds(value)
+        elif isinstance(value, list) and all(isinstance(item, str) or item in (0, 1) for item in value):
+            found[key] = value
+    return found
 
 
 def _multiplier(item: Compensation, before: int, after: int) -> float:
