@@ -1,6 +1,7 @@
 """What a progressive run will cost, before anything is trained: ``sparkling plan``.
 
-From a checkpoint, or from a ``config.json`` alone; no weight is read.
+From a checkpoint, or from a ``config.json`` alone; no weight is read, but for a head beside the embedding
+that the config ties it to: whether it is another decides how many parameters there are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.compute.flops import plan_compute, run_flops, share_saved
 from sparkling_cli.compute.quantity import parse_count, parse_moment
-from sparkling_cli.compute.shape import shape_of
+from sparkling_cli.compute.shape import counted_as_stored, shape_of
 from sparkling_cli.errors import SpecError
 from sparkling_cli.layout.depth import LAYERS
 from sparkling_cli.layout.model import ModelLayout
@@ -83,7 +84,7 @@ def plan_run(
     """Parameters and compute of a run that widens half-way, against the wide model from scratch.
 
     Args:
-        source: a checkpoint, or a ``config.json``; no weight is read.
+        source: a checkpoint, or a ``config.json``; no weight is read but a head that the config ties.
         tokens: of the whole run: ``2e11``, ``"200B"``.
         expand_at: tokens before the expansion: ``1e11``, ``"100B"``, ``"50%"``.
         then: later expansions: ``"ffn=2,hidden=1.5@150B"``.
@@ -208,7 +209,10 @@ def forecast(
             lengths += step_notes(subject.checkpoint, layout, growth)
             lengths += undecayed_notes(subject.checkpoint, growth, spec.init)
         layout = grown_layout(layout, growth)
-    shape = shape_of(subject.layout, subject.config, top_k=experts_per_token)
+    counted = subject.layout
+    if subject.checkpoint is not None:
+        counted = counted_as_stored(counted, subject.checkpoint)
+    shape = shape_of(counted, subject.config, top_k=experts_per_token)
     phases = plan_compute(shape, steps, tokens, bytes_per_parameter=subject.bytes_per_parameter)
     flops = run_flops(phases)
     notes = []

@@ -13,16 +13,19 @@ too; a tied output head is the embedding itself and is not counted again.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.layout.expr import Product, Role, axis_names
 from sparkling_cli.layout.model import ModelLayout, TensorPattern, entries_of
 from sparkling_cli.widening.geometry import Growth, grown_layout
+
+if TYPE_CHECKING:
+    from sparkling_cli.formats.model import Checkpoint
 
 #: Config keys that say how many experts work on one token. Each is what one or more model families of
 #: transformers, or a trainer, call it; the meaning is the same, so no architecture is named.
@@ -159,6 +162,23 @@ def shape_of(
             hint="give the number by --experts-per-token",
         )
     return ModelShape(layout, dict.fromkeys(sorted(routed), used))
+
+
+def counted_as_stored(layout: ModelLayout, checkpoint: Checkpoint) -> ModelLayout:
+    """The layout for counting: names that it ties and that a checkpoint has as two tensors count as two.
+
+    A config may say that the head is tied where the file has another one, which transformers then loads.
+
+    Args:
+        layout: of the checkpoint.
+        checkpoint: two tensors of one group are read where it has two, as far as they are the same.
+    """
+
+    def is_one(group: Sequence[str]) -> bool:
+        keys = list(dict.fromkeys(checkpoint.weights[name] for name in group if name in checkpoint.weights))
+        return all(checkpoint.alike(keys[0], other) for other in keys[1:])
+
+    return replace(layout, tied=tuple(filter(is_one, layout.tied)))
 
 
 def expert_axes(pattern: TensorPattern) -> set[str]:

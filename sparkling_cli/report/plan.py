@@ -53,12 +53,13 @@ def plan_result(expansion: Expansion) -> ExpansionPlan:
 
 def parameter_counts(plan: Plan) -> tuple[ParameterCount, ParameterCount, bool]:
     """Parameters before and after, and whether it is known how many of them work on one token."""
-    from sparkling_cli.compute.shape import shape_of
+    from sparkling_cli.compute.shape import counted_as_stored, shape_of
 
+    layout = counted_as_stored(plan.layout, plan.source)
     try:
-        shape, known = shape_of(plan.layout, plan.source.config), True
+        shape, known = shape_of(layout, plan.source.config), True
     except LayoutError:
-        shape, known = shape_of(plan.layout, top_k=1), False
+        shape, known = shape_of(layout, top_k=1), False
     return shape.count(), shape.grown(plan.growth).count(), known
 
 

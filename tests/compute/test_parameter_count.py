@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparkling_cli import api
 from sparkling_cli.compute.flops import plan_compute, run_flops, share_saved, step_saving, train_flops
 from sparkling_cli.compute.quantity import parse_count
 from sparkling_cli.compute.shape import ModelShape, experts_per_token, shape_of
 from sparkling_cli.errors import LayoutError, SpecError
+from sparkling_cli.forecast import plan_run
 from sparkling_cli.layout.model import AxisInfo, ModelLayout, TensorPattern
 from sparkling_cli.models.infer import infer
 from sparkling_cli.models.skeleton import build_model
+from sparkling_cli.report.plan import parameter_counts
 from sparkling_cli.results.numbers import count
 from sparkling_cli.widening.geometry import Growth
 from tests.compute.paper import PAPER_LAYOUT
@@ -98,6 +104,33 @@ def test_what_works_on_one_token_is_what_the_class_has(model_type: str) -> None:
     assert experts > 0
     assert found.total == sum(sizes.values())
     assert found.active == found.total - experts + experts * 2 // every
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_beside_the_embedding_counts_if_it_is_another(equal: bool, tmp_path: Path) -> None:
+    """The config says tied: what transformers has after loading is the truth, before and after widening."""
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    weights = load_file(tmp_path / "small" / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone() if equal else embedding + 1
+    save_file(weights, tmp_path / "small" / "model.safetensors", {"format": "pt"})
+    api.expand(
+        tmp_path / "small", tmp_path / "wide", axis="hidden", factor=2, report="none", allow_locked=True
+    )
+
+    def true(name: str) -> int:
+        return int(LlamaForCausalLM.from_pretrained(tmp_path / name).num_parameters())
+
+    planned = plan_run(tmp_path / "small", "1B", axis="hidden", factor=2, expand_at="50%")
+    assert [phase.parameters for phase in planned.phases] == [true("small"), true("wide")]
+    counts = parameter_counts(
+        api.make_plan(tmp_path / "small", axis="hidden", factor=2, allow_locked=True).plan
+    )
+    assert [count.total for count in counts[:2]] == [true("small"), true("wide")]
 
 
 def test_stacked_and_named_experts_count_the_same() -> None:
