@@ -99,7 +99,8 @@ def verdict_of_expansion(
         text = f"Activations were not measured: {activations_missing or 'not asked for'}."
         signal = [_note(text)]
     else:
-        signal = list(_signal(activations, keeps_function=keeps_function))
+        exact = keeps_function and copies is None  # layers that add nothing round nothing
+        signal = list(_signal(activations, keeps_function=keeps_function, exact=exact))
         if remedy and _needs_attention(signal):
             signal.append(_attention(remedy))
     known = {finding.text for finding in (*symmetry, *schedule, *signal)}
@@ -299,13 +300,16 @@ def _schedule(learning_rate: LearningRate | None, missing: str) -> Iterator[Find
     )
 
 
-def _signal(activations: Activations, *, keeps_function: bool | None) -> Iterator[Finding]:
+def _signal(
+    activations: Activations, *, keeps_function: bool | None, exact: bool = False
+) -> Iterator[Finding]:
     """Findings on two models: functions of the blocks, residual stream, logits, loss, routing."""
+    strayed = exact and (activations.logit_change or 0.0) > STREAM_ROUNDING
     yield from _finiteness(activations)
     yield from _functions(activations)
     yield from _stream(activations)
-    yield from _logits(activations)
-    yield from _loss(activations, keeps_function)
+    yield from _logits(activations, strayed=strayed)
+    yield from _loss(activations, keeps_function and not strayed)
     yield from _routing(activations)
 
 
@@ -403,7 +407,7 @@ def _stream(activations: Activations) -> Iterator[Finding]:
         )
 
 
-def _logits(activations: Activations) -> Iterator[Finding]:
+def _logits(activations: Activations, *, strayed: bool) -> Iterator[Finding]:
     logits = activations.logits
     if logits.moved > DEVIATION_LIMIT:
         change = "" if logits.before == 0 else f" by {moved(logits.deviation)}"
@@ -427,7 +431,13 @@ def _logits(activations: Activations) -> Iterator[Finding]:
             places = {one.name: percent(one.difference) for one in (stream[0], stream[-1])}
             words = " and ".join(f"{share} behind {name}" for name, share in places.items())
             text += f", and the residual stream by {words}"
-        yield _good(f"{text}.")
+        if strayed:
+            yield _attention(
+                f"{text}, although new layers should add nothing: old ones are not what they were. "
+                "Compare logits in float32 before you train on."
+            )
+        else:
+            yield _good(f"{text}.")
 
 
 def _loss(activations: Activations, keeps_function: bool | None) -> Iterator[Finding]:

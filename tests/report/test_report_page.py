@@ -268,6 +268,16 @@ def test_verdict_names_what_needs_attention(changes: dict[str, object], expected
     assert READY not in words
 
 
+def test_logits_that_move_where_nothing_but_silent_layers_is_new() -> None:
+    """A fault, though the loss stays: not both that they moved and that the function is kept."""
+    strayed = activations().model_copy(update={"logit_change": 0.044})
+    level, words = judged(activations=strayed, copies=None)
+    assert level == "attention"
+    assert "Logits moved by 4.4%" in words and "old ones are not what they were" in words
+    assert "the function is kept" not in words and READY not in words
+    assert judged(activations=activations(), copies=None)[0] == "good"
+
+
 def test_headline_follows_the_order_of_harm() -> None:
     """Locked copies before a missing schedule, that before what moved."""
     wrong: dict[str, object] = {
