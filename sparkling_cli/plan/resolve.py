@@ -315,18 +315,19 @@ def _target(name: str, axis: AxisSpec, size: int, spec: ExpansionSpec, multiple:
                 f"what was asked for, to be a multiple of {step}",
                 hint=f"give this axis its size instead of a factor: --axis {name} --to {ceil(exact)}",
             )
+        if not step and not isclose(exact, target, rel_tol=1e-9):
+            above = f"--to {int(exact) + 1}"
+            sizes = f"size is {above}" if int(exact) == size else f"sizes are --to {int(exact)} and {above}"
+            raise SpecError(
+                f"axes.{name}.factor: {size} x {axis.factor:g} = {exact:g} is no whole number",
+                hint=f"the nearest {sizes}; or round up by --multiple-of",
+            )
         if target == size:
             raise SpecError(
                 f"axes.{name}: its {size} entries are a multiple of {step} already"
                 if step
                 else f"axes.{name}.factor: {axis.factor!r} does not widen: {size} entries stay {size}",
                 hint=f"give it a size, e.g. --axis {name} --to {size + step if step else 2 * size}",
-            )
-        if not step and not isclose(exact, target, rel_tol=1e-9):
-            raise SpecError(
-                f"axes.{name}.factor: {size} x {axis.factor:g} = {exact:g} is no whole number",
-                hint=f"the nearest sizes are --to {int(exact)} and --to {int(exact) + 1}; "
-                "or round up by --multiple-of",
             )
     if target % multiple:
         up = ceil(target / multiple) * multiple

@@ -74,7 +74,8 @@ def test_json_holds_the_same_facts_and_nothing_else(
     [
         (["--axis", "ffm", "--factor", "2"], 3, ["axes.ffm", "did you mean 'ffn'"]),
         (["--axis", "ffn", "--factor", "1"], 3, ["axes.0.factor", "greater than 1"]),
-        (["--axis", "ffn", "--factor", "1.001"], 3, ["168.168", "--to 168", "--to 169"]),
+        (["--axis", "ffn", "--factor", "1.001"], 3, ["168.168", "nearest size is --to 169"]),
+        (["--axis", "ffn", "--factor", "1.01"], 3, ["169.68", "--to 169", "--to 170"]),
         (["--axis", "head_dim", "--factor", "2"], 3, ["head_dim", "rotary"]),
         (["--axis", "heads", "--to", "7"], 3, ["7 query heads", "2 key/value heads"]),
         (["--axis", "ffn"], 3, ["--factor or --to"]),
