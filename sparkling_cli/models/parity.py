@@ -28,7 +28,7 @@ class LogitParity:
     """One tiny random model and its widened models; build once, then call ``error`` any number of times.
 
     Attributes:
-        raised: what went wrong last on a widened config.
+        raised: why the error of a widened model was infinite last.
     """
 
     def __init__(self, found: TinyAxes, *, factory: ModelFactory | None = None, seed: int = 0) -> None:
@@ -85,7 +85,11 @@ class LogitParity:
             self.raised = words_of(error).removeprefix("LayoutError: ")[:200]
             return math.inf
         wanted = self.logits.repeat(times, 1, times)
-        if logits.shape != wanted.shape or not bool(torch.isfinite(logits).all()):
+        if logits.shape != wanted.shape:
+            self.raised = f"its logits have shape {tuple(logits.shape)}, and not {tuple(wanted.shape)}"
+            return math.inf
+        if not bool(torch.isfinite(logits).all()):
+            self.raised = "its logits are not finite"
             return math.inf
         return float((logits - wanted).abs().max() / wanted.abs().max())
 

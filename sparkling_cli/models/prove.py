@@ -283,7 +283,7 @@ def _proved_alone(
         return AxisVerdict(True, reason, joint), outcome
     best = f"best relative error {outcome.error:.1e}"
     if math.isinf(outcome.error):
-        best = parity.raised or "its logits are not finite or have another shape"
+        best = parity.raised
     reason = f"none of {outcome.tried} hypotheses keeps the logits of a tiny random model ({best})"
     if name == "hidden":
         reason += _positions(parity.model, found.config)

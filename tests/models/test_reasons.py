@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -77,6 +78,28 @@ def test_what_a_wide_model_holds_is_not_written_again(monkeypatch: pytest.Monkey
     )
     assert parity.error(layouts, factors) <= parity.tolerance
     assert not written
+
+
+def test_an_infinite_error_has_its_own_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the axis or hypothesis before: Inkling 2's vocabulary was refused for its heads' sizes."""
+    findings = prove_axes(shrink({"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 97}))
+    parity = LogitParity(findings.found)
+    layouts = {n: lay for f, lay in zip(findings.families, findings.layouts, strict=True) for n in f.names}
+    wrong = {n: parse_layout("(2 ffn) <- hidden") if "up_proj" in n else lay for n, lay in layouts.items()}
+    assert math.isinf(parity.error(wrong, {"ffn": 2}))
+    assert "cannot reshape" in parity.raised
+    monkeypatch.setitem(
+        parity.state, "model.norm.weight", torch.full((findings.found.sizes["hidden"],), math.nan)
+    )
+    assert math.isinf(parity.error(layouts, {"ffn": 3}))
+    assert parity.raised == "its logits are not finite"
+    monkeypatch.setattr(parity, "logits", parity.logits[..., :90])
+    assert math.isinf(parity.error(layouts, {"ffn": 2}))
+    assert (
+        "its logits have shape" in parity.raised
+        and "97), and not" in parity.raised
+        and "90)" in parity.raised
+    )
 
 
 def test_a_factor_on_what_has_another_name_in_every_layer() -> None:
