@@ -13,6 +13,7 @@ from sparkling_cli.layout.expr import axis_names
 from sparkling_cli.layout.file import from_dict, to_dict
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.layout.parse import parse_expr
+from sparkling_cli.models.own_code import check_own_code
 from sparkling_cli.models.sizes import HEADS
 from sparkling_cli.storage import cache
 
@@ -46,9 +47,7 @@ def infer(
         LayoutError: no tiny model runs, or a tensor cannot be explained.
     """
     own = model is not None or model_factory is not None
-    if not own and "auto_map" in config:
-        from sparkling_cli.models.skeleton import check_own_code
-
+    if not own:
         check_own_code(config)
     kept = {k: v for k, v in config.items() if k not in _IRRELEVANT}
     key = cache.key_of("layout", kept)

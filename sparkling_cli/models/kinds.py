@@ -11,6 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,19 +46,32 @@ def derives_kinds(config: Mapping[str, Any] | None) -> bool:
     return kind not in SWITCHED or bool(config.get(SWITCHED[kind], False))
 
 
-def class_lists(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A config as its class completes it, with the lists that the class gives as properties.
+@dataclass(frozen=True)
+class Completed:
+    """A config as its class completes it.
+
+    Attributes:
+        config: JSON values, with the lists that the class gives as properties.
+        derived: dotted names of those properties.
+    """
+
+    config: dict[str, Any]
+    derived: frozenset[str]
+
+
+def completed(config: Mapping[str, Any]) -> Completed | None:
+    """A config as its class completes it.
 
     Args:
         config: of a model of transformers; nothing is built of it but the config.
 
     Returns:
-        JSON values; under ``""`` the dotted names of the properties. None where the class cannot be asked.
+        None where the class cannot be asked.
     """
-    key = cache.key_of("class lists", config)
-    known = cache.load("class-lists", key)
+    key = cache.key_of("completed config", config)
+    known = cache.load("completed-configs", key)
     if isinstance(known, dict):
-        return known
+        return Completed(known["config"], frozenset(known["derived"]))
     from sparkling_cli.models.skeleton import config_object, quiet
 
     try:
@@ -66,9 +80,9 @@ def class_lists(config: Mapping[str, Any]) -> dict[str, Any] | None:
             found: dict[str, Any] = json.loads(json.dumps(built.to_dict(), default=str))
     except (SparklingError, ImportError, TypeError, ValueError):
         return None
-    found[""] = _add_properties(built, found, "")
-    cache.store("class-lists", key, found)
-    return found
+    derived = _add_properties(built, found, "")
+    cache.store("completed-configs", key, {"config": found, "derived": derived})
+    return Completed(found, frozenset(derived))
 
 
 def _add_properties(built: Any, found: dict[str, Any], table: str) -> list[str]:
@@ -117,7 +131,7 @@ def written_kinds(
     if config is None or not derives_kinds(config):
         return {}
     counts = {key for key, term in layout.config.items() if term == LAYERS}
-    before = class_lists(config)
+    before = completed(config)
     if before is None or not counts:
         return {}
     lists, fault = _lists_for(config, before, counts, order)
@@ -134,7 +148,7 @@ def written_kinds(
 
 
 def _lists_for(
-    config: Mapping[str, Any], before: Mapping[str, Any], counts: set[str], order: Order
+    config: Mapping[str, Any], before: Completed, counts: set[str], order: Order
 ) -> tuple[dict[str, list[Any]], str]:
     """Lists to be written for an order, and what is still wrong with them."""
     deeper = copy.deepcopy(dict(config))
@@ -143,20 +157,20 @@ def _lists_for(
             set_path(deeper, path_of(key), len(order))
     for key, value in deeper_config(config, counts, order).items():
         set_path(deeper, path_of(key), value)
-    after = class_lists(deeper)
+    after = completed(deeper)
     if after is None:  # the output's class is asked anyway, and says what it does not take
         return {}, ""
-    wanted = _other_kinds(before, after, counts, order)
-    lists = {key: value for key, value in wanted.items() if key not in before[""]}
+    wanted = _other_kinds(before.config, after.config, counts, order)
+    lists = {key: value for key, value in wanted.items() if key not in before.derived}
     if not wanted:
         return {}, ""
     for key, value in lists.items():
         set_path(deeper, path_of(key), value)
-    after = class_lists(deeper) if lists else after
+    after = completed(deeper) if lists else after
     if after is None:
         return {}, f"the model's own class takes no list {', '.join(lists)}"
-    left = _other_kinds(before, after, counts, order)
-    return lists, _fault(left, after, order) if left else ""
+    left = _other_kinds(before.config, after.config, counts, order)
+    return lists, _fault(left, after.config, order) if left else ""
 
 
 def _other_kinds(

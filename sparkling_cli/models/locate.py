@@ -12,6 +12,7 @@ from sparkling_cli.formats.gc_pause import collector_running
 from sparkling_cli.formats.model import Checkpoint
 from sparkling_cli.layout.expr import Role, axis_names
 from sparkling_cli.layout.model import ModelLayout
+from sparkling_cli.models.own_code import check_own_code
 from sparkling_cli.models.sizes import kind_of, walk
 from sparkling_cli.models.stored import buffers_in, fitted_to, ignored_by
 from sparkling_cli.storage import cache
@@ -69,7 +70,7 @@ def find_layout(
         packaged = packaged_layout(checkpoint)
         named = (checkpoint.config or {}).get("architectures")  # a packaged file knows its class by that
         if checkpoint.config is not None and (packaged is None or not named):
-            _check_own_code(checkpoint.config)
+            check_own_code(checkpoint.config)
         if packaged is not None:
             return fitted_to(shapes, packaged)
     if checkpoint.config is None or (model is None and "model_type" not in checkpoint.config):
@@ -86,13 +87,6 @@ def find_layout(
         check_counts(checkpoint)
         check_tensors(checkpoint, model_parameters(checkpoint.config, None))
     return fitted_to(shapes, infer(checkpoint.config, model=model))
-
-
-def _check_own_code(config: Mapping[str, Any]) -> None:
-    if "auto_map" in config:  # to ask for it imports torch
-        from sparkling_cli.models.skeleton import check_own_code
-
-        check_own_code(config)
 
 
 def packaged_layout(checkpoint: Checkpoint) -> ModelLayout | None:

@@ -22,7 +22,7 @@ from sparkling_cli.layout.expr import TensorLayout
 from sparkling_cli.layout.model import ModelLayout
 from sparkling_cli.manifest import Manifest, TensorEntry, manifest_of, read_manifest
 from sparkling_cli.models.expected import Asking, class_faults, weight_shapes
-from sparkling_cli.models.kinds import class_lists, derives_kinds
+from sparkling_cli.models.kinds import completed, derives_kinds
 from sparkling_cli.models.stored import without_strays
 from sparkling_cli.plan.deepen import Orders, deeper_source, named_axes
 from sparkling_cli.plan.model import CARRIED
@@ -327,8 +327,9 @@ class _Work:
             before = self.origin.checkpoint.config
             self.output_faults += self.derivation.config_faults(before, found.config)
             if LAYERS in self.derivation.rules.growth and derives_kinds(before) and not self.output_faults:
-                completed = class_lists(before or {}), class_lists(found.config or {})
-                self.output_faults += self.derivation.kind_faults(*completed)
+                source, output = completed(before or {}), completed(found.config or {})
+                if source is not None and output is not None:
+                    self.output_faults += self.derivation.kind_faults(source.config, output.config)
         stored = found.by_key
         meanings = _Meanings(found, self.derivation.layout)
         self.output_faults += meanings.faults(self.manifest)

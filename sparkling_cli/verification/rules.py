@@ -367,15 +367,13 @@ class Derivation:
                     )
         return found
 
-    def kind_faults(self, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
-        """Kinds of layers that the class makes by itself of the output's config, and not of the source's.
+    def kind_faults(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+        """Kinds of layers that the class makes by itself of a deeper output's config, not of the source's.
 
         Args:
-            before: the source's config as its class completes it; None where the class cannot be asked.
+            before: the source's config as its class completes it.
             after: the output's.
         """
-        if before is None or after is None or "layers" not in self.rules.growth:
-            return []
         faults = self._list_faults(_kinds(before), _kinds(after), "")
         return [f"as its class completes it, {fault}" for fault in faults]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sparkling_cli import api
 from sparkling_cli.errors import LayoutError
 from sparkling_cli.models.infer import infer
-from sparkling_cli.models.skeleton import check_own_code
+from sparkling_cli.models.own_code import check_own_code
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 50,
