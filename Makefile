@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# two processes, each test module in one of them
-WORKERS ?= -n 2 --dist loadfile
+# two processes; one that is done takes tests from the other
+WORKERS ?= -n 2 --dist worksteal
 # of each survey, every so many-th case
 EVERY ?= 1
 CHECKPOINT ?= $(firstword $(wildcard fixtures/dense-llama/checkpoint-*))
@@ -22,10 +22,10 @@ test: $(VENV)/.installed-dev  ## lint, types and the default tests
 	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-long: $(VENV)/.installed-dev  ## the long tests only
-	$(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -m 'slow and not survey' $(WORKERS)
 
 test-survey: $(VENV)/.installed-dev  ## every class of transformers, and a thousand damaged checkpoints
-	$(BIN)/python -m pytest -q -m survey -n 2 --dist worksteal --every $(EVERY)
+	$(BIN)/python -m pytest -q -m survey $(WORKERS) --every $(EVERY)
 
 test-all: test test-long test-survey
 

@@ -147,7 +147,7 @@ def test_damaged_checkpoints(tiny_checkpoint: TinyCheckpoint, tmp_path: Path, ki
     assert tally["accepted"] and tally["CheckpointError"] > count // 4, tally
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(300, marks=pytest.mark.survey)])
 @pytest.mark.timeout(3600)
 def test_damaged_outputs(tiny_checkpoint: TinyCheckpoint, tmp_path: Path, count: int) -> None:
     """``verify`` refuses every damaged output; ``expand`` takes its manifest for what it is, or refuses."""
@@ -189,7 +189,7 @@ def contents(root: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.survey)])
 def test_damaged_layout_and_spec_files(tiny_checkpoint: TinyCheckpoint, tmp_path: Path, count: int) -> None:
     """Layout and spec files with any damage: read, or refused; a plan by what was read is no crash."""
     source = tiny_checkpoint("llama")

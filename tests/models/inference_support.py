@@ -118,6 +118,20 @@ def batch(model: Any) -> torch.Tensor:
     return torch.randint(5, 50, (rows, 9), generator=torch.Generator().manual_seed(3))
 
 
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Of a plain forward pass, to be compared bit for bit.
+
+    Weights are laid anew, as the last bits depend on where in memory they lie (a file's header may put them
+    anywhere); experts go by the class's own code, which takes every size.
+    """
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        found: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return found
+
+
 def small_config(model_type: str) -> dict[str, Any]:
     """A small config of the type, or skip: some defaults do not build, some classes want no text."""
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from inference_support import batch, shake, small_config, surveyed
+from inference_support import batch, logits, shake, small_config, surveyed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sparkling_cli import api
@@ -71,15 +71,6 @@ def saved(config: dict[str, Any], folder: Path) -> Any:
     if any(info.values()):
         pytest.skip("without its lists the class makes other layers")
     return again.eval()
-
-
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Of a plain forward pass; grouped products want sizes that small experts do not have."""
-    model.set_experts_implementation("eager")
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):  # the last bits depend on how weights lie
-            tensor.data = tensor.data.clone()
-        return model(input_ids=ids, use_cache=False).logits
 
 
 def deepened(model: Any, folder: Path, **options: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from inference_support import shake, small_layout, surveyed
+from inference_support import logits, shake, small_layout, surveyed
 from training_support import Trained, backward, in_double, reloaded, trained
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -70,14 +70,6 @@ LISTS: dict[str, dict[str, Any]] = {
         "no_rope_layers": [1, 1, 0, 0, 1, 1],
     },
 }
-
-
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Of a plain forward pass, from weights that lie alike in memory: the last bits depend on that."""
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
-        return model(input_ids=ids, use_cache=False).logits
 
 
 def numbered(name: str) -> tuple[str, int | None, str]:

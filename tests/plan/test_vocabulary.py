@@ -17,7 +17,7 @@ from fixtures import training
 from sparkling_cli import api
 from sparkling_cli.errors import SparklingError, SpecError, VerificationError
 from sparkling_cli.models.skeleton import build_model, causal_lm_names
-from tests.models.inference_support import shake, small_layout, surveyed
+from tests.models.inference_support import logits, shake, small_layout, surveyed
 
 SMALL: dict[str, Any] = {
     "hidden_size": 24,
@@ -40,12 +40,9 @@ def saved(config: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """What the library's own class gives."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return found
+def said(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the library's own class."""
+    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -55,7 +52,7 @@ def test_old_tokens_keep_their_logits_and_new_rows_are_means(case: str, tmp_path
     api.expand(source, tmp_path / "wide", axes=[{"axis": "vocab"}], multiple_of=64, report="none")
     api.verify(source, tmp_path / "wide")
     ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(3))
-    before, after = logits(source, ids), logits(tmp_path / "wide", ids)
+    before, after = said(source, ids), said(tmp_path / "wide", ids)
     assert after.shape[-1] == json.loads((tmp_path / "wide/config.json").read_text())["vocab_size"] == 64
     assert torch.equal(after[..., :61], before)
     mean = before.mean(-1, keepdim=True).expand(*before.shape[:-1], 3)
@@ -80,14 +77,14 @@ def test_named_old_tokens_and_joint_width(tmp_path: Path) -> None:
         wanted = torch.stack([rows[[3, 4]].mean(0), rows.mean(0), rows[7]]).repeat(1, 2) * factor
         assert torch.allclose(new[name][61:].double(), wanted, rtol=1e-6, atol=1e-12), name
     ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(3))
-    before, after = logits(source, ids), logits(tmp_path / "wide", ids)
+    before, after = said(source, ids), said(tmp_path / "wide", ids)
     assert torch.allclose(after[..., :61], before, atol=1e-5 * float(before.abs().max()))
     bound = next(note for note in found.expansion.plan.notes if "at most" in note)
     most = 1 / 61 + 1  # token 7 is all of one new token's mean, and a part of another's
     assert f"{log1p(most):.4g}" in bound
     rise = after.logsumexp(-1) - before.logsumexp(-1)
     assert float(rise.max()) <= log1p(most)
-    swapped = logits(tmp_path / "wide", torch.full((1, 3), 63)), logits(source, torch.full((1, 3), 7))
+    swapped = said(tmp_path / "wide", torch.full((1, 3), 63)), said(source, torch.full((1, 3), 7))
     assert torch.allclose(swapped[0][..., :61], swapped[1], atol=1e-5 * float(before.abs().max()))
 
 
@@ -207,11 +204,6 @@ def test_what_cannot_be_is_refused(case: str, tmp_path: Path) -> None:
         api.expand(saved(CONFIGS["llama"], tmp_path / "small"), tmp_path / "wide", report="none", **options)
 
 
-def load(model: Any, folder: Path, **options: Any) -> Any:
-    """By the library; experts by the class's own code, which takes every size."""
-    return type(model).from_pretrained(folder, experts_implementation="eager", **options)
-
-
 #: Of all classes, which the survey goes over, the default tests take a few.
 DRAWN = set(random.Random(21).sample(sorted(causal_lm_names()), 5)) | {"gemma3n_text"}
 
@@ -237,13 +229,11 @@ def test_every_class_keeps_the_logits_of_old_tokens(model_type: str, tmp_path: P
     except SparklingError as error:
         assert model_type in REFUSED, f"{model_type}: {error}"
         return
-    wide, info = load(model, tmp_path / "wide", output_loading_info=True)
-    small = load(model, tmp_path / "small")
+    wide, info = type(model).from_pretrained(tmp_path / "wide", output_loading_info=True)
+    small = type(model).from_pretrained(tmp_path / "small")
     assert not info["missing_keys"] and not info["mismatched_keys"]
     ids = torch.randint(5, min(size, 50), (2, 9), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        before = small.eval()(input_ids=ids, use_cache=False).logits
-        after = wide.eval()(input_ids=ids, use_cache=False).logits
+    before, after = logits(small, ids), logits(wide, ids)
     assert after.shape[-1] == size + 31
     assert torch.equal(after[..., :size], before)
 
