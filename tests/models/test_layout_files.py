@@ -189,6 +189,12 @@ MODELS = [
     for tied in (False, True)
     if ALWAYS.get(which, tied) is tied
 ]
+#: Of each class with state spaces, which take seconds, the default tests take one.
+QUICK_MODELS = [
+    pytest.param(*model.values, id=model.id, marks=() if quick else pytest.mark.slow)
+    for model in MODELS
+    for quick in [model.id in ("bamba", "mamba2") or not re.match("bamba|mamba2|granitemoehybrid", model.id)]
+]
 
 
 @pytest.mark.slow
@@ -211,7 +217,7 @@ def test_state_gradients_and_activations_follow(which: str, tied: bool, tmp_path
     assert not wrong, "\n".join(wrong[:20])
 
 
-@pytest.mark.parametrize(("which", "tied"), MODELS)
+@pytest.mark.parametrize(("which", "tied"), QUICK_MODELS)
 def test_all_axes_three_times_as_wide(which: str, tied: bool, tmp_path: Path) -> None:
     """The library loads the output from its own config, and it says what the source said."""
     small = trained({**CONFIGS[which], "tie_word_embeddings": tied}, tmp_path / "small")

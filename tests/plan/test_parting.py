@@ -64,7 +64,11 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-@pytest.fixture(params=list(KINDS))
+#: The others take seconds, and are left to the long tests.
+QUICK = {"llama", "gpt2", "qwen3_moe", "mamba2"}
+
+
+@pytest.fixture(params=[pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS])
 def small(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Weights of a small random model, without optimizer state."""
     kind = request.param.split(",")[0]

@@ -78,6 +78,7 @@ def test_the_reference_is_told_from_a_run_without_re_warming(name: str) -> None:
     assert ref.distance(ref.parameters(net), separate(name)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TWO)
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_two_processes_equal_separate_parameters(two: Path, name: str, how: str) -> None:
