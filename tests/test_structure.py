@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_imports_run_downwards(path: Path) -> None:
 def test_modules_stay_readable(path: Path) -> None:
     """A module is as long as its idea, and an idea that fills 600 lines is several."""
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_no_pickle_is_decoded_unlooked_at(path: Path) -> None:
+    """Python's decoder believes a memo index, and takes the memory for it: one class checks that first."""
+    name = path.relative_to(PACKAGE).as_posix()
+    found = set(re.findall(r"pickle\.(?:Unpickler|loads?)\b", path.read_text(encoding="utf-8")))
+    assert found == ({"pickle.Unpickler"} if name == "formats/torchfile/opcodes.py" else set())
 
 
 def test_help_does_not_import_torch() -> None:

@@ -20,7 +20,6 @@ from sparkling_cli.formats.statedict import with_shapes
 from sparkling_cli.formats.torchfile import TorchFile, read_torch_file
 from sparkling_cli.formats.torchfile.file import walk
 from sparkling_cli.formats.torchfile.objects import Call, TensorNode
-from sparkling_cli.formats.torchfile.opcodes import check_opcodes
 from sparkling_cli.formats.torchfile.unpickle import Anything, InertUnpickler
 from sparkling_cli.storage.tensors import StoredTensor
 
@@ -173,9 +172,8 @@ def _pickle(path: Path, relative: str) -> list[Further]:
     stream = BytesIO(data)
     tree: Any = None
     for _ in range(4):  # magic number, version, machine, content
-        check_opcodes(data[stream.tell() :], relative)
         try:
-            tree = InertUnpickler(stream).load()
+            tree = InertUnpickler(stream, relative).load()
         except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError) as error:
             raise CheckpointError(f"cannot be decoded: {error}") from error
         if tree != _LEGACY and stream.tell() >= len(data) - 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -176,6 +177,16 @@ def test_unsafe_metadata_is_refused_unexecuted(single: tuple[Path, GPT], tmp_pat
     with pytest.raises(UnsafePickleError, match="mkdir"):
         open_checkpoint(tmp_path / "bad")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_memo_index_takes_no_memory(single: tuple[Path, GPT], tmp_path: Path) -> None:
+    """Five damaged bytes of ``.metadata`` made Python's decoder set aside gigabytes."""
+    shutil.copytree(single[0], tmp_path / "bad")
+    (tmp_path / "bad" / ".metadata").write_bytes(b"\x80\x04]r\x00\x00\x00\x10.")  # at 2^28: 4 GiB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UnsafePickleError, match="memo index"):
+        open_checkpoint(tmp_path / "bad")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 
 
 def test_what_is_missing_is_named(single: tuple[Path, GPT], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
+from sparkling_cli.formats.torchfile.opcodes import CheckedUnpickler
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -61,11 +62,11 @@ def _pure_path(*parts: str) -> str:
     return "/".join(parts).replace("//", "/")
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(CheckedUnpickler):
     """An unpickler that looks up nothing but what :data:`ALLOWED` lists."""
 
     def __init__(self, data: bytes, where: Path) -> None:
-        super().__init__(io.BytesIO(data))
+        super().__init__(io.BytesIO(data), str(where))
         self.where = where
 
     def find_class(self, module: str, name: str) -> Any:
@@ -109,7 +110,7 @@ def read_metadata(directory: Path) -> Metadata:
         ) from None
     try:
         found = _Reader(data, path).load()
-    except UnsafePickleError:
+    except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(

@@ -15,7 +15,6 @@ from sparkling_cli.errors import CheckpointError
 from sparkling_cli.formats.gc_pause import collector_paused
 from sparkling_cli.formats.torchfile.archive import Archive, Window, open_window, read_archive
 from sparkling_cli.formats.torchfile.objects import Call, Ordered, Storage, TensorNode, plain
-from sparkling_cli.formats.torchfile.opcodes import check_opcodes
 from sparkling_cli.formats.torchfile.unpickle import Anything, read_tree
 from sparkling_cli.storage.tensors import ITEM_BYTES, Extent, StoredTensor, is_contiguous
 
@@ -95,7 +94,6 @@ def read_torch_file(
         archive = read_archive(window)
         small = _check_records(archive, window)
         pickled = small["data.pkl"]
-    check_opcodes(pickled, where)
     tree = read_tree(pickled, where, allow)
     return collected(TorchFile(path, relative, tree, offset, archive, pickled), without)
 

@@ -6,6 +6,8 @@ twenty bytes can ask for gigabytes; and it knows opcodes that no torch file has.
 
 from __future__ import annotations
 
+import io
+import pickle
 import re
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
@@ -22,7 +24,25 @@ _PREFIXED = {
 }  # fmt: skip
 
 
-def check_opcodes(data: bytes, where: str) -> None:
+class CheckedUnpickler(pickle.Unpickler):
+    """Python's decoder, for a pickle whose opcodes were looked at. There is no other in this package.
+
+    Args:
+        stream: the pickle begins where it stands; others may follow it.
+        where: the file, for messages.
+
+    Raises:
+        UnsafePickleError: see :func:`check_opcodes`.
+        CheckpointError: see :func:`check_opcodes`.
+    """
+
+    def __init__(self, stream: io.BytesIO, where: str) -> None:
+        with stream.getbuffer() as whole, whole[stream.tell() :] as view:
+            check_opcodes(view, where)
+        super().__init__(stream)
+
+
+def check_opcodes(data: bytes | memoryview, where: str) -> None:
     """Every opcode is one that data needs, and no memo index is larger than the pickle.
 
     Raises:
@@ -42,9 +62,10 @@ def check_opcodes(data: bytes, where: str) -> None:
         elif data[stop] == ord("."):
             return
         elif stop == at:
+            opcode = bytes(data[stop : stop + 1])
             raise UnsafePickleError(
-                f"{where}: its pickle has the opcode {data[stop : stop + 1]!r} at byte {stop}, which tensors "
-                "and plain data do not need (or its memo index is absurd); nothing of it was executed"
+                f"{where}: its pickle has the opcode {opcode!r} at byte {stop}, which tensors and plain data "
+                "do not need (or its memo index is absurd); nothing of it was executed"
             )
         else:
             at = stop

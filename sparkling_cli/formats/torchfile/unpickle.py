@@ -7,12 +7,12 @@ it. The decoder itself is Python's own; it calls nothing but the stand-ins and t
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from sparkling_cli.errors import CheckpointError, UnsafePickleError
 from sparkling_cli.formats.torchfile.objects import GlobalType, Storage, make_global
+from sparkling_cli.formats.torchfile.opcodes import CheckedUnpickler
 from sparkling_cli.formats.torchfile.subclass import QUANTIZED, REBUILD, WRAPPER, SubclassCall
 from sparkling_cli.storage.tensors import ITEM_BYTES
 
@@ -113,11 +113,11 @@ class Anything(Collection[str]):
         return 0
 
 
-class TreeUnpickler(pickle.Unpickler):
+class TreeUnpickler(CheckedUnpickler):
     """Decodes a pickle into containers and stand-ins."""
 
     def __init__(self, stream: io.BytesIO, where: str, allow: Collection[str] = ()) -> None:
-        super().__init__(stream)
+        super().__init__(stream, where)
         self._where = where
         self._allow = allow
         self._globals: dict[tuple[str, str], GlobalType] = {}
@@ -163,8 +163,8 @@ class TreeUnpickler(pickle.Unpickler):
 class InertUnpickler(TreeUnpickler):
     """Accepts every global, as a stand-in, and every storage, of which nothing is read."""
 
-    def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream, "", Anything())
+    def __init__(self, stream: io.BytesIO, where: str) -> None:
+        super().__init__(stream, where, Anything())
 
     def persistent_load(self, pid: Any) -> Any:
         """A storage; before torch 1.6 its name had six parts."""
