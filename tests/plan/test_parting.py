@@ -65,7 +65,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 
 
 #: The others take seconds, and are left to the long tests.
-QUICK = {"llama", "gpt2", "qwen3_moe", "mamba2"}
+QUICK = {"llama", "gpt2", "qwen3_moe"}
 
 
 @pytest.fixture(params=[pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS])

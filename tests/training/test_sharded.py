@@ -128,6 +128,7 @@ def check_kept_step(runs: Path, how: str) -> None:
         assert float((kept[name] - wanted).norm() / wanted.norm()) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", ["0", "1"])
 def test_a_kept_step_of_two_processes(two: Path, dim: str) -> None:
     """FSDP2: a process may hold old entries alone."""
