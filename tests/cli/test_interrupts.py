@@ -124,7 +124,7 @@ def test_random_moments(number: signal.Signals, dense_checkpoint: Path, tmp_path
     assert (code, left) == (0, ["new"]), err
     took = time.monotonic() - began
     random_moments = random.Random(int(number))
-    for attempt in range(8):
+    for attempt in range(25):
         delay = random_moments.uniform(0, took)
         code, left, _, err = interrupted(dense_checkpoint, tmp_path / str(attempt), delay, number)
         assert (code, left) in ((130, []), (0, ["new"])), (delay, err)

@@ -152,7 +152,7 @@ def test_attention_divided_by_the_number_of_the_layer(tmp_path: Path) -> None:
 @pytest.mark.survey
 @pytest.mark.parametrize("model_type", surveyed(set()))
 def test_every_class(model_type: str, tmp_path: Path) -> None:
-    """With four layers and no lists: the same logits, but for rounding (Mamba's sums), or refused."""
+    """With four layers and no lists: the same logits bit by bit, or refused."""
     config = small_config(model_type)
     if "num_hidden_layers" not in config:
         pytest.skip("its layers are counted elsewhere")
